@@ -1,0 +1,108 @@
+"""Generated pictures in Prefect pipelines: bought once, never in vain, as fast as the account allows.
+
+The names below load on first use, so that `prefect-eachlabs --help` and a worker's start stay quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination
+    from prefect_eachlabs.errors import (
+        BadInput,
+        ContentRefused,
+        DownloadFailed,
+        EachlabsError,
+        InsufficientBalance,
+        ItemConflict,
+        KeyRefused,
+        NotAPng,
+        NotSent,
+        NotYetSafe,
+        OutcomeUnknown,
+        OutputMissing,
+        PictureMissing,
+        PredictionCancelled,
+        PredictionFailed,
+        PredictionTimedOut,
+        Rejected,
+        SetupError,
+        Skipped,
+        StoreFailed,
+        Throttled,
+        Unanswered,
+    )
+    from prefect_eachlabs.flows import generate_image
+    from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
+    from prefect_eachlabs.tasks import (
+        aawait_prediction,
+        acancel_prediction,
+        acreate_prediction,
+        agenerate_and_store,
+        astore_image,
+        await_prediction,
+        cancel_prediction,
+        create_prediction,
+        generate_and_store,
+        store_image,
+    )
+
+_ROOMS = {
+    "credentials": ("EachlabsCredentials", "S3Destination"),
+    "errors": (
+        "BadInput",
+        "ContentRefused",
+        "DownloadFailed",
+        "EachlabsError",
+        "InsufficientBalance",
+        "ItemConflict",
+        "KeyRefused",
+        "NotAPng",
+        "NotSent",
+        "NotYetSafe",
+        "OutcomeUnknown",
+        "OutputMissing",
+        "PictureMissing",
+        "PredictionCancelled",
+        "PredictionFailed",
+        "PredictionTimedOut",
+        "Rejected",
+        "SetupError",
+        "Skipped",
+        "StoreFailed",
+        "Throttled",
+        "Unanswered",
+    ),
+    "flows": ("generate_image",),
+    "models": ("Prediction", "PredictionStatus", "StoredImage"),
+    "tasks": (
+        "aawait_prediction",
+        "acancel_prediction",
+        "acreate_prediction",
+        "agenerate_and_store",
+        "astore_image",
+        "await_prediction",
+        "cancel_prediction",
+        "create_prediction",
+        "generate_and_store",
+        "store_image",
+    ),
+}
+_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_ROOM_OF)
+
+
+def __getattr__(name: str) -> Any:
+    room = _ROOM_OF.get(name)
+    if room is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -1,0 +1,185 @@
+"""Blocks: who buys (`EachlabsCredentials`) and where pictures go (`S3Destination`)."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, ClassVar, Literal
+
+from prefect.blocks.abstract import CredentialsBlock
+from prefect.blocks.core import Block
+from pydantic import Field, SecretStr, field_validator
+
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.gateway import Gateway, gateway_for
+from prefect_eachlabs.limits import lot_source_for
+from prefect_eachlabs.models import Destination
+from prefect_eachlabs.s3_access import S3Access
+from prefect_eachlabs.settings import AccountSettings, check_base_url, settings_from_environment
+
+
+class EachlabsCredentials(CredentialsBlock):
+    """An account at Eachlabs: its API key and its limits.
+
+    What is left empty comes from the environment (`EACHLABS_...`), then from the model's page.
+
+    Example:
+        ```python
+        EachlabsCredentials(api_key="...").save("studio")
+        create_prediction("a red fox", credentials="studio")
+        ```
+    """
+
+    _block_type_name: ClassVar[str] = "Eachlabs Credentials"
+    _block_type_slug: ClassVar[str] = "eachlabs-credentials"
+    # No logo: Prefect takes http(s) URLs alone, which the browser of whoever opens the page would load.
+
+    api_key: SecretStr = Field(title="API key", description="The key from eachlabs.ai; sent to the API's host alone.")
+    base_url: str | None = Field(
+        default=None,
+        title="Base URL",
+        description="Where the API is: https, or http on loopback. Empty: EACHLABS_BASE_URL, then https://api.eachlabs.ai.",
+    )
+    auth_scheme: Literal["x-api-key", "bearer"] | None = Field(
+        default=None, title="Authentication", description="The header that carries the key. Empty: x-api-key."
+    )
+    account: str | None = Field(
+        default=None,
+        title="Account",
+        description="Names the limits that workers share on this server. Empty: default.",
+        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+    )
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=0,
+        le=100_000,
+        title="Requests a minute",
+        description="At most so many requests in any 60 s; 0: no limit. Empty: 60, as the model's page says.",
+    )
+    max_in_flight: int | None = Field(
+        default=None,
+        ge=0,
+        le=10_000,
+        title="Predictions in flight",
+        description="At most so many predictions at a time; 0: no limit. Empty: 10, as the model's page says.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _a_safe_base_url(cls, url: str | None) -> str | None:
+        return check_base_url(url) if url else None
+
+    def account_settings(self) -> AccountSettings:
+        """The account: these fields, then the environment, then the defaults.
+
+        Raises:
+            SetupError: A setting is out of bounds.
+        """
+        given: dict[str, Any] = {"api_key": self.api_key}
+        for name in ("base_url", "auth_scheme", "account"):
+            if getattr(self, name):
+                given[name] = getattr(self, name)
+        for name in ("requests_per_minute", "max_in_flight"):
+            number = getattr(self, name)
+            if number is not None:
+                given[name] = number or None
+        return settings_from_environment(**given)
+
+    def get_client(self, *args: Any, **kwargs: Any) -> Gateway:
+        """The process's gateway of this account."""
+        return gateway_of(self)
+
+
+class S3Destination(Block):
+    """Where pictures, records and reports go: a bucket, a prefix, and how to get in.
+
+    What is left empty is boto3's own: `AWS_*`, shared profiles, instance roles.
+    """
+
+    _block_type_name: ClassVar[str] = "Eachlabs S3 Destination"
+    _block_type_slug: ClassVar[str] = "eachlabs-s3-destination"
+
+    bucket: str = Field(title="Bucket", description="The bucket's name; it must exist.")
+    prefix: str = Field(default="", title="Prefix", description="Folder in the bucket.")
+    region: str | None = Field(default=None, title="Region", description="Empty: boto3's own.")
+    endpoint_url: str | None = Field(
+        default=None, title="Endpoint", description="For stores that are not AWS; empty: AWS_ENDPOINT_URL_S3, then AWS."
+    )
+    access_key_id: str | None = Field(default=None, title="Access key id", description="Empty: boto3's own chain.")
+    secret_access_key: SecretStr | None = Field(default=None, title="Secret access key")
+    session_token: SecretStr | None = Field(default=None, title="Session token")
+    kms_key_id: str | None = Field(default=None, title="KMS key", description="Encrypts objects with it (SSE-KMS).")
+    storage_class: str | None = Field(
+        default=None, title="Storage class", description="For the pictures, such as STANDARD_IA."
+    )
+
+    def destination(self) -> Destination:
+        """The place it names.
+
+        Raises:
+            BadInput: The bucket's name or the prefix is not one.
+        """
+        return Destination.parse(f"s3://{self.bucket}/{self.prefix}")
+
+    def access(self) -> S3Access:
+        """How to get in."""
+        secret, token = self.secret_access_key, self.session_token
+        return S3Access(
+            endpoint_url=self.endpoint_url or None,
+            region=self.region or None,
+            access_key_id=self.access_key_id or None,
+            secret_access_key=secret.get_secret_value() if secret else None,
+            session_token=token.get_secret_value() if token else None,
+            kms_key_id=self.kms_key_id or None,
+            storage_class=self.storage_class or None,
+        )
+
+
+LOADED_FOR_SECONDS = 60.0
+_loaded: dict[str, tuple[float, Block]] = {}
+
+
+def load_block(name: str, kind: type[Block]) -> Any:
+    """A saved block by its name; asked of the server at most once a minute, for each call emits events.
+
+    Raises:
+        SetupError: There is no such block; says how to make one.
+    """
+    key = f"{kind.__name__}/{name}"
+    found = _loaded.get(key)
+    if found is not None and time.monotonic() - found[0] < LOADED_FOR_SECONDS:
+        return found[1]
+    try:
+        block = kind.load(name.removeprefix(f"{kind.get_block_type_slug()}/"), _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+    except ValueError as error:
+        raise SetupError(
+            f"There is no block {kind.get_block_type_slug()}/{name} on the Prefect server: save one in the UI under "
+            "Blocks, or run `prefect-eachlabs setup`. Nothing was bought."
+        ) from error
+    assert isinstance(block, kind)
+    _loaded[key] = (time.monotonic(), block)
+    return block
+
+
+def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
+    """The process's gateway of an account: of a block, of a block's name, or of the environment.
+
+    Its places are leased from the Prefect server's global limits where one is configured.
+
+    Raises:
+        SetupError: No key, no such block, or a setting out of bounds.
+    """
+    if isinstance(credentials, str) and credentials:
+        credentials = load_block(credentials, EachlabsCredentials)
+    settings = credentials.account_settings() if isinstance(credentials, EachlabsCredentials) else None
+    return gateway_for(settings or settings_from_environment(), make_source=lot_source_for)
+
+
+def where(destination: S3Destination | Destination | str) -> tuple[Destination, S3Access | None]:
+    """A destination and how to get in, from a block or from `s3://bucket/prefix`.
+
+    Raises:
+        BadInput: It is neither.
+    """
+    if isinstance(destination, S3Destination):
+        return destination.destination(), destination.access()
+    return Destination.parse(destination), None

@@ -1,0 +1,89 @@
+"""What a record asks for: the rules of the purchase protocol that need no network; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+from prefect_eachlabs.errors import ItemConflict, PredictionFailed
+from prefect_eachlabs.models import Item
+from prefect_eachlabs.records import Held, Intent, RecordError, RecordState
+
+
+@dataclass(frozen=True)
+class PurchaseOptions:
+    """What may be done about an item beyond the first purchase; the defaults never buy anything twice.
+
+    Attributes:
+        run_id: Names the run in records; only the run named there cancels.
+        replace: Buy although the item id stands for another input (its picture is replaced).
+        rebuy_missing: Buy again when a stored picture is gone from the bucket.
+        retry_failed: Buy again what failed for good.
+        on_ambiguous: `settle`: find out through the API's executions what a lost answer bought; `fail`: report it.
+        deadline_seconds: From the POST; None: the account's.
+    """
+
+    run_id: str = ""
+    replace: bool = False
+    rebuy_missing: bool = False
+    retry_failed: bool = False
+    on_ambiguous: Literal["settle", "fail"] = "settle"
+    deadline_seconds: float | None = None
+
+
+class Step(str, Enum):
+    """What a record asks for."""
+
+    BUY = "buy"
+    SETTLE = "settle"
+    LOOK_AGAIN = "look again"
+    FINISH = "finish"
+    REUSE = "reuse"
+
+
+def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:
+    """What is to be done about an item whose record says `held`; pure.
+
+    Raises:
+        ItemConflict: The id stands for another input, for which money may have been spent.
+        PredictionFailed: It failed for good, and nobody asked to try again.
+    """
+    if held is None:
+        return Step.BUY
+    record = held.record
+    live_claim = (
+        record.state is RecordState.CLAIMED
+        and record.intent is not Intent.IDLE
+        # Both times have a resolution of 1 s.
+        and held.age_seconds <= claim_seconds + 1
+    )
+    if record.fingerprint != item.fingerprint and record.may_have_bought:
+        if not options.replace:
+            raise ItemConflict(
+                f"item_id {item.item_id!r} already stands for another input (fingerprint {record.fingerprint}, now "
+                f"{item.fingerprint}). Choose another item id, or replace it on purpose (--replace, replace=True).",
+                item_id=item.item_id,
+                prediction_id=record.prediction_id,
+            )
+        return Step.LOOK_AGAIN if live_claim else Step.BUY
+    if record.state is RecordState.CLAIMED:
+        if live_claim:
+            return Step.LOOK_AGAIN
+        return Step.SETTLE if record.may_have_bought else Step.BUY
+    if record.state is RecordState.AMBIGUOUS:
+        return Step.SETTLE
+    if record.state is RecordState.CREATED:
+        return Step.FINISH
+    if record.state is RecordState.STORED:
+        return Step.REUSE
+    if record.state is RecordState.FAILED and not options.retry_failed:
+        said = record.error or RecordError(kind="error", message="the record gives no reason")
+        raise PredictionFailed(
+            f"It failed in an earlier run: {said.message} It is tried again only when asked (--retry-failed).",
+            item_id=item.item_id,
+            prediction_id=record.prediction_id,
+            code=said.code,
+            kind=said.kind,
+        )
+    return Step.BUY

@@ -1,0 +1,25 @@
+"""A pytest fixture for users' own flows: `pytest_plugins = ["prefect_eachlabs.emulator.pytest_plugin"]`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from prefect_eachlabs.emulator.options import EmulatorOptions
+from prefect_eachlabs.emulator.server import EmulatorServer
+
+TEST_API_KEY = "emulator-key"
+
+
+@pytest.fixture
+def eachlabs_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatorServer]:
+    """A fresh emulator for one test, with pictures that are ready at once and no limits but the ten in flight.
+
+    EACHLABS_BASE_URL and EACHLABS_API_KEY lead to it while the test runs.
+    """
+    options = EmulatorOptions(service_seconds=0.05, requests_per_minute=None, image_size_px=64)
+    with EmulatorServer(options) as server:
+        monkeypatch.setenv("EACHLABS_BASE_URL", server.url)
+        monkeypatch.setenv("EACHLABS_API_KEY", TEST_API_KEY)
+        yield server

@@ -1,0 +1,235 @@
+"""Everything that can go wrong, as one tree; whether to repeat is a fact of the class.
+
+EachlabsError
+├── BadInput               refused before anything was bought (also a ValueError)
+│   └── ItemConflict       this item id already stands for another input
+├── SetupError             key, bucket, limit or server is missing or refused: mend the set-up
+├── NotSent                no request reached the API: repeat freely
+├── Unanswered             a question (GET) came back without a readable answer: ask again
+├── Throttled              429: nothing created, nothing billed; the account pauses
+│   └── InsufficientBalance   402: the same, until somebody tops up the balance
+├── OutcomeUnknown         a POST went out and no readable answer came: never repeat, find out
+├── Rejected               the request is wrong (400, 403, 404, 422 ...): mend it
+│   └── KeyRefused         401 or 403: the key is not accepted (also a SetupError)
+├── PredictionFailed       the model ran and failed; keeps the API's code, message, `retryable`
+│   ├── ContentRefused     content moderation said no
+│   └── OutputMissing      it "succeeded" without a picture
+├── PredictionCancelled    it was cancelled; nothing was billed
+├── PredictionTimedOut     its deadline passed (also a TimeoutError); it may still end, and is stored then
+├── NotYetSafe             paid for, not yet in the bucket: repeat the storing, never the buying
+│   ├── NotAPng            the bytes are no whole PNG
+│   ├── DownloadFailed     the picture could not be fetched
+│   └── StoreFailed        the bucket did not take it, or did not answer
+├── PictureMissing         it was stored, and is gone from the bucket: bought again only when asked
+└── Skipped                left out on purpose (a budget, a setting); nothing was bought
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+from urllib.parse import urlsplit, urlunsplit
+
+BODY_LIMIT_CHARACTERS = 500
+"""Bodies that the API sent are cut here before they get into a message."""
+
+
+def without_query(url: str) -> str:
+    """The URL as it may be shown: its query (signatures live there) and any user info cut off."""
+    try:
+        parts = urlsplit(url)
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return "(unreadable URL)"
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _rebuild(cls: type[EachlabsError], message: str, facts: dict[str, Any]) -> EachlabsError:
+    return cls(message, **facts)
+
+
+class EachlabsError(Exception):
+    """The root: says what happened and what to do next, and carries the ids a person needs.
+
+    Args:
+        message: What happened and what to do next; never holds a secret.
+        item_id: The item it is about, when known.
+        prediction_id: The prediction it is about, when known. Where set, money may have been spent.
+        status_code: HTTP status of the API's answer, when there was one.
+        url: The URL in question; kept without its query.
+        details: What the API said, at most 500 characters.
+        retry_after_seconds: How long the API asked us to wait, when it did.
+        code: The API's own error code, when it sent one.
+        kind: A short word that reports count failures by.
+    """
+
+    retryable: ClassVar[bool] = False
+    """Whether the same task may simply run again."""
+    default_kind: ClassVar[str] = "error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        item_id: str | None = None,
+        prediction_id: str | None = None,
+        status_code: int | None = None,
+        url: str | None = None,
+        details: str | None = None,
+        retry_after_seconds: float | None = None,
+        code: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.item_id = item_id
+        self.prediction_id = prediction_id
+        self.status_code = status_code
+        self.url = without_query(url) if url else None
+        self.details = details[:BODY_LIMIT_CHARACTERS] if details else None
+        self.retry_after_seconds = retry_after_seconds
+        self.code = code
+        self.kind = kind or self.default_kind
+
+    def __str__(self) -> str:
+        ids = [
+            f"{name} {value}"
+            for name, value in (("item", self.item_id), ("prediction", self.prediction_id), ("at", self.url))
+            if value and str(value) not in self.message
+        ]
+        return f"{self.message} ({', '.join(ids)})" if ids else self.message
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keyword-only facts survive pickling: Prefect stores exceptions of failed runs that way."""
+        facts = {name: value for name, value in vars(self).items() if name != "message"}
+        return _rebuild, (type(self), self.message, facts)
+
+
+class BadInput(EachlabsError, ValueError):
+    """The input is refused before anything is bought: mend it as the message says."""
+
+    default_kind = "bad input"
+
+
+class ItemConflict(BadInput):
+    """The item id already stands for another input: choose another id, or replace it on purpose."""
+
+    default_kind = "item conflict"
+
+
+class SetupError(EachlabsError):
+    """Something that every item needs is missing or refused: the key, the bucket, a setting."""
+
+    default_kind = "set-up"
+
+
+class NotSent(EachlabsError):
+    """No request reached the API: nothing was created, repeat freely."""
+
+    retryable = True
+    default_kind = "not sent"
+
+
+class Unanswered(EachlabsError):
+    """A question (GET) got no readable answer: nothing changed, ask again."""
+
+    retryable = True
+    default_kind = "unanswered"
+
+
+class Throttled(EachlabsError):
+    """429: the account is at its limit; nothing was created or billed, the account pauses."""
+
+    retryable = True
+    default_kind = "throttled"
+
+
+class InsufficientBalance(Throttled):
+    """402: the balance does not cover what is in flight; nothing was created. Top up, then run again."""
+
+    retryable = False
+    default_kind = "insufficient balance"
+
+
+class OutcomeUnknown(EachlabsError):
+    """A POST went out and no readable answer came: it may have been billed. Never repeat it, find out."""
+
+    default_kind = "outcome unknown"
+
+
+class Rejected(EachlabsError):
+    """The API refused the request as wrong: mend it; nothing was created."""
+
+    default_kind = "rejected"
+
+
+class KeyRefused(Rejected, SetupError):
+    """401 or 403: the API does not accept the key. Check EACHLABS_API_KEY or the credentials block."""
+
+    default_kind = "key refused"
+
+
+class PredictionFailed(EachlabsError):
+    """The model ran and failed: the API's code and message are kept; a failed prediction costs nothing."""
+
+    default_kind = "prediction failed"
+
+
+class ContentRefused(PredictionFailed):
+    """Content moderation refused the prompt or the picture: change the input; not repeated."""
+
+    default_kind = "content refused"
+
+
+class OutputMissing(PredictionFailed):
+    """The prediction succeeded and holds no picture's URL: look at it in the vendor's dashboard."""
+
+    default_kind = "output missing"
+
+
+class PredictionCancelled(EachlabsError):
+    """The prediction was cancelled: nothing was billed, it may be bought again."""
+
+    default_kind = "cancelled"
+
+
+class PredictionTimedOut(EachlabsError, TimeoutError):
+    """The deadline passed before the end was seen: run again later, what was bought is stored then."""
+
+    default_kind = "timed out"
+
+
+class NotYetSafe(EachlabsError):
+    """The picture is paid for and not yet in the bucket: keeps the prediction id and the URL."""
+
+    retryable = True
+    default_kind = "not yet safe"
+
+
+class NotAPng(NotYetSafe):
+    """The bytes that came are no whole PNG: kept out of the bucket; the prediction is paid for."""
+
+    default_kind = "not a PNG"
+
+
+class DownloadFailed(NotYetSafe):
+    """The picture could not be downloaded: run again within 24 h, after that the vendor may delete it."""
+
+    default_kind = "download failed"
+
+
+class StoreFailed(NotYetSafe):
+    """The bucket did not take an object or did not answer: nothing is lost, run again."""
+
+    default_kind = "store failed"
+
+
+class PictureMissing(EachlabsError):
+    """The record says stored and the picture is gone from the bucket: bought again only when asked."""
+
+    default_kind = "picture missing"
+
+
+class Skipped(EachlabsError):
+    """Left out on purpose, by a budget or a setting; nothing was bought."""
+
+    default_kind = "skipped"

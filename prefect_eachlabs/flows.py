@@ -1,0 +1,63 @@
+"""The bodies of the flows that deployments run; `flows/` holds their entry points."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from prefect_eachlabs.credentials import S3Destination, load_block
+from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
+from prefect_eachlabs.tasks import await_prediction, create_prediction, store_image
+
+__all__ = ["generate_image"]
+
+
+def target(destination: str) -> S3Destination | str:
+    """What a form's `destination` means: `s3://bucket/prefix`, or the name of an `S3Destination` block.
+
+    Raises:
+        SetupError: No block has that name.
+    """
+    text = destination.strip()
+    if text.startswith("eachlabs-s3-destination/"):
+        block: S3Destination = load_block(text, S3Destination)
+        return block
+    return text
+
+
+@flow(name="generate-image", description="One prompt becomes one PNG in S3, bought once.")
+def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
+    prompt: str,
+    destination: str,
+    image_url: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = DEFAULT_VERSION,
+    item_id: str | None = None,
+    credentials_block: str | None = None,
+) -> StoredImage:
+    """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
+
+    Args:
+        prompt: What the picture shows: subject, action, surroundings, style.
+        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+        image_url: A reference picture: its public https URL. Optional.
+        model: The model's slug.
+        version: The model's version; empty for models that have none.
+        item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
+            for each different input.
+        credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+
+    Returns:
+        Where the picture is.
+    """
+    place = target(destination)
+    prediction = create_prediction(
+        prompt,
+        image_url=image_url or None,
+        model=model,
+        version=version or None,
+        item_id=item_id or None,
+        destination=place,
+        credentials=credentials_block or None,
+    )
+    finished = await_prediction(prediction, credentials=credentials_block or None)
+    return store_image(finished, place, credentials=credentials_block or None)

@@ -1,0 +1,125 @@
+"""The limits of an account on a Prefect server, shared by all its processes: a `LotSource` over leased lots.
+
+Without a `PREFECT_API_URL` (the embedded server of a plain script) the limits are this process's alone.
+
+What is promised, and how:
+
+- Never over: a place is used under a lease that lasts until it has cooled, so a killed process's places come back no
+  sooner. A lease the server forgot (restarted with leases in memory) is still counted in its database, and here.
+- Shared out: every process lists the leases every 4 s and holds no more than its fair share of the places, so one
+  that joins gets its part as the places of the others cool: within 15 s under steady use. Who was killed has a
+  share until its leases end, 75 s later at most.
+- The server away: each process goes on with its last known share, at least 1 place, counting what it used under
+  leases. Nobody can do better without asking, and it has two gaps: a process that has never reached the server knows
+  of no others and takes the whole limit, and one that starts meanwhile is not known to the others.
+- A place that the server counts as taken though no lease holds it is named in the log within 30 s of waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable
+
+from prefect.settings import PREFECT_API_URL
+
+from prefect_eachlabs.leases import Leases, PrefectLeases
+from prefect_eachlabs.lot_driver import LotDriver
+from prefect_eachlabs.lot_plan import LotPlan
+from prefect_eachlabs.lot_pool import LotPool
+from prefect_eachlabs.pacing import Kind, LocalLots, LotSource, Place
+from prefect_eachlabs.settings import AccountSettings
+
+
+def lot_source_for(settings: AccountSettings) -> LotSource:
+    """Where the account's places come from here: the Prefect server of `PREFECT_API_URL`, or this process alone.
+
+    The embedded server counts as none: its leases outlive their process, and no other process shares it. A flow run
+    on it has no `PREFECT_API_URL`, neither in its settings nor in its environment, so the setting alone decides.
+    """
+    limited = settings.requests_per_minute is not None or settings.max_in_flight is not None
+    if limited and PREFECT_API_URL.value():
+        return SharedLots(settings)
+    return LocalLots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class SharedLots:
+    """The places of an account, leased in lots from the global limits of a Prefect server; a `LotSource`.
+
+    Nothing is asked of the server until a place is wanted. Costs no request at the API.
+
+    Args:
+        settings: The account and its two limits; missing ones are created on the server, and of two different
+            numbers the smaller one counts. A limit of None needs no server.
+        leases: The server; one open Prefect client when not given.
+    """
+
+    def __init__(self, settings: AccountSettings, leases: Leases | None = None) -> None:
+        process = secrets.randbits(48)
+        numbers = {Kind.REQUESTS: settings.requests_per_minute, Kind.IN_FLIGHT: settings.max_in_flight}
+        self._account = settings.account
+        self._unlimited = LocalLots(requests_per_minute=None, max_in_flight=None)
+        self._listeners: list[Callable[[], None]] = []
+        self._plans = {
+            kind: LotPlan(LotPool(kind, number, process=process, clock=_loop_time, changed=self._changed))
+            for kind, number in numbers.items()
+            if number is not None
+        }
+        self._driver = LotDriver(
+            tuple(self._plans.values()),
+            PrefectLeases(settings.account) if leases is None else leases,
+            process=process,
+            account=settings.account,
+            tell=self._tell,
+        )
+
+    def __repr__(self) -> str:
+        state = "shared" if self._driver.away_since is None else "server away"
+        return f"<SharedLots {self._account}, {state}: {[plan.pool for plan in self._plans.values()]}>"
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
+            listener()
+
+    def _changed(self, places: bool) -> None:
+        if places:
+            self._tell()
+        self._driver.wake()
+
+    def try_take(self, kind: Kind) -> Place | None:
+        """A place, if one is leased and free."""
+        plan = self._plans.get(kind)
+        return self._unlimited.try_take(kind) if plan is None else plan.pool.try_take()
+
+    def wanted(self, kind: Kind, count: int) -> None:
+        """So many callers wait now: places are leased for them."""
+        if (plan := self._plans.get(kind)) is not None:
+            plan.pool.waiting = count
+            self._driver.wake()
+
+    def next_change_at(self, kind: Kind) -> float | None:
+        """With the server away, when the next place has cooled; otherwise the listener is told."""
+        plan = self._plans.get(kind)
+        return None if plan is None or plan.pool.local_limit is None else plan.pool.cooled_at()
+
+    def pressure(self, kind: Kind) -> float:
+        """How much of this process's share is in use: 0.0 to 1.0."""
+        plan = self._plans.get(kind)
+        return 0.0 if plan is None else plan.pool.pressure
+
+    def limit(self, kind: Kind) -> int | None:
+        """The account's limit: its own number or the server's, whichever is smaller."""
+        plan = self._plans.get(kind)
+        return None if plan is None else plan.pool.limit
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """The listener is called, on the loop, when `try_take` may succeed now."""
+        self._listeners.append(listener)
+
+    async def close(self) -> None:
+        """Gives back what is not in use; the rest comes back when its leases end, 75 s later at most."""
+        await self._driver.close()

@@ -1,0 +1,575 @@
+"""The nouns: items, predictions, pictures; and the tolerant reading of what the API says.
+
+No remote word is trusted: it is parsed once, here; a word that is not known means "not finished", a field that
+is not known is ignored. The rows of the API that each reader follows are in the docs, "Where sources differ".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from prefect_eachlabs.errors import (
+    BadInput,
+    ContentRefused,
+    EachlabsError,
+    OutputMissing,
+    PredictionCancelled,
+    PredictionFailed,
+)
+
+DEFAULT_MODEL = "gemini"
+DEFAULT_VERSION = "2.0-flash-exp-image-generation"
+
+ITEM_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+_PREDICTION_ID_PATTERN = re.compile(r"[!-~]{1,256}")
+_MAX_NESTING = 8
+_MAX_URLS = 64
+
+
+class PredictionStatus(str, Enum):
+    """What a prediction's status word means to us."""
+
+    PENDING = "pending"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        return self is not PredictionStatus.PENDING
+
+
+_WORDS = {
+    "success": PredictionStatus.SUCCEEDED,
+    "succeeded": PredictionStatus.SUCCEEDED,
+    "completed": PredictionStatus.SUCCEEDED,
+    "error": PredictionStatus.FAILED,
+    "failed": PredictionStatus.FAILED,
+    "cancelled": PredictionStatus.CANCELLED,
+    "canceled": PredictionStatus.CANCELLED,
+}
+PENDING_WORDS = frozenset({"", "created", "starting", "queued", "pending", "processing", "running", "in_progress"})
+"""Words for "not finished" that are known; another unknown word is taken the same way, with one warning."""
+
+
+def parse_status(word: object) -> PredictionStatus:
+    """Three vocabularies in any case; whatever is not known is not finished."""
+    return _WORDS.get(str(word or "").strip().lower(), PredictionStatus.PENDING)
+
+
+def parse_prediction_id(value: object) -> str | None:
+    """An id that is safe in a path, a key and a header; None for anything else."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str) or not _PREDICTION_ID_PATTERN.fullmatch(value) or not value.strip("."):
+        return None
+    return value
+
+
+def created_id(answer: object) -> str | None:
+    """The id in the answer to a POST: the first of predictionID, prediction_id, id, exec_id that is one."""
+    if isinstance(answer, Mapping):
+        for name in ("predictionID", "prediction_id", "id", "exec_id"):
+            if (found := parse_prediction_id(answer.get(name))) is not None:
+                return found
+    return None
+
+
+class Failure(BaseModel):
+    """What the API says about a failed prediction (its error envelope, or its logs)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str | None = None
+    message: str = ""
+    retryable: bool | None = None
+    step: str | None = None
+    category: str | None = None
+
+    @property
+    def is_content_refusal(self) -> bool:
+        """Whether content moderation said no (the vendor's classification `content_moderation`)."""
+        words = f"{self.code or ''} {self.category or ''}".lower()
+        return any(word in words for word in ("content_moderation", "content_policy", "moderation", "safety", "nsfw"))
+
+    @property
+    def may_be_resubmitted(self) -> bool:
+        """`retryable: true`, or a PROVIDER_FAILED (once); a refusal by moderation never."""
+        if self.is_content_refusal:
+            return False
+        return self.retryable is True or (self.retryable is None and (self.code or "").upper() == "PROVIDER_FAILED")
+
+
+def _unwrap_json(value: object) -> object:
+    """JSON in a string is opened; any other string stays."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _text(value: object) -> str | None:
+    return str(value)[:500] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+
+
+def parse_failure(output: object, logs: object = None) -> Failure | None:
+    """The error envelope in `output`, else in `logs`; None when neither holds one."""
+    for place in (output, logs):
+        opened = _unwrap_json(place)
+        if not isinstance(opened, Mapping):
+            continue
+        if "error_code" in opened or "error_message" in opened:
+            classification = opened.get("classification")
+            category = classification.get("category") if isinstance(classification, Mapping) else None
+            retryable = opened.get("retryable")
+            return Failure(
+                code=_text(opened.get("error_code")),
+                message=_text(opened.get("error_message")) or "",
+                retryable=retryable if isinstance(retryable, bool) else None,
+                step=_text(opened.get("error_step")),
+                category=_text(category),
+            )
+    return None
+
+
+def collect_urls(output: object) -> tuple[str, ...]:
+    """The http(s) URLs in an output of any documented shape, in order, each once, at most 64."""
+    found: dict[str, None] = {}
+
+    def walk(value: object, depth: int) -> None:
+        if depth > _MAX_NESTING or len(found) >= _MAX_URLS:
+            return
+        value = _unwrap_json(value)
+        if isinstance(value, str):
+            text = value.strip()
+            if is_http_url(text):
+                found.setdefault(text)
+        elif isinstance(value, Mapping):
+            first = [value[name] for name in ("url", "image_url", "images") if name in value]
+            rest = [inner for name, inner in value.items() if name not in ("url", "image_url", "images")]
+            for inner in first + rest:
+                walk(inner, depth + 1)
+        elif isinstance(value, list):
+            for inner in value:
+                walk(inner, depth + 1)
+
+    walk(output, 0)
+    return tuple(found)
+
+
+def is_http_url(text: str) -> bool:
+    """Whether the text is an absolute http(s) URL with a host and no white space."""
+    if not text.lower().startswith(("http://", "https://")) or any(c.isspace() or ord(c) < 32 for c in text):
+        return False
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False
+
+
+def _number(value: object) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if 0 <= number < float("inf") else None
+
+
+class Prediction(BaseModel):
+    """One job at Eachlabs, as far as it is known.
+
+    Attributes:
+        id: The API's id.
+        status: What its status word means; `status_word` is the word itself.
+        model, version, input: What was asked for; `input` of an answer is the API's echo, None when it sent none.
+        output_urls: The pictures' URLs, public by link and kept at least 24 h.
+        failure: What the API says went wrong.
+        predict_time_seconds: The model's own time, when told.
+        cost_usd: 0 until the vendor has settled it, None when not told.
+        created_at: When our POST was answered, by this machine's clock; deadlines count from here.
+        item_id: The item it was bought for, when it was bought for one.
+        destination: Where the item's record is, when it was bought under one.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    status: PredictionStatus = PredictionStatus.PENDING
+    status_word: str = ""
+    model: str | None = None
+    version: str | None = None
+    input: dict[str, Any] | None = None
+    output_urls: tuple[str, ...] = ()
+    failure: Failure | None = None
+    predict_time_seconds: float | None = None
+    cost_usd: float | None = None
+    created_at: datetime | None = None
+    item_id: str | None = None
+    destination: str | None = None
+
+    def raise_for_end(self) -> Prediction:
+        """Itself when it succeeded with a picture (or has not ended).
+
+        Raises:
+            PredictionFailed: It failed; `ContentRefused` when moderation refused it, `OutputMissing` when it
+                "succeeded" without a picture.
+            PredictionCancelled: It was cancelled.
+        """
+        if self.status is PredictionStatus.CANCELLED:
+            raise PredictionCancelled(
+                "The prediction was cancelled; nothing was billed, it may be bought again.",
+                item_id=self.item_id,
+                prediction_id=self.id,
+            )
+        if self.status is PredictionStatus.FAILED or (self.status.ended and self.failure and not self.output_urls):
+            failure = self.failure or Failure()
+            kind: type[EachlabsError] = ContentRefused if failure.is_content_refusal else PredictionFailed
+            said = failure.message or "the API gave no reason"
+            advice = (
+                "Change the prompt or the picture."
+                if failure.is_content_refusal
+                else "It may be resubmitted."
+                if failure.may_be_resubmitted
+                else "Failed predictions cost nothing; mend the input, or buy it again on purpose."
+            )
+            raise kind(
+                f"The prediction failed: {failure.code + ': ' if failure.code else ''}{said} {advice}",
+                item_id=self.item_id,
+                prediction_id=self.id,
+                code=failure.code,
+                details=failure.message or None,
+            )
+        if self.status is PredictionStatus.SUCCEEDED and not self.output_urls:
+            raise OutputMissing(
+                f"The prediction ended as {self.status_word!r} and its output holds no picture's URL; "
+                "look at it in the vendor's dashboard.",
+                item_id=self.item_id,
+                prediction_id=self.id,
+            )
+        return self
+
+
+def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Prediction:
+    """The answer to GET /v1/prediction/{id}; a field of the wrong shape counts as not sent."""
+    word = answer.get("status")
+    status = parse_status(word)
+    output = answer.get("output")
+    metrics = answer.get("metrics")
+    metrics = metrics if isinstance(metrics, Mapping) else {}
+    failure = parse_failure(output, answer.get("logs"))
+    if status is PredictionStatus.FAILED and failure is None:
+        said = next((t for n in ("error", "error_message", "logs", "message") if (t := _text(answer.get(n)))), None)
+        failure = Failure(message=said or (_text(output) or ""))
+    echo = _unwrap_json(answer.get("input"))
+    return Prediction(
+        id=prediction_id,
+        status=status,
+        status_word=str(word)[:80] if word is not None else "",
+        model=_text(answer.get("model")),
+        version=_text(answer.get("version")),
+        input=dict(echo) if isinstance(echo, Mapping) else None,
+        output_urls=() if failure is not None and status.ended else collect_urls(output),
+        failure=failure if status.ended else None,
+        predict_time_seconds=_number(metrics.get("predict_time")),
+        cost_usd=_number(metrics.get("cost")),
+    )
+
+
+class Execution(BaseModel):
+    """One row of GET /v1/executions: every key of the organization, no input, one output at most."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    model: str | None = None
+    status: PredictionStatus
+    status_word: str = ""
+    cost_usd: float | None = None
+    run_time_seconds: float | None = None
+    created_at: datetime | None = None
+    output_urls: tuple[str, ...] = ()
+
+
+def _time(value: object) -> datetime | None:
+    if not isinstance(value, str):
+        return None
+    try:
+        parsed = datetime.fromisoformat(re.sub(r"(\.\d{1,6})\d*", r"\1", value.strip()).replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return parsed if parsed.tzinfo else None
+
+
+def parse_executions(answer: object) -> tuple[Execution, ...]:
+    """The rows of a page, newest first as sent; rows without a usable id are left out."""
+    rows = answer.get("executions") if isinstance(answer, Mapping) else answer
+    executions = []
+    for row in rows if isinstance(rows, list) else ():
+        if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
+            word = row.get("status")
+            executions.append(
+                Execution(
+                    id=found,
+                    model=_text(row.get("model")),
+                    status=parse_status(word),
+                    status_word=str(word)[:80] if word is not None else "",
+                    cost_usd=_number(row.get("execution_cost")),
+                    run_time_seconds=_number(row.get("run_time")),
+                    created_at=_time(row.get("created_at")),
+                    output_urls=collect_urls(row.get("output")) if parse_failure(row.get("output")) is None else (),
+                )
+            )
+    return tuple(executions)
+
+
+def without_signature(text: str) -> str:
+    """A URL without its presigning query, which changes each time; any other text as it is."""
+    if not is_http_url(text):
+        return text
+    base, _, query = text.partition("?")
+    return base if "signature=" in query.lower() else text
+
+
+def canonical_json(value: object) -> bytes:
+    """Sorted, compact, UTF-8: the one spelling that fingerprints are made of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def fingerprint_of(model: str, version: str | None, input: Mapping[str, Any]) -> str:
+    """The first 32 hex digits of the SHA-256 of the canonical JSON of `{model, version, input}`."""
+    body = {"model": model, "version": version, "input": dict(input)}
+    return hashlib.sha256(canonical_json(body)).hexdigest()[:32]
+
+
+def _leaves(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            yield str(name)
+            yield from _leaves(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _leaves(inner)
+
+
+class Item(BaseModel):
+    """One picture that is wanted. Make it with `Item.wanted`, which checks it.
+
+    Attributes:
+        item_id: The caller's, or the fingerprint.
+        model, version, input: What is sent to the API, unchanged.
+        fingerprint: Stands for model, version and input together.
+        labels: The caller's own words about it; kept in record and report, never sent.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    item_id: str
+    model: str
+    version: str | None
+    input: dict[str, Any]
+    fingerprint: str
+    labels: dict[str, str] = Field(default_factory=dict)
+
+    @classmethod
+    def wanted(
+        cls,
+        prompt: str | None = None,
+        *,
+        image_url: str | None = None,
+        model: str = DEFAULT_MODEL,
+        version: str | None = None,
+        item_id: str | None = None,
+        input: Mapping[str, Any] | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> Item:
+        """An item whose input has been checked; costs nothing.
+
+        Args:
+            prompt: What the picture shows; the field `prompt` of the input.
+            image_url: A reference picture, http(s); the field `image_url` of the input.
+            model: The model's slug; without a `version` the mission's model gets its own, others none.
+            version: The model's version; left out of the request when None.
+            item_id: 1 to 128 of `A-Z a-z 0-9 _ -`; the fingerprint when None.
+            input: Further fields of the input, as the model wants them.
+            labels: Words about the item that record and report keep.
+
+        Raises:
+            BadInput: A blank prompt, a prompt that is no text, an image URL that is not http(s), an item id of
+                another form, an input that is no JSON; says what, where and how to mend it.
+        """
+        fields: dict[str, Any] = dict(input or {})
+        if prompt is not None:
+            fields["prompt"] = prompt
+        if image_url is not None:
+            fields["image_url"] = image_url
+        check_model_name(model)
+        if version is None and model == DEFAULT_MODEL:
+            version = DEFAULT_VERSION
+        check_version(version)
+        if "prompt" in fields or model == DEFAULT_MODEL:
+            check_prompt(fields.get("prompt"))
+        if "image_url" in fields:
+            check_image_url(fields["image_url"])
+        try:
+            for text in _leaves(fields):
+                text.encode()
+            fingerprint = fingerprint_of(model, version, fields)
+        except UnicodeEncodeError:
+            raise BadInput("The input holds a lone surrogate (half a character): write it as valid Unicode.") from None
+        except (TypeError, ValueError, RecursionError) as error:
+            raise BadInput(f"The input is no JSON: {error}. Use text, numbers, lists and objects.") from None
+        return cls(
+            item_id=fingerprint if item_id is None else check_item_id(item_id),
+            model=model,
+            version=version,
+            input=json.loads(canonical_json(fields)),
+            fingerprint=fingerprint,
+            labels=dict(labels or {}),
+        )
+
+    def request_body(self) -> dict[str, Any]:
+        """The body of the POST; `version` only when set."""
+        body: dict[str, Any] = {"model": self.model, "input": self.input}
+        return body if self.version is None else {**body, "version": self.version}
+
+
+def check_prompt(prompt: object) -> str:
+    """The prompt itself. Raises BadInput when it is missing, no text, or blank."""
+    if prompt is None:
+        raise BadInput("prompt: missing. Write what the picture shows.")
+    if not isinstance(prompt, str):
+        raise BadInput(f"prompt: must be text, not {type(prompt).__name__}.")
+    if not any(unicodedata.category(character)[0] not in "ZC" for character in prompt):
+        raise BadInput("prompt: empty or blank. Write what the picture shows.")
+    return prompt
+
+
+def check_image_url(url: object) -> str:
+    """The URL itself. Raises BadInput when it is not an absolute http(s) URL."""
+    if not isinstance(url, str) or not is_http_url(url):
+        shown = f" {url[:80]!r}" if isinstance(url, str) and "@" not in url else ""
+        raise BadInput(f"image_url:{shown} is not an http(s) URL. Give the public https URL of a reference picture.")
+    return url
+
+
+def check_item_id(item_id: object) -> str:
+    """The item id itself. Raises BadInput when it is of another form."""
+    if not isinstance(item_id, str) or not ITEM_ID_PATTERN.fullmatch(item_id):
+        raise BadInput(f"item_id: {str(item_id)[:140]!r} must be 1 to 128 of A-Z a-z 0-9 _ - (it names files).")
+    return item_id
+
+
+def check_model_name(model: object) -> str:
+    """The model's slug itself. Raises BadInput when it is blank or no plain name."""
+    if not isinstance(model, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}", model):
+        raise BadInput("model: must be a model's slug, such as 'gemini'.")
+    return model
+
+
+def check_version(version: object) -> None:
+    """Raises BadInput when a version is given that is no text."""
+    if version is not None and (not isinstance(version, str) or not version.strip()):
+        raise BadInput("version: must be text such as '2.0-flash-exp-image-generation', or left out.")
+
+
+class Destination(BaseModel):
+    """`s3://bucket/prefix`: where pictures, records and reports go.
+
+    >>> Destination.parse("s3://acme/daily").image_key("a1")
+    'daily/images/a1.png'
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    bucket: str
+    prefix: str = ""
+
+    @classmethod
+    def parse(cls, text: object) -> Destination:
+        """Reads `s3://bucket` or `s3://bucket/prefix`.
+
+        Raises:
+            BadInput: It is something else.
+        """
+        if isinstance(text, Destination):
+            return text
+        scheme, _, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
+        bucket, _, prefix = rest.partition("/")
+        prefix = prefix.strip("/")
+        fine = scheme == "s3" and BUCKET_PATTERN.fullmatch(bucket)
+        if not fine or len(prefix.encode(errors="replace")) > 700 or any(ord(c) < 32 or c in "?#" for c in prefix):
+            raise BadInput(f"destination: {str(text)[:120]!r} must be s3://BUCKET or s3://BUCKET/PREFIX.")
+        return cls(bucket=bucket, prefix=prefix)
+
+    def key(self, name: str) -> str:
+        return f"{self.prefix}/{name}" if self.prefix else name
+
+    def uri(self, key: str) -> str:
+        return f"s3://{self.bucket}/{key}"
+
+    def image_key(self, item_id: str, number: int = 1, suffix: str = "png") -> str:
+        return self.key(f"images/{item_id}{'' if number == 1 else f'.{number}'}.{suffix}")
+
+    def record_key(self, item_id: str) -> str:
+        return self.key(f"records/{item_id}.json")
+
+    def __str__(self) -> str:
+        return self.uri(self.prefix) if self.prefix else f"s3://{self.bucket}"
+
+
+class Png(BaseModel):
+    """Bytes that were verified to be one whole PNG."""
+
+    model_config = ConfigDict(frozen=True)
+
+    data: bytes = Field(repr=False)
+    sha256: str
+    width_px: int
+    height_px: int
+
+
+class StoredImage(BaseModel):
+    """A picture that is safe in the bucket.
+
+    Attributes:
+        item_id: The item, or the prediction's id where no item was named.
+        uri: `s3://bucket/key` of the picture; `more_uris` of further outputs of the same prediction.
+        sha256: Hex digest of the stored bytes, which are the downloaded bytes unchanged.
+        cost_usd: What the API says it cost; 0 until settled, None when not told.
+        predict_time_seconds: The model's own time, when told.
+        reused: True when it was there already: nothing was bought by this call.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    item_id: str
+    prediction_id: str
+    uri: str
+    sha256: str
+    size_bytes: int
+    width_px: int
+    height_px: int
+    cost_usd: float | None = None
+    predict_time_seconds: float | None = None
+    model: str | None = None
+    prompt: str | None = None
+    more_uris: tuple[str, ...] = ()
+    reused: bool = False

@@ -1,0 +1,164 @@
+"""The account and its limits, from the environment or a block, each number within its bounds."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+
+from prefect_eachlabs.errors import SetupError
+
+AuthScheme = Literal["x-api-key", "bearer"]
+
+ACCOUNT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address is this machine itself."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_base_url(url: str) -> str:
+    """The base URL without its trailing slash: https, or http on loopback (emulators), nothing else.
+
+    Raises:
+        ValueError: Another scheme, a plain http host that is not loopback, or user info or a query in it.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        host, _ = parts.hostname, parts.port
+    except ValueError as error:
+        raise ValueError(f"the base URL is no URL: {error}") from None
+    if parts.scheme not in ("https", "http") or not host:
+        raise ValueError("the base URL must be https://HOST (or http:// on loopback)")
+    if parts.scheme == "http" and not is_loopback(host):
+        raise ValueError("the base URL must be https: the key would travel in clear (http is for loopback only)")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError("the base URL must hold no user info, query or fragment")
+    return url.strip().rstrip("/")
+
+
+class AccountSettings(BaseModel):
+    """An account at Eachlabs: the key, where it is good, its two limits, and the times of the purchase protocol.
+
+    Attributes:
+        api_key: The key; sent to the host of `base_url` alone.
+        base_url: https, or http on loopback.
+        auth_scheme: `x-api-key` (header `X-API-Key`) or `bearer` (header `Authorization`).
+        requests_per_minute: At most so many requests in any 60 s; None: no limit. The model's page says 60.
+        max_in_flight: At most so many predictions between POST and end; None: no limit. The model's page says 10.
+        account: Names the account's shared limits on a Prefect server.
+        claim_seconds: A claim older than this, by the bucket's clock, is dead and may be taken over.
+        settling_seconds: An abandoned POST creates nothing later than this, and what it created is listed by then.
+        deadline_seconds: From the POST until an unfinished prediction counts as timed out.
+        conditional_writes: `require`; or `ignore`, for a store without them and one worker at a time, at your own risk.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    api_key: SecretStr
+    base_url: str = "https://api.eachlabs.ai"
+    auth_scheme: AuthScheme = "x-api-key"
+    requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = 60
+    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] | None = 10
+    account: str = "default"
+    claim_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
+    settling_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
+    conditional_writes: Literal["require", "ignore"] = "require"
+
+    @field_validator("api_key")
+    @classmethod
+    def _a_key_that_fits_a_header(cls, key: SecretStr) -> SecretStr:
+        text = key.get_secret_value().strip()
+        if not text or not text.isascii() or not text.isprintable():
+            raise ValueError("the key must be printable ASCII and not empty")
+        return SecretStr(text)
+
+    @field_validator("base_url")
+    @classmethod
+    def _a_safe_base_url(cls, url: str) -> str:
+        return check_base_url(url)
+
+    @field_validator("account")
+    @classmethod
+    def _a_plain_name(cls, name: str) -> str:
+        if not ACCOUNT_PATTERN.fullmatch(name):
+            raise ValueError("an account name is 1 to 64 of A-Z a-z 0-9 _ -")
+        return name
+
+    @property
+    def post_begins_within_seconds(self) -> float:
+        """How long after its claim was sent a POST may begin (10 s at the default claim of 60 s)."""
+        return min(10.0, self.claim_seconds / 6)
+
+    @property
+    def post_given_up_after_seconds(self) -> float:
+        """How long a POST may take (30 s at the default claim of 60 s)."""
+        return min(30.0, self.claim_seconds / 2)
+
+    @property
+    def freeze_margin_seconds(self) -> float:
+        """How long a process may freeze between a check and what it sends (20 s at the default claim of 60 s)."""
+        return min(20.0, self.claim_seconds / 3)
+
+
+ENVIRONMENT: dict[str, str] = {
+    "api_key": "EACHLABS_API_KEY",
+    "base_url": "EACHLABS_BASE_URL",
+    "auth_scheme": "EACHLABS_AUTH_SCHEME",
+    "requests_per_minute": "EACHLABS_REQUESTS_PER_MINUTE",
+    "max_in_flight": "EACHLABS_MAX_IN_FLIGHT",
+    "account": "EACHLABS_ACCOUNT",
+    "claim_seconds": "EACHLABS_CLAIM_SECONDS",
+    "settling_seconds": "EACHLABS_SETTLING_SECONDS",
+    "deadline_seconds": "EACHLABS_DEADLINE_SECONDS",
+    "conditional_writes": "EACHLABS_CONDITIONAL_WRITES",
+}
+"""Field of `AccountSettings` → environment variable."""
+
+
+def settings_from_environment(environ: Mapping[str, str] | None = None, **given: Any) -> AccountSettings:
+    """The account as the environment describes it; `given` (the fields of a block, say) wins over it.
+
+    Costs nothing and sends nothing.
+
+    Raises:
+        SetupError: No key anywhere, or a value out of its bounds; says which variable and what it may be.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    for field, variable in ENVIRONMENT.items():
+        text = environ.get(variable, "").strip()
+        if not text:
+            continue
+        if field in ("requests_per_minute", "max_in_flight") and text.lower() == "none":
+            values[field] = None
+        elif field in ("auth_scheme", "conditional_writes"):
+            values[field] = text.lower()
+        else:
+            values[field] = text
+    values.update(given)
+    if not values.get("api_key"):
+        raise SetupError(
+            "No API key. Set EACHLABS_API_KEY (your key from eachlabs.ai), or save an EachlabsCredentials block "
+            "and pass its name as credentials_block. Nothing was bought."
+        )
+    try:
+        return AccountSettings(**values)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{ENVIRONMENT.get(str(fault['loc'][0]), fault['loc'][0]) if fault['loc'] else 'settings'}: {fault['msg']}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
+        raise SetupError(f"A setting is out of bounds: {faults}. Nothing was bought.") from None

@@ -1,0 +1,475 @@
+"""The tasks: create, await, cancel, store, and the composite; each with a door for sync and one for async flows.
+
+Retries are Prefect's, by one rule: the error's class says whether to repeat. No task sets `timeout_seconds`, which
+cannot end what runs in the gateway; deadlines count from the POST. No task calls a task.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Literal
+from uuid import uuid4
+
+from prefect import task
+from prefect.cache_policies import CachePolicy
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
+
+from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination, gateway_of, where
+from prefect_eachlabs.decisions import PurchaseOptions
+from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.gateway import Gateway
+from prefect_eachlabs.models import DEFAULT_MODEL, Item, Prediction, StoredImage, parse_prediction_id
+
+logger = logging.getLogger(__name__)
+
+Credentials = EachlabsCredentials | str | None
+Target = S3Destination | str
+OnAmbiguous = Literal["settle", "fail"]
+
+RETRY_DELAYS_SECONDS = [2, 10, 30]
+
+
+def may_be_repeated(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
+    """Whether Prefect may run a task again: a fact of the error's class.
+
+    A plain function: Prefect drops a callable object, a method or a partial as `retry_condition_fn` without a word.
+    """
+    error = state.data
+    return isinstance(error, EachlabsError) and error.retryable
+
+
+class OnceInAFlowRun(CachePolicy):
+    """The key under which a bare purchase is kept: `eachlabs/{flow_run_id}/{fingerprint}/{n}`.
+
+    `n` counts equal inputs of one attempt of the flow, so that a retried flow or task finds what it bought, and two
+    equal prompts stay two. Prefect's own keys make one prediction of them.
+    """
+
+    def compute_key(
+        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
+    ) -> str | None:
+        if inputs.get("destination") is not None:
+            return None  # the record in the bucket does it, and better
+        names = ("prompt", "image_url", "model", "version", "item_id", "input")
+        try:
+            item = Item.wanted(**{name: inputs[name] for name in names if name in inputs})
+        except BadInput:
+            return None
+        flow_context = FlowRunContext.get()
+        flow_run = flow_context.flow_run if flow_context is not None else None
+        if flow_run is None:
+            return f"eachlabs/{task_ctx.task_run.id}/{item.fingerprint}/1"
+        attempt = f"{flow_run.id}/{flow_run.run_count}"
+        number = _numbers.number(attempt, item.fingerprint, str(task_ctx.task_run.id))
+        return f"eachlabs/{flow_run.id}/{item.fingerprint}/{number}"
+
+
+class _Numbers:
+    """Numbers equal inputs of one attempt of a flow run, in the order in which their task runs begin."""
+
+    MOST_ATTEMPTS = 1_000
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._seen: OrderedDict[str, dict[str, list[str]]] = OrderedDict()
+
+    def number(self, attempt: str, fingerprint: str, task_run_id: str) -> int:
+        with self._lock:
+            of_attempt = self._seen.setdefault(attempt, {})
+            self._seen.move_to_end(attempt)
+            if len(self._seen) > self.MOST_ATTEMPTS:
+                self._seen.popitem(last=False)
+            runs = of_attempt.setdefault(fingerprint, [])
+            if task_run_id not in runs:
+                runs.append(task_run_id)
+            return runs.index(task_run_id) + 1
+
+
+_numbers = _Numbers()
+
+
+def _shortened(text: str, most: int = 48) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _named(verb: str) -> Callable[..., str]:
+    """Names a task run for its item, so that a person finds it in the UI."""
+
+    def run_name(parameters: dict[str, Any]) -> str:
+        prediction = parameters.get("prediction") or parameters.get("finished")
+        if isinstance(prediction, Prediction):
+            return f"{verb} {_shortened(prediction.item_id or prediction.id)}"
+        about = parameters.get("item_id") or prediction or parameters.get("prompt")
+        return f"{verb} {_shortened(str(about))}"
+
+    return run_name
+
+
+def _run_id() -> str:
+    """Who owns claims: the flow run, so that whoever cancels it knows which predictions are its own."""
+    flow_context = FlowRunContext.get()
+    task_context = TaskRunContext.get()
+    if task_context is not None and task_context.task_run.flow_run_id is not None:
+        return str(task_context.task_run.flow_run_id)
+    if flow_context is not None and flow_context.flow_run is not None:
+        return str(flow_context.flow_run.id)
+    return str(task_context.task_run.id) if task_context is not None else uuid4().hex
+
+
+def _api_task(verb: str, **more: Any) -> dict[str, Any]:
+    return {
+        "tags": {"eachlabs", f"eachlabs-{verb}"},
+        "task_run_name": _named(verb),
+        "retries": len(RETRY_DELAYS_SECONDS),
+        "retry_delay_seconds": RETRY_DELAYS_SECONDS,
+        "retry_jitter_factor": 0.5,
+        "retry_condition_fn": may_be_repeated,
+        **more,
+    }
+
+
+_CREATE = _api_task("create", persist_result=True, cache_policy=OnceInAFlowRun())
+_AWAIT = _api_task("await")
+_CANCEL = _api_task("cancel")
+_STORE = _api_task("store")
+_GENERATE = _api_task("generate")
+
+
+def _create(
+    prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
+) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
+    item = Item.wanted(prompt, **wanted)
+    place, access = where(destination) if destination is not None else (None, None)
+    gateway = gateway_of(credentials)
+    return gateway, gateway.engine.create(item, place, options=options, access=access)
+
+
+@task(name="create-prediction", **_CREATE)
+def create_prediction(
+    prompt: str | None = None,
+    *,
+    image_url: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = None,
+    item_id: str | None = None,
+    input: Mapping[str, Any] | None = None,
+    destination: Target | None = None,
+    credentials: Credentials = None,
+    replace: bool = False,
+    rebuy_missing: bool = False,
+    retry_failed: bool = False,
+    on_ambiguous: OnAmbiguous = "settle",
+) -> Prediction:
+    """Buys one prediction. **Each call costs money**, unless it finds what was bought before.
+
+    With a `destination` the purchase goes under a record in the bucket: repeated at will, it is bought once.
+    Without one, its result is kept under a key of the flow run, so that task retries, flow retries and
+    `prefect flow-run retry` do not buy again, as long as the result storage lasts (it is this machine's disk unless
+    you configure another). A crash between the POST and the keeping of its result loses the prediction; a lost answer
+    fails, since without a record nobody can find out what it bought.
+
+    Args:
+        prompt: What the picture shows.
+        image_url: A reference picture: its public http(s) URL.
+        model: The model's slug (the page of the first model: `gemini`).
+        version: The model's version; the first model's own when left out.
+        item_id: Names the item, 1 to 128 of `A-Z a-z 0-9 _ -`; the input's fingerprint when left out.
+        input: Further fields of the model's input.
+        destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes.
+        credentials: An `EachlabsCredentials` block or its name; the environment's account when left out.
+        replace: Buy although the item id stands for another input.
+        rebuy_missing: Buy again when the stored picture is gone from the bucket.
+        retry_failed: Buy again what failed for good.
+        on_ambiguous: After a lost answer `settle` (find out what it bought) or `fail` (report it).
+
+    Returns:
+        The prediction, not finished yet; with a record that says `stored`, finished.
+
+    Raises:
+        BadInput, SetupError: Refused before anything was bought.
+        NotSent, Throttled, InsufficientBalance, Rejected: The API did not take it; nothing was bought.
+        OutcomeUnknown: It may have been bought; it is never repeated blindly.
+
+    Example:
+        ```python
+        prediction = create_prediction("a red fox in the snow", destination="s3://acme/daily")
+        ```
+    """
+    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous)
+    gateway, work = _create(
+        prompt,
+        credentials,
+        destination,
+        options,
+        image_url=image_url,
+        model=model,
+        version=version,
+        item_id=item_id,
+        input=input,
+    )
+    return _told("created", gateway.call(work))
+
+
+@task(name="create-prediction", **_CREATE)
+async def acreate_prediction(
+    prompt: str | None = None,
+    *,
+    image_url: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = None,
+    item_id: str | None = None,
+    input: Mapping[str, Any] | None = None,
+    destination: Target | None = None,
+    credentials: Credentials = None,
+    replace: bool = False,
+    rebuy_missing: bool = False,
+    retry_failed: bool = False,
+    on_ambiguous: OnAmbiguous = "settle",
+) -> Prediction:
+    """`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
+    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous)
+    gateway, work = _create(
+        prompt,
+        credentials,
+        destination,
+        options,
+        image_url=image_url,
+        model=model,
+        version=version,
+        item_id=item_id,
+        input=input,
+    )
+    return _told("created", await gateway.acall(work))
+
+
+def _told(what: str, prediction: Prediction) -> Prediction:
+    """The one line that a person finds in the run's log."""
+    cost = f", {prediction.cost_usd:.4f} USD" if prediction.cost_usd else ""
+    item = f" for item {prediction.item_id}" if prediction.item_id else ""
+    _log(f"Prediction {prediction.id}{item} {what}{cost}.")
+    return prediction
+
+
+def _log(message: str) -> None:
+    try:
+        get_run_logger().info(message)
+    except MissingContextError:
+        logger.info(message)
+
+
+def _await(
+    prediction: Prediction | str, credentials: Credentials, deadline_seconds: float | None
+) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
+    if isinstance(prediction, str) and parse_prediction_id(prediction) is None:
+        raise BadInput("prediction: must be a Prediction or its id, as create_prediction returned it.")
+    if deadline_seconds is not None and not deadline_seconds > 0:
+        raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
+    gateway = gateway_of(credentials)
+    return gateway, gateway.engine.wait(prediction, deadline_seconds=deadline_seconds)
+
+
+@task(name="await-prediction", **_AWAIT)
+def await_prediction(
+    prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
+) -> Prediction:
+    """Waits for a prediction's end. Free; asks as seldom as the account's limits make necessary.
+
+    Args:
+        prediction: What `create_prediction` returned, or a prediction's id.
+        deadline_seconds: From the POST (from now, for a bare id); the account's (300) when left out.
+        credentials: As for `create_prediction`.
+
+    Returns:
+        The prediction with its pictures' URLs, which last 24 hours: store them at once.
+
+    Raises:
+        PredictionFailed: The model failed; the API's code and message are kept. Nothing was billed.
+        PredictionCancelled: It was cancelled.
+        PredictionTimedOut: Not ended by its deadline. It is paid for if it still ends: run again, it is stored then.
+    """
+    gateway, work = _await(prediction, credentials, deadline_seconds)
+    return _told("finished", gateway.call(work))
+
+
+@task(name="await-prediction", **_AWAIT)
+async def aawait_prediction(
+    prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
+) -> Prediction:
+    """`await_prediction` for async flows: awaited. Free."""
+    gateway, work = _await(prediction, credentials, deadline_seconds)
+    return _told("finished", await gateway.acall(work))
+
+
+def _id_of(prediction: Prediction | str) -> str:
+    found = prediction.id if isinstance(prediction, Prediction) else parse_prediction_id(prediction)
+    if found is None:
+        raise BadInput("prediction: must be a Prediction or its id, as create_prediction returned it.")
+    return found
+
+
+@task(name="cancel-prediction", **_CANCEL)
+def cancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Prediction:
+    """Asks the API to cancel, and looks again: best effort, it may still succeed. Free; a cancelled one costs nothing.
+
+    Args:
+        prediction: What `create_prediction` returned, or a prediction's id.
+        credentials: As for `create_prediction`.
+
+    Returns:
+        The prediction as it stands then: `cancelled`, or `succeeded` when it was too late.
+
+    Raises:
+        Rejected: The API does not know it.
+        Unanswered: The API gave no readable answer.
+    """
+    gateway = gateway_of(credentials)
+    return _told("asked to cancel", gateway.call(gateway.engine.cancel(_id_of(prediction))))
+
+
+@task(name="cancel-prediction", **_CANCEL)
+async def acancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Prediction:
+    """`cancel_prediction` for async flows: awaited. Free."""
+    gateway = gateway_of(credentials)
+    return _told("asked to cancel", await gateway.acall(gateway.engine.cancel(_id_of(prediction))))
+
+
+def _store(
+    finished: Prediction, destination: Target, credentials: Credentials
+) -> tuple[Gateway, Coroutine[Any, Any, StoredImage]]:
+    place, access = where(destination)
+    gateway = gateway_of(credentials)
+    return gateway, gateway.engine.store(finished, place, access=access)
+
+
+@task(name="store-image", **_STORE)
+def store_image(finished: Prediction, destination: Target, *, credentials: Credentials = None) -> StoredImage:
+    """Downloads a finished prediction's picture, verifies it and uploads it, its bytes unchanged. Free.
+
+    Args:
+        finished: What `await_prediction` returned.
+        destination: `s3://bucket/prefix` or an `S3Destination` block; the key is `PREFIX/images/ITEM_ID.png`.
+        credentials: As for `create_prediction`.
+
+    Returns:
+        Where it is, its SHA-256 and its size.
+
+    Raises:
+        NotAPng, DownloadFailed, StoreFailed: It is paid for and not yet safe: run again, the error keeps id and URL.
+        BadInput: The prediction has not ended, or the destination is none.
+    """
+    gateway, work = _store(finished, destination, credentials)
+    return _stored(gateway.call(work))
+
+
+@task(name="store-image", **_STORE)
+async def astore_image(finished: Prediction, destination: Target, *, credentials: Credentials = None) -> StoredImage:
+    """`store_image` for async flows: awaited. Free."""
+    gateway, work = _store(finished, destination, credentials)
+    return _stored(await gateway.acall(work))
+
+
+def _stored(image: StoredImage) -> StoredImage:
+    verb = "was there already" if image.reused else "is stored"
+    _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+    return image
+
+
+def _generate(
+    prompt: str | None, credentials: Credentials, destination: Target, options: PurchaseOptions, **wanted: Any
+) -> tuple[Gateway, Coroutine[Any, Any, StoredImage]]:
+    item = Item.wanted(prompt, **wanted)
+    place, access = where(destination)
+    gateway = gateway_of(credentials)
+    return gateway, gateway.engine.generate_and_store(item, place, options=options, access=access)
+
+
+@task(name="generate-and-store", **_GENERATE)
+def generate_and_store(
+    prompt: str | None = None,
+    *,
+    destination: Target,
+    image_url: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = None,
+    item_id: str | None = None,
+    input: Mapping[str, Any] | None = None,
+    credentials: Credentials = None,
+    deadline_seconds: float | None = None,
+    replace: bool = False,
+    rebuy_missing: bool = False,
+    retry_failed: bool = False,
+    on_ambiguous: OnAmbiguous = "settle",
+) -> StoredImage:
+    """From a prompt to its picture in the bucket, bought once: kill it and repeat it at will. **Costs money** once.
+
+    Args:
+        prompt: What the picture shows.
+        destination: `s3://bucket/prefix` or an `S3Destination` block: picture and record go there.
+        image_url, model, version, item_id, input, credentials: As for `create_prediction`.
+        deadline_seconds: From the POST; the account's (300) when left out.
+        replace, rebuy_missing, retry_failed, on_ambiguous: As for `create_prediction`.
+
+    Returns:
+        Where the picture is; `reused` when nothing had to be bought.
+
+    Raises:
+        EachlabsError: As `create_prediction`, `await_prediction` and `store_image` raise them.
+
+    Example:
+        ```python
+        generate_and_store("a red fox in the snow", destination="s3://acme/daily", item_id="2026-11-22")
+        ```
+    """
+    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds)
+    gateway, work = _generate(
+        prompt,
+        credentials,
+        destination,
+        options,
+        image_url=image_url,
+        model=model,
+        version=version,
+        item_id=item_id,
+        input=input,
+    )
+    return _stored(gateway.call(work))
+
+
+@task(name="generate-and-store", **_GENERATE)
+async def agenerate_and_store(
+    prompt: str | None = None,
+    *,
+    destination: Target,
+    image_url: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = None,
+    item_id: str | None = None,
+    input: Mapping[str, Any] | None = None,
+    credentials: Credentials = None,
+    deadline_seconds: float | None = None,
+    replace: bool = False,
+    rebuy_missing: bool = False,
+    retry_failed: bool = False,
+    on_ambiguous: OnAmbiguous = "settle",
+) -> StoredImage:
+    """`generate_and_store` for async flows: awaited. **Costs money** once."""
+    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds)
+    gateway, work = _generate(
+        prompt,
+        credentials,
+        destination,
+        options,
+        image_url=image_url,
+        model=model,
+        version=version,
+        item_id=item_id,
+        input=input,
+    )
+    return _stored(await gateway.acall(work))

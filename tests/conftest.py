@@ -1,0 +1,166 @@
+"""What every test stands on: an empty Prefect home, no credentials of the outer world, no network but loopback."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
+
+# ------------------------------------------------------------------ environment
+# Set before anything imports prefect or boto3: both read it once.
+
+_SCRATCH = Path(tempfile.mkdtemp(prefix="prefect-eachlabs-tests-"))
+_OUTER = ("AWS_", "BOTO_", "EACHLABS_", "PREFECT_")
+_PROXIES = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY")
+
+for _name in list(os.environ):
+    if _name.startswith(_OUTER) or _name.upper() in _PROXIES:
+        del os.environ[_name]
+
+os.environ.update(
+    {
+        "PREFECT_HOME": str(_SCRATCH / "prefect"),
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(_SCRATCH / "prefect" / "memo_store.toml"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_LOGGING_LEVEL": "WARNING",
+        "PREFECT_LOGGING_COLORS": "false",
+        "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+        "PREFECT_CLI_COLORS": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+        # The embedded server runs its migrations first: up to 20 s on a busy machine, and the default waits 20 s.
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+)
+(_SCRATCH / "prefect").mkdir()
+
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if IN_CI else "here")
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------- network
+
+
+class NetworkUsed(Exception):
+    """A test reached for a host that is not this machine."""
+
+
+_reached: list[str] = []
+
+
+def _is_here(host: str | bytes | None) -> bool:
+    name = host.decode() if isinstance(host, bytes) else host
+    if not name or name.lower() in ("localhost", socket.gethostname().lower()):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+def _refuse(host: str | bytes | None) -> None:
+    where = host.decode() if isinstance(host, bytes) else str(host)
+    _reached.append(where)
+    raise NetworkUsed(f"this test reached for {where}: use 127.0.0.1, or a name under .invalid for a host that is not")
+
+
+def _guarded(connect: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(self: socket.socket, address: Any) -> Any:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and not _is_here(address[0]):
+            _refuse(address[0])
+        return connect(self, address)
+
+    return guard
+
+
+def _guarded_lookup(lookup: Callable[..., Any]) -> Callable[..., Any]:
+    def guard(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else str(host or "")
+        if name.rstrip(".").endswith(".invalid"):  # RFC 6761: never resolves, so nobody needs to be asked
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        try:
+            ipaddress.ip_address(name.partition("%")[0])
+        except ValueError:
+            if not _is_here(name):
+                _refuse(name)
+        return lookup(host, *args, **kwargs)
+
+    return guard
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _loopback_alone() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", _guarded(socket.socket.connect))
+        patch.setattr(socket.socket, "connect_ex", _guarded(socket.socket.connect_ex))
+        patch.setattr(socket, "getaddrinfo", _guarded_lookup(socket.getaddrinfo))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _no_network(_loopback_alone: None) -> Iterator[None]:
+    """Fails a test whose code swallowed the refusal, too."""
+    _reached.clear()
+    yield
+    assert not _reached, f"reached for {sorted(set(_reached))}: tests talk to this machine alone"
+
+
+# ------------------------------------------------------ what a machine may lack
+
+
+def _missing(what: str) -> None:
+    """Skips on a person's machine; fails in CI, where a test that silently never runs would go unnoticed."""
+    if IN_CI:
+        pytest.fail(f"{what} (in CI this must be there)", pytrace=False)
+    pytest.skip(what)
+
+
+@pytest.fixture(scope="session")
+def require_tool() -> Callable[[str], Path]:
+    """`require_tool("chromium")`: the path of a program; the test is skipped where it is not installed."""
+
+    def require(name: str) -> Path:
+        debian_postgresql = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, debian_postgresql)])
+        found = shutil.which(name, path=path)
+        if found is None:
+            _missing(f"{name} is not installed")
+        return Path(str(found))
+
+    return require
+
+
+@pytest.fixture(scope="session")
+def require_shared() -> Callable[[str], Path]:
+    """`require_shared("PartiPrompts.tsv")`: a file of the data folder beside the repository."""
+
+    def require(name: str) -> Path:
+        path = ROOT.parent / "shared" / "data" / name
+        if not path.is_file():
+            _missing(f"{path} is not there")
+        return path
+
+    return require

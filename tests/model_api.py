@@ -1,0 +1,198 @@
+"""A model of the API in virtual time: keeps its limits exactly, has latencies, counts everything."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any
+
+from prefect_eachlabs.errors import EachlabsError, Rejected, Throttled
+from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
+from prefect_eachlabs.pacing import Places
+from prefect_eachlabs.watching import Watcher
+
+
+def about_five_seconds(rng: random.Random) -> float:
+    return min(max(rng.gauss(5.0, 0.5), 4.0), 7.0)
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+@dataclass
+class Job:
+    """A prediction as the API knows it."""
+
+    id: str
+    model: str
+    input: dict[str, Any]
+    began_at: float
+    seconds: float
+    urls: tuple[str, ...]
+    end: PredictionStatus = PredictionStatus.SUCCEEDED
+
+    def status(self, at: float) -> PredictionStatus:
+        return self.end if at >= self.began_at + self.seconds else PredictionStatus.PENDING
+
+
+@dataclass
+class ModelApi:
+    """What `Asker` wants, and `create`; `faults` are raised, one for each request to the endpoint named."""
+
+    requests_per_minute: int | None = None
+    max_in_flight: int | None = None
+    has_executions: bool = True
+    list_lag_seconds: float = 0.0
+    holds: bool = False
+    tells_time: bool = True
+    shows: Callable[[Job], bool] = lambda job: True
+    duration: Callable[[random.Random], float] = about_five_seconds
+    one_way_seconds: tuple[float, float] = (0.01, 0.04)
+    urls: int = 1
+    seed: int = 1
+    jobs: dict[str, Job] = field(default_factory=dict)
+    foreign_rows: int = 0
+    faults: dict[str, deque[Exception]] = field(default_factory=dict)
+    asked: list[tuple[float, str, str]] = field(default_factory=list)
+    throttled: int = 0
+    most_in_flight: int = 0
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(self.seed)
+        self._recent: deque[float] = deque()
+        self._running: list[Job] = []
+
+    # ---- the endpoints
+
+    async def create(self, model: str = "gemini", input: dict[str, Any] | None = None) -> Prediction:
+        await self._arrive("create", "")
+        self._running = [job for job in self._running if job.status(now()) is PredictionStatus.PENDING]
+        if self.max_in_flight is not None and len(self._running) >= self.max_in_flight:
+            self.throttled += 1
+            raise Throttled("in flight", status_code=429)
+        id = f"p{len(self.jobs) + 1}"
+        urls = tuple(f"https://pictures.test/{id}.{number}.png" for number in range(self.urls))
+        job = Job(id, model, input or {"prompt": "a fox"}, now(), self.duration(self.rng), urls)
+        self.jobs[id] = job
+        self._running.append(job)
+        self.most_in_flight = max(self.most_in_flight, len(self._running))
+        await self._travel()
+        return Prediction(id=id, model=model, input=job.input, created_at=datetime.now(timezone.utc), item_id=f"i-{id}")
+
+    async def get(self, prediction_id: str) -> Prediction:
+        await self._arrive("get", prediction_id)
+        job = self.jobs.get(prediction_id)
+        if job is None:
+            raise Rejected("unknown", status_code=404)
+        if self.holds:
+            await asyncio.sleep(max(0.0, job.began_at + job.seconds - now()))
+        status = job.status(now())
+        await self._travel()
+        ended = status.ended
+        return Prediction(
+            id=job.id,
+            status=status,
+            status_word=status.value,
+            model=job.model,
+            output_urls=job.urls if status is PredictionStatus.SUCCEEDED else (),
+            predict_time_seconds=job.seconds if ended and self.tells_time else None,
+            cost_usd=0.04 if ended else None,
+        )
+
+    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
+        await self._arrive("executions", str(offset))
+        if not self.has_executions:
+            raise Rejected("no such endpoint", status_code=404)
+        jobs = [job for job in list(self.jobs.values())[::-1] if self.shows(job)]
+        foreign = [Job(f"f{number}", "flux", {}, 0, 0, ()) for number in range(self.foreign_rows)]
+        rows = [self._row(job) for job in (foreign + jobs)[offset : offset + limit]]
+        await self._travel()
+        return tuple(rows)
+
+    def _row(self, job: Job) -> Execution:
+        status = job.status(now() - self.list_lag_seconds)
+        ended = status.ended
+        return Execution(
+            id=job.id,
+            model=job.model,
+            status=status,
+            status_word=status.value,
+            cost_usd=0.04 if ended else None,
+            run_time_seconds=job.seconds if ended and self.tells_time else None,
+            output_urls=job.urls[:1] if status is PredictionStatus.SUCCEEDED else (),
+        )
+
+    # ---- its network and its limits
+
+    async def _travel(self) -> None:
+        await asyncio.sleep(self.rng.uniform(*self.one_way_seconds))
+
+    async def _arrive(self, endpoint: str, about: str) -> None:
+        await self._travel()
+        at = now()
+        self.asked.append((at, endpoint, about))
+        while self._recent and self._recent[0] < at - 60:
+            self._recent.popleft()
+        self._recent.append(at)
+        if self.requests_per_minute is not None and len(self._recent) > self.requests_per_minute:
+            self.throttled += 1
+            raise Throttled("requests", status_code=429)
+        if self.faults.get(endpoint):
+            fault = self.faults[endpoint].popleft()
+            await self._travel()
+            raise fault
+
+    def count(self, endpoint: str) -> int:
+        return sum(1 for _, name, _ in self.asked if name == endpoint)
+
+    def worst_minute(self) -> int:
+        times = [at for at, _, _ in self.asked]
+        worst = first = 0
+        for last, at in enumerate(times):
+            while times[first] < at - 60:
+                first += 1
+            worst = max(worst, last - first + 1)
+        return worst
+
+
+@dataclass
+class Shop:
+    """Callers as a gateway has them: each takes its places, posts, and has its prediction watched."""
+
+    api: ModelApi
+    places: Places
+    ends: list[tuple[float, float]] = field(default_factory=list)
+    """For each end: when it happened, and when we knew."""
+
+    def __post_init__(self) -> None:
+        self.watcher = Watcher(self.api, self.places)
+
+    async def buy(self, model: str = "gemini", input: dict[str, Any] | None = None) -> Prediction:
+        in_flight = await self.places.take_in_flight()
+        request = await self.places.take_request()
+        try:
+            prediction = await self.api.create(model, input)
+        except EachlabsError:
+            in_flight.unused()
+            raise
+        finally:
+            request.done()
+        end = await asyncio.shield(self.watcher.watch(prediction, place=in_flight))
+        job = self.api.jobs[end.id]
+        self.ends.append((job.began_at + job.seconds, now()))
+        return end
+
+    async def buy_for_ever(self, **order: Any) -> None:
+        while True:
+            await self.buy(**order)
+
+    def per_minute(self, start_at: float, end_at: float) -> float:
+        return 60 * sum(1 for _, known_at in self.ends if start_at <= known_at < end_at) / (end_at - start_at)
+
+    def delays(self, start_at: float = 0.0) -> list[float]:
+        return sorted(known_at - ended_at for ended_at, known_at in self.ends if ended_at >= start_at)
