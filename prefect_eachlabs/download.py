@@ -117,7 +117,7 @@ class Downloader:
                     target = target.join(response.headers["Location"])
                     continue
                 self._check_answer(response, what, failed)
-                async for piece in response.aiter_raw():
+                async for piece in response.aiter_bytes():
                     reader.feed(piece)
                 announced = _announced_bytes(response)
                 if announced not in (None, reader.size_bytes):

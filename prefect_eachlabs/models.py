@@ -205,6 +205,7 @@ class Prediction(BaseModel):
         created_at: When our POST was answered, by this machine's clock; deadlines count from here.
         item_id: The item it was bought for, when it was bought for one.
         destination: Where the item's record is, when it was bought under one.
+        picture_is_gone: It had a picture, which the vendor no longer keeps.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -222,6 +223,7 @@ class Prediction(BaseModel):
     created_at: datetime | None = None
     item_id: str | None = None
     destination: str | None = None
+    picture_is_gone: bool = False
 
     def raise_for_end(self) -> Prediction:
         """Itself when it succeeded with a picture (or has not ended).

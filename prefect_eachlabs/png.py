@@ -57,8 +57,7 @@ class _ImageData:
     def __init__(self, header: _Header) -> None:
         self._passes = [(scanline_bytes, rows * scanline_bytes) for scanline_bytes, rows in header.passes()]
         self._expected_bytes = sum(pass_bytes for _, pass_bytes in self._passes)
-        self._seen_bytes = 0
-        self._offset = 0  # within the current pass
+        self._seen_bytes = self._offset = 0  # in all, and within the current pass
         self._stream = zlib.decompressobj()
 
     def feed(self, data: bytes) -> None:
@@ -128,8 +127,7 @@ class PngReader:
         self._step = self._read_signature
         self._fault: PngError | None = None
         self._chunk = b""
-        self._chunk_rest_bytes = 0
-        self._chunk_crc = 0
+        self._chunk_rest_bytes = self._chunk_crc = 0
         self._chunk_data = bytearray()
         self._header: _Header | None = None
         self._has_palette = False

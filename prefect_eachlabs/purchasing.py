@@ -162,6 +162,23 @@ class Purchaser:
         finally:
             job.give_back_place()
 
+    async def settle_only(
+        self, item: Item, ledger: Ledger, settler: Settler, held: Held, options: PurchaseOptions, job: Job
+    ) -> Held:
+        """What a dead claim has bought, without buying: a created record, or an idle claim. Costs requests alone.
+
+        Raises:
+            Overtaken: Another writer changed the record.
+            OutcomeUnknown: Nobody can tell; it stands as ambiguous.
+        """
+        if not held.record.may_have_bought_unseen:
+            return held
+        record = self._first_claim(item, held, options)
+        settled = await self._settle(ledger, settler, held, record, job, abandoned=True)
+        if settled.record.state is RecordState.CREATED:
+            return settled
+        return await ledger.write(amended(settled.record, intent=Intent.IDLE, unsettled_since=None), replacing=settled)
+
     async def _take_places(self, job: Job) -> Place:
         """A place in flight, which the job keeps, and then one for the request."""
         if job.place is None:

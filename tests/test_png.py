@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import hashlib
 import io
 import itertools
@@ -15,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import prefect_eachlabs.png
 from prefect_eachlabs.models import Png
 from prefect_eachlabs.png import SIGNATURE, PngError, PngReader, verify_png
 
@@ -72,6 +74,12 @@ def refused(data: bytes, *, piece_bytes: int | None = None, **limits: int) -> st
         reasons.add(str(caught.value))
     (reason,) = reasons
     return reason
+
+
+def test_the_examples_in_the_docstrings_run() -> None:
+    results = doctest.testmod(prefect_eachlabs.png)
+    assert results.attempted
+    assert not results.failed
 
 
 # ------------------------------------------------------------------- what is taken

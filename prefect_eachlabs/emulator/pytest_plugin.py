@@ -1,4 +1,7 @@
-"""A pytest fixture for users' own flows: `pytest_plugins = ["prefect_eachlabs.emulator.pytest_plugin"]`."""
+"""A pytest fixture for users' own flows: `pytest_plugins = ["prefect_eachlabs.emulator.pytest_plugin"]`.
+
+PYTEST_DONT_REWRITE: there is no assert in here, and pytest would warn where it was imported before.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The places of one limit as one process holds them, in lots; pure, its clock is handed in.
 
-What to ask the server for is decided in `lot_plan`; asking is done in `limits`.
+What to ask the server for is decided in `plan`; asking is done in `driver`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 
 from prefect_eachlabs.pacing import Kind
-from prefect_eachlabs.shared_lots import Lot, LotPlace, Verb, fair_share
+from prefect_eachlabs.limits.lot import Lot, LotPlace, Verb, fair_share
 
 COOLING_SECONDS = 60.1
 """From the answer of a request until its place may be used again; the tenth is for clocks that differ."""

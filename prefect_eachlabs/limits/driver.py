@@ -9,11 +9,11 @@ import random
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from prefect_eachlabs.leases import Denied, LeaseGone, Leases, LimitMissing, ServerAway
-from prefect_eachlabs.lookout import Lookout, leased_slots
-from prefect_eachlabs.lot_plan import LotPlan
-from prefect_eachlabs.lot_pool import LotPool
-from prefect_eachlabs.shared_lots import Step, Verb
+from prefect_eachlabs.limits.leases import Denied, LeaseGone, Leases, LimitMissing, ServerAway
+from prefect_eachlabs.limits.lookout import Lookout, leased_slots
+from prefect_eachlabs.limits.plan import LotPlan
+from prefect_eachlabs.limits.pool import LotPool
+from prefect_eachlabs.limits.lot import Step, Verb
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ class LotDriver:
         elif lease_id is None:
             plan.announcement(step, await self._leases.announce(pool.kind, self._process), sent_at=sent_at)
             self._look_at = sent_at
-        elif step.verb in (Verb.RENEW, Verb.RENEW_ANNOUNCEMENT):
+        elif step.verb in (Verb.RENEW, Verb.REUSE, Verb.RENEW_ANNOUNCEMENT):
             await self._leases.renew(lease_id)
             plan.renewed(step, sent_at=sent_at)
             self._tell()

@@ -1,4 +1,4 @@
-"""What to ask the server for next, for one limit; pure: `limits` asks, and tells the plan what came of it."""
+"""What to ask the server for next, for one limit; pure: the driver asks, and tells the plan what came of it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import random
 from uuid import UUID
 
-from prefect_eachlabs.leases import LEASE_SECONDS
-from prefect_eachlabs.lot_pool import END_MARGIN_SECONDS, UNUSED_SECONDS, LotPool
+from prefect_eachlabs.limits.leases import LEASE_SECONDS
+from prefect_eachlabs.limits.pool import UNUSED_SECONDS, LotPool
 from prefect_eachlabs.pacing import Kind
-from prefect_eachlabs.shared_lots import Lot, Step, Verb
+from prefect_eachlabs.limits.lot import Lot, Step, Verb
 
 ASK_AGAIN_SECONDS = 0.5
 """After a denial; grows to `ASK_AGAIN_MAX_SECONDS` while nothing comes free."""
@@ -49,6 +49,10 @@ class LotPlan:
         """Nothing is held and nobody waits."""
         return not (self.pool.waiting or self.pool.lots or self.announced or self._leasing or self._announcing)
 
+    def was_hungry(self, now: float) -> bool:
+        """Callers waited in vain a moment ago."""
+        return now - self._last_hungry < HUNGRY_FOR_SECONDS / 2
+
     # -------------------------------------------------------------- what to ask
 
     def next_step(self) -> Step | None:
@@ -79,20 +83,19 @@ class LotPlan:
             self.hungry_since = now
 
     def _step_for_a_lot(self, now: float, short: int) -> Step | None:
-        share, turns = self.pool.share()
-        surplus = self.pool.held - share
         for lot in self.pool.lots:
             if lot.step is not None:
                 continue
             if lot.lease_id is None:
                 self._due(lot.hot_until if lot.taken == 0 else math.inf)
                 continue
-            lot.step = self._verb_for(lot, now, surplus, turns, short)
+            lot.step = self._verb_for(lot, now, short)
             if lot.step is not None:
                 return Step(lot.step, lot=lot, lease_id=lot.lease_id)
         return None
 
-    def _verb_for(self, lot: Lot, now: float, surplus: int, turns: bool, short: int) -> Verb | None:
+    def _verb_for(self, lot: Lot, now: float, short: int) -> Verb | None:
+        share, turns = self.pool.share()
         if lot.doubted:
             return Verb.RENEW
         if not lot.idle(now):
@@ -100,18 +103,20 @@ class LotPlan:
             self._due(at)
             self._due(lot.hot_until if lot.taken == 0 else math.inf)
             return Verb.RENEW if now >= at else None
-        if surplus > 0:
+        if self.pool.held > share:
             return Verb.RELEASE
         keep_until = min(self.pool.usable_until(lot, turns), lot.fresh_since + UNUSED_SECONDS)
         if now < keep_until:
             self._due(keep_until)
             return None
-        used_again = short > 0 and not turns and lot.spent and self.pool.cools
-        if used_again and now < lot.covered_until - 3 * END_MARGIN_SECONDS:
-            self._due(max(now, self._next_round_at))
-            self._due(lot.covered_until - 3 * END_MARGIN_SECONDS)
-            return Verb.RENEW if now >= self._next_round_at else None
-        return Verb.RELEASE
+        if short <= 0 or turns or not lot.spent or not self.pool.cools:
+            return Verb.RELEASE
+        if now >= self._next_round_at:
+            self._next_round_at = now + ROUND_SPREAD * 60.0 * lot.slots / share
+            return Verb.REUSE
+        renew_at = lot.covered_until - RENEWED_WITH_SECONDS_LEFT[self.pool.kind] / 5
+        self._due(min(renew_at, self._next_round_at))
+        return Verb.RENEW if now >= renew_at else None
 
     def _renew_at(self, lot: Lot) -> float:
         if lot.hot_until + 0.5 > lot.covered_until:
@@ -183,19 +188,15 @@ class LotPlan:
             self._pause_seconds = min(ASK_AGAIN_MAX_SECONDS, self._pause_seconds * 1.2)
 
     def renewed(self, step: Step, *, sent_at: float) -> None:
-        """The lease lasts on; a lot that had cooled begins its next round."""
+        """The lease lasts on; a lot to be used again begins its next round."""
         self._over(step)
         if step.lot is None:
             self._announced_until = sent_at + LEASE_SECONDS
             return
-        lot, now = step.lot, self.pool.clock()
-        lot.covered_until = sent_at + LEASE_SECONDS
-        if lot.doubted:
-            lot.doubted = False
-        elif self.pool.cools and lot.spent and lot.idle(now):
-            lot.begin_round(now)
-            even_pace_seconds = 60.0 * lot.slots / self.pool.share()[0]
-            self._next_round_at = now + ROUND_SPREAD * even_pace_seconds
+        step.lot.covered_until = sent_at + LEASE_SECONDS
+        step.lot.doubted = False
+        if step.verb is Verb.REUSE:
+            step.lot.begin_round(self.pool.clock())
 
     def released(self, step: Step) -> None:
         """A lot went back: its places may be asked for again at once, or, taking turns, when others had a chance."""

@@ -20,6 +20,7 @@ class Verb(Enum):
     LEASE = "lease new places"
     COVER = "lease for places that are in use without a lease"
     RENEW = "renew a lot's lease"
+    REUSE = "renew the lease of a lot that has cooled, and use it again"
     RELEASE = "give a lot back"
     ANNOUNCE = "tell the others that callers wait here"
     RENEW_ANNOUNCEMENT = "renew that"

@@ -8,12 +8,12 @@ import math
 from collections.abc import Sequence
 from uuid import UUID
 
-from prefect_eachlabs.leak_watch import LeakWatch
-from prefect_eachlabs.leases import Holding, Leases, LimitMissing, limit_name
-from prefect_eachlabs.lot_plan import LotPlan
-from prefect_eachlabs.lot_pool import LotPool
+from prefect_eachlabs.limits.leak_watch import LeakWatch
+from prefect_eachlabs.limits.leases import Holding, Leases, LimitMissing, limit_name
+from prefect_eachlabs.limits.plan import LotPlan
+from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.pacing import Kind
-from prefect_eachlabs.shared_lots import Lot
+from prefect_eachlabs.limits.lot import Lot
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,8 @@ class Lookout:
         now = asyncio.get_running_loop().time()
         count_all = now >= self._count_at
         for plan, leaks in zip(self._plans, self._leaks, strict=True):
-            hungry = plan.hungry_since is not None
+            leaks.see_leases(now, [row for row in rows if row.kind is plan.pool.kind])
+            hungry = plan.was_hungry(now)
             if count_all or hungry:
                 await self._count(plan.pool, leaks, rows, look_for_leaks=hungry)
         if count_all:
@@ -134,4 +135,4 @@ class Lookout:
         if count.active_slots > leased:  # a lease may have come or gone between the two answers
             leased = min(leased, leased_slots(await self._leases.holdings(), pool.kind))
         now = asyncio.get_running_loop().time()
-        pool.leaked = leaks.see(now, active_slots=count.active_slots, leased_slots=leased, limit=count.limit)
+        pool.leaked = leaks.leaked(now, counted=count.active_slots, leased=leased, limit=count.limit)

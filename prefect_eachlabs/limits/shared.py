@@ -1,19 +1,4 @@
-"""The limits of an account on a Prefect server, shared by all its processes: a `LotSource` over leased lots.
-
-Without a `PREFECT_API_URL` (the embedded server of a plain script) the limits are this process's alone.
-
-What is promised, and how:
-
-- Never over: a place is used under a lease that lasts until it has cooled, so a killed process's places come back no
-  sooner. A lease the server forgot (restarted with leases in memory) is still counted in its database, and here.
-- Shared out: every process lists the leases every 4 s and holds no more than its fair share of the places, so one
-  that joins gets its part as the places of the others cool: within 15 s under steady use. Who was killed has a
-  share until its leases end, 75 s later at most.
-- The server away: each process goes on with its last known share, at least 1 place, counting what it used under
-  leases. Nobody can do better without asking, and it has two gaps: a process that has never reached the server knows
-  of no others and takes the whole limit, and one that starts meanwhile is not known to the others.
-- A place that the server counts as taken though no lease holds it is named in the log within 30 s of waiting.
-"""
+"""`SharedLots`, the places of an account leased from a Prefect server, and the choice of where places come from."""
 
 from __future__ import annotations
 
@@ -23,10 +8,10 @@ from collections.abc import Callable
 
 from prefect.settings import PREFECT_API_URL
 
-from prefect_eachlabs.leases import Leases, PrefectLeases
-from prefect_eachlabs.lot_driver import LotDriver
-from prefect_eachlabs.lot_plan import LotPlan
-from prefect_eachlabs.lot_pool import LotPool
+from prefect_eachlabs.limits.leases import Leases, PrefectLeases
+from prefect_eachlabs.limits.driver import LotDriver
+from prefect_eachlabs.limits.plan import LotPlan
+from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.pacing import Kind, LocalLots, LotSource, Place
 from prefect_eachlabs.settings import AccountSettings
 

@@ -16,7 +16,7 @@ import asyncio
 import contextvars
 import random
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 from uuid import UUID
 
@@ -80,16 +80,18 @@ class Holding:
         process: 48 random bits, drawn by each process.
         kind: Which limit.
         slots: Places held; 0: none, this process waits for some.
+        serial: Keeps equal holdings apart.
     """
 
     process: int
     kind: Kind
     slots: int
+    serial: int = field(default_factory=lambda: random.getrandbits(32))
 
     def to_uuid(self) -> UUID:
-        """48 bits process, 8 magic, 8 kind, 32 slots, 32 random ones that keep equal holdings apart."""
+        """48 bits process, 8 magic, 8 kind, 32 slots, 32 serial."""
         head = ((self.process << 8 | _MAGIC) << 8) | _KINDS.index(self.kind)
-        return UUID(int=(head << 32 | self.slots) << 32 | random.getrandbits(32))
+        return UUID(int=(head << 32 | self.slots) << 32 | self.serial)
 
     @staticmethod
     def from_uuid(holder: UUID) -> Holding | None:
@@ -98,7 +100,7 @@ class Holding:
         kind, magic, process = head & 0xFF, head >> 8 & 0xFF, head >> 16
         if magic != _MAGIC or kind >= len(_KINDS):
             return None
-        return Holding(process, _KINDS[kind], holder.int >> 32 & 0xFFFFFFFF)
+        return Holding(process, _KINDS[kind], holder.int >> 32 & 0xFFFFFFFF, holder.int & 0xFFFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -155,22 +157,22 @@ class PrefectLeases:
     """
 
     def __init__(self, account: str) -> None:
-        self._account = account
+        self.account = account
         self._context = _context_without_retries()
         self._client: PrefectClient | None = None
         self._opening: asyncio.Lock | None = None
         self.where = without_query(self._context.run(PREFECT_API_URL.value) or "(no PREFECT_API_URL)")
 
     def _names(self, kind: Kind) -> list[str]:
-        return [limit_name(kind, self._account), f"tag:{workers_tag(self._account)}"]
+        return [limit_name(kind, self.account), f"tag:{workers_tag(self.account)}"]
 
     async def ensure(self, kind: Kind, limit: int) -> int:
         async def call(client: PrefectClient) -> int:
             try:
-                await client.read_concurrency_limit_by_tag(workers_tag(self._account))
+                await client.read_concurrency_limit_by_tag(workers_tag(self.account))
             except ObjectNotFound:
-                await client.create_concurrency_limit(workers_tag(self._account), WITNESS_LIMIT)
-            name = limit_name(kind, self._account)
+                await client.create_concurrency_limit(workers_tag(self.account), WITNESS_LIMIT)
+            name = limit_name(kind, self.account)
             try:
                 return (await client.read_global_concurrency_limit_by_name(name)).limit
             except ObjectNotFound:
@@ -214,7 +216,7 @@ class PrefectLeases:
     async def holdings(self) -> list[Holding]:
         async def call(client: PrefectClient) -> list[Holding]:
             try:
-                limit = await client.read_concurrency_limit_by_tag(workers_tag(self._account))
+                limit = await client.read_concurrency_limit_by_tag(workers_tag(self.account))
             except ObjectNotFound:
                 return []
             return [holding for holder in limit.active_slots if (holding := Holding.from_uuid(UUID(str(holder))))]
@@ -224,7 +226,7 @@ class PrefectLeases:
     async def count(self, kind: Kind) -> Count | None:
         async def call(client: PrefectClient) -> Count | None:
             try:
-                limit = await client.read_global_concurrency_limit_by_name(limit_name(kind, self._account))
+                limit = await client.read_global_concurrency_limit_by_name(limit_name(kind, self.account))
             except ObjectNotFound:
                 return None
             return Count(limit.limit, limit.active_slots)

@@ -1,0 +1,46 @@
+"""Repeats what may be repeated, where no Prefect task does it: whether to repeat is a fact of the error's class."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from prefect_eachlabs.errors import EachlabsError
+
+T = TypeVar("T")
+
+MOST_ASKED_PAUSE_SECONDS = 120.0
+"""A `Retry-After` beyond this is not waited for: whoever sent it may be wrong, and a person waits."""
+
+logger = logging.getLogger(__name__)
+
+
+async def persevere(
+    make: Callable[[], Awaitable[T]], *, attempts: int = 5, first_pause_seconds: float = 1.0
+) -> T:
+    """What `make()` returns; made again after an error whose class says `retryable`, with growing pauses.
+
+    Args:
+        make: Called once an attempt.
+        attempts: How often at most, at least 1.
+        first_pause_seconds: The mean of the first pause; each further one is twice as long, ± 50 %. What an error
+            says in `retry_after_seconds` is waited for too, up to 120 s.
+
+    Raises:
+        EachlabsError: That of the last attempt, or the first that is not `retryable`.
+    """
+    attempt = 1
+    while True:
+        try:
+            return await make()
+        except EachlabsError as error:
+            if not error.retryable or attempt >= attempts:
+                raise
+            pause_seconds = first_pause_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
+            pause_seconds = max(pause_seconds, min(error.retry_after_seconds or 0.0, MOST_ASKED_PAUSE_SECONDS))
+            attempt += 1
+            logger.warning("%s Trying again in %.1f s (attempt %d of %d).", error, pause_seconds, attempt, attempts)
+        await asyncio.sleep(pause_seconds)
