@@ -108,7 +108,7 @@ def contact_sheet(
             layout.draw_card(sheet, (left, top, left + layout.card_px, top + height), frames[number], captions[number])
         top += height + layout.gap_px
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG", optimize=True)
+    sheet.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -235,16 +235,21 @@ def _font_of(character: str) -> str | None:
 
 
 def _showable(text: str) -> str:
-    """One line of what some font here can show; else a plain form of it, else a question mark."""
+    """One line of characters that some font here can show."""
     shown = []
     for character in unicodedata.normalize("NFC", " ".join(text[:MOST_CAPTION_CHARACTERS].split())):
         category = unicodedata.category(character)
         if category in ("Cs", "Cc", "Cf", "Mn", "Me") and not (category == "Mn" and _font_of(character)):
             continue
-        if _font_of(character) is None:
-            character = "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii()) or "?"
-        shown.append(character)
-    return "".join(shown)
+        shown.append(character if _font_of(character) is not None else _plain(character))
+    return " ".join("".join(shown).split())
+
+
+def _plain(character: str) -> str:
+    """Another way to write what no font here can show: without its accent, an emoji by its name, else `?`."""
+    if unicodedata.category(character) == "So":
+        return f" {unicodedata.name(character, '?').lower()} "
+    return "".join(c for c in unicodedata.normalize("NFKD", character) if c.isascii()) or "?"
 
 
 @functools.lru_cache(maxsize=1_024)

@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Literal, Protocol
 
 from prefect_eachlabs.errors import ItemConflict, PredictionFailed
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.records import Held, Intent, RecordError, RecordState
+
+
+class Purse(Protocol):
+    """Who is asked before money is spent; both raise Skipped when it must not be."""
+
+    async def approve(self, item: Item) -> None:
+        """Asked before places are waited for; may wait itself. Once for each item that is approved, and again."""
+        ...
+
+    def check(self) -> None:
+        """Asked once more with the places at hand, right before the claim of a POST."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +34,8 @@ class PurchaseOptions:
         retry_failed: Buy again what failed for good.
         on_ambiguous: `settle`: find out through the API's executions what a lost answer bought; `fail`: report it.
         deadline_seconds: From the POST; None: the account's.
+        presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
+        purse: Asked before each POST; None: nobody is.
     """
 
     run_id: str = ""
@@ -30,6 +44,8 @@ class PurchaseOptions:
     retry_failed: bool = False
     on_ambiguous: Literal["settle", "fail"] = "settle"
     deadline_seconds: float | None = None
+    presume_new: bool = False
+    purse: Purse | None = None
 
 
 class Step(str, Enum):

@@ -16,6 +16,8 @@ _SHAPE = (0.7, 0.8, 0.88, 0.95, 1.0, 1.05, 1.12, 1.25, 1.4)
 """How durations spread around their median, as long as few have been seen."""
 _FEW = 20
 _SAMPLE_SIZE = 100
+_STRAGGLE = 0.2
+"""How much longer than it was last seen pending something takes, in medians, where nothing better is known."""
 _CREEP = 0.95
 """Where nothing is told and an end says only "before we asked", the guess goes down a little: if that is too low,
 a question finds its prediction pending and corrects it."""
@@ -88,7 +90,7 @@ class Durations:
         if told_seconds is not None and 0 < told_seconds <= high:
             seconds = told_seconds if told_seconds >= low else (low + high) / 2
         elif low > 0:
-            seconds = (low + high) / 2
+            seconds = min((low + high) / 2, low + _STRAGGLE * self.quantile(model, 0.5))
         else:
             seconds = min(high, _CREEP * self.quantile(model, 0.5))
         if seconds > 0:

@@ -123,8 +123,10 @@ class Engine:
     async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""
         allowed = options
+        presumed_new = options.presume_new
         while True:
-            held = await books.ledger.read(item.item_id)
+            held = None if presumed_new else await books.ledger.read(item.item_id)
+            presumed_new = False
             step = next_step(held, item, allowed, claim_seconds=self.settings.claim_seconds)
             if step is Step.LOOK_AGAIN:
                 await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self.settings.claim_seconds / 4))

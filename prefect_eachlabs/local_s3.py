@@ -6,13 +6,16 @@
 or as a process of its own: `python -m prefect_eachlabs.local_s3 --port 9000 --bucket pictures`. Needs the extra `demo`.
 
 It differs from moto's own server where that matters here: every request takes effect under one lock, so that
-conditional puts are atomic (moto checks, then puts, without one); connections are kept alive; nothing is logged.
+conditional puts are atomic (moto checks, then puts, without one); SHA-256 checksums are checked; connections are kept
+alive; nothing is logged.
 """
 
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
+import hashlib
 import io
 import json
 import logging
@@ -22,7 +25,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 from urllib.parse import parse_qs
 
@@ -77,22 +80,28 @@ class _Answer(NamedTuple):
     """How much of the body is sent before the connection is closed; None: all of it, and it stays open."""
 
 
-class LocalS3:
-    """S3 on 127.0.0.1, in a thread of this process; one at a time, since moto's state belongs to the process.
+def _error(status: int, code: str, message: str) -> _Answer:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return _Answer(status, [("Content-Type", "application/xml")], body.encode())
 
-    Starting it forgets what moto's S3 held before. Credentials are not checked.
+
+class LocalS3:
+    """S3 on 127.0.0.1, in a thread of this process. Credentials are not checked.
+
+    moto's state belongs to the process: servers that run side by side hold the same objects (each has its own faults
+    and counts), the first to start finds nothing, and the last to stop leaves nothing.
 
     Args:
         port: 0 takes a free one.
         buckets: Made at the start.
     """
 
-    _running: ClassVar[threading.Lock] = threading.Lock()
+    _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
+    _running: ClassVar[set[LocalS3]] = set()
 
     def __init__(self, *, port: int = 0, buckets: Iterable[str] = ()) -> None:
         self._wanted_port = port
         self._buckets = tuple(buckets)
-        self._one_at_a_time = threading.Lock()
         self._plan_lock = threading.Lock()
         self._faults: list[Fault] = []
         self._met: list[int] = []
@@ -112,29 +121,30 @@ class LocalS3:
         self.stop()
 
     def start(self) -> None:
-        """Serves until `stop`. Raises OSError when the port is taken, RuntimeError when another one runs here."""
-        if not self._running.acquire(blocking=False):
-            raise RuntimeError("One LocalS3 a process: stop the other one, or start this one as a process of its own.")
+        """Serves until `stop`. Raises OSError when the port is taken."""
+        with socket.create_server(("127.0.0.1", self._wanted_port), backlog=128) as listening:
+            # The server gets our own socket: by itself it would end the process when the port is taken.
+            number = listening.fileno()
+            app = cast(Any, self)  # the handler calls `answer` instead
+            self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Handler, fd=number)
         try:
-            with socket.create_server(("127.0.0.1", self._wanted_port), backlog=128) as listening:
+            with self._one_at_a_time:
+                if not self._running:
+                    _forget_everything()
+                self._running.add(self)
                 self._app = create_backend_app("s3")
-                _forget_everything()
-                for name in self._buckets:
-                    self.create_bucket(name)
-                # The server gets our own socket: by itself it would end the process when the port is taken.
-                app = cast(Any, self)  # the handler calls `answer` instead
-                self._server = make_server(
-                    "127.0.0.1", 0, app, threaded=True, request_handler=_Handler, fd=listening.fileno()
-                )
+            for name in self._buckets:
+                self.create_bucket(name)
         except BaseException:
-            self._running.release()
+            self._server.server_close()
+            self._running.discard(self)
             raise
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="local-s3", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Closes the port and every connection, waits for their threads, and forgets what was stored."""
+        """Closes the port and every connection, and waits for their threads."""
         if self._thread is None:
             return
         self._server.shutdown()
@@ -144,8 +154,10 @@ class LocalS3:
             with contextlib.suppress(OSError):  # it ended meanwhile
                 connection.shutdown(socket.SHUT_RDWR)
             thread.join(timeout=5)
-        _forget_everything()
-        self._running.release()
+        with self._one_at_a_time:
+            self._running.discard(self)
+            if not self._running:
+                _forget_everything()
 
     @property
     def access(self) -> S3Access:
@@ -163,8 +175,11 @@ class LocalS3:
         }
 
     def create_bucket(self, name: str) -> None:
+        """Makes the bucket; well when it is there."""
         with self._one_at_a_time:
-            s3_backends[ACCOUNT]["aws"].create_bucket(name, REGION)
+            backend = s3_backends[ACCOUNT]["aws"]
+            if name not in backend.buckets:
+                backend.create_bucket(name, REGION)
 
     def set_faults(self, *faults: Fault, latency_seconds: float = 0.0) -> None:
         """Replaces the faults; each begins to count now. Without arguments everything is well again."""
@@ -178,7 +193,6 @@ class LocalS3:
             return dict(self._counts)
 
     def answer(self, environ: dict[str, Any], body: bytes) -> _Answer:
-        """Called by the connection's thread for each request."""
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
         if path.startswith(CONTROL):
             return self._control(method, path[len(CONTROL) :], body)
@@ -189,8 +203,11 @@ class LocalS3:
         if latency_seconds:
             time.sleep(latency_seconds)
         if fault and fault.action == "refuse":
-            words = f"<Error><Code>{fault.code}</Code><Message>A fault that was asked for.</Message></Error>"
-            return _Answer(fault.status, [("Content-Type", "application/xml")], words.encode())
+            return _error(fault.status, fault.code, "A fault that was asked for.")
+        if (checksum := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) is not None:
+            if base64.b64encode(hashlib.sha256(body).digest()).decode() != checksum:
+                return _error(400, "BadDigest", "The SHA-256 checksum does not match the body.")
+            environ["HTTP_X_AMZ_SDK_CHECKSUM_ALGORITHM"] = "SHA256"  # without it moto forgets the checksum
         answer = self._ask_moto(environ, body)
         if fault:
             return answer._replace(sent_bytes=0 if fault.action == "lose" else len(answer.body) // 2)
@@ -227,7 +244,7 @@ class LocalS3:
                 self.set_faults(*faults, latency_seconds=float(wanted.get("latency_seconds", 0.0)))
             except (AttributeError, TypeError, ValueError) as error:
                 return _Answer(400, _JSON, json.dumps({"error": str(error)}).encode())
-            return _Answer(200, _JSON, json.dumps({"faults": [asdict(fault) for fault in faults]}).encode())
+            return _Answer(200, _JSON, b"{}")
         return _Answer(404, _JSON, b'{"error": "there are GET counts and POST faults"}')
 
 
@@ -245,15 +262,12 @@ class _Handler(WSGIRequestHandler):
 
     def setup(self) -> None:
         super().setup()
+        self._owner = cast(LocalS3, self.server.app)
         self._owner.connections[self.connection] = threading.current_thread()
 
     def finish(self) -> None:
         self._owner.connections.pop(self.connection, None)
         super().finish()
-
-    @property
-    def _owner(self) -> LocalS3:
-        return cast(LocalS3, self.server.app)
 
     def run_wsgi(self) -> None:
         environ = self.make_environ()
@@ -263,7 +277,7 @@ class _Handler(WSGIRequestHandler):
             answer = self._owner.answer(environ, body)
         except Exception:
             logger.exception("The local S3 server failed at %s %s.", self.command, self.path.partition("?")[0])
-            answer = _Answer(500, [], b"<Error><Code>InternalError</Code><Message>see the log</Message></Error>")
+            answer = _error(500, "InternalError", "See the log of the local S3 server.")
         if answer.sent_bytes is not None:
             self.close_connection = True
         if answer.sent_bytes == 0:
@@ -286,9 +300,7 @@ class _Handler(WSGIRequestHandler):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serves until SIGINT or SIGTERM; the first line on stdout is the URL."""
-    parser = argparse.ArgumentParser(
-        prog="python -m prefect_eachlabs.local_s3", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m prefect_eachlabs.local_s3", description="A local S3 server.")
     parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free one")
     parser.add_argument("--bucket", action="append", default=[], help="made at the start; may be repeated")
     options = parser.parse_args(arguments)

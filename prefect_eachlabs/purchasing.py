@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
 from prefect_eachlabs.client import EachlabsClient
@@ -27,6 +27,7 @@ from prefect_eachlabs.errors import (
     OutcomeUnknown,
     Rejected,
     SetupError,
+    Skipped,
     StoreFailed,
     Throttled,
 )
@@ -144,7 +145,11 @@ class Purchaser:
                 record = replacing.record
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None)
-                request = await self._take_places(job)
+                try:
+                    request = await self._take_approved_places(item, options, job)
+                except Skipped:
+                    await self._give_back_settled(ledger, replacing, options)
+                    raise
                 lost: OutcomeUnknown | None = None
                 with job.critical():
                     try:
@@ -189,6 +194,26 @@ class Purchaser:
         except BaseException:
             self._places.gate.left()
             raise
+
+    async def _take_approved_places(self, item: Item, options: PurchaseOptions, job: Job) -> Place:
+        """Both places, when whoever holds the purse agrees before they are waited for and still does afterwards."""
+        if options.purse is None:
+            return await self._take_places(job)
+        await options.purse.approve(item)
+        request = await self._take_places(job)
+        try:
+            options.purse.check()
+        except Skipped:
+            request.unused()
+            self._places.gate.left()
+            raise
+        return request
+
+    async def _give_back_settled(self, ledger: Ledger, held: Held | None, options: PurchaseOptions) -> None:
+        """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
+        if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == options.run_id:
+            with suppress(Overtaken, StoreFailed):
+                await ledger.write(amended(held.record, intent=Intent.IDLE, unsettled_since=None), replacing=held)
 
     def _first_claim(self, item: Item, replacing: Held | None, options: PurchaseOptions) -> Record:
         record = new_record(item, run_id=options.run_id)

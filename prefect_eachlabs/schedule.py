@@ -15,9 +15,10 @@ import heapq
 import math
 from dataclasses import dataclass, field
 
-from prefect_eachlabs.durations import Durations
+from prefect_eachlabs.durations import PRIOR_SECONDS, Durations
+from prefect_eachlabs.listing import Listing
 from prefect_eachlabs.pacing import Kind, Places
-from prefect_eachlabs.sweeping import PAGE_ROWS, Sweeping
+from prefect_eachlabs.sweeping import Sweeping
 from prefect_eachlabs.watched import Watched
 
 QUESTIONS_AT_ONCE = 64
@@ -34,10 +35,9 @@ GROUP_SHARE = 0.9
 """A sweep waits until so many of the group are expected to have ended, each with its late share."""
 ENOUGH_ROWS = 20
 """A sweep that is expected to tell so many ends costs less than 5 % of the requests: no need to wait for more."""
-HOLD_SECONDS = 15.0
+HOLD_SECONDS = 6.0
 """While creates wait for requests, ends that are not needed for going on are asked for by so much later."""
-LISTED_WITHIN_SECONDS = 1.0
-"""A page that was asked for sooner after the creation need not show it."""
+IN_HAND_PRESSURE = 0.8
 INSISTED_TIMES = 5
 LOOK_SECONDS = 0.5
 """Under a tight limit things change without a word (a batch has no more to create): look twice a second."""
@@ -45,10 +45,10 @@ LOOK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class Question:
-    """One request: about one prediction by id, or (`watched` is None) a page of executions."""
+    """One request: about one prediction by id, or (with an offset) the page of executions that it should be on."""
 
-    watched: Watched | None
-    offset: int = 0
+    watched: Watched
+    offset: int | None = None
 
 
 @dataclass
@@ -58,6 +58,7 @@ class Schedule:
     places: Places
     sweeping: Sweeping
     durations: Durations
+    listing: Listing = field(default_factory=Listing)
     watched: dict[str, Watched] = field(default_factory=dict)
     asking: int = 0
     """Questions by id that are out."""
@@ -67,10 +68,6 @@ class Schedule:
     """The API throttles questions too: nothing is asked before."""
     holds: bool = False
     """The API was seen to hold a GET open until the end."""
-    newest: int = 0
-    """The number of what was watched last."""
-    shift: int = 0
-    """How many rows further down the list ours were than our own creations explain (others create as well)."""
 
     def __post_init__(self) -> None:
         self._common: list[tuple[float, Watched]] = []
@@ -79,10 +76,6 @@ class Schedule:
         self._early: dict[str | None, float] = {}
 
     # ---- what comes and goes
-
-    def next_number(self) -> int:
-        self.newest += 1
-        return self.newest
 
     def add(self, watched: Watched, now: float) -> None:
         self.watched[watched.prediction.id] = watched
@@ -153,23 +146,6 @@ class Schedule:
             heapq.heappop(heap)
         return None
 
-    # ---- the list of executions
-
-    def expected_on_page(self, offset: int, newest: int, sent_at: float) -> dict[str, Watched]:
-        """Those that a page should show: old enough to be listed, and by their rank on this page."""
-        return {
-            id: watched
-            for id, watched in self.watched.items()
-            if watched.watched_at < sent_at - LISTED_WITHIN_SECONDS
-            and offset <= newest - watched.number + self.shift < offset + PAGE_ROWS
-        }
-
-    def shown(self, watched: Watched, row_number: int, newest: int) -> None:
-        """A page shows it in this row, counted from the top of the list."""
-        watched.missing = False
-        if watched.age_known and watched.watched_at - watched.began_at < LISTED_WITHIN_SECONDS:
-            self.shift = max(0, row_number - (newest - watched.number))
-
     # ---- times
 
     def _age(self, watched: Watched, share: float) -> float:
@@ -193,10 +169,13 @@ class Schedule:
 
     def _interval(self, watched: Watched | None) -> float:
         """Between two looks where requests are free."""
-        if self.places.limit(Kind.REQUESTS) is not None:
-            return min(5.0, 0.5 * max(1.0, 0.3 / max(1.0 - self._pressure(), 0.01)))
         model = watched.prediction.model if watched else None
-        return min(max(0.03 * self.durations.quantile(model, 0.5), 0.05), 0.25)
+        shortest = min(max(0.03 * self.durations.quantile(model, 0.5), 0.05), 0.25)
+        limit = self.places.limit(Kind.REQUESTS)
+        if limit is None:
+            return shortest
+        relaxed = min(max(600.0 / limit, shortest), 0.5)  # looking takes a tenth of the requests, or less
+        return min(5.0, relaxed * max(1.0, 0.3 / max(1.0 - self._pressure(), 0.01)))
 
     def _again_at(self, watched: Watched, interval: float) -> float:
         """After it was found pending: further apart the longer it is overdue."""
@@ -225,21 +204,29 @@ class Schedule:
             return min(choice, certain.due_at)
         return choice
 
+    def wants_place_in_hand(self) -> bool:
+        """Whether to have a place ready before it is needed.
+
+        Else creates take the last ones, and ten finished pictures wait for one place to come back.
+        """
+        asked_soon = self.watched or self.places.requests_waiting or self.places.in_flight_waiting
+        return bool(asked_soon) and self._pressure() >= IN_HAND_PRESSURE and self._requests_are_scarce()
+
     def _requests_are_scarce(self) -> bool:
         limit = self.places.limit(Kind.REQUESTS)
         if limit is None:
             return False
         if self.places.requests_waiting:
             return True
-        pressure = self._pressure()
         in_flight = self.places.limit(Kind.IN_FLIGHT)
-        if not self.places.in_flight_waiting:
-            return pressure > 0.5 and in_flight is not None and self.places.pressure(Kind.IN_FLIGHT) >= 1.0
-        if pressure > 0.9 or in_flight is None:
-            return True
-        any_model = next(iter(self.watched.values())).prediction.model
-        creates_per_minute = 60.0 * in_flight / max(self.durations.quantile(any_model, 0.5), 0.01)
-        return limit <= 1.5 * creates_per_minute
+        if in_flight is None:
+            return False
+        pressure = self._pressure()
+        if not self.places.in_flight_waiting and (pressure < 0.3 or self.places.pressure(Kind.IN_FLIGHT) < 1.0):
+            return False
+        seconds = next((self._age(watched, 0.5) for watched in self.watched.values()), PRIOR_SECONDS)
+        creates_per_minute = 60.0 * in_flight / max(seconds, 0.01)
+        return pressure > 0.9 or limit <= 1.5 * creates_per_minute
 
     def _soon(self, now: float) -> Question | float:
         first = self._first(self._common, certain=False)
@@ -269,8 +256,7 @@ class Schedule:
         return self.sweep_is_out and now < self.sweep_sent_at + SWEEP_OVERDUE_SECONDS
 
     def _sweep(self, oldest: Watched) -> Question:
-        rank = self.newest - oldest.number + self.shift
-        return Question(None, offset=0 if rank < PAGE_ROWS - 10 else rank - PAGE_ROWS // 2)
+        return Question(oldest, offset=self.listing.offset_for(oldest.number))
 
     def _late(self, now: float) -> Question | float:
         hold_seconds = HOLD_SECONDS if self.places.requests_waiting else 0.0
@@ -297,14 +283,14 @@ class Schedule:
             again_at = min(again_at, sweep_at)
         if asked and self.asking < QUESTIONS_AT_ONCE:
             at, watched = min(asked)
-            if at + hold_seconds <= now:
+            if at <= now:
                 return Question(watched)
-            again_at = min(again_at, at + hold_seconds)
+            again_at = min(again_at, at)
         return again_at
 
     def _late_at(self, watched: Watched, by_sweep: bool) -> float:
-        share = LATE_SHARE_SWEPT if by_sweep else LATE_SHARE_ASKED
+        age = self._age(watched, LATE_SHARE_SWEPT)
+        if not by_sweep:  # a long tail is no reason to wait for it with all the others
+            age = min(1.25 * age, self._age(watched, LATE_SHARE_ASKED))
         straggle_seconds = 0.2 * self._age(watched, 0.5)
-        return max(
-            watched.began_at + self._age(watched, share), self._again_at(watched, straggle_seconds), watched.not_before
-        )
+        return max(watched.began_at + age, self._again_at(watched, straggle_seconds), watched.not_before)

@@ -10,6 +10,7 @@ lost, and the repetition meets the first body. Read the object back and look for
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import datetime
@@ -168,7 +169,7 @@ class S3Store:
                     return None
                 raise
             try:
-                with answer["Body"] as stream:
+                with contextlib.closing(answer["Body"]) as stream:
                     return _stored_object(key, answer, body=stream.read())
             except CUT_OR_SILENT:
                 # boto3 repeats requests, but not the reading of a body that was cut.

@@ -18,7 +18,6 @@ from prefect_eachlabs.models import DEFAULT_MODEL, Execution, Prediction, Predic
 
 logger = logging.getLogger(__name__)
 
-PAGE_ROWS = 100
 STOPPED_SECONDS = 600.0
 """Sweeping that was given up is tried again after so long."""
 STRIKES = 2
@@ -27,6 +26,7 @@ STALE_SECONDS = 2.0
 """A page that is behind by less than this is fresh enough."""
 _LONGEST_BACK_OFF_SECONDS = 60.0
 
+_ENDED_REMEMBERED = 200
 _COUNTS = ("num_images", "n", "samples", "num_outputs", "batch_size", "num_samples", "number_of_images")
 
 
@@ -76,7 +76,7 @@ class Sweeping:
     def learned_by_id(self, ended: Prediction, began_at: float, now: float) -> None:
         """An end that was asked for by id tells whether its model makes one picture, and how fresh the list is."""
         self._ended[ended.id] = (began_at + (ended.predict_time_seconds or math.inf), now)
-        if len(self._ended) > 2 * PAGE_ROWS:
+        if len(self._ended) > _ENDED_REMEMBERED:
             self._ended.popitem(last=False)
         if ended.model is None or ended.status is not PredictionStatus.SUCCEEDED:
             return

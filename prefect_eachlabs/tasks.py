@@ -7,14 +7,11 @@ cannot end what runs in the gateway; deadlines count from the POST. No task call
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Literal
 from uuid import uuid4
 
 from prefect import task
-from prefect.cache_policies import CachePolicy
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import MissingContextError
@@ -24,6 +21,7 @@ from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination, gat
 from prefect_eachlabs.decisions import PurchaseOptions
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.gateway import Gateway
+from prefect_eachlabs.keys import OnceInAFlowRun
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, Prediction, StoredImage, parse_prediction_id
 
 logger = logging.getLogger(__name__)
@@ -42,56 +40,6 @@ def may_be_repeated(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     """
     error = state.data
     return isinstance(error, EachlabsError) and error.retryable
-
-
-class OnceInAFlowRun(CachePolicy):
-    """The key under which a bare purchase is kept: `eachlabs/{flow_run_id}/{fingerprint}/{n}`.
-
-    `n` counts equal inputs of one attempt of the flow, so that a retried flow or task finds what it bought, and two
-    equal prompts stay two. Prefect's own keys make one prediction of them.
-    """
-
-    def compute_key(
-        self, task_ctx: TaskRunContext, inputs: dict[str, Any], flow_parameters: dict[str, Any], **kwargs: Any
-    ) -> str | None:
-        if inputs.get("destination") is not None:
-            return None  # the record in the bucket does it, and better
-        names = ("prompt", "image_url", "model", "version", "item_id", "input")
-        try:
-            item = Item.wanted(**{name: inputs[name] for name in names if name in inputs})
-        except BadInput:
-            return None
-        flow_context = FlowRunContext.get()
-        flow_run = flow_context.flow_run if flow_context is not None else None
-        if flow_run is None:
-            return f"eachlabs/{task_ctx.task_run.id}/{item.fingerprint}/1"
-        attempt = f"{flow_run.id}/{flow_run.run_count}"
-        number = _numbers.number(attempt, item.fingerprint, str(task_ctx.task_run.id))
-        return f"eachlabs/{flow_run.id}/{item.fingerprint}/{number}"
-
-
-class _Numbers:
-    """Numbers equal inputs of one attempt of a flow run, in the order in which their task runs begin."""
-
-    MOST_ATTEMPTS = 1_000
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._seen: OrderedDict[str, dict[str, list[str]]] = OrderedDict()
-
-    def number(self, attempt: str, fingerprint: str, task_run_id: str) -> int:
-        with self._lock:
-            of_attempt = self._seen.setdefault(attempt, {})
-            self._seen.move_to_end(attempt)
-            if len(self._seen) > self.MOST_ATTEMPTS:
-                self._seen.popitem(last=False)
-            runs = of_attempt.setdefault(fingerprint, [])
-            if task_run_id not in runs:
-                runs.append(task_run_id)
-            return runs.index(task_run_id) + 1
-
-
-_numbers = _Numbers()
 
 
 def _shortened(text: str, most: int = 48) -> str:

@@ -40,6 +40,11 @@ class Watched:
     """Gives its place back when nobody has seen its end for too long."""
 
     @property
+    def created_here(self) -> bool:
+        """Whether it was watched right from its creation, so that its number says where it stands."""
+        return self.age_known and self.watched_at - self.began_at < 1.0
+
+    @property
     def alone(self) -> bool:
         """Whether a page of executions does not help: it is asked about by id."""
         return self.missing or self.doubtful

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 
 from prefect_eachlabs.durations import Durations
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
+from prefect_eachlabs.listing import PAGE_ROWS
 from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.pacing import Place, Places
-from prefect_eachlabs.schedule import Question, Schedule
-from prefect_eachlabs.sweeping import PAGE_ROWS, Sweeping
+from prefect_eachlabs.schedule import LOOK_SECONDS, Question, Schedule
+from prefect_eachlabs.sweeping import Sweeping
 from prefect_eachlabs.watched import Watched
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ GIVEN_UP_SECONDS = 86_400.0
 """Outputs are kept for 24 h: after that there is nothing to be had."""
 HELD_SECONDS = 1.0
 """A GET that took longer and came back with the end was held open by the API."""
+SHORTEST_SLEEP_SECONDS = 0.01
 LONGEST_QUIET_SECONDS = 120.0
 
 
@@ -62,6 +64,7 @@ class Watcher:
         self._schedule = Schedule(places, self._sweeping, self._durations)
         self._ends: OrderedDict[str, Prediction] = OrderedDict()
         self._questions: set[asyncio.Task[None]] = set()
+        self._in_hand: Place | None = None
         self._main: asyncio.Task[None] | None = None
         self._asleep: asyncio.Future[None] | None = None
         self._asleep_until = 0.0
@@ -108,7 +111,7 @@ class Watcher:
             watched_at=now,
             began_at=now - likely_age,
             age_known=age is not None,
-            number=self._schedule.next_number(),
+            number=self._schedule.listing.next_number(),
         )
         watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_place)
         self._schedule.add(watched, now)
@@ -143,6 +146,7 @@ class Watcher:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._put_back()
         for watched in list(self._schedule.watched.values()):
             self._schedule.remove(watched)
             watched.future.cancel()
@@ -152,22 +156,37 @@ class Watcher:
     # ---- the one task
 
     async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             try:
-                choice = self._schedule.decide(loop.time())
-                if isinstance(choice, float):
-                    await self._sleep_until(choice)
-                    continue
-                place = await self._places.take_request(question=True)
-                choice = self._schedule.decide(loop.time())  # waiting may have changed what is worth asking
-                if isinstance(choice, float):
-                    place.unused()
-                else:
-                    self._send(choice, place)
+                await self._step()
             except Exception:
                 logger.exception("The watcher stumbled and goes on in a second; please report this.")
                 await asyncio.sleep(1.0)
+
+    async def _step(self) -> None:
+        """Sends the next question, or sleeps until there is one to send."""
+        loop = asyncio.get_running_loop()
+        began_at = loop.time()
+        choice = self._schedule.decide(began_at)
+        if self._in_hand is None and (isinstance(choice, Question) or self._schedule.wants_place_in_hand()):
+            self._in_hand = await self._places.take_request(question=True)
+            if loop.time() > began_at:  # waiting may have changed what is worth asking
+                choice = self._schedule.decide(loop.time())
+        if isinstance(choice, Question):
+            place, self._in_hand = self._in_hand, None
+            assert place is not None
+            self._send(choice, place)
+            return
+        if self._in_hand is not None and not self._schedule.wants_place_in_hand():
+            self._put_back()
+        if self._in_hand is not None:
+            choice = min(choice, began_at + LOOK_SECONDS)
+        await self._sleep_until(max(choice, loop.time() + SHORTEST_SLEEP_SECONDS))
+
+    def _put_back(self) -> None:
+        if self._in_hand is not None:
+            place, self._in_hand = self._in_hand, None
+            place.unused()
 
     async def _sleep_until(self, at: float) -> None:
         loop = asyncio.get_running_loop()
@@ -192,10 +211,10 @@ class Watcher:
     def _send(self, question: Question, place: Place) -> None:
         now = asyncio.get_running_loop().time()
         work: Coroutine[Any, Any, None]
-        if question.watched is None:
+        if question.offset is not None:
             self._schedule.sweep_sent_at = now
             self._schedule.sweep_is_out = True
-            work = self._sweep(question.offset, place)
+            work = self._sweep(question.watched, question.offset, place)
         else:
             self._schedule.asked(question.watched, now)
             self._schedule.asking += 1
@@ -266,10 +285,10 @@ class Watcher:
         asked = min(error.retry_after_seconds or 0.0, LONGEST_QUIET_SECONDS)
         self._schedule.quiet_until = max(self._schedule.quiet_until, now + max(asked, 0.5))
 
-    async def _sweep(self, offset: int, place: Place) -> None:
+    async def _sweep(self, target: Watched, offset: int, place: Place) -> None:
         loop = asyncio.get_running_loop()
         sent_at, sent = loop.time(), True
-        newest = self._schedule.newest
+        newest = self._schedule.listing.newest
         rows: tuple[Execution, ...] = ()
         failure: Exception | None = None
         try:
@@ -287,30 +306,35 @@ class Watcher:
         elif failure is not None:
             self._sweeping.failed(failure, now)
         else:
-            self._read_page(rows, offset, newest, sent_at, now)
+            self._read_page(rows, offset, target, newest, sent_at, now)
         self._wake()
 
-    def _read_page(self, rows: tuple[Execution, ...], offset: int, newest: int, sent_at: float, now: float) -> None:
-        expected = self._schedule.expected_on_page(offset, newest, sent_at)
-        shown = 0
-        for index, row in enumerate(rows):
+    def _read_page(
+        self, rows: tuple[Execution, ...], offset: int, target: Watched, newest: int, sent_at: float, now: float
+    ) -> None:
+        ours: list[tuple[int, Watched, Execution]] = []
+        for number, row in enumerate(rows, start=offset):
             watched = self._schedule.watched.get(row.id)
-            if watched is None:
-                if not row.status.ended:
-                    self._sweeping.shows_pending(row.id, sent_at, now)
-                continue
-            shown += 1
-            expected.pop(row.id, None)
-            self._schedule.shown(watched, offset + index, newest)
+            if watched is not None:
+                ours.append((number, watched, row))
+            elif not row.status.ended:
+                self._sweeping.shows_pending(row.id, sent_at, now)
+        listing = self._schedule.listing
+        listing.learn([(number, watched) for number, watched, _ in ours], newest)
+        left_out = listing.left_out(
+            self._schedule.watched.values(), [w for _, w, _ in ours], target, sent_at, offset=offset, rows=len(rows)
+        )
+        for watched in left_out:
+            watched.missing = True
+        self._sweeping.answered(expected=len(ours) + len(left_out), shown=len(ours), now=now)
+        for _, watched, row in ours:
+            watched.missing = False
             if self._sweeping.tells_the_end(row) and self._sweeping.believes(watched.prediction, row.model):
                 self._end(watched, _end_from_row(watched.prediction, row), now)
             elif row.status.ended:
                 self._schedule.insist(watched, now)
             else:
                 self._still_pending(watched, sent_at, now, by_id=False)
-        for watched in expected.values():
-            watched.missing = True
-        self._sweeping.answered(expected=len(expected) + shown, shown=shown, now=now)
 
     def _still_pending(self, watched: Watched, sent_at: float, now: float, *, by_id: bool) -> None:
         if now - watched.watched_at > GIVEN_UP_SECONDS:

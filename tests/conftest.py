@@ -164,3 +164,6 @@ def require_shared() -> Callable[[str], Path]:
         return path
 
     return require
+
+
+from tests.flow_fixtures import local_s3, prefect_server, studio  # noqa: E402, F401 - fixtures; after the environment is set

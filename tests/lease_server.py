@@ -8,7 +8,16 @@ import uuid
 from dataclasses import dataclass, field
 from uuid import UUID
 
-from prefect_eachlabs.limits.leases import LEASE_SECONDS, Count, Denied, Granted, Holding, LeaseGone, LimitMissing, ServerAway
+from prefect_eachlabs.limits.leases import (
+    LEASE_SECONDS,
+    Count,
+    Denied,
+    Granted,
+    Holding,
+    LeaseGone,
+    LimitMissing,
+    ServerAway,
+)
 from prefect_eachlabs.pacing import Kind
 
 REAPED_EVERY_SECONDS = 15.0

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from itertools import chain, islice
 from typing import Any
 
 from prefect_eachlabs.errors import EachlabsError, Rejected, Throttled
@@ -108,9 +109,9 @@ class ModelApi:
         await self._arrive("executions", str(offset))
         if not self.has_executions:
             raise Rejected("no such endpoint", status_code=404)
-        jobs = [job for job in list(self.jobs.values())[::-1] if self.shows(job)]
         foreign = [Job(f"f{number}", "flux", {}, 0, 0, ()) for number in range(self.foreign_rows)]
-        rows = [self._row(job) for job in (foreign + jobs)[offset : offset + limit]]
+        ours = (job for job in reversed(self.jobs.values()) if self.shows(job))
+        rows = [self._row(job) for job in islice(chain(foreign, ours), offset, offset + limit)]
         await self._travel()
         return tuple(rows)
 

@@ -11,20 +11,25 @@ import httpx
 import jsonschema
 import pytest
 import yaml
+from referencing import Registry
+from referencing.jsonschema import DRAFT202012
 
 from prefect_eachlabs.emulator import EmulatorOptions
 from tests.test_emulator import Api
 
+CONTRACT = "urn:contract"
 FILES = ["eachlabs-openapi-2025-12.yaml", "eachlabs-openapi-2026-08.json"]
 
 
 def in_json_schema(node: Any) -> Any:
-    """OpenAPI 3.0's `nullable` in JSON Schema's words."""
+    """OpenAPI 3.0's `nullable` in JSON Schema's words; references lead to the contract, wherever they stand."""
     if isinstance(node, list):
         return [in_json_schema(inner) for inner in node]
     if not isinstance(node, dict):
         return node
     plain = {name: in_json_schema(inner) for name, inner in node.items() if name not in ("nullable", "example")}
+    if "$ref" in plain:
+        return {"$ref": CONTRACT + str(plain["$ref"])}
     if node.get("nullable") is True and ("type" in plain or "oneOf" in plain):
         return {"anyOf": [plain, {"type": "null"}]}
     return plain
@@ -37,6 +42,8 @@ class Contract:
         text = path.read_text(encoding="utf-8")
         self.file = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         self.components = in_json_schema(self.file["components"])
+        whole = DRAFT202012.create_resource({"components": self.components})
+        self.registry = Registry().with_resource(CONTRACT, whole)
 
     def knows(self, method: str, path: str) -> bool:
         return method.lower() in self.file["paths"].get(path, {})
@@ -58,9 +65,9 @@ class Contract:
         self.validate(answer.json(), schema)
 
     def validate(self, value: Any, schema: dict[str, Any]) -> None:
-        whole = {"components": self.components, **schema}
-        checker = jsonschema.FormatChecker()
-        jsonschema.Draft202012Validator(whole, format_checker=checker).validate(value)
+        jsonschema.Draft202012Validator(
+            schema, registry=self.registry, format_checker=jsonschema.FormatChecker()
+        ).validate(value)
 
 
 @pytest.fixture(params=FILES, scope="module")
@@ -73,8 +80,19 @@ GET, CANCEL = "/v1/prediction/{id}", "/v1/prediction/{id}/cancel"
 
 @pytest.mark.parametrize(
     "fault",
-    ["none", "fail", "fail_logs", "fail_text", "fail_moderation", "fail_under_success", "output_list"]
-    + ["output_object", "output_images", "output_json", "output_empty"],
+    [
+        "none",
+        "fail",
+        "fail_logs",
+        "fail_text",
+        "fail_moderation",
+        "fail_under_success",
+        "output_list",
+        "output_object",
+        "output_images",
+        "output_json",
+        "output_empty",
+    ],
 )
 def test_a_prediction_keeps_the_contract_all_its_life(contract: Contract, fault: str) -> None:
     api = Api(faults=[] if fault == "none" else [f"prediction:{fault}"])
@@ -148,7 +166,7 @@ def test_every_error_is_one_that_the_contract_knows(
     api.create()
     answer = api.create()
     assert answer.status_code == status
-    contract.validate(answer.json(), {"$ref": "#/components/schemas/Error"})
+    contract.validate(answer.json(), {"$ref": f"{CONTRACT}#/components/schemas/Error"})
 
 
 def test_the_orders_that_the_contract_shows_are_taken(contract: Contract) -> None:

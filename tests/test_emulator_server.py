@@ -20,6 +20,7 @@ from prefect_eachlabs.emulator.pytest_plugin import TEST_API_KEY
 pytest_plugins = ["prefect_eachlabs.emulator.pytest_plugin"]
 
 ORDER = {"model": "gemini", "version": "2.0-flash-exp-image-generation", "input": {"prompt": "a red fox"}}
+IMPATIENT = httpx.Timeout(20, read=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +105,14 @@ def test_half_of_a_cut_picture_arrives(server: EmulatorServer, http: httpx.Clien
     url = output_of(http)
     whole = httpx.get(url, trust_env=False).content
     server.set_faults("picture:cut")
-    came = b""
+    came: list[bytes] = []
     with (
         httpx.Client(trust_env=False) as client,
         client.stream("GET", url) as answer,
         pytest.raises(httpx.RemoteProtocolError),
     ):
-        for part in answer.iter_bytes():
-            came += part
-    assert came == whole[: len(whole) // 2]
+        came.extend(answer.iter_bytes())
+    assert b"".join(came) == whole[: len(whole) // 2]
 
 
 def test_a_picture_may_come_without_its_length(server: EmulatorServer, http: httpx.Client) -> None:
@@ -128,7 +128,8 @@ def test_a_picture_may_come_without_its_length(server: EmulatorServer, http: htt
 def test_a_late_answer_outlasts_the_clients_patience(server: EmulatorServer, http: httpx.Client) -> None:
     server.set_faults("create:late_answer,next=1")
     with pytest.raises(httpx.ReadTimeout):
-        http.post("/v1/prediction/", json=ORDER, timeout=0.2)
+        http.post("/v1/prediction/", json=ORDER, timeout=IMPATIENT)
+    assert len(http.get("/v1/executions").json()["executions"]) == 1
     assert server.tallies()["billed"] == 1
 
 
@@ -136,17 +137,17 @@ def test_a_dripping_body_outlasts_the_clients_patience(server: EmulatorServer, h
     bought = http.post("/v1/prediction/", json=ORDER).json()["predictionID"]
     server.set_faults("get:drip,seconds=600")
     with pytest.raises(httpx.ReadTimeout):
-        http.get(f"/v1/prediction/{bought}", timeout=0.2)
+        http.get(f"/v1/prediction/{bought}", timeout=IMPATIENT)
 
 
 # --------------------------------------------------------- starting and stopping
 
 
 def test_a_stopped_server_leaves_no_thread_and_no_port_and_its_tallies_stay() -> None:
-    before = threading.active_count()
+    before = set(threading.enumerate())
     with EmulatorServer(EmulatorOptions(service_seconds=0)) as server:
         assert httpx.post(f"{server.url}/v1/prediction", json=ORDER, headers={"X-API-Key": "k"}).status_code == 200
-    assert threading.active_count() == before
+    assert [thread for thread in threading.enumerate() if thread not in before and "emulator" in thread.name] == []
     assert (server.tallies()["billed"], len(server.journal())) == (1, 1)
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url, trust_env=False)
@@ -194,7 +195,11 @@ def test_a_server_that_was_stopped_comes_back_on_its_port_and_remembers() -> Non
 
 
 def test_a_port_that_is_taken_is_an_error() -> None:
-    with EmulatorServer() as one, pytest.raises(OSError, match="in use"), EmulatorServer(port=int(one.url[-5:])):
+    with (
+        EmulatorServer() as one,
+        pytest.raises(OSError, match="in use"),
+        EmulatorServer(port=int(one.url.rsplit(":", 1)[1])),
+    ):
         pass
 
 
@@ -208,6 +213,24 @@ def test_the_fixture_leads_flows_to_the_emulator(eachlabs_emulator: EmulatorServ
 
 def test_the_fixture_gives_each_test_a_fresh_one(eachlabs_emulator: EmulatorServer) -> None:
     assert eachlabs_emulator.tallies()["requests"] == 0
+
+
+@pytest.mark.parametrize("eachlabs_emulator", [EmulatorOptions(max_in_flight=1, service_seconds=60)], indirect=True)
+def test_the_fixture_takes_other_options(eachlabs_emulator: EmulatorServer) -> None:
+    url, headers = f"{eachlabs_emulator.url}/v1/prediction/", {"X-API-Key": "k"}
+    assert [httpx.post(url, json=ORDER, headers=headers).status_code for _ in range(2)] == [200, 429]
+
+
+def test_the_judge_tells_each_prediction_and_adds_others(server: EmulatorServer, http: httpx.Client) -> None:
+    bought = http.post("/v1/prediction/", json=ORDER).json()["predictionID"]
+    foreign = server.add_foreign(ORDER)
+    told = server.predictions()
+    assert [(one["id"], one["foreign"], one["status"]) for one in told] == [
+        (bought, False, "success"),
+        (foreign, True, "success"),
+    ]
+    assert told[0]["input"] == ORDER["input"]
+    assert http.get("/_emulator/predictions").json() == told
 
 
 _FOREGROUND = """

@@ -10,23 +10,29 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "prefect_eachlabs"
 
-WITHOUT_PREFECT = """
+_ABOVE_THE_LINE = """
     errors settings models png
-    object_store s3_access
+    object_store s3_access storage byte_streams
     lots gate pacing
-    client watching
-    storage download
+    client
+    durations sweeping watched listing schedule watching
+    download
     records decisions settling finishing purchasing
+    shop steps janitor engine
     gateway
-""".split()
+    text_lines tables sources outcomes scratch report_pages report_sheet reports progress budget
+    retrying contact_sheet
+"""
 
-WITH_PREFECT = """
-    credentials limits tasks batches artifacts flows
-    emulator local_s3 demo cli
-""".split()
+_BELOW_THE_LINE = """
+    limits limits_admin credentials keys tasks batches artifacts flows
+    emulator local_s3 commands cli
+"""
 
-ROOMS = [*WITHOUT_PREFECT, *WITH_PREFECT]
-"""Top to bottom: a room imports only from rooms before it. A folder (emulator) is one room."""
+WITHOUT_PREFECT = _ABOVE_THE_LINE.split()
+
+ROOMS = [*WITHOUT_PREFECT, *_BELOW_THE_LINE.split()]
+"""Top to bottom: a room imports only from rooms before it. A folder (emulator, limits ...) is one room."""
 
 DOORS = ("__init__", "__main__")
 """The package's doors may import every room, and no room goes through them."""

@@ -77,7 +77,7 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
         deadline_seconds=arguments.deadline_seconds,
     )
     try:
-        gateway = gateway_for(make_source=_source())
+        gateway = gateway_for(make_source=source_of_places())
         return gateway.call(
             persevere(
                 lambda: gateway.engine.generate_and_store(item, destination, options=options),
@@ -90,7 +90,7 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
         close_gateways()
 
 
-def _source() -> MakeSource | None:
+def source_of_places() -> MakeSource | None:
     """Where places come from: the Prefect server's limits where one may be configured, else this process alone."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None

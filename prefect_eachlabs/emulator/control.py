@@ -60,6 +60,10 @@ def control_routes(emulator: Emulator) -> APIRouter:
     async def journal(after: int = 0, limit: int | None = None) -> Response:
         return JSONResponse(journal_view(emulator, after=after, limit=limit))
 
+    @router.get("/predictions")
+    async def predictions() -> Response:
+        return JSONResponse(emulator.predictions())
+
     @router.get("/faults")
     async def faults() -> Response:
         return JSONResponse([fault.model_dump(exclude_defaults=True) for fault in emulator.faults.faults])

@@ -11,7 +11,7 @@ from prefect_eachlabs.emulator.catalogue import CATALOGUE, Model
 from prefect_eachlabs.emulator.clock import Calendar, Clock, SystemClock, rfc3339
 from prefect_eachlabs.emulator.faults import Fault, FaultBook
 from prefect_eachlabs.emulator.journal import Entry, Journal
-from prefect_eachlabs.emulator.ledger import Job, Ledger, new_id
+from prefect_eachlabs.emulator.ledger import Job, Ledger, cost_of, new_id
 from prefect_eachlabs.emulator.options import EmulatorOptions
 from prefect_eachlabs.emulator.pictures import PictureShop
 from prefect_eachlabs.emulator.uploads import UploadShelf
@@ -145,12 +145,34 @@ class Emulator:
             if not waiting:
                 self._waiting.pop(job.id, None)
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """Every prediction that is kept, oldest first, as it stands now; others' are `foreign`."""
+        now = self.clock.now()
+        return [
+            {
+                "id": job.id,
+                "model": job.model,
+                "version": job.version,
+                "input": job.input,
+                "status": job.status_at(now),
+                "foreign": job.foreign,
+                "cost_usd": cost_of(job, now),
+                "faults": sorted(job.faults),
+            }
+            for job in reversed(list(self.ledger.newest_first(now)))
+        ]
+
     def tallies(self) -> dict[str, Any]:
-        """What it all came to, as one JSON object."""
+        """What it all came to, as one JSON object.
+
+        `billed` counts accepted POSTs, `billed_by_input` names the inputs that were billed more than once,
+        `worst_window` is the most requests that a key sent in any 60 s (those that were refused too),
+        `worst_in_flight` the most of its predictions that were in flight at once.
+        """
         return {
             **self.ledger.tallies(self.clock.now()),
             "worst_window": self.journal.worst_window,
-            "rejected_429": self.journal.by_status["429"],
+            "rejected_429": self.journal.rejected_429,
             "unauthorized": self.unauthorized,
             "requests": self.journal.total,
             "requests_by_endpoint": dict(self.journal.by_endpoint),

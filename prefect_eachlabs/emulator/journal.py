@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, deque
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 WINDOW_SECONDS = 60.0
@@ -40,7 +40,7 @@ class Entry:
     seconds: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return dict(vars(self))  # asdict would copy deeply: seconds for a full journal
 
 
 class Window:
@@ -74,6 +74,7 @@ class Journal:
         self.by_status: Counter[str] = Counter()
         self.violations: Counter[str] = Counter()
         self.worst_window = 0
+        self.rejected_429 = 0
         self._arrived: dict[str, Window] = {}
         self._admitted: dict[str, Window] = {}
 
@@ -87,6 +88,7 @@ class Journal:
         entry.seconds = at - entry.at
         self.by_endpoint[entry.endpoint] += 1
         self.by_status["cut" if entry.status is None else str(entry.status)] += 1
+        self.rejected_429 += entry.status == 429 and entry.key is not None
 
     def admit(self, key: str, now: float, limit: int | None, *, count_rejected: bool) -> float | None:
         """Counts a request of a key. None: it is let in; else seconds until one would be."""

@@ -16,13 +16,14 @@ TEST_API_KEY = "emulator-key"
 
 
 @pytest.fixture
-def eachlabs_emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatorServer]:
-    """A fresh emulator for one test, with pictures that are ready at once and no limits but the ten in flight.
+def eachlabs_emulator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmulatorServer]:
+    """A fresh emulator for one test, with pictures that are ready at once and no limit but the ten in flight.
 
-    EACHLABS_BASE_URL and EACHLABS_API_KEY lead to it while the test runs.
+    EACHLABS_BASE_URL and EACHLABS_API_KEY lead to it while the test runs. Other options come by
+    `@pytest.mark.parametrize("eachlabs_emulator", [EmulatorOptions(...)], indirect=True)`.
     """
-    options = EmulatorOptions(service_seconds=0.05, requests_per_minute=None, image_size_px=64)
-    with EmulatorServer(options) as server:
+    quick = EmulatorOptions(service_seconds=0.05, requests_per_minute=None, image_size_px=64)
+    with EmulatorServer(getattr(request, "param", quick)) as server:
         monkeypatch.setenv("EACHLABS_BASE_URL", server.url)
         monkeypatch.setenv("EACHLABS_API_KEY", TEST_API_KEY)
         yield server

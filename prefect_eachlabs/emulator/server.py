@@ -210,6 +210,16 @@ class EmulatorServer:
         parsed = parse_faults(faults)
         self._there(lambda: self.emulator.faults.set(parsed))
 
+    def predictions(self) -> list[dict[str, Any]]:
+        """Every prediction, oldest first: id, model, version, input, status, foreign, cost_usd, faults."""
+        return self._there(self.emulator.predictions)
+
+    def add_foreign(self, order: Mapping[str, Any], *, after_seconds: float = 0.0) -> str:
+        """Another key of the organization buys `{model, version, input}`; the id of its prediction."""
+        return self._there(
+            lambda: self.emulator.announce_foreign(order, base_url=self.url, after_seconds=after_seconds).id
+        )
+
     def reset(self) -> None:
         """Forgets predictions, journal and uploads."""
         self._there(self.emulator.reset)

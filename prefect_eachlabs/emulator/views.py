@@ -165,8 +165,10 @@ def execution_view(
 
 def parse_date(text: str) -> datetime | None:
     """An RFC 3339 date; None when it is none."""
+    # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
+    six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", text.strip())
     try:
-        date = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", re.sub(r"(\.\d{1,6})\d*", r"\1", text.strip())))
+        date = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", six_digits))
     except ValueError:
         return None
     return date if date.tzinfo is not None else None

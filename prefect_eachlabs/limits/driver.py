@@ -11,9 +11,9 @@ from typing import Any
 
 from prefect_eachlabs.limits.leases import Denied, LeaseGone, Leases, LimitMissing, ServerAway
 from prefect_eachlabs.limits.lookout import Lookout, leased_slots
+from prefect_eachlabs.limits.lot import Step, Verb
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
-from prefect_eachlabs.limits.lot import Step, Verb
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ LOOK_SECONDS = 4.0
 """How often the leases of all are listed, while places are in use here."""
 CALLS_AT_ONCE = 3
 CLOSE_WITHIN_SECONDS = 3.0
-VISIT_MAX_PAUSE_SECONDS = 5.0
+VISIT_MAX_PAUSE_SECONDS = 3.0
 """A server that is away is tried again at least so often, while there is demand."""
 PAUSE_AFTER_A_FAILURE_SECONDS = 1.0
 
@@ -238,13 +238,14 @@ class LotDriver:
             for pool in pools:
                 self._lookout.use_number(pool, await self._leases.ensure(pool.kind, pool.account_limit))
             await self._leases.release(await self._leases.announce(pools[0].kind, self._process))
-            self._lookout.learn(await self._leases.holdings())
+            rows = await self._leases.holdings()
         except ServerAway as error:
             self._go_on_alone(error)
             self._visit_at = self._now() + self._visit_pause_seconds * random.uniform(0.8, 1.2)
             self._visit_pause_seconds = min(VISIT_MAX_PAUSE_SECONDS, self._visit_pause_seconds * 1.5)
         else:
             self._share_again()
+            self._lookout.learn(rows)
 
     def _go_on_alone(self, error: ServerAway) -> None:
         if self.away_since is not None:

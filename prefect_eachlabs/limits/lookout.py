@@ -10,10 +10,10 @@ from uuid import UUID
 
 from prefect_eachlabs.limits.leak_watch import LeakWatch
 from prefect_eachlabs.limits.leases import Holding, Leases, LimitMissing, limit_name
+from prefect_eachlabs.limits.lot import Lot
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.pacing import Kind
-from prefect_eachlabs.limits.lot import Lot
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Lookout:
         self._said: dict[str, float] = {}
 
     async def look(self) -> None:
-        """Lists all leases; while callers wait, compares them with what the server counts.
+        """Lists all leases; while callers wait in vain, compares them with what the server counts.
 
         Raises:
             LimitMissing: A limit was deleted.
@@ -62,9 +62,9 @@ class Lookout:
         count_all = now >= self._count_at
         for plan, leaks in zip(self._plans, self._leaks, strict=True):
             leaks.see_leases(now, [row for row in rows if row.kind is plan.pool.kind])
-            hungry = plan.was_hungry(now)
-            if count_all or hungry:
-                await self._count(plan.pool, leaks, rows, look_for_leaks=hungry)
+            in_vain = plan.was_denied(now) or plan.pool.leaked > 0
+            if count_all or in_vain:
+                await self._count(plan.pool, leaks, rows, look_for_leaks=in_vain)
         if count_all:
             self._count_at = now + COUNT_SECONDS
 
@@ -76,7 +76,7 @@ class Lookout:
                 if row.kind is plan.pool.kind and row.process != self._process:
                     held = claims.get(row.process, 0)
                     claims[row.process] = None if held is None or row.slots == 0 else held + row.slots
-            plan.pool.claims = claims
+            plan.pool.learn(claims)
 
     def use_number(self, pool: LotPool, server_limit: int) -> None:
         """The smaller of the two numbers counts."""

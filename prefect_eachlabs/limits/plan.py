@@ -7,9 +7,9 @@ import random
 from uuid import UUID
 
 from prefect_eachlabs.limits.leases import LEASE_SECONDS
+from prefect_eachlabs.limits.lot import Lot, Step, Verb
 from prefect_eachlabs.limits.pool import UNUSED_SECONDS, LotPool
 from prefect_eachlabs.pacing import Kind
-from prefect_eachlabs.limits.lot import Lot, Step, Verb
 
 ASK_AGAIN_SECONDS = 0.5
 """After a denial; grows to `ASK_AGAIN_MAX_SECONDS` while nothing comes free."""
@@ -38,7 +38,7 @@ class LotPlan:
         self.hungry_since: float | None = None
         """Since when callers wait and nothing is free here."""
         self.announced: UUID | None = None
-        self._announced_until = self._last_hungry = -math.inf
+        self._announced_until = self._last_hungry = self._denied_at = -math.inf
         self._ask_at = self._cover_at = self._next_round_at = -math.inf
         self._pause_seconds = ASK_AGAIN_SECONDS
         self._ask_at_most = pool.account_limit
@@ -49,9 +49,9 @@ class LotPlan:
         """Nothing is held and nobody waits."""
         return not (self.pool.waiting or self.pool.lots or self.announced or self._leasing or self._announcing)
 
-    def was_hungry(self, now: float) -> bool:
-        """Callers waited in vain a moment ago."""
-        return now - self._last_hungry < HUNGRY_FOR_SECONDS / 2
+    def was_denied(self, now: float) -> bool:
+        """The server had not even one place of our share, a moment ago."""
+        return now - self._denied_at < 5.0
 
     # -------------------------------------------------------------- what to ask
 
@@ -63,7 +63,8 @@ class LotPlan:
         pool.forget_idle()
         ready = pool.ready()
         self._note_hunger(now, ready)
-        short = pool.waiting + pool.wanted_ready() - ready
+        wanted = pool.waiting + pool.wanted_ready()
+        short = wanted if 2 * ready < wanted else 0  # filled up when half empty, not by ones
         return (
             self._step_for_a_lot(now, short)
             or self._step_to_cover(now)
@@ -83,19 +84,22 @@ class LotPlan:
             self.hungry_since = now
 
     def _step_for_a_lot(self, now: float, short: int) -> Step | None:
+        share, turns = self.pool.share()
+        surplus, again = self.pool.held - share, short > 0 and not turns
         for lot in self.pool.lots:
             if lot.step is not None:
                 continue
             if lot.lease_id is None:
                 self._due(lot.hot_until if lot.taken == 0 else math.inf)
                 continue
-            lot.step = self._verb_for(lot, now, short)
+            lot.step = self._verb_for(lot, now, share, surplus=surplus, again=again)
             if lot.step is not None:
+                if lot.step is Verb.RELEASE and turns:
+                    self._ask_at = now + random.uniform(1.0, 2.0)  # the others have had a chance by then
                 return Step(lot.step, lot=lot, lease_id=lot.lease_id)
         return None
 
-    def _verb_for(self, lot: Lot, now: float, short: int) -> Verb | None:
-        share, turns = self.pool.share()
+    def _verb_for(self, lot: Lot, now: float, share: int, *, surplus: int, again: bool) -> Verb | None:
         if lot.doubted:
             return Verb.RENEW
         if not lot.idle(now):
@@ -103,13 +107,13 @@ class LotPlan:
             self._due(at)
             self._due(lot.hot_until if lot.taken == 0 else math.inf)
             return Verb.RENEW if now >= at else None
-        if self.pool.held > share:
+        if surplus > 0:
             return Verb.RELEASE
-        keep_until = min(self.pool.usable_until(lot, turns), lot.fresh_since + UNUSED_SECONDS)
+        keep_until = min(self.pool.usable_until(lot), lot.fresh_since + UNUSED_SECONDS)
         if now < keep_until:
             self._due(keep_until)
             return None
-        if short <= 0 or turns or not lot.spent or not self.pool.cools:
+        if not again or not lot.spent or not self.pool.cools:
             return Verb.RELEASE
         if now >= self._next_round_at:
             self._next_round_at = now + ROUND_SPREAD * 60.0 * lot.slots / share
@@ -127,7 +131,9 @@ class LotPlan:
         """Places in use that no lease covers (the server was away, or forgot): lease for them, before any others."""
         for lot in self.pool.lots:
             if lot.lease_id is None and lot.step is None and not lot.idle(now + 3.0):
-                if self._leasing or now < self._cover_at:
+                if self._leasing:
+                    return None
+                if now < self._cover_at:
                     self._due(self._cover_at)
                     return None
                 self._leasing, lot.step = True, Verb.COVER
@@ -184,6 +190,7 @@ class LotPlan:
         elif step.slots > 1:
             self._ask_at_most = step.slots // 2
         else:
+            self._denied_at = now
             self._ask_at = now + self._pause_seconds * random.uniform(0.75, 1.25)
             self._pause_seconds = min(ASK_AGAIN_MAX_SECONDS, self._pause_seconds * 1.2)
 
@@ -199,10 +206,8 @@ class LotPlan:
             step.lot.begin_round(self.pool.clock())
 
     def released(self, step: Step) -> None:
-        """A lot went back: its places may be asked for again at once, or, taking turns, when others had a chance."""
+        """A lot went back."""
         self._over(step)
-        turns = self.pool.share()[1]
-        self._ask_at = self.pool.clock() + random.uniform(1.0, 2.0) if turns else -math.inf
         self._ask_at_most = self.pool.limit
         if step.lot in self.pool.lots:
             self.pool.lots.remove(step.lot)

@@ -9,8 +9,8 @@ import math
 from collections import deque
 from collections.abc import Callable
 
-from prefect_eachlabs.pacing import Kind
 from prefect_eachlabs.limits.lot import Lot, LotPlace, Verb, fair_share
+from prefect_eachlabs.pacing import Kind
 
 COOLING_SECONDS = 60.1
 """From the answer of a request until its place may be used again; the tenth is for clocks that differ."""
@@ -18,6 +18,8 @@ UNUSED_SECONDS = 10.0
 """A place nobody used for so long goes back."""
 PREFETCH_SECONDS = 2.0
 """As many places as were taken in this time are held ready."""
+PRESUMED_SECONDS = 15.0
+"""After an absence of the server, those who shared before it are taken to be there still."""
 END_MARGIN_SECONDS = 1.0
 """A lease this close to its end is left to the server, which may be reaping it: its slots would go back twice."""
 
@@ -43,7 +45,7 @@ class LotPool:
         self.leaked = 0
         """So many places are counted as taken on the server, but no lease holds them."""
         self.claims: dict[int, int | None] | None = None
-        """The other processes, as last seen (see `fair_share`); None: not seen yet."""
+        """The other processes, as last seen; None: not seen yet."""
         self.blind = False
         """The server does not list leases: no shares, and every lot goes back after its round."""
         self.local_limit: int | None = None
@@ -51,6 +53,8 @@ class LotPool:
         self.waiting = 0
         self.lots: list[Lot] = []
         self._changed = changed
+        self._presumed: set[int] = set()
+        self._presumed_until = -math.inf
         self._takes: deque[float] = deque(maxlen=1000)
 
     def __repr__(self) -> str:
@@ -97,8 +101,8 @@ class LotPool:
 
     def ready(self) -> int:
         """Places that could be taken now."""
-        now, turns = self.clock(), self.share()[1]
-        return sum(lot.free for lot in self.lots if now < self.usable_until(lot, turns))
+        now = self.clock()
+        return sum(lot.free for lot in self.lots if lot.free and now < self.usable_until(lot))
 
     def wanted_ready(self) -> int:
         """How many places to hold ready beyond the callers that wait."""
@@ -125,19 +129,19 @@ class LotPool:
                 return None
             self.lots.append(Lot(1, now, lease_id=None))
             return self.lots[-1]
-        share, turns = self.share()
+        share, _ = self.share()
         if self.busy() >= share:
             return None
-        usable = [lot for lot in self.lots if lot.free and now < self.usable_until(lot, turns)]
+        usable = [lot for lot in self.lots if lot.free and now < self.usable_until(lot)]
         # Full lots first, so that the others empty and can go back; of equals the oldest.
         return max(usable, key=lambda lot: (lot.taken, -lot.fresh_since), default=None)
 
-    def usable_until(self, lot: Lot, turns: bool) -> float:
+    def usable_until(self, lot: Lot) -> float:
         """Until when places may be taken from this lot."""
         if lot.lease_id is None or lot.step is Verb.RELEASE or lot.doubted:
             return -math.inf
         if not self.cools:
-            return -math.inf if turns and lot.spent else lot.covered_until - UNUSED_SECONDS
+            return -math.inf if lot.spent and self.share()[1] else lot.covered_until - UNUSED_SECONDS
         if lot.spent and lot.idle(self.clock()):
             return -math.inf  # its round is over
         # Whatever becomes of this process, the lease must last until a request sent now has cooled.
@@ -164,14 +168,25 @@ class LotPool:
         now = self.clock()
         return min((lot.hot_until for lot in self.lots if lot.hot_until > now), default=None)
 
+    def learn(self, claims: dict[int, int | None]) -> None:
+        """What the other processes hold (see `fair_share`)."""
+        if self.clock() < self._presumed_until:
+            claims = {**dict.fromkeys(self._presumed), **claims}
+        self.claims = claims
+
     def go_alone(self) -> None:
         """The server is away: the last known share, rounded down so that all of them together fit the limit."""
         others = 0 if self.claims is None else len(self.claims)
         self.local_limit = max(1, self.limit // (others + 1))
+        self._presumed = set(self.claims or ())
 
     def come_back(self) -> None:
-        """The server answers again: whether it still knows our leases is to be seen."""
+        """The server answers again: whether it still knows our leases is to be seen.
+
+        The others need not have noticed yet, and use their shares without a lease: they are not forgotten at once.
+        """
         self.local_limit = None
+        self._presumed_until = self.clock() + PRESUMED_SECONDS
         for lot in self.lots:
             lot.doubted = lot.lease_id is not None
 

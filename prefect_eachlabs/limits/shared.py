@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from prefect.settings import PREFECT_API_URL
 
-from prefect_eachlabs.limits.leases import Leases, PrefectLeases
 from prefect_eachlabs.limits.driver import LotDriver
+from prefect_eachlabs.limits.leases import Leases, PrefectLeases
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.pacing import Kind, LocalLots, LotSource, Place

@@ -1,0 +1,121 @@
+"""How far a batch is: one line for logs, a bar for terminals; all of it on stderr."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TextIO
+
+logger = logging.getLogger(__name__)
+
+RATE_WINDOW_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A batch at one moment.
+
+    Attributes:
+        done: Rows that have come to their end.
+        total: Rows there are: estimated from what of the source was read, until `total_is_known`.
+        per_minute: Pictures stored a minute, over the last two minutes.
+        left_seconds: Until the end at this pace; None while that cannot be told.
+    """
+
+    done: int
+    total: int | None
+    total_is_known: bool
+    stored: int
+    reused: int
+    not_there: int
+    in_the_air: int
+    cost_usd: float
+    seconds: float
+    per_minute: float
+    left_seconds: float | None
+
+    @property
+    def share(self) -> float:
+        """Done, 0 to 1."""
+        return min(1.0, self.done / self.total) if self.total else 0.0
+
+    def line(self) -> str:
+        """`412 of ~1,632 (25 %): 400 stored, 10 reused, 2 not there; 52.1 a minute, $15.60, 23 min left`."""
+        total = (
+            "" if self.total is None else f" of {'' if self.total_is_known else '~'}{self.total:,} ({self.share:.0%})"
+        )
+        parts = [f"{self.per_minute:.1f} a minute", f"${self.cost_usd:,.2f}"]
+        if self.left_seconds is not None:
+            parts.append(f"{duration(self.left_seconds)} left")
+        return (
+            f"{self.done:,}{total}: {self.stored:,} stored, {self.reused:,} reused, {self.not_there:,} not there; "
+            + ", ".join(parts)
+        )
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5_400 else f"{seconds / 3_600:.1f} h"
+
+
+class Pace:
+    """How many a minute, over a short while."""
+
+    def __init__(self) -> None:
+        self._seen: deque[tuple[float, int]] = deque()
+
+    def see(self, now: float, count: int) -> None:
+        self._seen.append((now, count))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= RATE_WINDOW_SECONDS:
+            self._seen.popleft()
+
+    def per_minute(self, now: float, count: int) -> float:
+        if not self._seen or now - self._seen[0][0] < 1:
+            return 0.0
+        since, before = self._seen[0]
+        return (count - before) * 60 / (now - since)
+
+
+Show = Callable[[Progress], None]
+
+
+def log_lines(progress: Progress) -> None:
+    """A line in the log."""
+    logger.info("%s", progress.line())
+
+
+class TerminalBar(AbstractContextManager["TerminalBar"]):
+    """A bar by rich, which redraws itself; called with each new state.
+
+    Args:
+        title: Stands before the bar.
+        stream: Where it is drawn; stderr when None.
+    """
+
+    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+        from rich.console import Console  # noqa: PLC0415 - a tenth of a second, which a batch without a bar saves
+        from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
+        from rich.progress import Progress as RichProgress  # noqa: PLC0415
+
+        columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+        self._bar = RichProgress(*columns, console=Console(file=stream or sys.stderr), redirect_stdout=False)
+        self._task = self._bar.add_task(title, total=None, line="reading the last report")
+
+    def __enter__(self) -> TerminalBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        self._bar.update(self._task, completed=progress.done, total=progress.total, line=progress.line())

@@ -1,0 +1,289 @@
+"""The tasks as people call them: from sync and async flows, repeated, failing, cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+
+import prefect_eachlabs
+from prefect_eachlabs import (
+    BadInput,
+    EachlabsError,
+    ItemConflict,
+    NotSent,
+    OutcomeUnknown,
+    Prediction,
+    PredictionFailed,
+    PredictionStatus,
+    Rejected,
+    SetupError,
+    StoredImage,
+    StoreFailed,
+    Throttled,
+    aawait_prediction,
+    acancel_prediction,
+    acreate_prediction,
+    agenerate_and_store,
+    astore_image,
+    await_prediction,
+    cancel_prediction,
+    create_prediction,
+    generate_and_store,
+    generate_image,
+    store_image,
+)
+from prefect_eachlabs.tasks import may_be_repeated
+from tests.flow_fixtures import Studio
+
+TASKS = [
+    create_prediction,
+    await_prediction,
+    cancel_prediction,
+    store_image,
+    generate_and_store,
+    acreate_prediction,
+    aawait_prediction,
+    acancel_prediction,
+    astore_image,
+    agenerate_and_store,
+]
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def failed(error: BaseException) -> State[Any]:
+    return Failed(data=error)
+
+
+def test_a_prompt_becomes_a_picture_in_three_task_runs(studio: Studio) -> None:
+    """create, await, store: one purchase, one picture, whose bytes are the ones that the API served."""
+    image = generate_image("a red fox", studio.destination, item_id="fox-1")
+    assert isinstance(image, StoredImage)
+    assert (image.uri, image.width_px, image.height_px) == (f"{studio.destination}/images/fox-1.png", 64, 64)
+    assert studio.billed == 1
+    assert studio.keys() == ["fox-1.png"]
+    assert studio.keys("records/") == ["fox-1.json"]
+
+
+def test_running_the_same_again_buys_nothing(studio: Studio) -> None:
+    """The record in the bucket knows: a second flow run reuses the picture."""
+    first = generate_image("a red fox", studio.destination)
+    second = generate_image("a red fox", studio.destination)
+    assert (second.uri, second.sha256, second.reused) == (first.uri, first.sha256, True)
+    assert studio.billed == 1
+
+
+def test_sync_tasks_go_through_direct_calls_submit_and_map(studio: Studio) -> None:
+    """From a sync flow, all three ways, the composite and the steps."""
+
+    @flow
+    def pictures() -> list[StoredImage]:
+        direct = generate_and_store("direct", destination=studio.destination)
+        submitted = generate_and_store.submit("submitted", destination=studio.destination)
+        predictions = create_prediction.map([f"mapped {n}" for n in range(3)], destination=studio.destination)
+        finished = await_prediction.map(predictions)
+        stored = store_image.map(finished, destination=studio.destination)
+        return [direct, submitted.result(), *stored.result()]
+
+    images = pictures()
+    assert len({image.uri for image in images}) == 5
+    assert studio.billed == 5
+    assert len(studio.keys()) == 5
+
+
+def test_async_tasks_are_awaited_and_sync_ones_submitted_from_an_async_flow(studio: Studio) -> None:
+    @flow
+    async def pictures() -> list[StoredImage]:
+        prediction = await acreate_prediction("step by step", destination=studio.destination)
+        finished = await aawait_prediction(prediction)
+        stored = await astore_image(finished, studio.destination)
+        gathered = await asyncio.gather(
+            *(agenerate_and_store(f"gathered {n}", destination=studio.destination) for n in range(3))
+        )
+        submitted = generate_and_store.submit("submitted", destination=studio.destination)
+        return [stored, *gathered, submitted.result()]
+
+    images = asyncio.run(pictures())
+    assert len({image.uri for image in images}) == 5
+    assert studio.billed == 5
+
+
+def test_a_flow_retry_does_not_create_a_second_prediction_and_two_equal_prompts_stay_two(studio: Studio) -> None:
+    """Without a destination: the result is kept under the flow run's own key, the n-th equal input apart."""
+    attempts: list[list[str]] = []
+
+    @flow(retries=1)
+    def bare() -> None:
+        direct = [create_prediction("the same").id, create_prediction("the same").id]
+        mapped = [future.result().id for future in create_prediction.map(["other", "other", "third"])]
+        attempts.append(direct + sorted(mapped))
+        if len(attempts) == 1:
+            raise RuntimeError("after the purchases")
+
+    bare()
+    assert attempts[0] == attempts[1]
+    assert len(set(attempts[0])) == 5
+    assert studio.billed == 5
+
+
+def test_a_retried_flow_does_not_buy_again_in_its_subflow(studio: Studio) -> None:
+    attempts: list[tuple[str, str]] = []
+
+    @flow
+    def innermost() -> str:
+        return create_prediction("nested").id
+
+    @flow
+    def inner() -> tuple[str, str]:
+        return innermost(), create_prediction("nested").id
+
+    @flow(retries=1)
+    def outer() -> None:
+        attempts.append(inner())
+        if len(attempts) == 1:
+            raise RuntimeError("after the purchase")
+
+    outer()
+    assert attempts[0] == attempts[1]
+    assert studio.billed == 2
+
+
+def test_two_flow_runs_of_one_bare_prompt_are_two_purchases(studio: Studio) -> None:
+    @flow
+    def bare() -> str:
+        return create_prediction("the same").id
+
+    assert bare() != bare()
+    assert studio.billed == 2
+
+
+def test_a_lost_answer_without_a_ledger_fails_and_is_not_bought_again(studio: Studio) -> None:
+    """Nobody can find out what it bought, so no retry may try."""
+    studio.api.set_faults("create:lost_answer,next=1")
+
+    @flow
+    def bare() -> State[Prediction]:
+        return create_prediction("once", return_state=True)
+
+    with pytest.raises(OutcomeUnknown, match="may have been billed"):
+        bare()
+    assert studio.billed == 1
+
+
+def test_cancelling_asks_the_api_and_tells_the_truth(studio: Studio) -> None:
+    studio.api.set_faults("prediction:slow,seconds=30")
+
+    @flow
+    def change_of_mind() -> Prediction:
+        return cancel_prediction(create_prediction("never mind"))
+
+    assert change_of_mind().status is PredictionStatus.CANCELLED
+    assert studio.api.tallies()["cancelled"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": ""}, "prompt: empty or blank"),
+        ({"prompt": " \t\n\u200b"}, "prompt: empty or blank"),
+        ({"prompt": None}, "prompt: missing"),
+        ({"prompt": 7}, "prompt: must be text, not int"),
+        ({"prompt": "half a \ud83d"}, "lone surrogate"),
+        ({"prompt": "x", "image_url": "ftp://example.com/a.png"}, "image_url: .* not an http"),
+        ({"prompt": "x", "item_id": "a/b"}, "item_id: 'a/b' must be 1 to 128"),
+        ({"prompt": "x", "item_id": "a" * 129}, "must be 1 to 128"),
+        ({"prompt": "x", "destination": "bucket/prefix"}, "must be s3://BUCKET"),
+        ({"prompt": "x", "destination": "s3://"}, "must be s3://BUCKET"),
+        ({"prompt": "x", "model": ""}, "model: must be"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_bought(
+    studio: Studio, arguments: dict[str, Any], message: str
+) -> None:
+    given = {"destination": studio.destination, **arguments}
+    with pytest.raises(BadInput, match=message):
+        generate_and_store.fn(**given)
+    assert studio.api.tallies()["requests"] == 0
+
+
+def test_no_key_says_where_to_put_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EACHLABS_API_KEY")
+    with pytest.raises(SetupError, match="EACHLABS_API_KEY.*credentials_block"):
+        generate_and_store.fn("x", destination=studio.destination)
+
+
+def test_a_missing_bucket_is_named_before_anything_is_bought(studio: Studio) -> None:
+    with pytest.raises(SetupError, match="no-such-bucket"):
+        generate_and_store.fn("x", destination="s3://no-such-bucket/p")
+    assert studio.billed == 0
+
+
+def test_one_item_id_for_two_inputs_is_refused_and_names_both(studio: Studio) -> None:
+    generate_and_store.fn("a fox", destination=studio.destination, item_id="one")
+    with pytest.raises(ItemConflict, match="fingerprint"):
+        generate_and_store.fn("an owl", destination=studio.destination, item_id="one")
+    assert studio.billed == 1
+
+
+def test_a_failed_prediction_fails_the_flow_and_stays_failed_until_asked(studio: Studio) -> None:
+    studio.api.set_faults("prediction:fail,value=INVALID_INPUT,next=1")
+    with pytest.raises(PredictionFailed):
+        generate_image("a fox", studio.destination, item_id="fox")
+    with pytest.raises(PredictionFailed, match="only when asked"):
+        generate_image("a fox", studio.destination, item_id="fox")
+    assert studio.billed == 1
+    again = generate_and_store.fn("a fox", destination=studio.destination, item_id="fox", retry_failed=True)
+    assert again.uri.endswith("/images/fox.png")
+
+
+@pytest.mark.parametrize(
+    ("error", "repeated"),
+    [
+        (NotSent("x"), True),
+        (Throttled("x"), True),
+        (StoreFailed("x"), True),
+        (OutcomeUnknown("x"), False),
+        (BadInput("x"), False),
+        (Rejected("x"), False),
+        (PredictionFailed("x"), False),
+        (ValueError("x"), False),
+    ],
+)
+def test_whether_to_repeat_is_a_fact_of_the_errors_class(error: Exception, repeated: bool) -> None:
+    assert may_be_repeated(None, None, failed(error)) is repeated  # type: ignore[arg-type]  # it looks at the state alone
+
+
+def test_every_task_carries_its_tags_and_the_one_retry_rule() -> None:
+    for each in TASKS:
+        assert "eachlabs" in each.tags
+        assert len(each.tags) == 2
+        assert each.retry_condition_fn is may_be_repeated
+        assert each.timeout_seconds is None, "it cannot end what runs in the gateway"
+
+
+def test_runs_are_named_for_their_items(studio: Studio) -> None:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    generate_image("a red fox in the snow", studio.destination, item_id="fox-7")
+    with get_client(sync_client=True) as client:
+        newest = client.read_flow_runs(limit=1, sort="EXPECTED_START_TIME_DESC")[0]  # type: ignore[arg-type]  # the enum's value
+        runs = FlowRunFilter(id=FlowRunFilterId(any_=[newest.id]))
+        for _ in range(100):
+            names = {run.name for run in client.read_task_runs(flow_run_filter=runs)}
+            if len(names) == 3:
+                break
+    assert names == {"create fox-7", "await fox-7", "store fox-7"}
+
+
+def test_what_is_public_is_what_the_door_says() -> None:
+    """`__all__`, the table of rooms and what type checkers see are the same names, and each of them loads."""
+    assert prefect_eachlabs.__all__ == sorted(prefect_eachlabs.__all__)
+    for name in prefect_eachlabs.__all__:
+        assert getattr(prefect_eachlabs, name) is not None
+    assert issubclass(prefect_eachlabs.NotAPng, EachlabsError)
