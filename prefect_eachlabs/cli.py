@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs (Prefect alone takes two seconds
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
 import json
 import sys
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, OutcomeUnknown, SetupError
 
-ALL_THERE, ITEM_FAILED, SET_UP_WRONG, INTERRUPTED = 0, 1, 2, 130
+ITEM_FAILED, SET_UP_WRONG, INTERRUPTED = 1, 2, 130
 
 
 class Command(NamedTuple):
@@ -65,8 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if in_json:
             _print_json({"status": "failed", "error": "interrupted", "item_id": None, "prediction_id": None})
-        print("Interrupted. What was in flight was cancelled where it could be; running it again finishes it.",
-              file=sys.stderr)
+        print(
+            "Interrupted. What was in flight was cancelled where it could be; running it again finishes it.",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     return status
 
@@ -145,8 +146,3 @@ def _parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
             module.configure(own)
             own.set_defaults(run=module.run)
     return parser
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(BrokenPipeError):
-        raise SystemExit(main())

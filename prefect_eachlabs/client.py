@@ -10,12 +10,12 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -43,6 +43,7 @@ from prefect_eachlabs.models import (
 from prefect_eachlabs.settings import AccountSettings, is_loopback
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """A page of 100 executions is some 50 kB; more than this is not read."""
@@ -78,13 +79,40 @@ def parse_retry_after(value: str | None, *, now: datetime | None = None) -> floa
     return max(0.0, (until - (now or datetime.now(timezone.utc))).total_seconds())
 
 
-class Answer:
-    """One HTTP answer, read within bounds."""
+async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """What `work` returns, within so many seconds during which this process ran.
 
-    def __init__(self, response: httpx.Response, body: bytes, *, whole: bool) -> None:
+    A process that was frozen when it was about to send sends when it thaws, and then must hear what it has bought:
+    a plain time-out, long over by then, would hang up on the answer.
+
+    Raises:
+        asyncio.TimeoutError: It took longer; the work was cancelled.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        while seconds > 0 and not task.done():
+            await asyncio.wait({task}, timeout=min(seconds, 1.0))
+            seconds -= 1.0
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+    except asyncio.CancelledError:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        raise
+    if task.cancelled():
+        raise asyncio.TimeoutError
+    return task.result()
+
+
+class Answer:
+    """One HTTP answer, read within bounds; `secret` is never shown, should the API repeat it."""
+
+    def __init__(self, response: httpx.Response, body: bytes, *, whole: bool, secret: str) -> None:
         self.status_code = response.status_code
         self.headers = response.headers
-        self.text = body[: 4 * BODY_LIMIT_CHARACTERS].decode("utf-8", "replace")[:BODY_LIMIT_CHARACTERS]
+        self._secret = secret
+        self.text = body[: 4 * BODY_LIMIT_CHARACTERS].decode("utf-8", "replace").replace(secret, "***")
         self.json: object = None
         self.is_json = False
         if whole:
@@ -102,11 +130,13 @@ class Answer:
         """What the API says went wrong, in its own words; of a body that is no JSON, its start."""
         if isinstance(self.json, Mapping):
             words = [self.json.get(name) for name in ("error", "message", "details")]
-            said = "; ".join(w if isinstance(w, str) else json.dumps(w) for w in words if w)
-            return said[:BODY_LIMIT_CHARACTERS]
+            said = "; ".join(w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in words if w)
+            # Half characters of a hostile body could be neither logged nor written down.
+            said = said.encode("utf-8", "replace").decode()
+            return said.replace(self._secret, "***")[:BODY_LIMIT_CHARACTERS]
         if "<html" in self.text.lower() or "<!doctype" in self.text.lower():
             return "an HTML page"
-        return self.text.strip()
+        return self.text.strip()[:BODY_LIMIT_CHARACTERS]
 
     def retry_after_seconds(self) -> float | None:
         """Counted from the answer's own `Date`, so that our clock's error does not matter."""
@@ -130,6 +160,7 @@ class EachlabsClient:
 
     def __init__(self, settings: AccountSettings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         key = settings.api_key.get_secret_value()
+        self._key = key
         auth = {"X-API-Key": key} if settings.auth_scheme == "x-api-key" else {"Authorization": f"Bearer {key}"}
         self._post_seconds = settings.post_given_up_after_seconds
         self._host = urlsplit(settings.base_url).hostname or ""
@@ -164,9 +195,8 @@ class EachlabsClient:
             OutcomeUnknown: Sent, and then a cut, a time-out, a 5xx, or a 2xx without an id. Never repeat it.
         """
         try:
-            answer = await asyncio.wait_for(
-                self._send("POST", "/v1/prediction/", json_body=item.request_body()), timeout=self._post_seconds
-            )
+            order = self._send("POST", "/v1/prediction/", json_body=item.request_body())
+            answer = await within_waking_seconds(order, self._post_seconds)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotSent(
                 f"The API at {self._host} could not be reached ({_reason(error)}); nothing was created.",
@@ -336,7 +366,7 @@ class EachlabsClient:
                 if len(body) > MAX_ANSWER_BYTES:
                     whole = False
                     break
-            answer = Answer(response, bytes(body), whole=whole)
+            answer = Answer(response, bytes(body), whole=whole, secret=self._key)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
 

@@ -288,7 +288,9 @@ def _words(text: str, width_px: float, size_px: int) -> Iterable[tuple[str, bool
         while begin < len(word):
             end = len(word)
             while end > begin + 1 and _width(word[begin:end], size_px) > width_px:
-                end = begin + max(1, min(end - begin - 1, int((end - begin) * width_px / _width(word[begin:end], size_px))))
+                end = begin + max(
+                    1, min(end - begin - 1, int((end - begin) * width_px / _width(word[begin:end], size_px)))
+                )
             yield word[begin:end], begin == 0
             begin = end
 

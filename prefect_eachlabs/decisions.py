@@ -74,8 +74,8 @@ def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_
         # Both times have a resolution of 1 s.
         and held.age_seconds <= claim_seconds + 1
     )
-    if record.fingerprint != item.fingerprint and record.may_have_bought:
-        if not options.replace:
+    if record.fingerprint != item.fingerprint:
+        if record.may_have_bought and not options.replace:
             raise ItemConflict(
                 f"item_id {item.item_id!r} already stands for another input (fingerprint {record.fingerprint}, now "
                 f"{item.fingerprint}). Choose another item id, or replace it on purpose (--replace, replace=True).",

@@ -44,6 +44,8 @@ class Running:
     fingerprint: str
     task: asyncio.Task[StoredImage]
     callers: int = 0
+    interrupted: asyncio.Event | None = None
+    """Set when what its last caller's cancel began has come to its end; None before."""
 
 
 class Engine:
@@ -95,7 +97,9 @@ class Engine:
         """
         books = self.shop.books(destination, access)
         key = (id(books), item.item_id)
-        running = self._running.get(key)
+        while (running := self._running.get(key)) is not None and running.interrupted is not None:
+            # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
+            await running.interrupted.wait()
         if running is None or running.task.done() or running.fingerprint != item.fingerprint:
             running = self._begin(key, item, books, options)
         running.callers += 1
@@ -103,7 +107,7 @@ class Engine:
             return await asyncio.shield(running.task)
         except asyncio.CancelledError:
             if running.callers == 1:
-                await self.shop.interrupt(running.task, running.job, books, item.item_id)
+                await self._interrupt(key, running, books, item.item_id)
             raise
         finally:
             running.callers -= 1
@@ -113,17 +117,30 @@ class Engine:
         running = Running(job, item.fingerprint, asyncio.ensure_future(self._obtain(item, books, options, job)))
         self._running[key] = running
 
-        def forget(_: asyncio.Task[StoredImage]) -> None:
-            if self._running.get(key) is running:
-                del self._running[key]
+        def ended(_: asyncio.Task[StoredImage]) -> None:
+            if running.interrupted is None:
+                self._forget(key, running)
 
-        running.task.add_done_callback(forget)
+        running.task.add_done_callback(ended)
         return running
+
+    def _forget(self, key: tuple[int, str], running: Running) -> None:
+        if self._running.get(key) is running:
+            del self._running[key]
+
+    async def _interrupt(self, key: tuple[int, str], running: Running, books: Books, item_id: str) -> None:
+        running.interrupted = asyncio.Event()
+        try:
+            await self.shop.interrupt(running.task, running.job, books, item_id)
+        finally:
+            self._forget(key, running)
+            running.interrupted.set()
 
     async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""
         allowed = options
-        presumed_new = options.presume_new
+        # A store that ignores conditions would lose the record that is there.
+        presumed_new = options.presume_new and books.ledger.is_proven
         while True:
             held = None if presumed_new else await books.ledger.read(item.item_id)
             presumed_new = False
@@ -215,10 +232,11 @@ class Engine:
         """Ends cleanly: jobs are interrupted where they may be, connections closed, leased places given back."""
         tasks: list[asyncio.Task[Any]] = [*self._late]
         for running in list(self._running.values()):
-            await running.job.may_be_interrupted.wait()
+            await running.job.until_it_may_be_interrupted()
+            running.task.cancel()
             tasks.append(running.task)
-        for task in tasks:
-            task.cancel()
+        for late in self._late:
+            late.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.shop.aclose()
 

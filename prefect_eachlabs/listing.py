@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from prefect_eachlabs.watched import Watched
 
 PAGE_ROWS = 100
+ROWS_COUNTED_ON = 75
+"""A page shows so many of ours from the one it is asked for upwards; the rest is for what came in between."""
 _SPARE_ROWS = 10
 LISTED_WITHIN_SECONDS = 1.0
 """A page that was asked for sooner after the creation need not show it."""
@@ -32,10 +34,10 @@ class Listing:
     def offset_for(self, number: int) -> int:
         """From which row on a page should show the one with this number, and many of its neighbours."""
         row = self.newest - number + min(self._others)
-        return 0 if row < PAGE_ROWS - _SPARE_ROWS else row - PAGE_ROWS // 2
+        return 0 if row < PAGE_ROWS - _SPARE_ROWS else row - ROWS_COUNTED_ON
 
     def learn(self, shown: Iterable[tuple[int, Watched]], newest: int) -> None:
-        """Learns from a page: in which rows it showed which of ours, `newest` being the newest when it was asked for."""
+        """Learns from the rows in which a page showed ours; `newest` was the newest when it was asked for."""
         beyond = [row - (newest - watched.number) for row, watched in shown if watched.created_here]
         if beyond:
             self._others.append(max(0, min(beyond)))
@@ -46,7 +48,7 @@ class Listing:
     ) -> list[Watched]:
         """Those that the page should have shown and did not.
 
-        That is the one it was asked for, and all that lie between what it shows; nothing shown: all that are old enough.
+        That is the one it was asked for, and all that lie between those it shows; all of them when it shows none.
         """
         old_enough = [one for one in watched if one.watched_at < sent_at - LISTED_WITHIN_SECONDS]
         known = {id(one) for one in shown}

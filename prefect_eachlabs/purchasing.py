@@ -56,6 +56,15 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 
+class _AnswerLost(Exception):
+    """Our POST may have bought, under a claim of ours, and nobody told us what."""
+
+    def __init__(self, claim: Held, error: OutcomeUnknown) -> None:
+        super().__init__("answer lost")
+        self.claim = claim
+        self.error = error
+
+
 class _ToBeTriedAgain(Exception):
     """The account was throttled; the claim was given back and may be taken again."""
 
@@ -86,6 +95,12 @@ class Job:
             yield
         finally:
             self.may_be_interrupted.set()
+
+    async def until_it_may_be_interrupted(self) -> None:
+        """Comes back outside of the critical section: a cancel that follows at once falls outside as well."""
+        while not self.may_be_interrupted.is_set():
+            # Between the event and this task's turn the next critical section may have begun.
+            await self.may_be_interrupted.wait()
 
     def give_back_place(self) -> None:
         if self.place is not None:
@@ -141,8 +156,18 @@ class Purchaser:
         record = self._first_claim(item, replacing, options)
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
-                replacing = await self._settle(ledger, settler, replacing, record, job, abandoned=True)
-                record = replacing.record
+                if replacing.record.fingerprint == item.fingerprint:
+                    replacing = await self._settle(ledger, settler, replacing, record, job, abandoned=True)
+                    record = replacing.record
+                else:
+                    # What is replaced may have bought as well: that stays on the books.
+                    old = replacing.record.model_copy(
+                        update={"run_id": options.run_id, "epoch": replacing.record.epoch + 1}
+                    )
+                    replacing = await self._settle(ledger, settler, replacing, old, job, abandoned=True)
+                    record = self._first_claim(item, replacing, options)
+                if record.state is RecordState.CLAIMED and options.on_ambiguous == "fail":
+                    await self._report_as_ambiguous(ledger, replacing)
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None)
                 try:
@@ -150,16 +175,16 @@ class Purchaser:
                 except Skipped:
                     await self._give_back_settled(ledger, replacing, options)
                     raise
-                lost: OutcomeUnknown | None = None
+                lost: _AnswerLost | None = None
                 with job.critical():
                     try:
                         return await self._claim_and_post(item, ledger, record, replacing, request, job)
                     except _ToBeTriedAgain as again:
                         replacing = again.claim
-                    except OutcomeUnknown as error:
+                    except _AnswerLost as error:
                         lost = error
                 if lost is not None:
-                    replacing = await self._after_a_lost_answer(ledger, settler, item, lost, options, job)
+                    replacing = await self._after_a_lost_answer(ledger, settler, lost, options, job)
                     record = replacing.record
             assert replacing is not None
             self._adopt(replacing, job)
@@ -267,8 +292,13 @@ class Purchaser:
             await self._give_back(ledger, claim)
             raise
         except Rejected as error:
-            await self._note_refusal(ledger, claim, error)
+            if error.status_code is not None and 300 <= error.status_code < 400:
+                await self._give_back(ledger, claim)  # the set-up is wrong, not the item
+            else:
+                await self._note_refusal(ledger, claim, error)
             raise
+        except OutcomeUnknown as error:
+            raise _AnswerLost(claim, error) from error
         return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
 
     async def _post(self, item: Item, request: Place, job: Job) -> Prediction:
@@ -343,7 +373,8 @@ class Purchaser:
     ) -> Held:
         """Writes the prediction's id down, as long as the process lives; it is paid for."""
         loop = asyncio.get_running_loop()
-        safe_until = claim_sent_at + self._settings.claim_seconds - self._settings.freeze_margin_seconds
+        dead_at = claim_sent_at + self._settings.claim_seconds
+        safe_until = dead_at - self._settings.freeze_margin_seconds
         base: Held | None = claim
         created = self._created(claim.record, item, prediction)
         pause_seconds = FIRST_PAUSE_SECONDS
@@ -353,15 +384,14 @@ class Purchaser:
                 if not marked and loop.time() > safe_until:
                     # The claim may be dead by now, and whoever settles for another item with the same input may
                     # adopt this prediction: so it is adopted first, which is exclusive.
-                    holder = await take_adoption_marker(ledger, prediction.id, item.item_id)
-                    if holder != item.item_id:
-                        raise OutcomeUnknown(
-                            f"Prediction {prediction.id} came late and was adopted by item {holder}, which has the "
-                            "same input.",
-                            item_id=item.item_id,
-                        )
+                    await self._adopt_late(item, ledger, claim, prediction)
                     marked = True
-                return await ledger.write(created, replacing=base)
+                written = await ledger.write(created, replacing=base)
+                if not marked and loop.time() > dead_at:
+                    claim = base = written
+                    # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
+                    await self._adopt_late(item, ledger, written, prediction)
+                return written
             except (StoreFailed, SetupError) as error:
                 logger.warning(
                     "Item %s: prediction %s is bought and could not be written down yet (%s); trying on.",
@@ -386,6 +416,26 @@ class Purchaser:
                 else:
                     return await self._one_too_many(item, ledger, current, prediction)
 
+    async def _adopt_late(self, item: Item, ledger: Ledger, held: Held, prediction: Prediction) -> None:
+        """Makes sure that no other item has adopted our prediction.
+
+        Raises:
+            _AnswerLost: One has. What its own order bought, if anything, is ours to find.
+        """
+        holder = await take_adoption_marker(ledger, prediction.id, item.item_id)
+        if holder == item.item_id:
+            return
+        if held.record.prediction_id == prediction.id:
+            claim = amended(
+                held.record, state=RecordState.CLAIMED, intent=Intent.POST, prediction_id=None, created_at=None
+            )
+            held = await ledger.write(claim, replacing=held)
+        error = OutcomeUnknown(
+            f"Prediction {prediction.id} came late and was adopted by item {holder}, which has the same input.",
+            item_id=item.item_id,
+        )
+        raise _AnswerLost(held, error)
+
     def _created(self, record: Record, item: Item, prediction: Prediction) -> Record:
         return amended(
             record,
@@ -398,7 +448,7 @@ class Purchaser:
         )
 
     async def _one_too_many(self, item: Item, ledger: Ledger, current: Held, prediction: Prediction) -> Held:
-        """The item has another prediction by now: ours is cancelled, noted and reported."""
+        """The item has another prediction by now: ours is noted, reported and cancelled."""
         logger.error(
             "Item %s was bought twice: prediction %s is one too many beside %s; it is being cancelled. "
             "This happens when an assumption of the guarantee is broken (see the docs, Guarantees).",
@@ -406,6 +456,7 @@ class Purchaser:
             prediction.id,
             current.record.prediction_id,
         )
+        current = await self._note_one_too_many(ledger, current, prediction)
         try:
             request = await self._places.take_request(question=True)
             try:
@@ -414,15 +465,6 @@ class Purchaser:
                 request.done()
         except EachlabsError as error:
             logger.warning("Prediction %s could not be cancelled: %s", prediction.id, error)
-        while True:
-            noted = amended(current.record, also_bought=[*current.record.also_bought, prediction.id])
-            try:
-                current = await ledger.write(noted, replacing=current)
-                break
-            except Overtaken as overtaken:
-                if overtaken.current is None or prediction.id in overtaken.current.record.named_predictions:
-                    break
-                current = overtaken.current
         if current.record.fingerprint != item.fingerprint:
             raise ItemConflict(
                 f"item_id {item.item_id!r} was replaced by another input while it was being bought.",
@@ -431,24 +473,49 @@ class Purchaser:
             )
         return current
 
+    async def _note_one_too_many(self, ledger: Ledger, current: Held, prediction: Prediction) -> Held:
+        """Writes it down, as long as the process lives: it is paid for, perhaps."""
+        pause_seconds = FIRST_PAUSE_SECONDS
+        while True:
+            noted = amended(current.record, also_bought=[*current.record.also_bought, prediction.id])
+            try:
+                return await ledger.write(noted, replacing=current)
+            except Overtaken as overtaken:
+                if overtaken.current is None or prediction.id in overtaken.current.record.named_predictions:
+                    return overtaken.current or current
+                current = overtaken.current
+            except (StoreFailed, SetupError) as error:
+                logger.warning("Prediction %s could not be written down yet (%s); trying on.", prediction.id, error)
+                await asyncio.sleep(pause_seconds)
+                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+
     async def _after_a_lost_answer(
-        self,
-        ledger: Ledger,
-        settler: Settler,
-        item: Item,
-        lost: OutcomeUnknown,
-        options: PurchaseOptions,
-        job: Job,
+        self, ledger: Ledger, settler: Settler, lost: _AnswerLost, options: PurchaseOptions, job: Job
     ) -> Held:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
-        held = await self._read_on(ledger, item.item_id)
-        if held is None or held.record.state is not RecordState.CLAIMED:
+        held = await self._read_on(ledger, lost.claim.record.item_id)
+        if held is None or held.etag != lost.claim.etag:
+            # Our claim was dead, and somebody else's may be live: that one decides.
             raise Overtaken(held)
-        logger.warning("Item %s: %s", item.item_id, lost.message)
+        logger.warning("Item %s: %s", held.record.item_id, lost.error.message)
         if options.on_ambiguous == "fail":
-            await self._note_ambiguous(ledger, held, lost)
-            raise lost
+            await self._note_ambiguous(ledger, held, lost.error)
+            raise lost.error
         return await self._settle(ledger, settler, held, held.record, job, abandoned=False)
+
+    async def _report_as_ambiguous(self, ledger: Ledger, settled: Held) -> None:
+        """Nothing was found of what may have been bought; whoever asked for it is told rather than buying again.
+
+        Raises:
+            OutcomeUnknown: Always.
+        """
+        error = OutcomeUnknown(
+            "An earlier order of this item got no answer, and no trace of it was found: it was probably not billed. "
+            "It is not repeated (on_ambiguous=fail); run it with on_ambiguous=settle to buy it.",
+            item_id=settled.record.item_id,
+        )
+        await self._note_ambiguous(ledger, settled, error)
+        raise error
 
     async def _read_on(self, ledger: Ledger, item_id: str) -> Held | None:
         """Reads a record that money depends on, for as long as it takes."""
@@ -485,8 +552,13 @@ class Purchaser:
         since_seconds = (held.modified_at - since).total_seconds() + held.age_seconds + 1
         remaining_seconds = self._settings.settling_seconds
         if abandoned:
-            longest_seconds = self._settings.post_begins_within_seconds + self._settings.post_given_up_after_seconds
-            remaining_seconds += longest_seconds - held.age_seconds
+            longest_seconds = (
+                self._settings.post_begins_within_seconds
+                + self._settings.freeze_margin_seconds
+                + self._settings.post_given_up_after_seconds
+            )
+            # The age is a difference of whole seconds.
+            remaining_seconds += longest_seconds - held.age_seconds + 1
         now = loop.time()
         settling = amended(record, state=RecordState.CLAIMED, intent=Intent.SETTLE, unsettled_since=since, error=None)
         with job.critical():

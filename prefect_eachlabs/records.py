@@ -121,7 +121,8 @@ class Record(BaseModel):
 
     def to_bytes(self) -> bytes:
         body = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        return json.dumps(body, ensure_ascii=False, indent=1).encode()
+        # An input is valid Unicode; what the API says about a failure need not be.
+        return json.dumps(body, ensure_ascii=False, indent=1).encode("utf-8", "replace")
 
     def prediction(self) -> Prediction | None:
         """The prediction this record names, not yet asked about."""
@@ -192,6 +193,11 @@ class Ledger:
         self.conditional = conditional
         self._probed = not conditional
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether this store was seen to refuse what it must refuse."""
+        return self.conditional and self._probed
+
     async def read(self, item_id: str) -> Held | None:
         """The item's record, or None.
 
@@ -248,6 +254,7 @@ class Ledger:
         except (PreconditionFailed, StoreFailed) as error:
             current = await self.read(record.item_id)
             if current is not None and current.record.write_id == record.write_id:
+                await self._probe(key, body, current.etag)
                 return current
             unchanged = (current.etag if current else None) == (replacing.etag if replacing else None)
             if isinstance(error, StoreFailed) and unchanged:

@@ -8,86 +8,44 @@ candidate that no record names. Adopting a prediction is exclusive: a marker `ad
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import statistics
-import unicodedata
-import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from typing import Any
-from urllib.parse import quote
 
 from prefect_eachlabs.client import EachlabsClient
+from prefect_eachlabs.echoes import fit
 from prefect_eachlabs.errors import (
+    EachlabsError,
     KeyRefused,
     NotSent,
     OutcomeUnknown,
     Rejected,
+    SetupError,
     StoreFailed,
     Throttled,
     Unanswered,
 )
-from prefect_eachlabs.models import Execution, Prediction, without_signature
-from prefect_eachlabs.object_store import PreconditionFailed
-from prefect_eachlabs.pacing import Places
-from prefect_eachlabs.records import Held, Intent, Ledger, Overtaken, Record, RecordState, amended
+from prefect_eachlabs.markers import take_adoption_marker
+from prefect_eachlabs.models import Execution, Prediction
+from prefect_eachlabs.pacing import Place, Places
+from prefect_eachlabs.records import Held, Ledger, Overtaken, Record, RecordState, amended
 from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.sight import READ_BACK_SECONDS, WALKED_BACK_SECONDS, Sight, newest
 
 logger = logging.getLogger(__name__)
 
 FIRST_LOOK_SECONDS = 1.0
 """A lost answer's prediction is often listed at once; only "there is none" needs the whole settling time."""
-CLOCK_MARGIN_SECONDS = 120.0
-LARGEST_SKEW = timedelta(hours=15)
+UNKNOWN_ID_GRACE_SECONDS = 30.0
+"""A prediction that is listed may be invisible right after its creation; later a 404 means that it is not ours."""
 PAGE_ROWS = 100
 MOST_PAGES = 100
-UNCALIBRATED_CANDIDATES = 20
-MOST_READS_FOR_CLOCK = 2000
 READS_AT_A_TIME = 16
-
-
-def normalised(value: Any) -> Any:
-    """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count."""
-    if isinstance(value, str):
-        return without_signature(" ".join(unicodedata.normalize("NFC", value).split()))
-    if isinstance(value, bool) or value is None:
-        return value
-    if isinstance(value, (int, float)):
-        return float(value)
-    if isinstance(value, Mapping):
-        return {str(name): normalised(inner) for name, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [normalised(inner) for inner in value]
-    return value
-
-
-def echoes(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
-    """Whether an echoed input is what was sent; the API may have added defaults, not left out or changed a field."""
-    said, ours = normalised(echo), normalised(sent)
-    return all(name in said and said[name] == value for name, value in ours.items())
-
-
-async def take_adoption_marker(ledger: Ledger, prediction_id: str, item_id: str) -> str:
-    """Claims a prediction for an item, exclusively and for ever; returns the item that has it (which may be another).
-
-    Raises:
-        StoreFailed: The bucket did not answer.
-    """
-    key = ledger.destination.key(f"adopted/{quote(prediction_id, safe='')}")
-    body = json.dumps({"item_id": item_id, "prediction_id": prediction_id, "write_id": uuid.uuid4().hex}).encode()
-    try:
-        await ledger.store.put(key, body, content_type="application/json", if_absent=True)
-        return item_id
-    except (PreconditionFailed, StoreFailed) as error:
-        found = await ledger.store.get(key)
-        if found is None:
-            raise StoreFailed(f"The marker {ledger.store.uri(key)} could not be written.", item_id=item_id) from error
-        try:
-            return str(json.loads(found.body)["item_id"])
-        except (ValueError, KeyError, TypeError):
-            return "(an unreadable marker)"
+REMEMBERED = 10_000
 
 
 @dataclass
@@ -107,43 +65,15 @@ class Unsettled:
 
 
 @dataclass
-class Sight:
-    """What one look showed: the executions, and what the records say about them."""
+class _Doubts:
+    """What one look leaves open."""
 
-    began_at: float
-    rows: tuple[Execution, ...]
-    named: set[str] = field(default_factory=set)
-    live_fingerprints: set[str] = field(default_factory=set)
-    must_show: dict[str, float] = field(default_factory=dict)
-    """Predictions known by id → their age in seconds."""
-    skews_seconds: list[float] = field(default_factory=list)
-    """The API's clock minus ours, from each execution whose record says when it was bought."""
-
-    def read(self, held: Held, *, ours: Collection[str], claim_seconds: float) -> None:
-        """Takes in what one record says."""
-        record = held.record
-        self.named |= record.named_predictions
-        if record.prediction_id is not None and record.created_at is not None:
-            age_seconds = (datetime.now(timezone.utc) - record.created_at).total_seconds()
-            self.must_show[record.prediction_id] = age_seconds
-            row = next((row for row in self.rows if row.id == record.prediction_id), None)
-            if row is not None and row.created_at is not None:
-                self.skews_seconds.append((row.created_at - record.created_at).total_seconds())
-        if (
-            record.state is RecordState.CLAIMED
-            and record.intent is Intent.POST
-            and record.write_id not in ours
-            and held.age_seconds <= claim_seconds + 1
-        ):
-            self.live_fingerprints.add(record.fingerprint)
-
-    def blind_for(self, *, older_than_seconds: float, younger_than_seconds: float) -> str | None:
-        """A prediction that must be listed by now and is not; None when the listing sees."""
-        shown = {row.id for row in self.rows}
-        for prediction_id, age_seconds in self.must_show.items():
-            if prediction_id not in shown and older_than_seconds < age_seconds < younger_than_seconds:
-                return prediction_id
-        return None
+    models: set[str] = field(default_factory=set)
+    """Of executions whose input nobody says ("": of an execution whose model nobody says)."""
+    again_at: float = 0.0
+    """Loop time when an execution that is not visible yet must be."""
+    rivals: dict[str, str] = field(default_factory=dict)
+    """Item → the other item whose own lost order it must not take."""
 
 
 class Settler:
@@ -168,11 +98,13 @@ class Settler:
         self._settings = settings
         self._known = known
         self._waiting: list[Unsettled] = []
-        self._echoes: dict[str, Prediction] = {}
+        self._echoes: OrderedDict[str, Prediction] = OrderedDict()
+        self._invisible_since: OrderedDict[str, float] = OrderedDict()
+        self._old_names: dict[str, tuple[str, set[str]]] = {}
         self._runner: asyncio.Task[None] | None = None
 
     async def settle(self, held: Held, *, conclusive_at: float, since: float) -> Held:
-        """What the claim's POST has come to: a `created` record that adopted its prediction, or the claim: nothing.
+        """What the claim's POST has come to: a `created` record that adopted a prediction, or the claim, which bought nothing.
 
         Args:
             held: Our own claim with the intent to settle, just written.
@@ -211,27 +143,30 @@ class Settler:
             except (Unanswered, NotSent, Throttled, StoreFailed) as error:
                 logger.warning("Settling is held up (%s); trying on.", error)
                 pause_seconds = min(2 * pause_seconds, 30.0)
-                for entry in self._waiting:
-                    entry.look_at = max(entry.look_at, loop.time() + pause_seconds)
+                self._put_off(loop.time() + pause_seconds, error)
             except (Rejected, KeyRefused) as error:
-                self._end_all(self._why_unknown("the API has no listing of executions", error))
+                self._end_all(self._waiting, "the API has no listing of executions", error)
+            except SetupError as error:
+                for entry in list(self._waiting):
+                    self._end(entry, error)
             except asyncio.CancelledError:
                 raise
             except Exception as error:
                 logger.exception("Settling failed.")
-                self._end_all(self._why_unknown("settling failed", error))
+                self._end_all(self._waiting, "settling failed", error)
+        self._old_names.clear()
 
-    def _why_unknown(self, reason: str, cause: BaseException | None = None) -> OutcomeUnknown:
-        error = OutcomeUnknown(
-            f"Nobody can tell whether the lost order was billed: {reason}. It is not repeated. Look at the vendor's "
-            "dashboard; run it again to look once more."
-        )
-        error.__cause__ = cause
-        return error
+    def _put_off(self, until: float, error: EachlabsError) -> None:
+        """Looks again later; whoever has waited a deadline beyond what would have been conclusive is told so."""
+        now = asyncio.get_running_loop().time()
+        overdue = [e for e in self._waiting if now > e.conclusive_at + self._settings.deadline_seconds]
+        self._end_all(overdue, f"what must be asked gets no answer ({error.message})", error)
+        for entry in self._waiting:
+            entry.look_at = max(entry.look_at, until)
 
-    def _end_all(self, error: OutcomeUnknown) -> None:
-        for entry in list(self._waiting):
-            self._end(entry, OutcomeUnknown(error.message, item_id=entry.record.item_id))
+    def _end_all(self, entries: Iterable[Unsettled], reason: str, cause: BaseException) -> None:
+        for entry in list(entries):
+            self._end(entry, _nobody_can_tell(entry, reason, cause))
 
     def _end(self, entry: Unsettled, outcome: Held | BaseException) -> None:
         if entry in self._waiting:
@@ -247,116 +182,169 @@ class Settler:
         """A claim whose settling takes longer than a claim lives is written again, that nobody takes it over."""
         now = asyncio.get_running_loop().time()
         for entry in list(self._waiting):
-            if now - entry.written_at > self._settings.claim_seconds / 2:
-                await self._rewrite(entry, amended(entry.record))
+            if entry in self._waiting and now - entry.written_at > self._settings.claim_seconds / 2:
+                try:
+                    await self._rewrite(entry, amended(entry.record))
+                except StoreFailed as error:
+                    logger.warning("Item %s: its claim could not be kept alive (%s).", entry.record.item_id, error)
+
+    async def _take_request(self) -> Place:
+        """A place for a question; claims are kept alive while it is waited for."""
+        taking = asyncio.ensure_future(self._places.take_request(question=True))
+        try:
+            while not taking.done():
+                await asyncio.wait({taking}, timeout=self._settings.claim_seconds / 4)
+                await self._keep_claims_alive()
+            return taking.result()
+        except BaseException:
+            taking.cancel()
+            with suppress(asyncio.CancelledError):
+                (await taking).unused()
+            raise
 
     async def _rewrite(self, entry: Unsettled, record: Record) -> bool:
+        """Whether the record was written; a claim that somebody else has changed ends here."""
         try:
             entry.held = await self._ledger.write(record, replacing=entry.held)
-            entry.written_at = asyncio.get_running_loop().time()
         except Overtaken as overtaken:
             self._end(entry, overtaken)
             return False
-        except StoreFailed as error:
-            logger.warning("Item %s: its claim could not be kept alive (%s).", entry.record.item_id, error)
-            return False
+        entry.written_at = asyncio.get_running_loop().time()
         return True
 
     async def _look(self) -> None:
         entries = list(self._waiting)
         sight = await self._see(entries)
-        unreadable: set[str] = set()
-        for row in self._candidates(entries, sight):
+        doubts = _Doubts()
+        for row in sight.candidates({entry.record.model for entry in entries}):
             waiting = [
                 entry
                 for entry in entries
-                if entry in self._waiting and entry.record.fingerprint not in sight.live_fingerprints
+                if entry in self._waiting and not sight.is_being_bought(entry.record.model, entry.record.input)
             ]
             if not waiting:
                 break
-            prediction = await self._echo(row.id)
+            prediction = await self._echo(row.id, doubts)
             if prediction is None:
                 continue
             if prediction.input is None:
-                unreadable.add(row.model or "")
+                doubts.models.add(row.model or "")
                 continue
-            for entry in waiting:
-                if (row.model or prediction.model or entry.record.model) != entry.record.model:
-                    continue
-                if echoes(prediction.input, entry.record.input) and await self._adopt(entry, prediction):
-                    break
+            await self._match(row, prediction.input, row.model or prediction.model, waiting, sight, doubts)
         for entry in entries:
             if entry in self._waiting:
-                self._conclude(entry, sight, unreadable)
+                self._conclude(entry, sight, doubts)
 
-    def _conclude(self, entry: Unsettled, sight: Sight, unreadable: Collection[str]) -> None:
+    async def _match(
+        self,
+        row: Execution,
+        echo: Mapping[str, Any],
+        model: str | None,
+        waiting: Iterable[Unsettled],
+        sight: Sight,
+        doubts: _Doubts,
+    ) -> None:
+        """Gives an execution to the claim that its echo fits best."""
+        fits = [
+            (fields, entry)
+            for entry in waiting
+            if (model or entry.record.model) == entry.record.model
+            and (fields := fit(echo, entry.record.input)) is not None
+        ]
+        if fits and not sight.has_read_its_record(row):
+            await self._read_everything(sight)
+            if row.id in sight.named:
+                return
+        for fields, entry in sorted(fits, key=lambda pair: -pair[0]):
+            rival = sight.better_claim(entry.record.model, dict(echo), fields)
+            if rival is not None:
+                doubts.rivals[entry.record.item_id] = rival
+            elif entry in self._waiting and await self._adopt(entry, row.id):
+                return
+
+    def _conclude(self, entry: Unsettled, sight: Sight, doubts: _Doubts) -> None:
         now = asyncio.get_running_loop().time()
-        blind_for = sight.blind_for(
-            older_than_seconds=self._settings.settling_seconds, younger_than_seconds=now - entry.since
-        )
-        if entry.record.fingerprint in sight.live_fingerprints:
+        record = entry.record
+        if sight.is_being_bought(record.model, record.input):
             # Somebody may be buying the same input this moment: what the walk shows may be theirs.
             entry.look_at = now + max(1.0, self._settings.claim_seconds / 4)
         elif sight.began_at < entry.conclusive_at:
             entry.look_at = entry.conclusive_at
-        elif blind_for is not None:
-            self._end(entry, self._unknown(entry, f"the API's listing does not show prediction {blind_for}"))
-        elif entry.record.model in unreadable or "" in unreadable:
-            self._end(entry, self._unknown(entry, "the API does not say what a prediction's input was"))
+        elif doubts.again_at > now:
+            entry.look_at = doubts.again_at
+        elif (blind_for := sight.blind_for()) is not None:
+            self._end(entry, _nobody_can_tell(entry, blind_for))
+        elif record.model in doubts.models or "" in doubts.models:
+            self._end(entry, _nobody_can_tell(entry, "the API does not say what a prediction's input was"))
+        elif (rival := doubts.rivals.get(record.item_id)) is not None:
+            self._end(entry, _nobody_can_tell(entry, f"what was found may be item {rival}'s, which is not settled"))
         else:
             self._end(entry, entry.held)
 
-    def _unknown(self, entry: Unsettled, reason: str) -> OutcomeUnknown:
-        error = self._why_unknown(reason)
-        error.item_id = entry.record.item_id
-        return error
-
     async def _see(self, entries: Collection[Unsettled]) -> Sight:
-        loop = asyncio.get_running_loop()
-        began_at = loop.time()
+        began_at = asyncio.get_running_loop().time()
         oldest_seconds = began_at - min(entry.since for entry in entries)
-        sight = Sight(began_at, await self._walk(oldest_seconds))
-        ours = {entry.record.write_id for entry in entries}
-        sight.named |= set(self._known())
-        sight.must_show |= self._known()
-        listed = await self._listing()
-        recent = [id for id, age in listed.items() if age <= oldest_seconds + CLOCK_MARGIN_SECONDS]
-        rest = [id for id in listed if id not in set(recent)]
-        for held in await self._read_all(recent):
-            sight.read(held, ours=ours, claim_seconds=self._settings.claim_seconds)
-        if not sight.skews_seconds and len(rest) <= MOST_READS_FOR_CLOCK:
-            # Nothing recent tells how the API's clock stands to ours: older records do, and name older predictions.
-            for held in await self._read_all(rest):
-                sight.read(held, ours=ours, claim_seconds=self._settings.claim_seconds)
+        rows, is_whole = await self._walk(oldest_seconds)
+        sight = Sight(began_at, oldest_seconds, rows, is_whole)
+        for prediction_id, age_seconds in self._known().items():
+            sight.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds)
+        await self._read_records(sight, younger_than_seconds=oldest_seconds + READ_BACK_SECONDS)
         return sight
 
-    async def _walk(self, oldest_seconds: float) -> tuple[Execution, ...]:
-        """The executions since the oldest claim: page by page, newest first, until a page is short or old enough."""
+    async def _walk(self, oldest_seconds: float) -> tuple[tuple[Execution, ...], bool]:
+        """The executions since the oldest claim, newest first, and whether that is all of them.
+
+        The end is found by the API's clock alone: its newest date is not later than now.
+        """
         rows: dict[str, Execution] = {}
-        # Rows in between cost nothing but their page: an hour more allows for clocks.
-        old_enough = datetime.now(timezone.utc) - timedelta(seconds=oldest_seconds, hours=1)
-        for page in range(MOST_PAGES):
-            request = await self._places.take_request(question=True)
+        offset = 0
+        back = timedelta(seconds=oldest_seconds + WALKED_BACK_SECONDS)
+        for _ in range(MOST_PAGES):
+            request = await self._take_request()
             try:
-                found = await self._client.executions(limit=PAGE_ROWS, offset=page * PAGE_ROWS)
+                found = await self._client.executions(limit=PAGE_ROWS, offset=offset)
             finally:
                 request.done()
+            offset += len(found)
             rows.update((row.id, row) for row in found)
-            times = [row.created_at for row in found if row.created_at is not None]
-            if len(found) < PAGE_ROWS or (times and max(times) < old_enough):
-                break
-        return tuple(rows.values())
+            on_page, of_all = newest(found), newest(rows.values())
+            # A page may hold less than its limit because of rows that are no predictions.
+            if len(found) <= PAGE_ROWS // 2:
+                return tuple(rows.values()), True
+            if on_page is not None and of_all is not None and on_page < of_all - back:
+                return tuple(rows.values()), True
+        return tuple(rows.values()), False
 
-    async def _listing(self) -> dict[str, float]:
-        """Item id → age of its record in seconds, by the bucket's clock."""
+    async def _read_everything(self, sight: Sight) -> None:
+        """Also the records that are older than the walk: one of them may name what looks like a lost order's."""
+        await self._read_records(sight, younger_than_seconds=float("inf"))
+
+    async def _read_records(self, sight: Sight, *, younger_than_seconds: float) -> None:
         prefix = self._ledger.destination.key("records/")
-        return {
-            listed.key[len(prefix) : -len(".json")]: listed.age_seconds
-            async for listed in self._ledger.store.list(prefix)
-            if listed.key.endswith(".json")
-        }
+        wanted: list[str] = []
+        async for listed in self._ledger.store.list(prefix):
+            if listed.key.endswith(".json") and listed.age_seconds <= younger_than_seconds:
+                item_id = listed.key[len(prefix) : -len(".json")]
+                etag, names = self._old_names.get(item_id, ("", set()))
+                if etag == listed.etag:
+                    sight.named |= names
+                else:
+                    wanted.append(item_id)
+        ours = {entry.record.write_id for entry in self._waiting}
+        for begin in range(0, len(wanted), 10 * READS_AT_A_TIME):
+            found = await self._read_some(wanted[begin : begin + 10 * READS_AT_A_TIME])
+            await self._keep_claims_alive()
+            ours |= {entry.record.write_id for entry in self._waiting}
+            for held in found:
+                self._take_in(held, sight, ours)
 
-    async def _read_all(self, item_ids: Iterable[str]) -> list[Held]:
+    def _take_in(self, held: Held, sight: Sight, ours: Collection[str]) -> None:
+        settings = self._settings
+        sight.read(held, ours=ours, claim_seconds=settings.claim_seconds, settling_seconds=settings.settling_seconds)
+        if held.age_seconds > sight.oldest_seconds + READ_BACK_SECONDS and not held.record.may_have_bought_unseen:
+            self._old_names[held.record.item_id] = (held.etag, held.record.named_predictions)
+
+    async def _read_some(self, item_ids: Sequence[str]) -> list[Held]:
         limit = asyncio.Semaphore(READS_AT_A_TIME)
 
         async def read(item_id: str) -> Held | None:
@@ -365,50 +353,45 @@ class Settler:
 
         return [held for held in await asyncio.gather(*map(read, item_ids)) if held is not None]
 
-    def _candidates(self, entries: Iterable[Unsettled], sight: Sight) -> list[Execution]:
-        """The executions that may be what the claims bought, oldest first."""
-        models = {entry.record.model for entry in entries}
-        free = [row for row in sight.rows if row.id not in sight.named and (row.model is None or row.model in models)]
-        age_seconds = asyncio.get_running_loop().time() - min(entry.since for entry in entries)
-        now = datetime.now(timezone.utc)
-        if sight.skews_seconds:
-            now += timedelta(seconds=statistics.median(sight.skews_seconds))
-            oldest = now - timedelta(seconds=age_seconds + CLOCK_MARGIN_SECONDS)
-        else:
-            # Nothing told how far the API's clock is off, a time zone perhaps: the newest rows of a day count.
-            free = free[:UNCALIBRATED_CANDIDATES]
-            oldest = now - timedelta(seconds=age_seconds) - LARGEST_SKEW
-        within = [row for row in free if row.created_at is None or row.created_at >= oldest]
-        return sorted(within, key=lambda row: row.created_at or now)
+    async def _echo(self, prediction_id: str, doubts: _Doubts) -> Prediction | None:
+        """What the API says it was; None when it does not show it to us (yet)."""
+        if prediction_id in self._echoes:
+            return self._echoes[prediction_id]
+        request = await self._take_request()
+        try:
+            prediction = await self._client.get(prediction_id)
+        except Rejected:
+            # The key is good for the listing: what it is not good for is not ours, or too young to be seen.
+            now = asyncio.get_running_loop().time()
+            visible_at = _remember(self._invisible_since, prediction_id, now) + UNKNOWN_ID_GRACE_SECONDS
+            if visible_at > now:
+                doubts.again_at = max(doubts.again_at, visible_at)
+            return None
+        finally:
+            request.done()
+        return _remember(self._echoes, prediction_id, prediction)
 
-    async def _echo(self, prediction_id: str) -> Prediction | None:
-        if prediction_id not in self._echoes:
-            request = await self._places.take_request(question=True)
-            try:
-                self._echoes[prediction_id] = await self._client.get(prediction_id)
-            except Rejected as error:
-                if isinstance(error, KeyRefused):
-                    raise
-                return None
-            finally:
-                request.done()
-        return self._echoes[prediction_id]
+    async def _adopt(self, entry: Unsettled, prediction_id: str) -> bool:
+        """Whether the prediction has found its claim.
 
-    async def _adopt(self, entry: Unsettled, prediction: Prediction) -> bool:
+        Raises:
+            StoreFailed: It could not be written down: nothing may be concluded, look again.
+        """
         item_id = entry.record.item_id
-        if await take_adoption_marker(self._ledger, prediction.id, item_id) != item_id:
+        if await take_adoption_marker(self._ledger, prediction_id, item_id) != item_id:
             return False
+        since_seconds = asyncio.get_running_loop().time() - entry.since
         created = amended(
             entry.record,
             state=RecordState.CREATED,
             intent=None,
             unsettled_since=None,
             error=None,
-            prediction_id=prediction.id,
-            created_at=datetime.now(timezone.utc),
+            prediction_id=prediction_id,
+            created_at=datetime.now(timezone.utc) - timedelta(seconds=since_seconds),
         )
         if await self._rewrite(entry, created):
-            logger.info("Item %s: its lost order had bought prediction %s; adopted.", item_id, prediction.id)
+            logger.info("Item %s: its lost order had bought prediction %s; adopted.", item_id, prediction_id)
             self._end(entry, entry.held)
         return True
 
@@ -417,3 +400,21 @@ class Settler:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
+
+
+def _nobody_can_tell(entry: Unsettled, reason: str, cause: BaseException | None = None) -> OutcomeUnknown:
+    error = OutcomeUnknown(
+        f"Nobody can tell whether the lost order was billed: {reason}. It is not repeated. Look at the vendor's "
+        "dashboard; run it again to look once more.",
+        item_id=entry.record.item_id,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _remember(memory: OrderedDict[str, Any], name: str, value: Any) -> Any:
+    """What is remembered under the name: the first value, of the last 10,000 names."""
+    value = memory.setdefault(name, value)
+    while len(memory) > REMEMBERED:
+        memory.popitem(last=False)
+    return value

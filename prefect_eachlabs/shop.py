@@ -152,7 +152,7 @@ class Shop:
 
     async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books | None, item_id: str) -> None:
         """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""
-        await job.may_be_interrupted.wait()
+        await job.until_it_may_be_interrupted()
         if not task.done():
             task.cancel()
             await asyncio.wait({task})

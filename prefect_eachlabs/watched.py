@@ -67,6 +67,12 @@ class Watched:
             self.place.done()
             self.place = None
 
+    def forget(self) -> None:
+        """Nobody will see its end here; its place stays taken, for it goes on."""
+        if self.release is not None:
+            self.release.cancel()
+        self.future.cancel()
+
     def know_more(self, prediction: Prediction) -> None:
         """It was known by its id alone, perhaps, and now comes with its input."""
         known = self.prediction

@@ -1,8 +1,7 @@
 """Learns the end of each prediction in flight with as few requests as the limits make necessary.
 
-One task decides what to ask and when (`schedule`), with one timer; each question runs in a task of its own, so a GET
-that the API holds open holds nothing else up. What is learned by a sweep of executions is believed as far as
-`sweeping` says, the rest is asked by id.
+One task asks `schedule` what to ask and when, with one timer; each question runs in a task of its own, so a GET that
+the API holds open holds nothing else up. What the answers mean is in `answers`.
 """
 
 from __future__ import annotations
@@ -10,13 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import OrderedDict
 from collections.abc import Coroutine
-from datetime import datetime, timezone
 from typing import Any, Protocol
 
+from prefect_eachlabs.answers import Answers, age_seconds, quiet
 from prefect_eachlabs.durations import Durations
-from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
+from prefect_eachlabs.errors import NotSent
 from prefect_eachlabs.listing import PAGE_ROWS
 from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.pacing import Place, Places
@@ -26,16 +24,9 @@ from prefect_eachlabs.watched import Watched
 
 logger = logging.getLogger(__name__)
 
-ENDS_REMEMBERED = 10_000
-UNKNOWN_ID_GRACE_SECONDS = 30.0
-"""A prediction may be invisible right after its creation: a 404 counts only after so long."""
 PLACE_KEPT_SECONDS = 3600.0
-GIVEN_UP_SECONDS = 86_400.0
-"""Outputs are kept for 24 h: after that there is nothing to be had."""
-HELD_SECONDS = 1.0
-"""A GET that took longer and came back with the end was held open by the API."""
+"""A place in flight is not kept for longer for an end that nobody has seen."""
 SHORTEST_SLEEP_SECONDS = 0.01
-LONGEST_QUIET_SECONDS = 120.0
 
 
 class Asker(Protocol):
@@ -60,12 +51,12 @@ class Watcher:
         self._asker = asker
         self._places = places
         self._durations = Durations()
-        self._sweeping = Sweeping()
-        self._schedule = Schedule(places, self._sweeping, self._durations)
-        self._ends: OrderedDict[str, Prediction] = OrderedDict()
+        sweeping = Sweeping()
+        self._schedule = Schedule(places, sweeping, self._durations)
+        self._answers = Answers(self._schedule, sweeping, self._durations)
         self._questions: set[asyncio.Task[None]] = set()
-        self._in_hand: Place | None = None
         self._main: asyncio.Task[None] | None = None
+        self._in_hand: Place | None = None
         self._asleep: asyncio.Future[None] | None = None
         self._asleep_until = 0.0
         self._closed = False
@@ -74,7 +65,7 @@ class Watcher:
         return f"<Watcher of {len(self._schedule.watched)}, {len(self._questions)} questions out>"
 
     def watch(self, prediction: Prediction, *, place: Place | None) -> asyncio.Future[Prediction]:
-        """The future of its end, whatever that is: succeeded, failed or cancelled. Costs no money.
+        """The future of its end, whatever that is: succeeded, failed or cancelled. Costs requests, no money.
 
         Watching goes on even when nobody awaits it; awaiters use `asyncio.shield`.
 
@@ -89,47 +80,28 @@ class Watcher:
         """
         loop = asyncio.get_running_loop()
         if self._closed:
-            raise RuntimeError("the watcher is closed")
+            raise RuntimeError("The watcher is closed: its gateway has ended.")
         watched = self._schedule.watched.get(prediction.id)
         if watched is not None:
-            return self._watch_again(watched, prediction, place)
-        end = self._ends.get(prediction.id) or (prediction if prediction.status.ended else None)
-        future: asyncio.Future[Prediction] = loop.create_future()
+            watched.take_over(place)
+            watched.know_more(prediction)
+            if watched.future.cancelled():  # an awaiter forgot to shield
+                watched.future = quiet(loop.create_future())
+            return watched.future
+        end = self.end_of(prediction.id) or (prediction if prediction.status.ended else None)
+        future = quiet(loop.create_future())
         if end is not None:
-            self._remember(end)
+            self._answers.remember(end)
             if place is not None:
                 place.done()
             future.set_result(end)
             return future
-        now = loop.time()
-        age = _age_seconds(prediction)
-        likely_age = self._durations.quantile(prediction.model, 0.99) if age is None else age
-        watched = Watched(
-            prediction,
-            _quiet(future),
-            place,
-            watched_at=now,
-            began_at=now - likely_age,
-            age_known=age is not None,
-            number=self._schedule.listing.next_number(),
-        )
-        watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_place)
-        self._schedule.add(watched, now)
-        if self._main is None:
-            self._main = loop.create_task(self._run(), name="eachlabs watcher")
-        self._wake_for(watched)
+        self._begin(prediction, future, place)
         return future
-
-    def _watch_again(self, watched: Watched, prediction: Prediction, place: Place | None) -> asyncio.Future[Prediction]:
-        watched.take_over(place)
-        watched.know_more(prediction)
-        if watched.future.cancelled():  # an awaiter forgot to shield
-            watched.future = _quiet(asyncio.get_running_loop().create_future())
-        return watched.future
 
     def end_of(self, prediction_id: str) -> Prediction | None:
         """Its end, when it was seen (the last 10,000 are remembered)."""
-        return self._ends.get(prediction_id)
+        return self._answers.end_of(prediction_id)
 
     def hurry(self, prediction_id: str) -> None:
         """Asks about it by id as soon as there is a request place."""
@@ -149,9 +121,27 @@ class Watcher:
         self._put_back()
         for watched in list(self._schedule.watched.values()):
             self._schedule.remove(watched)
-            watched.future.cancel()
-            if watched.release is not None:
-                watched.release.cancel()
+            watched.forget()
+
+    def _begin(self, prediction: Prediction, future: asyncio.Future[Prediction], place: Place | None) -> None:
+        loop = asyncio.get_running_loop()
+        now, age = loop.time(), age_seconds(prediction)
+        # Of unknown age: it may well have ended, so it is asked about at once.
+        likely_age = self._durations.quantile(prediction.model, 0.99) if age is None else age
+        watched = Watched(
+            prediction,
+            future,
+            place,
+            watched_at=now,
+            began_at=now - likely_age,
+            age_known=age is not None,
+            number=self._schedule.listing.next_number(),
+        )
+        watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_place)
+        self._schedule.add(watched)
+        if self._main is None:
+            self._main = loop.create_task(self._run(), name="eachlabs watcher")
+        self._wake_for(watched)
 
     # ---- the one task
 
@@ -168,20 +158,24 @@ class Watcher:
         loop = asyncio.get_running_loop()
         began_at = loop.time()
         choice = self._schedule.decide(began_at)
-        if self._in_hand is None and (isinstance(choice, Question) or self._schedule.wants_place_in_hand()):
+        if self._in_hand is None and (isinstance(choice, Question) or self._wants_place_in_hand()):
             self._in_hand = await self._places.take_request(question=True)
             if loop.time() > began_at:  # waiting may have changed what is worth asking
                 choice = self._schedule.decide(loop.time())
-        if isinstance(choice, Question):
+        if isinstance(choice, Question) and self._in_hand is not None:
             place, self._in_hand = self._in_hand, None
-            assert place is not None
             self._send(choice, place)
             return
-        if self._in_hand is not None and not self._schedule.wants_place_in_hand():
+        if not self._wants_place_in_hand():
             self._put_back()
+        until = choice if isinstance(choice, float) else loop.time()
         if self._in_hand is not None:
-            choice = min(choice, began_at + LOOK_SECONDS)
-        await self._sleep_until(max(choice, loop.time() + SHORTEST_SLEEP_SECONDS))
+            until = min(until, loop.time() + LOOK_SECONDS)
+        await self._sleep_until(max(until, loop.time() + SHORTEST_SLEEP_SECONDS))
+
+    def _wants_place_in_hand(self) -> bool:
+        somebody = self._schedule.watched or self._places.in_flight_waiting or self._places.requests_waiting
+        return bool(somebody) and self._schedule.wants_place_in_hand()
 
     def _put_back(self) -> None:
         if self._in_hand is not None:
@@ -192,7 +186,7 @@ class Watcher:
         loop = asyncio.get_running_loop()
         self._asleep = loop.create_future()
         self._asleep_until = at
-        timer = loop.call_at(at, self._wake) if at != math.inf else None
+        timer = loop.call_at(at, self._wake) if at < math.inf else None
         try:
             await self._asleep
         finally:
@@ -208,200 +202,56 @@ class Watcher:
         if watched.due_at < self._asleep_until:
             self._wake()
 
+    # ---- one question
+
     def _send(self, question: Question, place: Place) -> None:
-        now = asyncio.get_running_loop().time()
+        loop = asyncio.get_running_loop()
+        self._schedule.sent(question, loop.time())
         work: Coroutine[Any, Any, None]
-        if question.offset is not None:
-            self._schedule.sweep_sent_at = now
-            self._schedule.sweep_is_out = True
-            work = self._sweep(question.watched, question.offset, place)
-        else:
-            self._schedule.asked(question.watched, now)
-            self._schedule.asking += 1
+        if question.offset is None:
             work = self._ask(question.watched, place)
-        task = asyncio.get_running_loop().create_task(work)
+        else:
+            work = self._sweep(question.watched, question.offset, place)
+        task = loop.create_task(work)
         self._questions.add(task)
         task.add_done_callback(self._questions.discard)
 
-    # ---- what comes back
-
     async def _ask(self, watched: Watched, place: Place) -> None:
         loop = asyncio.get_running_loop()
-        sent_at, sent = loop.time(), True
-        failure: Exception | None = None
-        answer = watched.prediction
+        sent_at = loop.time()
         try:
-            answer = await self._asker.get(watched.prediction.id)
-        except NotSent as error:
-            sent, failure = False, error
+            try:
+                answer = await self._asker.get(watched.prediction.id)
+            except NotSent:
+                place.unused()
+                raise
+            except BaseException:
+                place.done()
+                raise
+            finally:
+                self._schedule.asking -= 1
+            place.done()
+            self._answers.told(watched, answer, sent_at, loop.time())
         except Exception as error:
-            failure = error
-        finally:
-            self._schedule.asking -= 1
-            (place.done if sent else place.unused)()
-        now = loop.time()
-        held = now - sent_at > HELD_SECONDS
-        if self._schedule.watched.get(watched.prediction.id) is watched:
-            if failure is not None:
-                self._unanswered(watched, failure, now)
-            elif answer.status.ended:
-                self._schedule.holds = self._schedule.holds or held
-                self._end_by_id(watched, answer, now)
-            else:
-                self._schedule.holds = self._schedule.holds and held
-                self._still_pending(watched, sent_at, now, by_id=True)
+            self._answers.failed(watched, error, loop.time())
         self._wake()
-
-    def _end_by_id(self, watched: Watched, answer: Prediction, now: float) -> None:
-        known = watched.prediction
-        end = answer.model_copy(
-            update={
-                "item_id": known.item_id,
-                "created_at": known.created_at,
-                "input": answer.input if known.input is None else known.input,
-                "model": known.model or answer.model,
-                "version": known.version or answer.version,
-            }
-        )
-        self._sweeping.learned_by_id(end, watched.began_at if watched.age_known else math.inf, now)
-        self._end(watched, end, now)
-
-    def _unanswered(self, watched: Watched, error: Exception, now: float) -> None:
-        if isinstance(error, KeyRefused):
-            for every in list(self._schedule.watched.values()):
-                self._fail(every, error)
-            return
-        if isinstance(error, Rejected) and error.status_code == 404:
-            if now - watched.watched_at >= UNKNOWN_ID_GRACE_SECONDS:
-                self._fail(watched, error)
-                return
-        elif isinstance(error, Throttled):
-            self._be_quiet(error, now)
-        elif not isinstance(error, EachlabsError):
-            logger.error("Asking about prediction %s failed unexpectedly.", watched.prediction.id, exc_info=error)
-        self._schedule.back_off(watched, now)
-
-    def _be_quiet(self, error: Throttled, now: float) -> None:
-        asked = min(error.retry_after_seconds or 0.0, LONGEST_QUIET_SECONDS)
-        self._schedule.quiet_until = max(self._schedule.quiet_until, now + max(asked, 0.5))
 
     async def _sweep(self, target: Watched, offset: int, place: Place) -> None:
         loop = asyncio.get_running_loop()
-        sent_at, sent = loop.time(), True
-        newest = self._schedule.listing.newest
-        rows: tuple[Execution, ...] = ()
-        failure: Exception | None = None
+        sent_at, newest = loop.time(), self._schedule.listing.newest
         try:
-            rows = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
-        except NotSent as error:
-            sent, failure = False, error
+            try:
+                rows = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
+            except NotSent:
+                place.unused()
+                raise
+            except BaseException:
+                place.done()
+                raise
+            finally:
+                self._schedule.sweep_is_out = False
+            place.done()
+            self._answers.page(rows, offset=offset, target=target, newest=newest, sent_at=sent_at, now=loop.time())
         except Exception as error:
-            failure = error
-        finally:
-            self._schedule.sweep_is_out = False
-            (place.done if sent else place.unused)()
-        now = loop.time()
-        if isinstance(failure, Throttled):
-            self._be_quiet(failure, now)
-        elif failure is not None:
-            self._sweeping.failed(failure, now)
-        else:
-            self._read_page(rows, offset, target, newest, sent_at, now)
+            self._answers.sweep_failed(error, loop.time())
         self._wake()
-
-    def _read_page(
-        self, rows: tuple[Execution, ...], offset: int, target: Watched, newest: int, sent_at: float, now: float
-    ) -> None:
-        ours: list[tuple[int, Watched, Execution]] = []
-        for number, row in enumerate(rows, start=offset):
-            watched = self._schedule.watched.get(row.id)
-            if watched is not None:
-                ours.append((number, watched, row))
-            elif not row.status.ended:
-                self._sweeping.shows_pending(row.id, sent_at, now)
-        listing = self._schedule.listing
-        listing.learn([(number, watched) for number, watched, _ in ours], newest)
-        left_out = listing.left_out(
-            self._schedule.watched.values(), [w for _, w, _ in ours], target, sent_at, offset=offset, rows=len(rows)
-        )
-        for watched in left_out:
-            watched.missing = True
-        self._sweeping.answered(expected=len(ours) + len(left_out), shown=len(ours), now=now)
-        for _, watched, row in ours:
-            watched.missing = False
-            if self._sweeping.tells_the_end(row) and self._sweeping.believes(watched.prediction, row.model):
-                self._end(watched, _end_from_row(watched.prediction, row), now)
-            elif row.status.ended:
-                self._schedule.insist(watched, now)
-            else:
-                self._still_pending(watched, sent_at, now, by_id=False)
-
-    def _still_pending(self, watched: Watched, sent_at: float, now: float, *, by_id: bool) -> None:
-        if now - watched.watched_at > GIVEN_UP_SECONDS:
-            self._fail(
-                watched,
-                PredictionTimedOut(
-                    "The prediction has not ended within 24 h and is no longer asked about; look at it in the "
-                    "vendor's dashboard.",
-                    item_id=watched.prediction.item_id,
-                    prediction_id=watched.prediction.id,
-                ),
-            )
-        else:
-            self._schedule.found_pending(watched, sent_at, now, by_id=by_id)
-
-    # ---- ends
-
-    def _end(self, watched: Watched, end: Prediction, now: float) -> None:
-        told = end.predict_time_seconds
-        if watched.age_known or told is not None:
-            self._durations.learn(
-                watched.prediction.model,
-                told_seconds=told,
-                pending_at_seconds=(watched.pending_at or watched.began_at) - watched.began_at,
-                ended_at_seconds=now - watched.began_at,
-            )
-        self._schedule.remove(watched)
-        self._schedule.learned(watched.prediction.model, now)
-        self._remember(end)
-        watched.give_back_place()
-        if not watched.future.done():
-            watched.future.set_result(end)
-
-    def _fail(self, watched: Watched, error: Exception) -> None:
-        self._schedule.remove(watched)
-        watched.give_back_place()
-        if not watched.future.done():
-            watched.future.set_exception(error)
-
-    def _remember(self, end: Prediction) -> None:
-        self._ends[end.id] = end
-        if len(self._ends) > ENDS_REMEMBERED:
-            self._ends.popitem(last=False)
-
-
-def _end_from_row(prediction: Prediction, row: Execution) -> Prediction:
-    return prediction.model_copy(
-        update={
-            "status": row.status,
-            "status_word": row.status_word,
-            "output_urls": row.output_urls,
-            "cost_usd": row.cost_usd,
-            "predict_time_seconds": row.run_time_seconds,
-            "model": prediction.model or row.model,
-        }
-    )
-
-
-def _age_seconds(prediction: Prediction) -> float | None:
-    """How long ago it was created, by this machine's clock; None when that is not known."""
-    if prediction.created_at is None:
-        return None
-    seconds = (datetime.now(timezone.utc) - prediction.created_at).total_seconds()
-    return seconds if seconds > 1.0 else 0.0  # just now: the loop's clock is all that is needed
-
-
-def _quiet(future: asyncio.Future[Prediction]) -> asyncio.Future[Prediction]:
-    """Its exception counts as seen: nobody may be awaiting any more, and that is no fault."""
-    future.add_done_callback(lambda done: done.cancelled() or done.exception())
-    return future

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import random
 from collections import deque
 from collections.abc import Callable
@@ -35,7 +36,7 @@ class Job:
     began_at: float
     seconds: float
     urls: tuple[str, ...]
-    end: PredictionStatus = PredictionStatus.SUCCEEDED
+    end: PredictionStatus
 
     def status(self, at: float) -> PredictionStatus:
         return self.end if at >= self.began_at + self.seconds else PredictionStatus.PENDING
@@ -55,10 +56,13 @@ class ModelApi:
     duration: Callable[[random.Random], float] = about_five_seconds
     one_way_seconds: tuple[float, float] = (0.01, 0.04)
     urls: int = 1
+    end: PredictionStatus = PredictionStatus.SUCCEEDED
     seed: int = 1
     jobs: dict[str, Job] = field(default_factory=dict)
     foreign_rows: int = 0
     faults: dict[str, deque[Exception]] = field(default_factory=dict)
+    hangs: dict[str, float] = field(default_factory=dict)
+    """The next GET by id of these is answered so many seconds later."""
     asked: list[tuple[float, str, str]] = field(default_factory=list)
     throttled: int = 0
     most_in_flight: int = 0
@@ -66,21 +70,22 @@ class ModelApi:
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
         self._recent: deque[float] = deque()
-        self._running: list[Job] = []
+        self._running: list[float] = []
 
     # ---- the endpoints
 
     async def create(self, model: str = "gemini", input: dict[str, Any] | None = None) -> Prediction:
         await self._arrive("create", "")
-        self._running = [job for job in self._running if job.status(now()) is PredictionStatus.PENDING]
+        while self._running and self._running[0] <= now():
+            heapq.heappop(self._running)
         if self.max_in_flight is not None and len(self._running) >= self.max_in_flight:
             self.throttled += 1
             raise Throttled("in flight", status_code=429)
         id = f"p{len(self.jobs) + 1}"
         urls = tuple(f"https://pictures.test/{id}.{number}.png" for number in range(self.urls))
-        job = Job(id, model, input or {"prompt": "a fox"}, now(), self.duration(self.rng), urls)
+        job = Job(id, model, input or {"prompt": "a fox"}, now(), self.duration(self.rng), urls, self.end)
         self.jobs[id] = job
-        self._running.append(job)
+        heapq.heappush(self._running, job.began_at + job.seconds)
         self.most_in_flight = max(self.most_in_flight, len(self._running))
         await self._travel()
         return Prediction(id=id, model=model, input=job.input, created_at=datetime.now(timezone.utc), item_id=f"i-{id}")
@@ -90,6 +95,8 @@ class ModelApi:
         job = self.jobs.get(prediction_id)
         if job is None:
             raise Rejected("unknown", status_code=404)
+        if prediction_id in self.hangs:
+            await asyncio.sleep(self.hangs.pop(prediction_id))
         if self.holds:
             await asyncio.sleep(max(0.0, job.began_at + job.seconds - now()))
         status = job.status(now())
@@ -109,7 +116,7 @@ class ModelApi:
         await self._arrive("executions", str(offset))
         if not self.has_executions:
             raise Rejected("no such endpoint", status_code=404)
-        foreign = [Job(f"f{number}", "flux", {}, 0, 0, ()) for number in range(self.foreign_rows)]
+        foreign = [Job(f"f{number}", "flux", {}, 0, 0, (), self.end) for number in range(self.foreign_rows)]
         ours = (job for job in reversed(self.jobs.values()) if self.shows(job))
         rows = [self._row(job) for job in islice(chain(foreign, ours), offset, offset + limit)]
         await self._travel()
@@ -149,7 +156,10 @@ class ModelApi:
             raise fault
 
     def count(self, endpoint: str) -> int:
-        return sum(1 for _, name, _ in self.asked if name == endpoint)
+        return len(self.times(endpoint))
+
+    def times(self, endpoint: str, about: str | None = None) -> list[float]:
+        return [at for at, name, of in self.asked if name == endpoint and about in (None, of)]
 
     def worst_minute(self) -> int:
         times = [at for at, _, _ in self.asked]

@@ -10,14 +10,15 @@ import random
 from collections.abc import Callable, Iterator
 
 import pytest
-from tests.lease_server import LeaseClient, LeaseServer
-from tests.virtual_time import run
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_eachlabs.limits import SharedLots
+from prefect_eachlabs.limits import SharedLots, lot_source_for
 from prefect_eachlabs.limits.leases import Holding
 from prefect_eachlabs.limits.lot import fair_share
-from prefect_eachlabs.pacing import Kind, Place, Places
+from prefect_eachlabs.pacing import Kind, LocalLots, Place, Places
 from prefect_eachlabs.settings import AccountSettings
+from tests.lease_server import LeaseClient, LeaseServer
+from tests.virtual_time import run
 
 WINDOW_SECONDS = 60.0
 PREDICTION_SECONDS = 5.0
@@ -141,6 +142,18 @@ def api() -> Iterator[Api]:
     assert seen.most_in_flight <= 10
 
 
+# -------------------------------------------------------------- where from
+
+
+def test_a_prefect_server_in_the_settings_shares_the_limits_and_nothing_else_does() -> None:
+    limited = AccountSettings(api_key="key")
+    unlimited = AccountSettings(api_key="key", requests_per_minute=None, max_in_flight=None)
+    assert isinstance(lot_source_for(limited), LocalLots)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        assert isinstance(lot_source_for(limited), SharedLots)
+        assert isinstance(lot_source_for(unlimited), LocalLots)
+
+
 # ------------------------------------------------------------------ fair share
 
 
@@ -158,7 +171,9 @@ def api() -> Iterator[Api]:
         (10, {-1: None, -2: None, 4: None}, 2),
     ],
 )
-def test_a_share_is_what_all_who_want_more_can_have_alike(limit: int, claims: dict[int, int | None], share: int) -> None:
+def test_a_share_is_what_all_who_want_more_can_have_alike(
+    limit: int, claims: dict[int, int | None], share: int
+) -> None:
     assert fair_share(limit, claims, 1) == (share, False)
 
 
@@ -169,7 +184,9 @@ def test_more_processes_than_places_take_turns() -> None:
 @pytest.mark.parametrize("limit", range(1, 40))
 def test_the_shares_of_all_hungry_processes_are_the_limit(limit: int) -> None:
     for count in range(1, limit + 1):
-        shares = [fair_share(limit, {other: None for other in range(count) if other != me}, me)[0] for me in range(count)]
+        shares = [
+            fair_share(limit, {other: None for other in range(count) if other != me}, me)[0] for me in range(count)
+        ]
         assert sum(shares) == limit
         assert max(shares) - min(shares) <= 1
 
@@ -236,14 +253,14 @@ def test_a_big_account_is_leased_in_big_lots() -> None:
     server, api = LeaseServer(), Api()
 
     async def story() -> None:
-        Worker(server, api, requests_per_minute=1200, max_in_flight=100).start(callers=150)
-        await asyncio.sleep(240)
+        Worker(server, api, requests_per_minute=1200, max_in_flight=100).start(callers=120)
+        await asyncio.sleep(150)
 
     run(story())
     assert api.worst_window() <= 1200
     assert api.most_in_flight <= 100
-    assert api.sent(60, 240) >= 0.9 * 3 * 1200
-    assert len(server.calls) <= 240 * 5
+    assert api.sent(60, 120) >= 0.9 * 1200
+    assert len(server.calls) <= 150 * 5
 
 
 # ------------------------------------------------------- who joins, who is killed
@@ -374,9 +391,9 @@ def test_without_limits_nothing_is_asked_of_the_server() -> None:
     server, api = LeaseServer(), Api()
 
     async def story() -> None:
-        worker = Worker(server, api, requests_per_minute=None, max_in_flight=None).start(callers=200)
-        await asyncio.sleep(60)
-        assert api.most_in_flight == 200
+        worker = Worker(server, api, requests_per_minute=None, max_in_flight=None).start(callers=100)
+        await asyncio.sleep(20)
+        assert api.most_in_flight == 100
         assert worker.lots.limit(Kind.REQUESTS) is None
         assert worker.lots.pressure(Kind.REQUESTS) == 0.0
         await worker.stop()
@@ -567,9 +584,7 @@ def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_leak_
 def test_a_process_that_finds_leaked_places_names_them_within_30_seconds_of_waiting(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = LeaseServer(
-        limits={Kind.REQUESTS: 60, Kind.IN_FLIGHT: 10}, active={Kind.REQUESTS: 0, Kind.IN_FLIGHT: 10}
-    )
+    server = LeaseServer(limits={Kind.REQUESTS: 60, Kind.IN_FLIGHT: 10}, active={Kind.REQUESTS: 0, Kind.IN_FLIGHT: 10})
 
     async def story() -> None:
         worker = Worker(server, api).start()
@@ -653,7 +668,7 @@ def test_a_fault_of_ours_does_not_leave_callers_waiting(
     assert len(warnings(caplog, "never seen before")) == 1
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(8))
 def test_whatever_happens_no_minute_holds_more_than_the_limit(seed: int, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     random.seed(seed)
@@ -662,9 +677,9 @@ def test_whatever_happens_no_minute_holds_more_than_the_limit(seed: int, caplog:
 
     async def story() -> None:
         workers: list[Worker] = []
-        for step in range(30):
+        for step in range(24):
             what = random.choice(["join", "join", "kill", "stop", "restart", "wait", "cut", "more"])
-            if what == "join" and len(workers) < 4:
+            if step == 0 or (what == "join" and len(workers) < 4):
                 latency = random.choice([0.05, 0.3, 20.0])
                 workers.append(
                     Worker(

@@ -12,15 +12,14 @@ PACKAGE = Path(__file__).resolve().parent.parent / "prefect_eachlabs"
 
 _ABOVE_THE_LINE = """
     errors settings models png
-    object_store s3_access storage byte_streams
+    object_store s3_access storage
     lots gate pacing
     client
-    durations sweeping watched listing schedule watching
+    durations sweeping watched listing timing schedule answers watching
     download
-    records decisions settling finishing purchasing
+    records decisions echoes markers sight settling finishing purchasing
     shop steps janitor engine
     gateway
-    text_lines tables sources outcomes scratch report_pages report_sheet reports progress budget
     retrying contact_sheet
 """
 

@@ -84,8 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     output = _folder(arguments.output)
     numbered = {f"{number:02d}-{name}": prompt for number, (name, prompt) in enumerate(PROMPTS.items(), 1)}
     prompts = dict(list(numbered.items())[: arguments.pictures])
-    with demo_stage.ended_like_ctrl_c():
-        played = _play(prompts, arguments.service_seconds, console)
+    with demo_stage.Interrupts() as interrupts:
+        played = _play(prompts, arguments.service_seconds, console, interrupts)
     # Only what an earlier demo may have left: the folder may hold files of the user's own.
     for item_id in numbered:
         (output / f"{item_id}.png").unlink(missing_ok=True)
@@ -107,7 +107,9 @@ def _folder(path: Path) -> Path:
     return path.resolve()
 
 
-def _play(prompts: Mapping[str, str], service_seconds: float, console: Console) -> Played:
+def _play(
+    prompts: Mapping[str, str], service_seconds: float, console: Console, interrupts: demo_stage.Interrupts
+) -> Played:
     """Everything that needs the servers; when it comes back, or is interrupted, they are gone."""
     from prefect_eachlabs.commands.demo_progress import Progress, working
 
@@ -115,16 +117,18 @@ def _play(prompts: Mapping[str, str], service_seconds: float, console: Console) 
     with demo_stage.folder_of_its_own() as folder, contextlib.ExitStack() as stack:
         demo_stage.replace_environment(folder)
         with working(console, "Starting Prefect's embedded server, an emulator of the API and a local S3"):
-            stage = stack.enter_context(demo_stage.Stage(service_seconds=service_seconds))
+            stage = stack.enter_context(demo_stage.Stage(interrupts, service_seconds=service_seconds))
         progress = Progress(prompts, console)
         with progress.shown():
-            _run_flows(prompts, progress, played)
+            _run_flows(prompts, progress, played, interrupts)
         played.pictures = asyncio.run(_fetch(stage.s3.access))
         played.tallies = stage.emulator.tallies()
     return played
 
 
-def _run_flows(prompts: Mapping[str, str], progress: Progress, played: Played) -> None:
+def _run_flows(
+    prompts: Mapping[str, str], progress: Progress, played: Played, interrupts: demo_stage.Interrupts
+) -> None:
     """One run of the flow `generate_image` for each prompt, all at once; their places are the account's."""
     from prefect_eachlabs.commands.demo_progress import FAILED, STORED
     from prefect_eachlabs.flows import generate_image
@@ -140,8 +144,12 @@ def _run_flows(prompts: Mapping[str, str], progress: Progress, played: Played) -
     for item_id, prompt in prompts.items():
         # Daemons: an interrupted demo does not wait for them.
         threading.Thread(target=run_flow, args=(item_id, prompt), name=f"demo-{item_id}", daemon=True).start()
-    for _ in prompts:
-        item_id, end = ended.get()
+    while len(played.images) + len(played.errors) < len(prompts):
+        interrupts.check()
+        try:
+            item_id, end = ended.get(timeout=0.2)
+        except queue.Empty:
+            continue
         if isinstance(end, BaseException):
             played.errors[item_id] = end
         else:
@@ -186,17 +194,16 @@ def _sheet(played: Played, prompts: Mapping[str, str]) -> bytes:
 
 def _tell(played: Played, prompts: Mapping[str, str], console: Console) -> None:
     """The table of what was stored; on what failed, one line each."""
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name, justify in (("item", "left"), ("S3 URI", "left"), ("px", "right"), ("time", "right"), ("cost", "right")):
-        table.add_column(name, justify="right" if justify == "right" else "left", no_wrap=True)
+    rows = [("item", "S3 URI", "px", "time", "cost")]
     for item_id in prompts:
         if item_id in played.images:
-            image = played.images[item_id]
-            table.add_row(item_id, image.uri, *_facts(image))
+            rows.append((item_id, played.images[item_id].uri, *_facts(played.images[item_id])))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     console.print()
-    console.print(table, soft_wrap=not console.is_terminal)
+    for number, row in enumerate(rows):
+        # Made by hand: a table of rich's cuts URIs off where a terminal is narrow.
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        console.print("  ".join(cells), style="" if number else "bold", highlight=False, soft_wrap=True)
     for item_id, error in played.errors.items():
         console.print(f"{item_id} failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
 

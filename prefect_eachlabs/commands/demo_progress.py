@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -73,13 +73,15 @@ class Progress:
         finally:
             task_runs.removeHandler(reader)
 
-    def _table(self) -> Group:
+    def _table(self) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-        table.add_column(width=2)
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
-        table.add_column(width=12)
-        table.add_column(justify="right", width=7)
+        widths = {"mark": 1, "item": max(map(len, self._prompts)), "stage": len(MADE), "seconds": 7}
+        prompt_width = self._console.width - sum(widths.values()) - 2 * 5
+        table.add_column(width=widths["mark"])
+        table.add_column(width=widths["item"], no_wrap=True)
+        table.add_column(width=max(prompt_width, 1), no_wrap=True, overflow="ellipsis")
+        table.add_column(width=widths["stage"], no_wrap=True)
+        table.add_column(width=widths["seconds"], no_wrap=True, justify="right")
         now = time.monotonic() - self._begun_at
         with self._lock:
             rows = {item_id: (row.stage, row.seconds) for item_id, row in self._rows.items()}
@@ -89,7 +91,7 @@ class Progress:
             table.add_row(
                 mark, item_id, Text(self._prompts[item_id], "dim"), Text(stage, _COLOURS[stage]), f"{shown:.1f} s"
             )
-        return Group(table)
+        return table
 
 
 class _TaskRunReader(logging.Handler):

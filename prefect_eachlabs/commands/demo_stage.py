@@ -77,32 +77,60 @@ def folder_of_its_own() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def ended_like_ctrl_c() -> Iterator[None]:
-    """SIGTERM and a closed terminal end the demo as Ctrl-C does: with everything that it started."""
+class Interrupts:
+    """Ctrl-C, SIGTERM and a closed terminal: each ends the demo as KeyboardInterrupt, with all that it started.
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+    Raising alone is not enough: raised while a library is imported, it can be swallowed there (seen with Prefect's).
+    """
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+
+    def __init__(self) -> None:
+        self._seen = self._held = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        numbers = [getattr(signal, name) for name in self._NAMES if hasattr(signal, name)]
+        self._before = {number: signal.signal(number, self._interrupt) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _interrupt(self, *_: Any) -> None:
+        self._seen = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if one has come."""
+        if self._seen:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def held_back(self) -> Iterator[None]:
+        """What comes meanwhile does not disturb: for cleaning up."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
 
 
 class Stage:
     """The three servers, for as long as the `with` block lasts; flow runs of this process find them.
 
     Args:
+        interrupts: They end it at any moment.
         service_seconds: The emulator's time for a picture.
     """
 
     emulator: EmulatorServer
     s3: LocalS3
 
-    def __init__(self, *, service_seconds: float) -> None:
+    def __init__(self, interrupts: Interrupts, *, service_seconds: float) -> None:
+        self._interrupts = interrupts
         self._service_seconds = service_seconds
         self._prefect: Any = None
         self._open = contextlib.ExitStack()
@@ -120,8 +148,10 @@ class Stage:
         others: Future[None] = Future()
         threading.Thread(target=self._start_others, args=(others,), name="demo-starts", daemon=True).start()
         try:
+            self._interrupts.check()
             self._prefect.start(timeout=SERVER_STARTS_WITHIN_SECONDS)
             others.result()
+            self._interrupts.check()
         except RuntimeError as error:
             self.close()
             raise SetupError(f"Prefect's embedded server did not start: {error}") from error
@@ -135,7 +165,9 @@ class Stage:
             from prefect_eachlabs.emulator import EmulatorOptions, EmulatorServer
             from prefect_eachlabs.local_s3 import LocalS3
 
-            self.emulator = self._open.enter_context(EmulatorServer(EmulatorOptions(service_seconds=self._service_seconds)))
+            self.emulator = self._open.enter_context(
+                EmulatorServer(EmulatorOptions(service_seconds=self._service_seconds))
+            )
             self.s3 = self._open.enter_context(LocalS3(buckets=[BUCKET]))
             os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
             import prefect_eachlabs.contact_sheet
@@ -151,14 +183,11 @@ class Stage:
         self.close()
 
     def close(self) -> None:
-        """Cancels what is in flight and ends the servers, in 15 s at most; a second Ctrl-C does not disturb it."""
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
+        """Cancels what is in flight and ends the servers, in 15 s at most."""
+        with self._interrupts.held_back():
             if "prefect_eachlabs.gateway" in sys.modules:
                 from prefect_eachlabs.gateway import close_gateways
 
                 close_gateways()
             self._prefect.stop()
             self._open.close()
-        finally:
-            signal.signal(signal.SIGINT, before)

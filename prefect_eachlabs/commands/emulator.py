@@ -43,7 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     parser.add_argument("--host", default="127.0.0.1", help="where it listens (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8700, help="0 takes a free one (8700)")
-    parser.add_argument("--api-key", dest="api_keys", action="append", metavar="KEY", help="a good key (any); repeatable")
+    _add(parser, "api_keys", flag="--api-key", action="append", metavar="KEY", help="a good key (any); repeatable")
     for field, limit in (("requests_per_minute", 60), ("max_in_flight", 10)):
         _add(parser, field, type=count_or_none, metavar="N", help=f"else 429; 'none': no limit ({limit})")
     for field, kind, shown, text in FLAGS:
@@ -52,19 +52,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     _add(parser, "pictures", choices=("drawn", "plain"), help="drawn shows the prompt, plain is quick (drawn)")
     _add(parser, "count_rejected", action="store_true", help="requests answered by 429 count against the minute too")
     _add(parser, "require_version", action="store_true", help="refuse a POST without a version")
-    parser.add_argument(
-        "--any-model",
-        dest="strict_models",
-        action="store_false",
-        default=argparse.SUPPRESS,
-        help="take models outside the catalogue, and any input",
-    )
-    parser.add_argument("--fault", dest="faults", action="append", metavar="FAULT", help="see below; repeatable")
+    unknown = "take models outside the catalogue, and any input"
+    _add(parser, "strict_models", flag="--any-model", action="store_false", help=unknown)
+    _add(parser, "faults", flag="--fault", action="append", metavar="FAULT", help="see below; repeatable")
 
 
-def _add(parser: argparse.ArgumentParser, field: str, **how: Any) -> None:
-    """A flag named as its field; it is left out of the namespace when not given: the default is the model's."""
-    parser.add_argument(f"--{field.replace('_', '-')}", dest=field, default=argparse.SUPPRESS, **how)
+def _add(parser: argparse.ArgumentParser, field: str, *, flag: str = "", **how: Any) -> None:
+    """A flag for an option; not given, it is not in the namespace: the default is the emulator's own."""
+    parser.add_argument(flag or f"--{field.replace('_', '-')}", dest=field, default=argparse.SUPPRESS, **how)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     given = {name: value for name, value in vars(arguments).items() if name in EmulatorOptions.model_fields}
     try:
-        options = EmulatorOptions(**{name: value for name, value in given.items() if value is not None or name in _NONE})
+        options = EmulatorOptions(**given)
     except ValidationError as error:
         faults = "; ".join(
             f"{_flag(fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
@@ -86,19 +81,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         run_emulator(options, arguments.host, arguments.port, say=_say)
     except (OSError, OverflowError) as error:
-        raise SetupError(
-            f"The emulator cannot listen on {arguments.host}:{arguments.port} ({error}): choose another --port or --host."
-        ) from None
+        place = f"{arguments.host}:{arguments.port}"
+        raise SetupError(f"The emulator cannot listen on {place} ({error}): choose another --port or --host.") from None
     return 0
-
-
-_NONE = frozenset({"requests_per_minute", "max_in_flight"})
-"""Options where None is a value of its own: without limit."""
 
 
 def _flag(location: tuple[int | str, ...]) -> str:
     field = str(location[0]) if location else "fault"
-    return "--fault" if field == "faults" else f"--{field.replace('_', '-')}"
+    return {"faults": "--fault", "api_keys": "--api-key"}.get(field, f"--{field.replace('_', '-')}")
 
 
 def _say(line: str) -> None:

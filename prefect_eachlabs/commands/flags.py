@@ -33,7 +33,10 @@ def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
 
 def positive_number(text: str) -> float:
     """A number greater than 0."""
-    number = float(text)
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number") from None
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return number

@@ -239,15 +239,17 @@ class LotDriver:
                 self._lookout.use_number(pool, await self._leases.ensure(pool.kind, pool.account_limit))
             await self._leases.release(await self._leases.announce(pools[0].kind, self._process))
             rows = await self._leases.holdings()
-        except ServerAway as error:
+        except Exception as error:
             self._go_on_alone(error)
             self._visit_at = self._now() + self._visit_pause_seconds * random.uniform(0.8, 1.2)
             self._visit_pause_seconds = min(VISIT_MAX_PAUSE_SECONDS, self._visit_pause_seconds * 1.5)
+            if not isinstance(error, ServerAway):
+                raise
         else:
             self._share_again()
             self._lookout.learn(rows)
 
-    def _go_on_alone(self, error: ServerAway) -> None:
+    def _go_on_alone(self, error: Exception) -> None:
         if self.away_since is not None:
             return
         self.away_since = self._now()
@@ -256,7 +258,7 @@ class LotDriver:
         numbers = " and ".join(f"{plan.pool.local_limit} {plan.pool.kind.value}" for plan in self._plans)
         logger.warning(
             "The Prefect server at %s gives no usable answer (%s): the account's limits are counted in this process "
-            "alone until it does, with its last known share of them (%s places).",
+            "alone until it does, with its last known share of them: %s places.",
             self._leases.where,
             error,
             numbers,

@@ -22,6 +22,8 @@ ROUND_SPREAD = 0.8
 """From the second round on, lots begin no faster than 1/0.8 of the even pace: a burst in the first minute would
 otherwise come again every minute, and a process that joins right after one would find nothing for half a minute."""
 RENEWED_WITH_SECONDS_LEFT = {Kind.REQUESTS: 25.0, Kind.IN_FLIGHT: 50.0}
+SAFE_SECONDS = 5.0
+"""With less left, a lease is not given back: the server may reap it meanwhile, and its slots would go back twice."""
 
 
 class LotPlan:
@@ -107,8 +109,13 @@ class LotPlan:
             self._due(at)
             self._due(lot.hot_until if lot.taken == 0 else math.inf)
             return Verb.RENEW if now >= at else None
-        if surplus > 0:
-            return Verb.RELEASE
+        verb = None if surplus > 0 else self._verb_for_an_idle_lot(lot, now, share, again=again)
+        if surplus > 0 or verb is Verb.RELEASE:
+            self._due(lot.covered_until)
+            return Verb.RELEASE if now < lot.covered_until - SAFE_SECONDS else None
+        return verb
+
+    def _verb_for_an_idle_lot(self, lot: Lot, now: float, share: int, *, again: bool) -> Verb | None:
         keep_until = min(self.pool.usable_until(lot), lot.fresh_since + UNUSED_SECONDS)
         if now < keep_until:
             self._due(keep_until)
@@ -118,12 +125,12 @@ class LotPlan:
         if now >= self._next_round_at:
             self._next_round_at = now + ROUND_SPREAD * 60.0 * lot.slots / share
             return Verb.REUSE
-        renew_at = lot.covered_until - RENEWED_WITH_SECONDS_LEFT[self.pool.kind] / 5
+        renew_at = lot.covered_until - SAFE_SECONDS
         self._due(min(renew_at, self._next_round_at))
         return Verb.RENEW if now >= renew_at else None
 
     def _renew_at(self, lot: Lot) -> float:
-        if lot.hot_until + 0.5 > lot.covered_until:
+        if lot.hot_until + SAFE_SECONDS > lot.covered_until:
             return -math.inf  # an answer came late: its window must be covered to the end
         return lot.covered_until - RENEWED_WITH_SECONDS_LEFT[self.pool.kind] if lot.taken else math.inf
 

@@ -58,7 +58,8 @@ class LotPool:
         self._takes: deque[float] = deque(maxlen=1000)
 
     def __repr__(self) -> str:
-        return f"<LotPool {self.kind.value}: {self.held} of {self.limit} held in {len(self.lots)} lots>"
+        share = self.local_limit or self.share()[0]
+        return f"<LotPool {self.kind.value}: {self.busy()} in use, {self.held} held, share {share} of {self.limit}>"
 
     @property
     def cools(self) -> bool:
@@ -171,7 +172,7 @@ class LotPool:
     def learn(self, claims: dict[int, int | None]) -> None:
         """What the other processes hold (see `fair_share`)."""
         if self.clock() < self._presumed_until:
-            claims = {**dict.fromkeys(self._presumed), **claims}
+            claims = {**claims, **dict.fromkeys(self._presumed)}
         self.claims = claims
 
     def go_alone(self) -> None:

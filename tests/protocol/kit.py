@@ -18,6 +18,7 @@ import asyncio
 import contextvars
 import json
 import random
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -28,12 +29,10 @@ import httpx
 import pytest
 
 from prefect_eachlabs import client as client_room
-from prefect_eachlabs import records, settling, shop, watching
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.decisions import PurchaseOptions
 from prefect_eachlabs.download import Downloader
 from prefect_eachlabs.emulator import EmulatorOptions, InProcessTransport
-from prefect_eachlabs.emulator import clock as emulator_clock
 from prefect_eachlabs.emulator.ledger import Job
 from prefect_eachlabs.engine import Engine
 from prefect_eachlabs.errors import StoreFailed
@@ -58,7 +57,8 @@ KEY = "kit-key-0123456789"
 BASE_URL = "https://api.invalid"
 DESTINATION = Destination.parse("s3://bucket/kit")
 
-_clock_error: contextvars.ContextVar[float] = contextvars.ContextVar("clock_error", default=0.0)
+_process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
+"""Whose code is running."""
 
 
 class MachineDatetime(datetime):
@@ -66,15 +66,33 @@ class MachineDatetime(datetime):
 
     @classmethod
     def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-        seconds = asyncio.get_running_loop().time() + _clock_error.get()
+        process = _process.get()
+        seconds = asyncio.get_running_loop().time() + (process.clock_error_seconds if process else 0.0)
         return (MACHINE_DATE + timedelta(seconds=seconds)).astimezone(tz)
+
+
+async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
+    """As the client's own, for a process that the kit has frozen: its timers stand still."""
+    process = _process.get()
+    task = asyncio.ensure_future(work)
+    while seconds > 0 and not task.done():
+        await asyncio.wait({task}, timeout=min(seconds, 1.0))
+        if process is None or not process.is_frozen:
+            seconds -= 1.0
+    if task.done():
+        return task.result()
+    task.cancel()
+    await asyncio.wait({task})
+    raise asyncio.TimeoutError
 
 
 @pytest.fixture
 def machine_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rooms that ask a machine what time it is ask the loop."""
-    for room in (client_room, records, settling, shop, watching, emulator_clock):
-        monkeypatch.setattr(room, "datetime", MachineDatetime)
+    for name, room in list(sys.modules.items()):
+        if name.startswith("prefect_eachlabs.") and getattr(room, "datetime", None) is datetime:
+            monkeypatch.setattr(room, "datetime", MachineDatetime)
+    monkeypatch.setattr(client_room, "within_waking_seconds", within_waking_seconds)
 
 
 def wanted(number: int = 1, *, prompt: str | None = None, item_id: str | None = None, **input: Any) -> Item:
@@ -101,6 +119,11 @@ def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
             _worlds.clear()
 
     return run(whole())
+
+
+def order(item: Item) -> dict[str, Any]:
+    """What the API is sent for an item."""
+    return {"model": item.model, "version": item.version, "input": item.input}
 
 
 async def for_ever() -> NoReturn:
@@ -161,6 +184,8 @@ class World:
         self.destination = DESTINATION
         self.settings = AccountSettings(**{"api_key": KEY, "base_url": BASE_URL, **(settings or {})})
         self.processes: list[Process] = []
+        self.hidden: dict[str, int] = {}
+        """Prediction id → the status that GET answers with."""
         self.over = False
         _worlds.append(self)
 
@@ -262,7 +287,7 @@ class Process:
         self.died = asyncio.Event()
         self.froze = asyncio.Event()
         self._frozen: asyncio.Event | None = None
-        self._clock_error_seconds = clock_error_seconds
+        self.clock_error_seconds = clock_error_seconds
         self._jitter = None if jitter is None else random.Random(jitter)
         self._under_way: set[asyncio.Task[Any]] = set()
         self.settings = world.settings.model_copy(update=settings)
@@ -287,7 +312,7 @@ class Process:
         """The work, on this machine's clock."""
 
         async def on_this_machine() -> T:
-            _clock_error.set(self._clock_error_seconds)
+            _process.set(self)
             return await work
 
         return await asyncio.ensure_future(on_this_machine())
@@ -303,6 +328,10 @@ class Process:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return None
 
+    @property
+    def is_frozen(self) -> bool:
+        return self._frozen is not None
+
     def kill(self) -> None:
         self.dead = True
         self.died.set()
@@ -311,6 +340,11 @@ class Process:
         if self._frozen is None:
             self._frozen = asyncio.Event()
             self.froze.set()
+
+    async def dies(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Works until it is dead, as planned."""
+        ended = await self.until_it_ends(work)
+        assert self.dead, f"it was to die at {self.plan.die_at} and ended: {ended!r}"
 
     def thaw(self) -> None:
         if self._frozen is not None:
@@ -444,6 +478,9 @@ class _Transport(httpx.AsyncBaseTransport):
         await request.aread()
 
         async def deliver() -> httpx.Response:
+            hidden = self._process.world.hidden.get(request.url.path.rpartition("/")[2])
+            if hidden is not None:
+                return httpx.Response(hidden, json={"error": "not for you"}, request=request)
             return await self._process.world.transport.handle_async_request(request)
 
         def fail(said: str) -> Exception:

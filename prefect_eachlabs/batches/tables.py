@@ -8,16 +8,17 @@ after it are read anew.
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NoReturn, Protocol
 
-from prefect_eachlabs.byte_streams import open_bytes
+from prefect_eachlabs.batches.byte_streams import open_bytes
+from prefect_eachlabs.batches.text_lines import MAX_ROW_BYTES, Line, Lines, no_table
 from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.s3_access import S3Access
-from prefect_eachlabs.text_lines import MAX_ROW_BYTES, Line, Lines, no_table
 
 MAX_LINES_OF_A_ROW = 200
 PARQUET_ROWS_AT_A_TIME = 200
@@ -220,7 +221,7 @@ class JsonLinesTable:
             no_table(source, "it is empty")
         if first.text.lstrip().startswith("["):
             no_table(source, "it is a JSON array; write one JSON object a line (jq -c '.[]' does)")
-        ahead = [line for line, _ in zip(lines, range(self.LOOK_AHEAD), strict=False)]
+        ahead = list(itertools.islice(lines, self.LOOK_AHEAD))
         rows = [self._row(line) for line in ahead if line.text.strip() or line.fault]
         if rows and all(isinstance(row, BadRow) for row in rows):
             no_table(source, f"none of its first {len(rows)} lines is a JSON object")

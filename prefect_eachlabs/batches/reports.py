@@ -21,12 +21,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prefect_eachlabs.byte_streams import Files
+from prefect_eachlabs.batches.byte_streams import Files
+from prefect_eachlabs.batches.outcomes import Outcome, RowState
+from prefect_eachlabs.batches.scratch import Scratch
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.object_store import ObjectStore
-from prefect_eachlabs.outcomes import Outcome, RowState
-from prefect_eachlabs.scratch import Scratch
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def check_batch_id(batch_id: str) -> str:
 
 
 def run_name(run_id: str, at: datetime) -> str:
-    """Names a run so that names sort by time, and tell whose run it is."""
+    """Names a run so that names sort by time."""
     return f"{at.astimezone(timezone.utc):%Y%m%dT%H%M%S}Z-{re.sub('[^A-Za-z0-9]', '', run_id)[:12]}"
 
 
@@ -64,6 +64,40 @@ class Run:
 
     parts: list[str] = field(default_factory=list)
     report: str | None = None
+
+
+@dataclass
+class EarlierRuns:
+    """What the reports of earlier runs add up to.
+
+    Attributes:
+        rows: How many they hold.
+        spent_usd: What earlier attempts of this very run have spent.
+        costs: Model → pictures whose cost was told, and their cost in USD.
+    """
+
+    rows: int = 0
+    spent_usd: float = 0.0
+    costs: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _seconds: float = 0.0
+    _timed: int = 0
+
+    @property
+    def mean_seconds(self) -> float | None:
+        """The models' own time for a picture."""
+        return self._seconds / self._timed if self._timed else None
+
+    def add(self, outcome: Outcome, run_id: str) -> None:
+        self.rows += 1
+        if outcome.state not in (RowState.STORED, RowState.REUSED):
+            return
+        if outcome.predict_time_seconds:
+            self._seconds += outcome.predict_time_seconds
+            self._timed += 1
+        if outcome.cost_usd:
+            count, cost_usd = self.costs.get(outcome.model or "", (0, 0.0))
+            self.costs[outcome.model or ""] = (count + 1, cost_usd + outcome.cost_usd)
+            self.spent_usd += outcome.cost_usd if outcome.bought_by == run_id else 0.0
 
 
 class BatchFolder:
@@ -109,28 +143,22 @@ class BatchFolder:
                     run.parts.append(row.key)
         return runs
 
-    async def load_earlier(self, scratch: Scratch, run_id: str) -> float:
-        """Reads the last report, and the parts of runs that were killed since, into the scratch file.
-
-        Returns:
-            What earlier attempts of this very run have spent, in USD.
-        """
+    async def load_earlier(self, scratch: Scratch, run_id: str) -> EarlierRuns:
+        """Reads the last report, and the parts of runs that were killed since, into the scratch file."""
         runs = await self.runs()
         last = max((name for name, run in runs.items() if run.report), default="")
-        keys = [(last, runs[last].report or "")] if last else []
+        keys = [runs[last].report or ""] if last else []
         for name in sorted(runs):
             # An older one that was killed is in the last report: that run had read its parts.
             if name > last:
-                keys += [(name, key) for key in sorted(runs[name].parts)]
-        own = "-" + run_name(run_id, datetime.now(timezone.utc)).partition("-")[2]
-        spent_usd = 0.0
-        for name, key in keys:
-            cost_usd = await self.worker(self._load, key, scratch)
-            spent_usd += cost_usd if name.endswith(own) else 0.0
-        return spent_usd
+                keys += sorted(runs[name].parts)
+        earlier = EarlierRuns()
+        for key in keys:
+            await self.worker(self._load, key, scratch, earlier, run_id)
+        return earlier
 
-    def _load(self, key: str, scratch: Scratch) -> float:
-        bad, cost_usd = 0, 0.0
+    def _load(self, key: str, scratch: Scratch, earlier: EarlierRuns, run_id: str) -> None:
+        bad = 0
         with self.files.open(key) as stream:
             several: list[Outcome] = []
             for line in stream:
@@ -138,7 +166,7 @@ class BatchFolder:
                 if outcome is None:
                     bad += 1
                     continue
-                cost_usd += (outcome.cost_usd or 0.0) if outcome.state is RowState.STORED else 0.0
+                earlier.add(outcome, run_id)
                 several.append(outcome)
                 if len(several) == LOADED_AT_A_TIME:
                     scratch.remember(several)
@@ -146,7 +174,6 @@ class BatchFolder:
             scratch.remember(several)
         if bad:
             logger.warning("%s: %d lines are none of a report; their items are looked up one by one.", key, bad)
-        return cost_usd
 
 
 class ReportWriter:

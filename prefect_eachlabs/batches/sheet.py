@@ -7,11 +7,11 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from prefect_eachlabs.batches.outcomes import Outcome
+from prefect_eachlabs.batches.reports import Worker
 from prefect_eachlabs.errors import EachlabsError, SetupError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.object_store import ObjectStore
-from prefect_eachlabs.outcomes import Outcome
-from prefect_eachlabs.reports import Worker
 
 if TYPE_CHECKING:
     from prefect_eachlabs.contact_sheet import Frame

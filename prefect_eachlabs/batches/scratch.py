@@ -1,16 +1,17 @@
 """What a batch has to remember of each row, on disk: the memory stays flat from a hundred rows to a million.
 
-A private SQLite file, gone with the process. What a killed run knew is in its report, never here.
+A private SQLite file, gone with the process. What a killed run knew is in its report, never here. It belongs to the
+worker's thread: each query gives the interpreter's lock away, and the loop waits milliseconds to get it back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from prefect_eachlabs.outcomes import Outcome, RowState
+from prefect_eachlabs.batches.outcomes import Outcome, RowState
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -20,6 +21,7 @@ CREATE TABLE ids (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE counts (fingerprint TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID;
 CREATE TABLE recorded (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE rows (row INTEGER PRIMARY KEY, state TEXT, unsettled TEXT, line BLOB);
+CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
 """
 
 
@@ -31,10 +33,14 @@ class Earlier:
     has_picture: bool
 
 
+def _lacks_cost(outcome: Outcome) -> bool:
+    return outcome.state is RowState.STORED and not outcome.cost_usd
+
+
 class Scratch:
     """Facts by item id, and this run's rows in the order of the source.
 
-    Used by one thread at a time.
+    `add` is for the loop; everything else is called in the worker, one call at a time.
     """
 
     def __init__(self) -> None:
@@ -42,6 +48,7 @@ class Scratch:
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(_TABLES)
         self._db.execute("BEGIN")
+        self._added: list[tuple[Outcome, bytes]] = []
 
     # What earlier runs left.
 
@@ -66,13 +73,6 @@ class Scratch:
         found = self._db.execute("SELECT has_picture, line FROM earlier WHERE item_id = ?", (item_id,)).fetchone()
         outcome = Outcome.from_line(found[1]) if found else None
         return None if outcome is None else Earlier(outcome, bool(found[0]))
-
-    def earlier_pictures(self) -> Iterator[Outcome]:
-        """Every item that an earlier report says is stored."""
-        words = (RowState.STORED.value, RowState.REUSED.value)
-        for (line,) in self._db.execute("SELECT line FROM earlier WHERE state IN (?, ?)", words):
-            if (outcome := Outcome.from_line(line)) is not None:
-                yield outcome
 
     def have_records(self, item_ids: Iterable[str]) -> None:
         """These items have a record in the bucket."""
@@ -103,10 +103,14 @@ class Scratch:
     # This run's rows.
 
     def add(self, outcome: Outcome, line: bytes) -> None:
-        no_cost = outcome.state is RowState.STORED and not outcome.cost_usd
-        self._db.execute(
+        """A row came to its end; written down by the next `flush`."""
+        self._added.append((outcome, line))
+
+    def flush(self) -> None:
+        added, self._added = self._added, []
+        self._db.executemany(
             "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)",
-            (outcome.row, outcome.state.value, outcome.prediction_id if no_cost else None, line),
+            ((one.row, one.state.value, one.prediction_id if _lacks_cost(one) else None, line) for one, line in added),
         )
 
     def lines(self, *states: RowState, most: int = -1, skip: int = 0) -> Iterator[bytes]:
@@ -129,14 +133,18 @@ class Scratch:
         """How many pictures were stored before the vendor told what they cost."""
         return int(self._db.execute("SELECT count(*) FROM rows WHERE unsettled IS NOT NULL").fetchone()[0])
 
-    def settle(self, prediction_id: str, cost_usd: float) -> Outcome | None:
-        """Writes a cost that the vendor told later into the row of that prediction; None when there is none."""
-        found = self._db.execute("SELECT row, line FROM rows WHERE unsettled = ?", (prediction_id,)).fetchone()
-        outcome = Outcome.from_line(found[1]) if found else None
-        if outcome is None:
-            return None
-        settled = Outcome(**{**vars(outcome), "cost_usd": cost_usd})
-        self._db.execute("UPDATE rows SET unsettled = NULL, line = ? WHERE row = ?", (settled.to_line(), found[0]))
+    def settle(self, costs: Mapping[str, float]) -> list[Outcome]:
+        """Writes costs that the vendor told later, by prediction, into their rows; returns those."""
+        marks = ", ".join("?" * len(costs))
+        query = f"SELECT row, line FROM rows WHERE unsettled IN ({marks})"
+        settled = []
+        for row, line in self._db.execute(query, tuple(costs)).fetchall():
+            outcome = Outcome.from_line(line)
+            if outcome is not None and outcome.prediction_id is not None:
+                outcome = replace(outcome, cost_usd=costs[outcome.prediction_id])
+                told = (outcome.to_line(), row)
+                self._db.execute("UPDATE rows SET unsettled = NULL, line = ? WHERE row = ?", told)
+                settled.append(outcome)
         return settled
 
     def close(self) -> None:

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prefect_eachlabs.batches.tables import BadRow, Cells, Table, open_table
+from prefect_eachlabs.batches.text_lines import MAX_ROW_BYTES
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
 from prefect_eachlabs.s3_access import S3Access
-from prefect_eachlabs.tables import BadRow, Cells, Table, open_table
-from prefect_eachlabs.text_lines import MAX_ROW_BYTES
 
 PROMPTS = ("prompt", "Prompt")
 KNOWN_COLUMNS = ("id", "image_url", "model", "version")

@@ -55,12 +55,12 @@ class Purse:
     _change: asyncio.Event = field(default_factory=asyncio.Event)
     _stopped: Skipped | None = None
 
-    def learn(self, model: str, cost_usd: float | None) -> None:
-        """A price that was told, now or by an earlier report."""
+    def learn(self, model: str, cost_usd: float | None, *, count: int = 1) -> None:
+        """A price that was told, now or by an earlier report (the mean of `count` pictures)."""
         if cost_usd:
             price = self._prices[model]
-            price.count += 1
-            price.sum_usd += cost_usd
+            price.count += count
+            price.sum_usd += cost_usd * count
 
     def mean_usd(self, model: str) -> float | None:
         """The model's learned price; None: nobody knows yet."""

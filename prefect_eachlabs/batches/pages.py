@@ -6,11 +6,12 @@ Everything that came from outside is escaped; the page loads nothing but picture
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from prefect_eachlabs.outcomes import Outcome
+from prefect_eachlabs.batches.outcomes import Outcome
 
 MOST_PICTURES = 2_000
 MOST_FAILURES = 1_000
@@ -113,7 +114,7 @@ def _failures(totals: Mapping[str, Any], not_there: Iterable[Outcome]) -> Iterat
     shown = f" (the first {MOST_FAILURES:,} of {count:,})" if count > MOST_FAILURES else ""
     yield f'<h2>Not there{shown}</h2>\n<div class="table"><table>\n'
     yield "<tr><th>row</th><th>state</th><th>why</th><th>prompt</th><th>item</th></tr>\n"
-    for outcome, _ in zip(not_there, range(MOST_FAILURES), strict=False):
+    for outcome in itertools.islice(not_there, MOST_FAILURES):
         error = outcome.error or {}
         yield (
             f'<tr><td class="number">{outcome.row}</td><td>{_escaped(outcome.state.value)}</td>'
@@ -129,7 +130,7 @@ def _pictures(totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Map
         return
     shown = f" (the first {MOST_PICTURES:,} of {count:,})" if count > MOST_PICTURES else ""
     yield f"<h2>Pictures{shown}</h2>\n<main>\n"
-    for outcome, _ in zip(pictures, range(MOST_PICTURES), strict=False):
+    for outcome in itertools.islice(pictures, MOST_PICTURES):
         item_id = outcome.item_id or ""
         link = _escaped(links.get(item_id) or f"../../images/{item_id}.png")
         facts = [f"row {outcome.row}"]

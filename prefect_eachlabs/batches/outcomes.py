@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import Enum
 from typing import Any
 
+from prefect_eachlabs.batches.sources import Wanted
+from prefect_eachlabs.batches.tables import BadRow
 from prefect_eachlabs.errors import (
     EachlabsError,
     ItemConflict,
@@ -20,8 +22,6 @@ from prefect_eachlabs.errors import (
     Skipped,
 )
 from prefect_eachlabs.models import Item, StoredImage
-from prefect_eachlabs.sources import Wanted
-from prefect_eachlabs.tables import BadRow
 
 MESSAGE_CHARACTERS = 600
 SLOWEST = 10
@@ -51,6 +51,7 @@ class Outcome:
         item_id, fingerprint, model, version, prompt, image_url, labels: What was wanted, as far as it could be read.
         uri: Where its picture is.
         prediction_id: What was bought for it.
+        bought_by: The id of the run that bought it, where that is known.
         cost_usd: What the API said it cost; 0 until the vendor has settled it.
         seconds: From its begin (places included) until its picture was safe.
         predict_time_seconds: The model's own time.
@@ -69,6 +70,7 @@ class Outcome:
     labels: dict[str, str] = field(default_factory=dict)
     uri: str | None = None
     prediction_id: str | None = None
+    bought_by: str | None = None
     sha256: str | None = None
     size_bytes: int | None = None
     width_px: int | None = None
@@ -126,13 +128,14 @@ def _wanted(wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def stored(wanted: Wanted, image: StoredImage, *, seconds: float) -> Outcome:
+def stored(wanted: Wanted, image: StoredImage, *, seconds: float, run_id: str) -> Outcome:
     """It is in the bucket: bought just now, or found."""
     return Outcome(
         **_wanted(wanted),
         state=RowState.REUSED if image.reused else RowState.STORED,
         uri=image.uri,
         prediction_id=image.prediction_id,
+        bought_by=None if image.reused else run_id,
         sha256=image.sha256,
         size_bytes=image.size_bytes,
         width_px=image.width_px,
@@ -280,6 +283,7 @@ class BatchResult:
         pictures_cost_usd: What all its pictures cost, those of earlier runs included.
         cost_by_model: Of this run: model → pictures, cost_usd, mean_usd.
         report_uri: The totals (`report.json`); the rows, the page and the sheet lie beside it.
+        index_uri: The page; None when the source could not be read to its end.
         state: `completed`, or `stopped` by what `stopped_by` says.
         why: What is not there, by kind; empty when every row has its picture.
     """
@@ -297,7 +301,7 @@ class BatchResult:
     pictures_cost_usd: float
     seconds: float
     report_uri: str
-    index_uri: str
+    index_uri: str | None
     cost_by_model: Mapping[str, Any] = field(default_factory=dict)
     failures_by_kind: Mapping[str, Any] = field(default_factory=dict)
     why: str = ""

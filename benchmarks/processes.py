@@ -1,0 +1,318 @@
+"""The processes that a benchmark needs: each is started here and ended by its own handle."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+HERE = Path(__file__).resolve().parent
+STARTS_WITHIN_SECONDS = 180.0
+ENDS_WITHIN_SECONDS = 20.0
+_FOREIGN = ("AWS_", "BOTO", "EACHLABS_", "PREFECT_", "PG")
+_PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"})
+
+
+class Trouble(Exception):
+    """A process did not start or did not do its work; says what it wrote."""
+
+
+def clean_environment(**more: str) -> dict[str, str]:
+    """This one's without anybody's accounts, buckets, servers and proxies."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(_FOREIGN) and name.upper() not in _PROXIES
+    }
+    return {
+        **kept,
+        "AWS_CONFIG_FILE": os.devnull,
+        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "PYTHONUNBUFFERED": "1",
+        **more,
+    }
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Process:
+    """A process with a pipe each way; what it writes to stderr is kept in a file and shown when it fails."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        folder: Path,
+        name: str,
+        *,
+        environment: Mapping[str, str] | None = None,
+        user: str | None = None,
+        end_by: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        self.name = name
+        self._end_by = end_by
+        self._log = folder / f"{name}.log"
+        as_user: dict[str, Any] = {}
+        if user is not None:
+            account = pwd.getpwnam(user)
+            as_user = {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": [account.pw_gid]}
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env=dict(environment or clean_environment()),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                start_new_session=True,
+                **as_user,
+            )
+
+    def read_line(self) -> str:
+        """Its next line on stdout; waits for it."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(5)
+            raise Trouble(f"{self.name} ended with status {self._process.poll()}:\n{self.said()}")
+        return line.rstrip("\n")
+
+    def read_json(self) -> dict[str, Any]:
+        answer = json.loads(self.read_line())
+        assert isinstance(answer, dict)
+        return answer
+
+    def tell(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+    def said(self) -> str:
+        """The end of what it wrote to stderr."""
+        return self._log.read_text(errors="replace")[-3_000:]
+
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    def cpu_seconds(self) -> float:
+        """What it has used so far, its threads included (Linux; elsewhere 0)."""
+        try:
+            fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def end(self) -> None:
+        """Asks it to end, and insists after a while."""
+        if self._process.poll() is None:
+            self._process.send_signal(self._end_by)
+            try:
+                self._process.wait(ENDS_WITHIN_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)  # a group of its own: start_new_session
+                self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):
+                    pipe.close()
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def python(script: str, *arguments: str) -> list[str]:
+    """The command that runs one of the scripts beside this file."""
+    return [sys.executable, str(HERE / script), *arguments]
+
+
+class Emulator:
+    """The API's stand-in as a process of its own, and what it says about those who asked it.
+
+    Args:
+        folder: Where its log goes.
+        name: What it is called.
+        arguments: Flags of `prefect-eachlabs emulator`.
+    """
+
+    def __init__(self, folder: Path, name: str, *arguments: str) -> None:
+        command = [sys.executable, "-m", "prefect_eachlabs", "emulator", "--port", "0", *arguments]
+        self.process = Process(command, folder, f"emulator-{name}")
+        self.url = self.process.read_line().rpartition(" ")[2]
+
+    def tallies(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self._get("/_emulator/tallies")
+        return answer
+
+    def journal(self) -> list[dict[str, Any]]:
+        requests: list[dict[str, Any]] = self._get("/_emulator/journal")["requests"]
+        return requests
+
+    def executions(self) -> list[dict[str, Any]]:
+        """All that were made, asked for with a key of our own, whose requests count for nobody else."""
+        httpx.post(f"{self.url}/_emulator/faults", json={"faults": []}).raise_for_status()
+        rows: list[dict[str, Any]] = []
+        while True:
+            found = self._get(f"/v1/executions?limit=100&offset={len(rows)}")["executions"]
+            rows += found
+            if len(found) < 100:
+                return rows
+
+    def _get(self, path: str) -> Any:
+        answer = httpx.get(f"{self.url}{path}", headers={"X-API-Key": "the-judge"}, timeout=60)
+        answer.raise_for_status()
+        return answer.json()
+
+    def __enter__(self) -> Emulator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.end()
+
+
+class S3:
+    """The local S3 server as a process of its own."""
+
+    BUCKET = "benchmarks"
+
+    def __init__(self, folder: Path) -> None:
+        command = [sys.executable, "-m", "prefect_eachlabs.local_s3", "--bucket", self.BUCKET]
+        self.process = Process(command, folder, "s3")
+        self.url = self.process.read_line()
+
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL_S3": self.url,
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_REGION": "us-east-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def counts(self) -> dict[str, int]:
+        """Requests so far by method and folder."""
+        counts: dict[str, int] = httpx.get(f"{self.url}/_local_s3/counts", timeout=60).json()
+        return counts
+
+    def __enter__(self) -> S3:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.end()
+
+
+@contextlib.contextmanager
+def prefect_server(folder: Path, name: str, *, database_url: str | None = None) -> Iterator[str]:
+    """A Prefect server of its own; gives the URL of its API.
+
+    Its leases are kept in files: those in memory, the default, are forgotten when it restarts.
+    """
+    port, home = free_port(), folder / f"prefect-{name}"
+    home.mkdir()
+    environment = clean_environment(
+        PREFECT_HOME=str(home),
+        PREFECT_SERVER_ANALYTICS_ENABLED="false",
+        DO_NOT_TRACK="1",
+        PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
+    )
+    if database_url is not None:
+        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
+    url = f"http://127.0.0.1:{port}/api"
+    # Its own output goes where nobody has to read it: a full pipe would stop it.
+    command = [sys.executable, "-c", _START_PREFECT, str(port), str(home / "output.log")]
+    with Process(command, folder, f"prefect-server-{name}", environment=environment) as server:
+        _wait_until_it_answers(server, f"{url}/health")
+        yield url
+
+
+_START_PREFECT = """
+import os, sys
+port, log = sys.argv[1:]
+output = os.open(log, os.O_WRONLY | os.O_CREAT)
+os.dup2(output, 1)
+os.execv(sys.executable, [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port])
+"""
+
+
+def _wait_until_it_answers(server: Process, url: str) -> None:
+    until = time.monotonic() + STARTS_WITHIN_SECONDS
+    while True:
+        if not server.is_running():
+            raise Trouble(f"{server.name} did not start:\n{server.said()}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        if time.monotonic() > until:
+            raise Trouble(f"{server.name} does not answer:\n{server.said()}")
+        time.sleep(0.3)
+
+
+def postgres_folder() -> Path | None:
+    """Where PostgreSQL's programs are, on Debian or on the path; None: it is not installed."""
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
+    if versions:
+        return versions[-1].parent
+    found = shutil.which("initdb")
+    return Path(found).resolve().parent if found else None
+
+
+@contextlib.contextmanager
+def postgres() -> Iterator[str]:
+    """A PostgreSQL cluster of its own in a temporary folder; gives the URL that Prefect's server takes.
+
+    PostgreSQL does not run as root: then the user `postgres` runs it.
+    """
+    programs = postgres_folder()
+    if programs is None:
+        raise Trouble("PostgreSQL is not installed (Debian: apt-get install postgresql)")
+    user = "postgres" if os.geteuid() == 0 else None
+    folder = Path(tempfile.mkdtemp(prefix="eachlabs-benchmark-postgres-"))
+    try:
+        if user is not None:
+            shutil.chown(folder, user, user)
+        data, port = folder / "data", free_port()
+        make = [str(programs / "initdb"), "-D", str(data), "-U", "benchmark", "-A", "trust", "-E", "UTF8", "--locale=C"]
+        with Process(make, folder, "initdb", user=user) as making:
+            with contextlib.suppress(Trouble):
+                while True:
+                    making.read_line()
+            if not (data / "PG_VERSION").exists():
+                raise Trouble(f"initdb failed:\n{making.said()}")
+        command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
+        # SIGINT is PostgreSQL's fast shutdown.
+        with Process(command, folder, "postgres", user=user, end_by=signal.SIGINT) as server:
+            until = time.monotonic() + STARTS_WITHIN_SECONDS
+            while not _listens(port):
+                if not server.is_running() or time.monotonic() > until:
+                    raise Trouble(f"PostgreSQL did not start:\n{server.said()}")
+                time.sleep(0.1)
+            yield f"postgresql+asyncpg://benchmark@127.0.0.1:{port}/postgres"
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,304 @@
+"""A run of a batch, from its first row to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from prefect_eachlabs.batches.budget import Purse
+from prefect_eachlabs.batches.buying import Buying, Shop
+from prefect_eachlabs.batches.closing import tell_late_costs, write_page, write_sheet
+from prefect_eachlabs.batches.history import History
+from prefect_eachlabs.batches.outcomes import BatchResult, Outcome, RowState, Totals, refused
+from prefect_eachlabs.batches.progress import Pace, Progress, Show
+from prefect_eachlabs.batches.reports import PART_SECONDS, BatchFolder, ReportWriter, Worker, run_name
+from prefect_eachlabs.batches.rows import Rows
+from prefect_eachlabs.batches.scratch import Scratch
+from prefect_eachlabs.batches.sources import Source, Wanted
+from prefect_eachlabs.batches.tables import BadRow
+from prefect_eachlabs.decisions import PurchaseOptions
+from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.retrying import persevere
+from prefect_eachlabs.s3_access import S3Access
+
+logger = logging.getLogger(__name__)
+
+WINDOW_WITHOUT_LIMIT = 200
+WINDOW_BEYOND_THE_LIMIT = 30
+"""So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
+TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a run of a batch may do; the defaults never buy anything twice.
+
+    Attributes:
+        run_id: Names the run in records and reports. The same id again is the same run (a flow that Prefect runs
+            again), whose budget is one.
+        budget_usd: At most so much is spent by this run; None: no budget.
+        replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds: As for a single picture.
+        presigned_seconds: The page shows pictures by presigned URLs that last so long; None: by relative paths.
+    """
+
+    run_id: str
+    budget_usd: float | None = None
+    replace: bool = False
+    rebuy_missing: bool = False
+    retry_failed: bool = False
+    on_ambiguous: Literal["settle", "fail"] = "settle"
+    deadline_seconds: float | None = None
+    presigned_seconds: int | None = None
+
+
+def window_for(max_in_flight: int | None) -> int:
+    """How many items are in the air at most: enough that downloads and uploads never hold up buying."""
+    return WINDOW_WITHOUT_LIMIT if max_in_flight is None else max_in_flight + WINDOW_BEYOND_THE_LIMIT
+
+
+class Batch:
+    """One run over a source: `begin`, then `next_wanted` and `obtain` until there is no more, then `finish`.
+
+    Lives on one loop; several rows may be obtained at a time. `close` it in the end, whatever happened.
+
+    Args:
+        shop: Buys and stores a picture.
+        source: The rows.
+        folder: Where the report goes.
+        options: What this run may do.
+        worker: Runs what blocks.
+        access: How to reach the bucket.
+        show: Told the progress every `show_seconds`.
+    """
+
+    def __init__(
+        self,
+        shop: Shop,
+        source: Source,
+        folder: BatchFolder,
+        options: BatchOptions,
+        *,
+        worker: Worker,
+        access: S3Access | None = None,
+        show: Show | None = None,
+        show_seconds: float = 30.0,
+    ) -> None:
+        self.folder = folder
+        self.options = options
+        self.totals = Totals()
+        self.run = run_name(options.run_id, datetime.now(timezone.utc))
+        self.purse = Purse(options.budget_usd)
+        self.scratch = Scratch()
+        self.rows = Rows(source, self.scratch, worker)
+        self.history = History(folder, self.scratch, self.purse, retry_failed=options.retry_failed)
+        self._shop = shop
+        self._source = source
+        self._access = access
+        self._show = show
+        self._show_seconds = show_seconds
+        self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
+        self._buying = Buying(shop, folder.destination, access, PurchaseOptions(), self.purse)
+        self._pace = Pace()
+        self._news = 0
+        self._has_sheet = False
+        self._state = "running"
+        self._stopped_by: EachlabsError | None = None
+        self._began = 0.0
+        self._started_at = datetime.now(timezone.utc)
+        self._ended_at: datetime | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Learns what earlier runs left. Free.
+
+        Raises:
+            SetupError: The bucket is missing or refuses us.
+            StoreFailed: The bucket does not answer.
+        """
+        self._began = asyncio.get_running_loop().time()
+        await self.history.load(self.options.run_id)
+        self._has_sheet = self.folder.has_sheet
+        self._buying.options = PurchaseOptions(
+            run_id=self.options.run_id,
+            replace=self.options.replace,
+            rebuy_missing=self.options.rebuy_missing,
+            retry_failed=self.options.retry_failed,
+            on_ambiguous=self.options.on_ambiguous,
+            deadline_seconds=self.options.deadline_seconds,
+            # With a budget an item that was bought already must not be asked whether it may be.
+            presume_new=self.history.is_empty and self.options.budget_usd is None,
+            purse=self.purse,
+        )
+        self._ticker = asyncio.ensure_future(self._tick())
+
+    async def next_wanted(self) -> Wanted | None:
+        """The next row that is to be obtained; those that are settled already are reported on the way.
+
+        Raises:
+            EachlabsError: The source cannot be read on.
+        """
+        while (row := await self.rows.next()) is not None:
+            if isinstance(row.row, BadRow):
+                self._add(refused(row.row))
+                continue
+            outcome, is_news = await self.history.settled(row.row, row.earlier)
+            if outcome is None:
+                return row.row
+            self._add(outcome, is_news=is_news)
+        return None
+
+    async def next_chunk(self, size: int) -> list[Wanted]:
+        """Up to `size` rows that are to be obtained; an empty list at the end."""
+        chunk: list[Wanted] = []
+        while len(chunk) < size and (wanted := await self.next_wanted()) is not None:
+            chunk.append(wanted)
+        return chunk
+
+    async def obtain(self, wanted: Wanted) -> Outcome:
+        """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
+        outcome = await self._buying.obtain(wanted)
+        self._add(outcome)
+        return outcome
+
+    async def obtain_all(self, chunk: list[Wanted]) -> list[Outcome]:
+        """Several at a time; a cancel reaches each."""
+        return list(await asyncio.gather(*(self.obtain(wanted) for wanted in chunk)))
+
+    def stop(self, error: EachlabsError) -> None:
+        """The source cannot be read on: what is in the air ends, and the report says why the rest is missing."""
+        self._stopped_by = self._stopped_by or error
+
+    async def finish(self) -> BatchResult:
+        """Merges the report and writes page and sheet; returns what it all came to.
+
+        Raises:
+            StoreFailed, SetupError: The report could not be written; its parts stand as far as they were taken.
+        """
+        await self._end_ticker()
+        self._stopped_by = self._stopped_by or self._buying.stopped_by
+        await self._writer.write_rest()
+        await self.folder.worker(self.scratch.flush)
+        if self._stopped_by is None:
+            await tell_late_costs(self._shop, self.scratch, self.totals, self.folder.worker)
+        self._state = "completed" if self._stopped_by is None else "stopped"
+        self._ended_at = datetime.now(timezone.utc)
+        if not self.rows.all_read:
+            # It lacks rows, so it must not take the place of the last report; the next run reads its parts.
+            await persevere(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
+            return self.result()
+        if self._news or not self._has_sheet:
+            self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
+        await persevere(lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds))
+        await persevere(self._writer.merge)
+        return self.result()
+
+    async def close(self) -> None:
+        """Ends what is left; a run that was cancelled leaves its parts, which are true."""
+        if self._ticker is not None:
+            await self._end_ticker()
+            await self._writer.write_rest()
+        self._source.close()
+        self.scratch.close()
+
+    async def _end_ticker(self) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ticker
+            self._ticker = None
+
+    def _add(self, outcome: Outcome, *, is_news: bool = True) -> None:
+        self.totals.add(outcome)
+        self._news += is_news
+        self._writer.add(outcome, is_news=is_news)
+
+    # While it runs.
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        shown_at = part_at = loop.time()
+        while True:
+            await asyncio.sleep(min(TICK_SECONDS, self._show_seconds))
+            now = loop.time()
+            self._pace.see(now, self.totals.count(RowState.STORED))
+            if self._show is not None and now - shown_at >= self._show_seconds:
+                shown_at = now
+                self._show(self.progress())
+            if now - part_at >= PART_SECONDS:
+                part_at = now
+                await self._writer.write_part()
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        now = asyncio.get_running_loop().time()
+        totals, total = self.totals, self.rows.total
+        stored = totals.count(RowState.STORED)
+        per_minute = self._pace.per_minute(now, stored)
+        left = None if total is None or not per_minute else max(0, total - totals.items) * 60 / per_minute
+        return Progress(
+            done=totals.items,
+            total=total,
+            total_is_known=self.rows.all_read,
+            stored=stored,
+            reused=totals.count(RowState.REUSED),
+            not_there=totals.not_there,
+            in_the_air=self._buying.in_the_air,
+            cost_usd=totals.cost_usd,
+            seconds=now - self._began,
+            per_minute=per_minute,
+            left_seconds=left,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What `report.json` holds now."""
+        seconds = asyncio.get_running_loop().time() - self._began
+        return {
+            "batch_id": self.folder.batch_id,
+            "run": self.run,
+            "run_id": self.options.run_id,
+            "state": self._state,
+            "stopped_by": str(self._stopped_by) if self._stopped_by else None,
+            "source": self._source.name,
+            "destination": str(self.folder.destination),
+            "started_at": self._started_at.isoformat(timespec="seconds"),
+            "ended_at": self._ended_at.isoformat(timespec="seconds") if self._ended_at else None,
+            "seconds": round(seconds, 3),
+            "pictures_per_minute": round(self.totals.count(RowState.STORED) * 60 / seconds, 1) if seconds else 0.0,
+            "budget_usd": self.options.budget_usd,
+            **self.totals.as_json(),
+            "report": self.folder.uri("report.jsonl"),
+            "index": self.folder.uri("index.html"),
+            "contact_sheet": self.folder.uri("contact-sheet.png") if self._has_sheet else None,
+        }
+
+    def result(self) -> BatchResult:
+        """What it came to."""
+        report: Mapping[str, Any] = self.report()
+        count = self.totals.count
+        home = "" if self._state == "completed" or self.rows.all_read else f"runs/{self.run}/"
+        return BatchResult(
+            batch_id=self.folder.batch_id,
+            run=self.run,
+            state=self._state,
+            items=self.totals.items,
+            stored=count(RowState.STORED),
+            reused=count(RowState.REUSED),
+            failed=count(RowState.FAILED),
+            ambiguous=count(RowState.AMBIGUOUS),
+            skipped=count(RowState.SKIPPED),
+            cost_usd=report["cost_usd"],
+            pictures_cost_usd=report["pictures_cost_usd"],
+            seconds=report["seconds"],
+            report_uri=self.folder.uri(f"{home}report.json"),
+            index_uri=None if home else self.folder.uri("index.html"),
+            cost_by_model=report["cost_by_model"],
+            failures_by_kind=report["failures_by_kind"],
+            why=self.totals.why(),
+            stopped_by=report["stopped_by"],
+            set_up_wrong=isinstance(self._stopped_by, SetupError),
+        )

@@ -1,0 +1,146 @@
+"""Several processes at the same items, half of them with equal inputs: one prediction each, whoever dies or freezes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+
+from prefect_eachlabs.errors import EachlabsError
+from tests.protocol.kit import Process, World, play, wanted
+from tests.protocol.test_one_item import BOUNDARIES, NUMBERED, named
+
+UNLIMITED = {"requests_per_minute": None, "max_in_flight": None}
+FIFTY = [wanted(number, prompt=f"picture {number}" if number < 25 else "the same picture") for number in range(50)]
+"""Half of them with equal inputs."""
+
+
+async def obtain_all(process: Process, items: list[object] | None = None) -> None:
+    """All items at once; what fails and may be repeated is repeated, as Prefect does."""
+
+    async def one(item: object) -> None:
+        for _ in range(5):
+            try:
+                await process.obtain(item)  # type: ignore[arg-type]  # an Item
+                return
+            except EachlabsError as error:
+                if not error.retryable:
+                    raise
+
+    await asyncio.gather(*map(one, FIFTY if items is None else items))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_processes_racing_for_the_same_items_buy_each_once(seed: int) -> None:
+    async def story() -> None:
+        world = World(settings=UNLIMITED)
+        await asyncio.gather(*(obtain_all(world.process(jitter=2 * seed + racer)) for racer in range(2)))
+        world.check(FIFTY)
+
+    play(story)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_where_answers_are_lost_on_both_sides(seed: int) -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.1", "create:error=0.05", seed=seed, settings=UNLIMITED)
+        draw = random.Random(seed)
+        racers = [
+            world.process(
+                jitter=2 * seed + racer,
+                faults={draw.randint(1, 500): draw.choice(["refuse", "lose"]) for _ in range(25)},
+            )
+            for racer in range(2)
+        ]
+        await asyncio.gather(*map(obtain_all, racers))
+        world.check(FIFTY)
+
+    play(story)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_where_both_are_killed_and_a_third_finishes(seed: int) -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.05", seed=seed, settings=UNLIMITED)
+        draw = random.Random(seed)
+        racers = [world.process(jitter=2 * seed + racer, die_at=draw.randint(20, 900)) for racer in range(2)]
+        await asyncio.gather(*(racer.until_it_ends(obtain_all(racer)) for racer in racers))
+        await obtain_all(world.process())
+        world.check(FIFTY)
+
+    play(story)
+
+
+def test_within_the_limits_of_an_account_one_process_keeps_to_them_while_it_settles() -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.1", requests_per_minute=60, max_in_flight=10, service_seconds=5.0)
+        await obtain_all(world.process())
+        world.check(FIFTY)
+        tallies = world.emulator.tallies()
+        assert tallies["rejected_429"] == 0
+        assert tallies["worst_window"] <= 60
+        assert tallies["worst_in_flight"] <= 10
+
+    play(story)
+
+
+# ------------------------------------------------------- two items with the same input
+
+A, B = wanted(1, prompt="the same picture"), wanted(2, prompt="the same picture")
+
+
+@pytest.mark.parametrize("boundary", NUMBERED, ids=named)
+def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_prediction_each(
+    boundary: tuple[int, str],
+) -> None:
+    """B's answer is lost while A is frozen, and A's claim dies: B may take what A has bought. A thaws, and knows."""
+
+    async def story() -> None:
+        world = World()
+        first = world.process(freeze_at=boundary[0])
+        slow = asyncio.ensure_future(first.obtain(A))
+        await first.froze.wait()
+        await asyncio.sleep(1)
+        second = world.process(by_name=[("POST", "lose", 1)])
+        await second.obtain(B)
+        first.thaw()
+        await slow
+        world.check([A, B])
+
+    play(story)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("posted", [True, False], ids=["lost after the POST", "lost before the POST"])
+@pytest.mark.parametrize("seconds", [40.0, 61.0, 64.0, 66.0, 68.0, 95.0, 130.0])
+@pytest.mark.parametrize("boundary", NUMBERED, ids=named)
+def test_the_same_whenever_it_thaws(boundary: tuple[int, str], seconds: float, posted: bool) -> None:
+    async def story() -> None:
+        world = World()
+        first = world.process(freeze_at=boundary[0])
+        slow = asyncio.ensure_future(first.obtain(A))
+        await first.froze.wait()
+        second = world.process(by_name=[("POST", "lose" if posted else "refuse", 1)])
+        other = asyncio.ensure_future(second.obtain(B))
+        await asyncio.sleep(seconds)
+        first.thaw()
+        await asyncio.gather(slow, other)
+        world.check([A, B])
+
+    play(story)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("second_at", range(1, len(BOUNDARIES) + 1))
+@pytest.mark.parametrize("first_at", range(1, len(BOUNDARIES) + 1))
+def test_two_items_with_the_same_input_killed_at_any_two_boundaries(first_at: int, second_at: int) -> None:
+    async def story() -> None:
+        world = World()
+        first, second = world.process(die_at=first_at), world.process(die_at=second_at)
+        await asyncio.gather(first.dies(first.obtain(A)), second.dies(second.obtain(B)))
+        third = world.process()
+        await asyncio.gather(third.obtain(A), third.obtain(B))
+        world.check([A, B])
+
+    play(story)
