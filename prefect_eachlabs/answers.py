@@ -28,6 +28,8 @@ GIVEN_UP_SECONDS = 86_400.0
 """Outputs are kept for 24 h: after that there is nothing to be had."""
 HELD_SECONDS = 1.0
 """A GET that took longer and came back with the end was held open by the API."""
+KEY_GOOD_SECONDS = 60.0
+"""An answer this recent shows that the key is accepted."""
 LONGEST_QUIET_SECONDS = 120.0
 _LONGEST_GROWN_QUIET_SECONDS = 30.0
 
@@ -41,6 +43,7 @@ class Answers:
         self._durations = durations
         self._ends: OrderedDict[str, Prediction] = OrderedDict()
         self._throttles_in_a_row = 0
+        self._answered_at = -math.inf
 
     def end_of(self, prediction_id: str) -> Prediction | None:
         return self._ends.get(prediction_id)
@@ -49,7 +52,7 @@ class Answers:
 
     def told(self, watched: Watched, answer: Prediction, sent_at: float, now: float) -> None:
         """GET by id was answered."""
-        self._throttles_in_a_row = 0
+        self._throttles_in_a_row, self._answered_at = 0, now
         if not self._is_watched(watched):
             return
         held = now - sent_at > HELD_SECONDS
@@ -65,8 +68,10 @@ class Answers:
     def failed(self, watched: Watched, error: Exception, now: float) -> None:
         """GET by id was not answered, or with an error."""
         if isinstance(error, KeyRefused):
-            for every in list(self._schedule.watched.values()):
-                self._fail(every, error)
+            # 403 where the key was just good: this prediction is not ours to see, the others are.
+            only_this = error.status_code == 403 and now - self._answered_at < KEY_GOOD_SECONDS
+            for one in [watched] if only_this else list(self._schedule.watched.values()):
+                self._fail(one, error)
             return
         if isinstance(error, Throttled):
             self.throttled(error, now)
@@ -102,7 +107,7 @@ class Answers:
             sent_at: When it was asked for.
             now: When it came.
         """
-        self._throttles_in_a_row = 0
+        self._throttles_in_a_row, self._answered_at = 0, now
         ours: list[tuple[int, Watched, Execution]] = []
         for number, row in enumerate(rows, start=offset):
             watched = self._schedule.watched.get(row.id)
@@ -162,11 +167,10 @@ class Answers:
         return True
 
     def _end(self, watched: Watched, end: Prediction, now: float) -> None:
-        told = end.predict_time_seconds
-        if watched.age_known or told is not None:
+        if watched.created_here:
             self._durations.learn(
                 watched.prediction.model,
-                told_seconds=told,
+                told_seconds=end.predict_time_seconds,
                 pending_at_seconds=max(0.0, (watched.pending_at or 0.0) - watched.began_at),
                 ended_at_seconds=now - watched.began_at,
             )
@@ -188,7 +192,10 @@ def age_seconds(prediction: Prediction) -> float | None:
     """How long ago it was created, by this machine's clock; None when that is not known."""
     if prediction.created_at is None:
         return None
-    seconds = (datetime.now(timezone.utc) - prediction.created_at).total_seconds()
+    created_at = prediction.created_at
+    if created_at.tzinfo is None:
+        created_at = created_at.replace(tzinfo=timezone.utc)
+    seconds = (datetime.now(timezone.utc) - created_at).total_seconds()
     return seconds if seconds > 1.0 else 0.0  # just now: the loop's clock is all that is needed
 
 

@@ -27,6 +27,7 @@ class Command(NamedTuple):
 COMMANDS = (
     Command("demo", "pictures from the emulator into a local S3, through a real flow; nothing to set up"),
     Command("generate", "one prompt becomes one PNG in your bucket, bought once"),
+    Command("batch", "a table of prompts becomes pictures in your bucket and a report, bought once each"),
     Command("settle", "what runs left behind in a bucket: find out, store what was paid for, buy nothing"),
     Command("emulator", "a stand-in for the Eachlabs API that keeps its rules, on this machine"),
 )

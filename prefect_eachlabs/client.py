@@ -40,6 +40,7 @@ from prefect_eachlabs.models import (
     parse_executions,
     parse_prediction,
 )
+from prefect_eachlabs.pictures import UploadSlot
 from prefect_eachlabs.settings import AccountSettings, is_loopback
 
 logger = logging.getLogger(__name__)
@@ -156,12 +157,21 @@ class EachlabsClient:
     Args:
         settings: The account; its key goes to the host of `base_url` alone, redirects are never followed.
         transport: Replaces the network (tests, recording); also gets the key, so hand in only what you trust.
+        anonymous: Send no key: the catalogue of models is public.
     """
 
-    def __init__(self, settings: AccountSettings, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(
+        self,
+        settings: AccountSettings,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        anonymous: bool = False,
+    ) -> None:
         key = settings.api_key.get_secret_value()
         self._key = key
         auth = {"X-API-Key": key} if settings.auth_scheme == "x-api-key" else {"Authorization": f"Bearer {key}"}
+        if anonymous:
+            auth = {}
         self._post_seconds = settings.post_given_up_after_seconds
         self._host = urlsplit(settings.base_url).hostname or ""
         connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
@@ -219,7 +229,7 @@ class EachlabsClient:
                 created_at=datetime.now(timezone.utc),
                 item_id=item.item_id,
             )
-        error_now = self._refusal(answer)
+        error_now = self._refusal(answer, to_an_order=True)
         if error_now is None:
             raise OutcomeUnknown(
                 f"The order was answered with HTTP {answer.status_code} and no id: it may have been billed. "
@@ -270,6 +280,47 @@ class EachlabsClient:
             raise Unanswered("The API's list of executions is unreadable.")
         return parse_executions(rows)
 
+    async def model(self, slug: str) -> Mapping[str, Any]:
+        """GET /v1/model: one model of the catalogue, as the API describes it. Free; public.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: there is no such model.
+        """
+        answer = await self._ask("/v1/model", params={"slug": slug})
+        if not isinstance(answer.json, Mapping):
+            raise Unanswered(f"The API's description of model {slug!r} is unreadable; ask again.")
+        return answer.json
+
+    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]:
+        """GET /v1/models: one page of the catalogue, of models whose name contains `name`. Free; public.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`.
+        """
+        params: dict[str, int | str] = {"limit": limit, "offset": offset}
+        answer = await self._ask("/v1/models", params={**params, "name": name} if name else params)
+        rows = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
+        if not isinstance(rows, list):
+            raise Unanswered("The API's catalogue of models is unreadable; ask again.")
+        return rows
+
+    async def presign(self, *, content_type: str, expires_in_seconds: int) -> UploadSlot:
+        """POST /v1/upload/presign: where a picture may be put, and where it is public then. Free.
+
+        Args:
+            content_type: The picture's media type.
+            expires_in_seconds: How long the vendor keeps it: 60 s to 365 days.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; asking again is safe.
+        """
+        body = {"content_type": content_type, "file_type": "image", "expires_in_seconds": expires_in_seconds}
+        answer = await self._ask("/v1/upload/presign", method="POST", json_body=body)
+        slot = UploadSlot.parse(answer.json, may_be_http=is_loopback(self._host))
+        if slot is None:
+            raise Unanswered("The API's answer to an upload's request names no URL to put the picture; ask again.")
+        return slot
+
     async def _ask(
         self,
         path: str,
@@ -277,11 +328,13 @@ class EachlabsClient:
         prediction_id: str | None = None,
         method: str = "GET",
         params: Mapping[str, int | str] | None = None,
+        json_body: Mapping[str, Any] | None = None,
         needs_json: bool = True,
     ) -> Answer:
         try:
             answer = await asyncio.wait_for(
-                self._send(method, path, params=params), timeout=READ_TIMEOUT_SECONDS + CONNECT_TIMEOUT_SECONDS
+                self._send(method, path, params=params, json_body=json_body),
+                timeout=READ_TIMEOUT_SECONDS + CONNECT_TIMEOUT_SECONDS,
             )
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(
@@ -305,45 +358,42 @@ class EachlabsClient:
             )
         return answer
 
-    def _refusal(self, answer: Answer) -> EachlabsError | None:
+    def _refusal(self, answer: Answer, *, to_an_order: bool = False) -> EachlabsError | None:
         """The error of an answer that says for sure that nothing was done; None when it does not say so."""
         status, details = answer.status_code, answer.details()
         said = f": {details}" if details else ""
+        nothing = " Nothing was created or billed." if to_an_order else ""
+        kind: type[EachlabsError] = Rejected
+        retry_after_seconds = None
         if status == 429:
-            return Throttled(
-                f"The account is at its limit (HTTP 429){said}. Nothing was created or billed.",
-                status_code=status,
-                details=details,
-                retry_after_seconds=answer.retry_after_seconds(),
+            kind = Throttled
+            message = f"The account is at its limit (HTTP 429){said}."
+        elif status == 402:
+            kind = InsufficientBalance
+            message = (
+                f"The balance does not cover what is in flight (HTTP 402){said}. Top it up at the vendor's dashboard, "
+                "then run again."
             )
-        if status == 402:
-            return InsufficientBalance(
-                f"The balance does not cover what is in flight (HTTP 402){said}. Nothing was created; "
-                "top up the balance at the vendor's dashboard, then run again.",
-                status_code=status,
-                details=details,
-                retry_after_seconds=answer.retry_after_seconds(),
-            )
-        if status in (401, 403):
-            return KeyRefused(
+        elif status in (401, 403):
+            kind = KeyRefused
+            message = (
                 f"The API at {self._host} does not accept the key (HTTP {status}){said}. Check EACHLABS_API_KEY "
-                "(or the credentials block) and EACHLABS_AUTH_SCHEME. Nothing was created.",
-                status_code=status,
-                details=details,
+                "(or the credentials block) and EACHLABS_AUTH_SCHEME."
             )
-        if 300 <= status < 400:
-            return Rejected(
+        elif 300 <= status < 400:
+            details = None
+            message = (
                 f"The API at {self._host} answers with a redirect (HTTP {status}), which is never followed with a "
-                "key in hand. Set EACHLABS_BASE_URL to where the API really is. Nothing was created.",
-                status_code=status,
+                "key in hand. Set EACHLABS_BASE_URL to where the API really is."
             )
-        if 400 <= status < 500 and status != 408:
-            return Rejected(
-                f"The API refused the request (HTTP {status}){said}. Mend it; nothing was created.",
-                status_code=status,
-                details=details,
-            )
-        return None
+        elif 400 <= status < 500 and status != 408:
+            advice = "Mend it." if to_an_order else "Check what was asked for."
+            message = f"The API refused the request (HTTP {status}){said}. {advice}"
+        else:
+            return None
+        if issubclass(kind, Throttled):
+            retry_after_seconds = answer.retry_after_seconds()
+        return kind(message + nothing, status_code=status, details=details, retry_after_seconds=retry_after_seconds)
 
     async def _send(
         self,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
 
-from prefect_eachlabs.errors import ItemConflict, PredictionFailed
+from prefect_eachlabs.errors import ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.models import Item
-from prefect_eachlabs.records import Held, Intent, RecordError, RecordState
+from prefect_eachlabs.records import Held, Intent, Record, RecordError, RecordState
 
 
 class Purse(Protocol):
@@ -93,7 +93,7 @@ def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_
         return Step.FINISH
     if record.state is RecordState.STORED:
         return Step.REUSE
-    if record.state is RecordState.FAILED and not options.retry_failed:
+    if record.state is RecordState.FAILED and not _may_try_again(record, options):
         said = record.error or RecordError(kind="error", message="the record gives no reason")
         raise PredictionFailed(
             f"It failed in an earlier run: {said.message} It is tried again only when asked (--retry-failed).",
@@ -103,3 +103,9 @@ def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_
             kind=said.kind,
         )
     return Step.BUY
+
+
+def _may_try_again(record: Record, options: PurchaseOptions) -> bool:
+    """Whether a failure is one that was asked to be bought again; a run may have died right before it did."""
+    is_gone = record.error is not None and record.error.kind == PictureMissing.default_kind
+    return options.retry_failed or (options.rebuy_missing and is_gone)

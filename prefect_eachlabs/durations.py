@@ -15,7 +15,10 @@ PRIOR_SECONDS = 5.0
 _SHAPE = (0.7, 0.8, 0.88, 0.95, 1.0, 1.05, 1.12, 1.25, 1.4)
 """How durations spread around their median, as long as few have been seen."""
 _FEW = 20
-_SAMPLE_SIZE = 100
+_PRIOR_WEIGHT = 2
+"""The first few are held down towards the prior: one prediction that took an hour must not make us wait for hours."""
+_SAMPLE_SIZE = 40
+"""Small, for an API that was slow for a while and is fast again must be believed soon."""
 _STRAGGLE = 0.2
 """How much longer than it was last seen pending something takes, in medians, where nothing better is known."""
 _CREEP = 0.95
@@ -37,8 +40,12 @@ class _Sample:
         if len(self._recent) > _SAMPLE_SIZE:
             del self._sorted[bisect_left(self._sorted, self._recent.popleft())]
         if len(self._sorted) < _FEW:
-            middle = self._sorted[len(self._sorted) // 2]
-            self._filled_up = sorted(self._sorted + [middle * part for part in _SHAPE])
+            seen = len(self._sorted)
+            middle = self._sorted[seen // 2]
+            if middle > PRIOR_SECONDS:
+                middle = (PRIOR_SECONDS**_PRIOR_WEIGHT * middle**seen) ** (1 / (_PRIOR_WEIGHT + seen))
+            held_down = [min(seconds, 2 * middle) for seconds in self._sorted]
+            self._filled_up = sorted(held_down + [middle * part for part in _SHAPE])
         else:
             self._filled_up = self._sorted
 

@@ -17,13 +17,14 @@ from prefect_eachlabs.errors import (
     PictureMissing,
     PredictionFailed,
     PredictionTimedOut,
+    Rejected,
 )
 from prefect_eachlabs.finishing import stored_image
 from prefect_eachlabs.janitor import Janitor
 from prefect_eachlabs.models import Destination, Item, Prediction, StoredImage
 from prefect_eachlabs.pacing import LotSource
 from prefect_eachlabs.purchasing import Job
-from prefect_eachlabs.records import Held, Ledger, Overtaken, RecordState, amended
+from prefect_eachlabs.records import Held, Ledger, Overtaken, RecordError, RecordState, amended
 from prefect_eachlabs.s3_access import S3Access
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.shop import CLEAN_UP_SECONDS, Books, Shop, StoreFor
@@ -155,11 +156,11 @@ class Engine:
                     recovered = await self.shop.finisher.recover(books.ledger, held)
                     if recovered is not None:
                         return stored_image(recovered.record, reused=True)
-                    bought, was_cancelled = False, held.record.cancel_requested
+                    bought = False
                 else:
                     held = await self.shop.purchaser.buy(item, books.ledger, books.settler, held, allowed, job)
                     self.shop.remember(job, books, item.item_id)
-                    bought, was_cancelled = True, False
+                    bought = True
                     if held.record.state is not RecordState.CREATED:
                         continue
                 done, end = await self._finish(books, held, options, fresh=bought)
@@ -167,8 +168,8 @@ class Engine:
                 continue
             if done.record.state is RecordState.STORED:
                 return stored_image(done.record, reused=not bought)
-            if done.record.state is RecordState.CANCELLED and was_cancelled:
-                # An earlier run asked for that; this one wants the picture.
+            if done.record.state is RecordState.CANCELLED and not bought:
+                # The run that bought it was cancelled; this one wants the picture.
                 allowed = options
             elif _may_be_resubmitted(end, done) or (
                 end.picture_is_gone and options.rebuy_missing and not allowed.retry_failed
@@ -206,13 +207,32 @@ class Engine:
         except PredictionTimedOut:
             self._keep(self._finish_late(books, held, future))
             raise
+        except Rejected as error:
+            if error.status_code != 404:
+                raise
+            lost = PictureMissing(
+                f"The API does not know prediction {prediction.id} any more, and its picture was never stored. Buy it "
+                "again on purpose (--rebuy-missing, rebuy_missing=True).",
+                item_id=held.record.item_id,
+                prediction_id=prediction.id,
+            )
+            return await self._picture_is_gone(books, held, options, prediction, lost)
         try:
             return await self.shop.finisher.finish(books.ledger, held, end, fresh=fresh), end
         except DownloadFailed as error:
-            if not (options.rebuy_missing and error.status_code in (403, 404, 410)):
+            if error.status_code not in (403, 404, 410):
                 raise
-            gone = amended(held.record, state=RecordState.FAILED)
-            return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
+            return await self._picture_is_gone(books, held, options, end, error)
+
+    async def _picture_is_gone(
+        self, books: Books, held: Held, options: PurchaseOptions, end: Prediction, error: EachlabsError
+    ) -> tuple[Held, Prediction]:
+        """Writes down that a picture cannot be had any more, when it may be bought again; else raises the error."""
+        if not options.rebuy_missing:
+            raise error
+        said = RecordError(kind=PictureMissing.default_kind, message=error.message)
+        gone = amended(held.record, state=RecordState.FAILED, error=said)
+        return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
 
     async def _finish_late(self, books: Books, held: Held, future: asyncio.Future[Prediction]) -> None:
         """It is paid for: as long as the process lives, it is stored when it ends."""

@@ -139,4 +139,5 @@ def item_of(record: Record) -> Item:
         input=record.input,
         fingerprint=record.fingerprint,
         labels=record.labels,
+        sample=record.sample,
     )

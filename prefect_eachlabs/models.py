@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
 from prefect_eachlabs.errors import (
     BadInput,
@@ -26,12 +26,12 @@ from prefect_eachlabs.errors import (
     PredictionCancelled,
     PredictionFailed,
 )
+from prefect_eachlabs.pictures import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 
 DEFAULT_MODEL = "gemini"
 DEFAULT_VERSION = "2.0-flash-exp-image-generation"
 
 ITEM_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,128}")
-BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 _PREDICTION_ID_PATTERN = re.compile(r"[!-~]{1,256}")
 _MAX_NESTING = 8
 _MAX_URLS = 64
@@ -340,12 +340,21 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
     return tuple(executions)
 
 
+_SIGNED = re.compile(r"(?i)(^|&)(x-amz-signature|x-goog-signature|signature|sig)=")
+_SIGNING = re.compile(
+    "(?i)(x-amz-[^=]*|x-goog-[^=]*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id"
+    "|sig|se|sp|sr|ss|srt|st|sv|sip|spr|ske|skoid|sks|skt|sktid|skv)=.*"
+)
+"""What S3, Google, CloudFront and Azure write into a presigned URL."""
+
+
 def without_signature(text: str) -> str:
-    """A URL without its presigning query, which changes each time; any other text as it is."""
-    if not is_http_url(text):
+    """A URL without what presigning wrote into its query, which changes each time; any other text as it is."""
+    base, mark, query = text.partition("?")
+    if not mark or not _SIGNED.search(query) or not is_http_url(text):
         return text
-    base, _, query = text.partition("?")
-    return base if "signature=" in query.lower() else text
+    kept = "&".join(part for part in query.split("&") if not _SIGNING.fullmatch(part))
+    return f"{base}?{kept}" if kept else base
 
 
 def canonical_json(value: object) -> bytes:
@@ -353,9 +362,14 @@ def canonical_json(value: object) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
-def fingerprint_of(model: str, version: str | None, input: Mapping[str, Any]) -> str:
-    """The first 32 hex digits of the SHA-256 of the canonical JSON of `{model, version, input}`."""
+def fingerprint_of(model: str, version: str | None, input: Mapping[str, Any], *, sample: int = 1) -> str:
+    """The first 32 hex digits of the SHA-256 of the canonical JSON of `{model, version, input}`.
+
+    From the second sample of an input on, `sample` stands in that JSON as well.
+    """
     body = {"model": model, "version": version, "input": dict(input)}
+    if sample != 1:
+        body["sample"] = sample
     return hashlib.sha256(canonical_json(body)).hexdigest()[:32]
 
 
@@ -376,9 +390,13 @@ class Item(BaseModel):
 
     Attributes:
         item_id: The caller's, or the fingerprint.
-        model, version, input: What is sent to the API, unchanged.
-        fingerprint: Stands for model, version and input together.
+        model, version, input: What is sent to the API, unchanged, but for reference pictures: they stand in `input`
+            under a name that stays the same (`s3://bucket/key`, `sha256:DIGEST`, a URL without its signature).
+        fingerprint: Stands for model, version, input and sample together.
         labels: The caller's own words about it; kept in record and report, never sent.
+        sample: The number of this one among several of the same input, from 2 on; never sent.
+        sources: Where the pictures are that `input` names: a file, bytes, or the signed URL. Never written down.
+        sent_input: What the POST sends in place of `input`, once the pictures have URLs. Never written down.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -389,51 +407,66 @@ class Item(BaseModel):
     input: dict[str, Any]
     fingerprint: str
     labels: dict[str, str] = Field(default_factory=dict)
+    sample: int | None = None
+    sources: dict[str, InstanceOf[Picture] | str] = Field(default_factory=dict, exclude=True, repr=False)
+    sent_input: dict[str, Any] | None = Field(default=None, exclude=True, repr=False)
 
     @classmethod
     def wanted(
         cls,
         prompt: str | None = None,
         *,
-        image_url: str | None = None,
+        image_url: object = None,
         model: str = DEFAULT_MODEL,
         version: str | None = None,
         item_id: str | None = None,
-        input: Mapping[str, Any] | None = None,
+        input: Mapping[str, Any] | BaseModel | None = None,
         labels: Mapping[str, str] | None = None,
+        sample: int | None = None,
     ) -> Item:
         """An item whose input has been checked; costs nothing.
 
         Args:
             prompt: What the picture shows; the field `prompt` of the input.
-            image_url: A reference picture, http(s); the field `image_url` of the input.
+            image_url: A reference picture: an http(s) URL, `s3://bucket/key`, a `Picture` or its bytes. The field
+                `image_url` of the input; models that call it otherwise get it under their name.
             model: The model's slug; without a `version` the mission's model gets its own, others none.
             version: The model's version; left out of the request when None.
             item_id: 1 to 128 of `A-Z a-z 0-9 _ -`; the fingerprint when None.
-            input: Further fields of the input, as the model wants them.
+            input: Further fields of the input, as the model wants them; or a typed input, which names its model.
             labels: Words about the item that record and report keep.
+            sample: The number of this one among several of the same input: 1 (as None), 2, ...
 
         Raises:
             BadInput: A blank prompt, a prompt that is no text, an image URL that is not http(s), an item id of
                 another form, an input that is no JSON; says what, where and how to mend it.
         """
+        if isinstance(input, BaseModel):
+            model, version = _model_of(input, model, version)
+            input = input.model_dump(mode="json", exclude_none=True)
         fields: dict[str, Any] = dict(input or {})
         if prompt is not None:
             fields["prompt"] = prompt
         if image_url is not None:
             fields["image_url"] = image_url
+        sources: dict[str, Picture | str] = {}
+        for name in REFERENCE_FIELDS:
+            if name in fields:
+                fields[name] = _named(fields[name], sources)
         check_model_name(model)
         if version is None and model == DEFAULT_MODEL:
             version = DEFAULT_VERSION
         check_version(version)
         if "prompt" in fields or model == DEFAULT_MODEL:
             check_prompt(fields.get("prompt"))
-        if "image_url" in fields:
-            check_image_url(fields["image_url"])
+        picture = fields.get("image_url")
+        if "image_url" in fields and not (isinstance(picture, str) and picture in sources):
+            check_image_url(picture)
+        check_sample(sample)
         try:
             for text in _leaves(fields):
                 text.encode()
-            fingerprint = fingerprint_of(model, version, fields)
+            fingerprint = fingerprint_of(model, version, fields, sample=sample or 1)
         except UnicodeEncodeError:
             raise BadInput("The input holds a lone surrogate (half a character): write it as valid Unicode.") from None
         except (TypeError, ValueError, RecursionError) as error:
@@ -445,12 +478,36 @@ class Item(BaseModel):
             input=json.loads(canonical_json(fields)),
             fingerprint=fingerprint,
             labels=dict(labels or {}),
+            sample=None if sample == 1 else sample,
+            sources=sources,
         )
 
     def request_body(self) -> dict[str, Any]:
         """The body of the POST; `version` only when set."""
-        body: dict[str, Any] = {"model": self.model, "input": self.input}
+        sent = self.input if self.sent_input is None else self.sent_input
+        body: dict[str, Any] = {"model": self.model, "input": sent}
         return body if self.version is None else {**body, "version": self.version}
+
+
+def _named(value: object, sources: dict[str, Picture | str]) -> object:
+    """A reference picture's name that stays the same; `sources` remembers what it stands for."""
+    if isinstance(value, bytes):
+        value = Picture.of_bytes(value)
+    if isinstance(value, Picture):
+        sources[value.name] = value
+        return value.name
+    if isinstance(value, str) and (name := without_signature(value)) != value:
+        sources[name] = value
+        return name
+    return [_named(inner, sources) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def _model_of(typed: BaseModel, model: str, version: str | None) -> tuple[str, str | None]:
+    """The model and the version that a typed input is for."""
+    named = getattr(type(typed), "eachlabs_model", None)
+    if not isinstance(named, str) or model not in (DEFAULT_MODEL, named):
+        raise BadInput(f"input: a {type(typed).__name__} is for {named or 'no'} model, and the model is {model!r}.")
+    return named, version if version is not None else getattr(type(typed), "eachlabs_version", None)
 
 
 def check_prompt(prompt: object) -> str:
@@ -465,11 +522,20 @@ def check_prompt(prompt: object) -> str:
 
 
 def check_image_url(url: object) -> str:
-    """The URL itself. Raises BadInput when it is not an absolute http(s) URL."""
-    if not isinstance(url, str) or not is_http_url(url):
+    """The URL itself. Raises BadInput when it is neither an absolute http(s) URL nor `s3://bucket/key`."""
+    if not isinstance(url, str) or not (is_http_url(url) or parse_s3_name(url)):
         shown = f" {url[:80]!r}" if isinstance(url, str) and "@" not in url else ""
-        raise BadInput(f"image_url:{shown} is not an http(s) URL. Give the public https URL of a reference picture.")
+        raise BadInput(
+            f"image_url:{shown} is not an http(s) URL or s3://bucket/key. Give the public https URL of a reference "
+            "picture, its name in a bucket, or (in Python) its bytes."
+        )
     return url
+
+
+def check_sample(sample: object) -> None:
+    """Raises BadInput when a sample's number is given that is none."""
+    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or not 1 <= sample <= 10_000):
+        raise BadInput("sample: must be a number from 1 to 10,000, or left out.")
 
 
 def check_item_id(item_id: object) -> str:

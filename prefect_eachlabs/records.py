@@ -76,6 +76,11 @@ class Record(BaseModel):
     model: str
     version: str | None = None
     input: dict[str, Any]
+    sent_input: dict[str, Any] | None = Field(
+        default=None, description="What the last POST sent in place of `input`, without signatures; where it differs."
+    )
+    sample: int | None = Field(default=None, description="The number among several of one input, from 2 on.")
+    formats: list[str] = Field(default_factory=list, description="What may be stored; empty: PNG alone.")
     labels: dict[str, str] = Field(default_factory=dict)
     state: RecordState
     intent: Intent | None = Field(default=None, description="Of a claim: post, settle or idle.")
@@ -101,6 +106,11 @@ class Record(BaseModel):
     cost_usd: float | None = None
     predict_time_seconds: float | None = None
     error: RecordError | None = None
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """The input that the API was sent and echoes, but for signatures."""
+        return self.input if self.sent_input is None else self.sent_input
 
     @property
     def named_predictions(self) -> set[str]:
@@ -146,6 +156,7 @@ def new_record(item: Item, *, run_id: str) -> Record:
         model=item.model,
         version=item.version,
         input=item.input,
+        sample=item.sample,
         labels=item.labels,
         state=RecordState.CLAIMED,
         intent=Intent.POST,

@@ -42,6 +42,9 @@ STRAGGLE_SHARE = 0.2
 LOOK_SECONDS = 0.5
 """Under a tight limit things change without a word (a batch has no more to create): look twice a second."""
 
+STALE_ENTRIES = 64
+"""Entries that no longer hold are left in a heap until it has so many and more."""
+
 _Heap = list[tuple[float, Watched]]
 
 
@@ -138,17 +141,21 @@ class Schedule:
 
     def _due(self, watched: Watched, at: float) -> None:
         watched.due_at = at
-        heapq.heappush(self._insisted if watched.insisted else self._common, (at, watched))
+        heap = self._insisted if watched.insisted else self._common
+        heapq.heappush(heap, (at, watched))
+        if len(heap) > STALE_ENTRIES + 4 * len(self.watched):
+            heap[:] = [entry for entry in heap if self._holds_true(heap, *entry)]
+            heapq.heapify(heap)
+
+    def _holds_true(self, heap: _Heap, at: float, watched: Watched) -> bool:
+        in_place = watched.insisted is (heap is self._insisted)
+        return in_place and watched.due_at == at and self.watched.get(watched.prediction.id) is watched
 
     def _first(self, heap: _Heap) -> Watched | None:
         """The first of a heap whose entry still holds."""
-        while heap:
-            at, watched = heap[0]
-            in_place = watched.insisted is (heap is self._insisted)
-            if in_place and watched.due_at == at and self.watched.get(watched.prediction.id) is watched:
-                return watched
+        while heap and not self._holds_true(heap, *heap[0]):
             heapq.heappop(heap)
-        return None
+        return heap[0][1] if heap else None
 
     def _again_at(self, watched: Watched, interval: float) -> float:
         alone = watched.alone or not self._sweeping.allowed(watched.pending_at or 0.0)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.pictures import ROOTS_VARIABLE, Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
 
@@ -62,6 +63,10 @@ class AccountSettings(BaseModel):
         settling_seconds: An abandoned POST creates nothing later than this, and what it created is listed by then.
         deadline_seconds: From the POST until an unfinished prediction counts as timed out.
         conditional_writes: `require`; or `ignore`, for a store without them and one worker at a time, at your own risk.
+        reference_roots: Folders and `s3://bucket/prefix`, separated by colons, from which reference pictures may be
+            taken by batches, flows and tasks; empty: none but the destination's own bucket.
+        check_references: Whether reference pictures are looked at (reachable, small enough, a picture) before money
+            is spent.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,6 +81,8 @@ class AccountSettings(BaseModel):
     settling_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     conditional_writes: Literal["require", "ignore"] = "require"
+    reference_roots: str = ""
+    check_references: Literal["yes", "no"] = "yes"
 
     @field_validator("api_key")
     @classmethod
@@ -96,6 +103,12 @@ class AccountSettings(BaseModel):
         if not ACCOUNT_PATTERN.fullmatch(name):
             raise ValueError("an account name is 1 to 64 of A-Z a-z 0-9 _ -")
         return name
+
+    @field_validator("reference_roots")
+    @classmethod
+    def _roots_that_can_be_read(cls, text: str) -> str:
+        Roots.parse(text)
+        return text
 
     @property
     def post_begins_within_seconds(self) -> float:
@@ -124,6 +137,8 @@ ENVIRONMENT: dict[str, str] = {
     "settling_seconds": "EACHLABS_SETTLING_SECONDS",
     "deadline_seconds": "EACHLABS_DEADLINE_SECONDS",
     "conditional_writes": "EACHLABS_CONDITIONAL_WRITES",
+    "reference_roots": ROOTS_VARIABLE,
+    "check_references": "EACHLABS_CHECK_REFERENCES",
 }
 """Field of `AccountSettings` → environment variable."""
 
@@ -144,7 +159,7 @@ def settings_from_environment(environ: Mapping[str, str] | None = None, **given:
             continue
         if field in ("requests_per_minute", "max_in_flight") and text.lower() == "none":
             values[field] = None
-        elif field in ("auth_scheme", "conditional_writes"):
+        elif field in ("auth_scheme", "conditional_writes", "check_references"):
             values[field] = text.lower()
         else:
             values[field] = text

@@ -220,7 +220,7 @@ class Settler:
             waiting = [
                 entry
                 for entry in entries
-                if entry in self._waiting and not sight.is_being_bought(entry.record.model, entry.record.input)
+                if entry in self._waiting and not sight.is_being_bought(entry.record.model, entry.record.order)
             ]
             if not waiting:
                 break
@@ -249,7 +249,7 @@ class Settler:
             (fields, entry)
             for entry in waiting
             if (model or entry.record.model) == entry.record.model
-            and (fields := fit(echo, entry.record.input)) is not None
+            and (fields := fit(echo, entry.record.order)) is not None
         ]
         if fits and not sight.has_read_its_record(row):
             await self._read_everything(sight)
@@ -265,7 +265,7 @@ class Settler:
     def _conclude(self, entry: Unsettled, sight: Sight, doubts: _Doubts) -> None:
         now = asyncio.get_running_loop().time()
         record = entry.record
-        if sight.is_being_bought(record.model, record.input):
+        if sight.is_being_bought(record.model, record.order):
             # Somebody may be buying the same input this moment: what the walk shows may be theirs.
             entry.look_at = now + max(1.0, self._settings.claim_seconds / 4)
         elif sight.began_at < entry.conclusive_at:

@@ -27,8 +27,9 @@ from prefect_eachlabs.watching import Watcher
 
 logger = logging.getLogger(__name__)
 
-LAST_WAIT_SECONDS = 30.0
-"""A prediction that is found after its deadline gets so long to be asked about once more."""
+LAST_WAIT_SECONDS = 45.0
+"""A prediction that is found after its deadline gets so long to be asked about once more; an id that the API does
+not know counts as unknown after 30 s."""
 CLEAN_UP_SECONDS = 8.0
 """How long a cancelled run may take to learn how its cancelled prediction ended (Prefect waits some 30 s)."""
 REMEMBERED_PURCHASES = 10_000
@@ -121,7 +122,11 @@ class Shop:
 
     async def cancel(self, prediction_id: str) -> Prediction:
         """Asks the API to cancel, best effort, and returns what GET says then (it may have succeeded). Free."""
-        await self._ask_to_cancel(prediction_id)
+        try:
+            await self._ask_to_cancel(prediction_id)
+        except (Unanswered, NotSent, Throttled) as error:
+            # Its answer may be all that was lost: only GET tells.
+            logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
         self.watcher.watch(Prediction(id=prediction_id), place=None)
         self.watcher.hurry(prediction_id)
         future = self.watcher.watch(Prediction(id=prediction_id), place=None)

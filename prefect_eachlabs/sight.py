@@ -89,9 +89,9 @@ class Sight:
             return
         is_claim = record.state is RecordState.CLAIMED
         if is_claim and record.intent is Intent.POST and held.age_seconds <= claim_seconds + 1:
-            self.live.append((record.model, record.input))
+            self.live.append((record.model, record.order))
         elif record.may_have_bought_unseen:
-            self.unsettled.append((record.model, record.input, record.item_id))
+            self.unsettled.append((record.model, record.order, record.item_id))
 
     # ---- what it shows
 

@@ -67,7 +67,8 @@ class Watcher:
     def watch(self, prediction: Prediction, *, place: Place | None) -> asyncio.Future[Prediction]:
         """The future of its end, whatever that is: succeeded, failed or cancelled. Costs requests, no money.
 
-        Watching goes on even when nobody awaits it; awaiters use `asyncio.shield`.
+        Watching goes on even when nobody awaits it; awaiters use `asyncio.shield`. After `close` the future is
+        cancelled from the start.
 
         Args:
             prediction: As it was created, or as far as it is known (its id is enough).
@@ -79,8 +80,10 @@ class Watcher:
                 know the id; its end was not seen within 24 h.
         """
         loop = asyncio.get_running_loop()
-        if self._closed:
-            raise RuntimeError("The watcher is closed: its gateway has ended.")
+        if self._closed:  # no error: who has just bought something must still get to noting that down
+            closed: asyncio.Future[Prediction] = loop.create_future()
+            closed.cancel()
+            return closed
         watched = self._schedule.watched.get(prediction.id)
         if watched is not None:
             watched.take_over(place)

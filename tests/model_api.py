@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from itertools import chain, islice
 from typing import Any
 
-from prefect_eachlabs.errors import EachlabsError, Rejected, Throttled
+from prefect_eachlabs.errors import EachlabsError, NotSent, Rejected, Throttled
 from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
 from prefect_eachlabs.pacing import Places
 from prefect_eachlabs.watching import Watcher
@@ -141,6 +141,10 @@ class ModelApi:
         await asyncio.sleep(self.rng.uniform(*self.one_way_seconds))
 
     async def _arrive(self, endpoint: str, about: str) -> None:
+        faults = self.faults.get(endpoint)
+        fault = faults.popleft() if faults else None
+        if isinstance(fault, NotSent):
+            raise fault.with_traceback(None)
         await self._travel()
         at = now()
         self.asked.append((at, endpoint, about))
@@ -150,10 +154,9 @@ class ModelApi:
         if self.requests_per_minute is not None and len(self._recent) > self.requests_per_minute:
             self.throttled += 1
             raise Throttled("requests", status_code=429)
-        if self.faults.get(endpoint):
-            fault = self.faults[endpoint].popleft()
+        if fault is not None:
             await self._travel()
-            raise fault
+            raise fault.with_traceback(None)
 
     def count(self, endpoint: str) -> int:
         return len(self.times(endpoint))

@@ -35,7 +35,7 @@ def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
 def test_every_picture_is_on_the_sheet_in_reading_order() -> None:
     frames = [Frame(picture(colour, (200, 200)), "a colour", "item") for colour in (RED, GREEN, BLUE)]
     sheet = opened(contact_sheet(frames, columns=2, thumbnail_px=100))
-    found = {}
+    found: dict[object, tuple[int, int]] = {}
     for y in range(sheet.height):
         for x in range(sheet.width):
             found.setdefault(sheet.getpixel((x, y)), (x, y))

@@ -514,8 +514,8 @@ def test_a_server_that_never_answered_leaves_the_whole_limit_to_the_process(
 
     async def story() -> None:
         worker = Worker(server, api).start()
-        await asyncio.sleep(4)
-        assert api.sent(0, 4) >= 10
+        await asyncio.sleep(6)
+        assert api.sent(0, 6) >= 10
         await asyncio.sleep(180)
         await worker.stop()
 

@@ -296,7 +296,7 @@ class LeasedLots:
     def __init__(self, *, after_seconds: float, lot: int) -> None:
         self.after_seconds = after_seconds
         self.lot = lot
-        self.at_hand = {kind: 0 for kind in Kind}
+        self.at_hand = dict.fromkeys(Kind, 0)
         self.cooling: list[float] = []
         self.told: list[tuple[str, int]] = []
         self.listeners: list[Callable[[], None]] = []
@@ -367,10 +367,7 @@ def test_a_source_is_told_who_waits_and_those_get_what_it_delivers_later() -> No
 
     granted, told = run(story())
     assert granted == [2, 2, 2, 63, 63]  # the lot's own places again, 60 s after their answers
-    assert told == [("requests", 1), ("requests", 2), ("requests", 3), ("requests", 4), ("requests", 5)] + [
-        ("requests", 2),
-        ("requests", 0),
-    ]
+    assert told == [("requests", count) for count in (1, 2, 3, 4, 5, 2, 0)]
 
 
 def test_a_source_whose_places_change_nothing_it_announces_still_moves_the_line() -> None:

@@ -20,11 +20,11 @@ _ABOVE_THE_LINE = """
     records decisions echoes markers sight settling finishing purchasing
     shop steps janitor engine
     gateway
-    retrying contact_sheet
+    retrying contact_sheet batches
 """
 
 _BELOW_THE_LINE = """
-    limits limits_admin credentials keys tasks batches artifacts flows
+    limits limits_admin credentials keys tasks artifacts batch_artifacts batch_flow flows
     emulator local_s3 commands cli
 """
 

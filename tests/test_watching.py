@@ -9,6 +9,7 @@ import random
 from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import pytest
@@ -60,6 +61,10 @@ def seconds(value: float) -> Callable[[random.Random], float]:
 
 def in_flight(shop: Shop) -> float:
     return shop.places.pressure(Kind.IN_FLIGHT)
+
+
+def gaps_of(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 def refused(status_code: int) -> Rejected:
@@ -191,7 +196,7 @@ def test_of_another_model_the_first_end_is_learned_by_id_and_rows_are_believed_t
 
     first, then = in_shop(story, requests_per_minute=600)
     assert first >= 1
-    assert then == 0
+    assert then <= 3  # one that is due alone is asked about by id: a page would tell no more
 
 
 @pytest.mark.parametrize("model", ["flux", "gemini"])
@@ -228,7 +233,7 @@ def test_what_a_sweep_does_not_show_is_asked_for_by_itself() -> None:
 # ---- where the list is no good
 
 
-@pytest.mark.parametrize("fault", [refused(404), refused(405), refused(400), KeyRefused("no", status_code=403)])
+@pytest.mark.parametrize("fault", [refused(404), KeyRefused("no", status_code=403)])
 def test_a_list_that_is_missing_or_refused_is_left_alone_for_ten_minutes(fault: EachlabsError) -> None:
     async def story(shop: Shop) -> list[float]:
         shop.api.faults["executions"] = deque([fault] * 1000)
@@ -247,7 +252,7 @@ def test_a_list_that_does_not_answer_is_asked_again_later_each_time() -> None:
         while now() < 120:
             await asyncio.gather(*(shop.buy() for _ in range(3)))
         times = shop.api.times("executions")
-        return [later - earlier for earlier, later in zip(times[:6], times[1:6], strict=False)]
+        return gaps_of(times)[:5]
 
     for gap, at_least in zip(in_shop(story), (2, 4, 8, 16, 32), strict=True):
         assert at_least <= gap < at_least + 6
@@ -295,17 +300,15 @@ def test_a_list_a_second_behind_is_good_enough() -> None:
 
 
 @pytest.mark.parametrize("fault", [Unanswered("cut"), NotSent("no route"), refused(422), RuntimeError("unforeseen")])
-def test_a_question_that_is_not_answered_is_asked_again(fault: Exception) -> None:
-    async def story(shop: Shop) -> tuple[bool, list[float]]:
+def test_a_question_that_is_not_answered_is_asked_again_later_each_time(fault: Exception) -> None:
+    async def story(shop: Shop) -> tuple[bool, float]:
         shop.api.faults["get"] = deque([fault] * 4)
         end = await shop.buy()
-        return end.status.ended, shop.api.times("get")
+        return end.status.ended, now()
 
-    ended, times = in_shop(story, requests_per_minute=60)
+    ended, known_at = in_shop(story, requests_per_minute=60)
     assert ended
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)][:4]
-    assert gaps == sorted(gaps)
-    assert gaps[0] >= 0.5
+    assert 3.5 + (0.5 + 1 + 2 + 4) <= known_at <= 16
 
 
 def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> None:
@@ -332,9 +335,9 @@ def test_a_throttled_question_silences_all_questions_for_as_long_as_the_api_asks
         return [at for at, endpoint, _ in shop.api.asked if endpoint != "create"]
 
     times = in_shop(story, has_executions=False, duration=seconds(5))
-    gap, until = max((later - earlier, later) for earlier, later in zip(times, times[1:], strict=False))
-    assert gap >= 20
-    assert sum(at < until for at in times) <= 1 + 1 + 4  # the sweep, the one, and those that were under way
+    gaps = gaps_of(times)
+    assert max(gaps) >= 20
+    assert gaps.index(max(gaps)) <= 1 + 4  # after the sweep, the throttled one, and those that were under way
 
 
 def test_an_id_that_the_api_does_not_know_yet_is_asked_for_again() -> None:
@@ -365,6 +368,18 @@ def test_a_key_that_is_refused_ends_all_watching() -> None:
         return sum(isinstance(end, KeyRefused) for end in ends)
 
     assert in_shop(story, has_executions=False) == 3
+
+
+def test_a_403_right_after_good_answers_is_about_that_prediction_alone() -> None:
+    async def story(shop: Shop) -> None:
+        buying = [asyncio.ensure_future(shop.buy()) for _ in range(3)]
+        await asyncio.sleep(3.8)
+        shop.api.faults["get"] = deque([KeyRefused("not yours", status_code=403)])
+        with pytest.raises(KeyRefused):
+            await shop.watcher.watch(Prediction(id="of-another"), place=None)
+        assert all(end.status.ended for end in await asyncio.gather(*buying))
+
+    in_shop(story)
 
 
 def test_an_error_that_nobody_awaits_is_no_noise(caplog: pytest.LogCaptureFixture) -> None:
@@ -478,7 +493,7 @@ def test_a_prediction_long_overdue_is_asked_about_ever_less_often_and_keeps_its_
         return shop.api.times("get")
 
     times = in_shop(story, requests_per_minute=60, duration=seconds(1e9))
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = gaps_of(times)
     assert max(gaps) <= 62
     assert min(gaps[-20:]) >= 58
     assert len(times) < 120
@@ -517,8 +532,7 @@ def test_close_cancels_the_futures_and_leaves_nothing_behind() -> None:
         assert [future.cancelled() for future in futures] == [True] * 5
         assert in_flight(shop) == 0.5  # they go on at the API
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
-        with pytest.raises(RuntimeError, match="closed"):
-            shop.watcher.watch(Prediction(id="p9"), place=None)
+        assert shop.watcher.watch(Prediction(id="p9"), place=None).cancelled()
 
     in_shop(story, requests_per_minute=60, duration=seconds(1e9))
 
@@ -533,49 +547,32 @@ FAULTS: list[Exception] = [
     ValueError("unforeseen"),
 ]
 some_faults = st.lists(st.sampled_from(FAULTS), max_size=12)
+bad_days = st.fixed_dictionaries(
+    {
+        "requests_per_minute": st.sampled_from([None, 60, 30]),
+        "max_in_flight": st.sampled_from([3, 10]),
+        "holds": st.booleans(),
+        "urls": st.sampled_from([1, 2]),
+        "list_lag_seconds": st.sampled_from([0.0, 3.0, 20.0]),
+        "seed": st.integers(0, 100),
+    }
+)
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    on_get=some_faults,
-    on_list=some_faults,
-    requests_per_minute=st.sampled_from([None, 60, 30]),
-    max_in_flight=st.sampled_from([3, 10]),
-    holds=st.booleans(),
-    urls=st.sampled_from([1, 2]),
-    lag=st.sampled_from([0.0, 3.0, 20.0]),
-    hidden=st.sets(st.integers(1, 12)),
-    seed=st.integers(0, 100),
-)
+@given(day=bad_days, on_get=some_faults, on_list=some_faults, hidden=st.sets(st.integers(1, 12)))
 def test_whatever_goes_wrong_every_end_is_seen_and_every_place_comes_back(
-    on_get: list[Exception],
-    on_list: list[Exception],
-    requests_per_minute: int | None,
-    max_in_flight: int,
-    holds: bool,
-    urls: int,
-    lag: float,
-    hidden: set[int],
-    seed: int,
+    day: dict[str, Any], on_get: list[Exception], on_list: list[Exception], hidden: set[int]
 ) -> None:
     async def story(shop: Shop) -> None:
-        shop.api.faults = {"get": deque(on_get), "executions": deque(on_list)}
+        api = shop.api
+        api.faults = {"get": deque(on_get), "executions": deque(on_list)}
         ends = await asyncio.gather(*(shop.buy() for _ in range(12)), return_exceptions=True)
         # A 404 after half a minute is an answer; nothing else is.
         assert all(isinstance(end, Prediction) or getattr(end, "status_code", 0) == 404 for end in ends)
-        assert all(len(end.output_urls) == urls or urls > 1 for end in ends if isinstance(end, Prediction))
         assert in_flight(shop) == 0
-        assert (shop.api.throttled, shop.api.most_in_flight <= max_in_flight) == (0, True)
-        if requests_per_minute is not None:
-            assert shop.api.worst_minute() <= requests_per_minute
+        assert api.throttled == 0
+        assert api.most_in_flight <= day["max_in_flight"]
+        assert api.worst_minute() <= (api.requests_per_minute or 100_000)
 
-    in_shop(
-        story,
-        requests_per_minute=requests_per_minute,
-        max_in_flight=max_in_flight,
-        holds=holds,
-        urls=urls,
-        list_lag_seconds=lag,
-        shows=lambda job: int(job.id[1:]) not in hidden,
-        seed=seed,
-    )
+    in_shop(story, shows=lambda job: int(job.id[1:]) not in hidden, **day)

@@ -102,7 +102,8 @@ def test_without_a_request_limit_places_in_flight_are_never_idle_for_long(has_ex
     assert shop.per_minute(60, 180) >= 115.5  # 120 is all there is, without a network
     delays = shop.delays(60)
     assert sum(delays) / len(delays) <= 0.15
-    assert delays[-1] <= 0.5
+    assert delays[int(0.95 * len(delays))] <= 0.3
+    assert delays[-1] <= 0.6  # one in twenty ends before the first look
     assert len(shop.api.asked) / len(shop.ends) <= (5 if has_executions else 9)
 
 
@@ -122,7 +123,8 @@ def test_at_600_a_minute_and_100_in_flight_a_sweep_tells_of_many() -> None:
 
 def test_without_limits_hundreds_in_flight_take_few_requests() -> None:
     shop = shop_for(callers=300, minutes=0.025, duration=lambda rng: 0.05, one_way_seconds=(0.002, 0.004))
-    assert len(shop.api.asked) / len(shop.ends) <= 1.2
+    questions = len(shop.api.asked) - shop.api.count("create")
+    assert questions / len(shop.ends) <= 0.2
     delays = shop.delays(0.8)
     assert sum(delays) / len(delays) <= 0.05
 

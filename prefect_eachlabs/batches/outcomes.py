@@ -312,6 +312,11 @@ class BatchResult:
     def not_there(self) -> int:
         return self.failed + self.ambiguous + self.skipped
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has its picture."""
+        return not self.not_there and self.stopped_by is None
+
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         return asdict(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -17,7 +17,7 @@ from prefect_eachlabs.batches.history import History
 from prefect_eachlabs.batches.outcomes import BatchResult, Outcome, RowState, Totals, refused
 from prefect_eachlabs.batches.progress import Pace, Progress, Show
 from prefect_eachlabs.batches.reports import PART_SECONDS, BatchFolder, ReportWriter, Worker, run_name
-from prefect_eachlabs.batches.rows import Rows
+from prefect_eachlabs.batches.rows import Row, Rows
 from prefect_eachlabs.batches.scratch import Scratch
 from prefect_eachlabs.batches.sources import Source, Wanted
 from prefect_eachlabs.batches.tables import BadRow
@@ -32,6 +32,8 @@ WINDOW_WITHOUT_LIMIT = 200
 WINDOW_BEYOND_THE_LIMIT = 30
 """So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
 TICK_SECONDS = 1.0
+KEPT_FAILURES = 50
+"""Rows without a picture that are at hand for whoever shows them; the report has all."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,8 @@ class Batch:
         self._show_seconds = show_seconds
         self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
         self._buying = Buying(shop, folder.destination, access, PurchaseOptions(), self.purse)
+        self.first_not_there: list[Outcome] = []
+        self._obtaining: set[asyncio.Task[Any]] = set()
         self._pace = Pace()
         self._news = 0
         self._has_sheet = False
@@ -139,10 +143,10 @@ class Batch:
     async def next_wanted(self) -> Wanted | None:
         """The next row that is to be obtained; those that are settled already are reported on the way.
 
-        Raises:
-            EachlabsError: The source cannot be read on.
+        None at the end, and where the source cannot be read on: then what is in the air ends, and the result says why
+        the rest is missing.
         """
-        while (row := await self.rows.next()) is not None:
+        while (row := await self._next_row()) is not None:
             if isinstance(row.row, BadRow):
                 self._add(refused(row.row))
                 continue
@@ -151,6 +155,16 @@ class Batch:
                 return row.row
             self._add(outcome, is_news=is_news)
         return None
+
+    async def _next_row(self) -> Row | None:
+        if self._stopped_by is not None:
+            return None
+        try:
+            return await self.rows.next()
+        except EachlabsError as error:
+            logger.error("The source cannot be read on: %s", error)
+            self._stopped_by = error
+            return None
 
     async def next_chunk(self, size: int) -> list[Wanted]:
         """Up to `size` rows that are to be obtained; an empty list at the end."""
@@ -161,17 +175,26 @@ class Batch:
 
     async def obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
-        outcome = await self._buying.obtain(wanted)
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._obtaining.add(task)
+        try:
+            outcome = await self._buying.obtain(wanted)
+        finally:
+            self._obtaining.discard(task)
         self._add(outcome)
         return outcome
 
-    async def obtain_all(self, chunk: list[Wanted]) -> list[Outcome]:
+    async def obtain_all(self, chunk: Sequence[Wanted]) -> list[Outcome]:
         """Several at a time; a cancel reaches each."""
         return list(await asyncio.gather(*(self.obtain(wanted) for wanted in chunk)))
 
-    def stop(self, error: EachlabsError) -> None:
-        """The source cannot be read on: what is in the air ends, and the report says why the rest is missing."""
-        self._stopped_by = self._stopped_by or error
+    async def abandon(self) -> None:
+        """Cancels what is in the air: what was bought is cancelled where it can be, and noted."""
+        tasks = list(self._obtaining)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def finish(self) -> BatchResult:
         """Merges the report and writes page and sheet; returns what it all came to.
@@ -215,6 +238,9 @@ class Batch:
     def _add(self, outcome: Outcome, *, is_news: bool = True) -> None:
         self.totals.add(outcome)
         self._news += is_news
+        is_there = outcome.state in (RowState.STORED, RowState.REUSED)
+        if not is_there and len(self.first_not_there) < KEPT_FAILURES:
+            self.first_not_there.append(outcome)
         self._writer.add(outcome, is_news=is_news)
 
     # While it runs.

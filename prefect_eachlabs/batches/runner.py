@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,15 +14,13 @@ from prefect_eachlabs.batches.outcomes import BatchResult, Outcome, RowState, To
 from prefect_eachlabs.batches.progress import Show
 from prefect_eachlabs.batches.reports import BatchFolder, Worker
 from prefect_eachlabs.batches.run import Batch, BatchOptions
-from prefect_eachlabs.batches.sources import Defaults, Wanted, open_source
+from prefect_eachlabs.batches.sources import Defaults, open_source
 from prefect_eachlabs.batches.tables import BadRow, base_name
 from prefect_eachlabs.engine import Engine
-from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.s3_access import S3Access
 from prefect_eachlabs.settings import AccountSettings
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 """What a worker's work returns."""
 
@@ -116,7 +113,7 @@ async def _obtain_all(batch: Batch, window: int) -> None:
     try:
         while True:
             await free.acquire()
-            wanted = await _next_or_stop(batch)
+            wanted = await batch.next_wanted()
             if wanted is None:
                 break
             task = asyncio.ensure_future(batch.obtain(wanted))
@@ -124,19 +121,9 @@ async def _obtain_all(batch: Batch, window: int) -> None:
             task.add_done_callback(landed)
         await asyncio.gather(*in_the_air)
     except BaseException:
-        for task in in_the_air:
-            task.cancel()
+        await batch.abandon()
         await asyncio.gather(*in_the_air, return_exceptions=True)
         raise
-
-
-async def _next_or_stop(batch: Batch) -> Wanted | None:
-    try:
-        return await batch.next_wanted()
-    except EachlabsError as error:
-        logger.error("The source cannot be read on: %s", error)
-        batch.stop(error)
-        return None
 
 
 @dataclass(frozen=True)
@@ -162,6 +149,12 @@ class Plan:
     cost_usd: float | None
     seconds: float | None
     bad_rows: tuple[Outcome, ...] = ()
+    set_up_wrong: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row can have its picture."""
+        return not self.failed
 
     def as_json(self) -> dict[str, Any]:
         """What `--dry-run --json` prints: the counts of a run that bought nothing."""

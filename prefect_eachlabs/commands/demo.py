@@ -8,12 +8,13 @@ import argparse
 import asyncio
 import contextlib
 import queue
+import sys
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefect_eachlabs.commands import demo_stage
 from prefect_eachlabs.commands.flags import positive_number
@@ -75,7 +76,7 @@ class Played:
     tallies: dict[str, Any] = field(default_factory=dict)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> NoReturn:
     demo_stage.refuse_a_used_process()
     from rich.console import Console
 
@@ -84,8 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
     output = _folder(arguments.output)
     numbered = {f"{number:02d}-{name}": prompt for number, (name, prompt) in enumerate(PROMPTS.items(), 1)}
     prompts = dict(list(numbered.items())[: arguments.pictures])
-    with demo_stage.Interrupts() as interrupts:
-        played = _play(prompts, arguments.service_seconds, console, interrupts)
+    try:
+        with demo_stage.Interrupts() as interrupts:
+            played = _play(prompts, arguments.service_seconds, console, interrupts)
+    except KeyboardInterrupt:
+        print("Interrupted. The demo and all that it started have ended.", file=sys.stderr)
+        demo_stage.leave(130)
     # Only what an earlier demo may have left: the folder may hold files of the user's own.
     for item_id in numbered:
         (output / f"{item_id}.png").unlink(missing_ok=True)
@@ -95,8 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     _tell(played, prompts, console)
     console.print(f"\nPictures and contact sheet: {output}", style="bold", highlight=False, soft_wrap=True)
     console.print(_books(played.tallies, time.monotonic() - begun_at), highlight=False, soft_wrap=True)
-    console.print(f"\n{CLOSING}", highlight=False, soft_wrap=True, markup=False)
-    return 0 if set(played.pictures) == set(played.images) == set(prompts) else 1
+    console.print(f"\n{CLOSING.rstrip()}", highlight=False, soft_wrap=True, markup=False)
+    demo_stage.leave(0 if set(played.pictures) == set(played.images) == set(prompts) else 1)
 
 
 def _folder(path: Path) -> Path:
@@ -211,6 +216,7 @@ def _tell(played: Played, prompts: Mapping[str, str], console: Console) -> None:
 def _books(tallies: Mapping[str, Any], seconds: float) -> str:
     """What the emulator counted, which is what the API would have billed."""
     return (
-        f"Billed: {tallies['billed']} pictures, ${tallies['cost_usd']:.3f}. At most {tallies['worst_in_flight']} of 10 "
-        f"in flight, {tallies['worst_window']} of 60 requests a minute. All of it took {seconds:.0f} s."
+        f"By the emulator's books: {tallies['billed']} pictures billed, ${tallies['cost_usd']:.3f}; at most "
+        f"{tallies['worst_in_flight']} of 10 in flight, {tallies['worst_window']} of 60 requests a minute. "
+        f"All of it took {seconds:.0f} s."
     )

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from prefect_eachlabs.errors import SetupError
 
@@ -75,6 +75,17 @@ def folder_of_its_own() -> Iterator[Path]:
     finally:
         os.chdir(before)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the process, now that all it started is gone.
+
+    Left to itself, Prefect's worker for events goes on for a minute to reach the server that was stopped, and what
+    runs in daemon threads then can abort the interpreter (both seen after a Ctrl-C).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 class Interrupts:

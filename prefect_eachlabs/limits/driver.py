@@ -21,6 +21,9 @@ LOOK_SECONDS = 4.0
 """How often the leases of all are listed, while places are in use here."""
 CALLS_AT_ONCE = 3
 CLOSE_WITHIN_SECONDS = 3.0
+FAILED_VISITS = 2
+"""One lost call is no absence: alone, a process takes more than the others can know of."""
+FIRST_VISIT_PAUSE_SECONDS = 1.0
 VISIT_MAX_PAUSE_SECONDS = 3.0
 """A server that is away is tried again at least so often, while there is demand."""
 PAUSE_AFTER_A_FAILURE_SECONDS = 1.0
@@ -53,7 +56,8 @@ class LotDriver:
         self._visited = False
         """The limits exist and the server answers; until then nothing else is asked."""
         self._visit_at = self._look_at = self._steps_at = -math.inf
-        self._visit_pause_seconds = 1.0
+        self._visit_pause_seconds = FIRST_VISIT_PAUSE_SECONDS
+        self._failed_visits = 0
         self._looking = False
 
     def wake(self) -> None:
@@ -240,7 +244,9 @@ class LotDriver:
             await self._leases.release(await self._leases.announce(pools[0].kind, self._process))
             rows = await self._leases.holdings()
         except Exception as error:
-            self._go_on_alone(error)
+            self._failed_visits += 1
+            if self._failed_visits >= FAILED_VISITS:
+                self._go_on_alone(error)
             self._visit_at = self._now() + self._visit_pause_seconds * random.uniform(0.8, 1.2)
             self._visit_pause_seconds = min(VISIT_MAX_PAUSE_SECONDS, self._visit_pause_seconds * 1.5)
             if not isinstance(error, ServerAway):
@@ -267,7 +273,7 @@ class LotDriver:
 
     def _share_again(self) -> None:
         now = self._now()
-        self._visited, self._visit_pause_seconds = True, 1.0
+        self._visited, self._failed_visits, self._visit_pause_seconds = True, 0, FIRST_VISIT_PAUSE_SECONDS
         self._look_at = now
         if self.away_since is None:
             return

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
-from tests.protocol.kit import machine_clocks
-
-__all__ = ["machine_clocks"]
+from tests.protocol.kit import patched_clocks
 
 
 @pytest.fixture(autouse=True)
-def _machine_clocks(machine_clocks: None) -> None:
+def _machine_clocks() -> Iterator[None]:
     """Nothing here asks the real time."""
+    undo = patched_clocks()
+    yield
+    undo()

@@ -86,13 +86,14 @@ async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) ->
     raise asyncio.TimeoutError
 
 
-@pytest.fixture
-def machine_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rooms that ask a machine what time it is ask the loop."""
+def patched_clocks() -> Callable[[], None]:
+    """The rooms that ask a machine what time it is ask the loop, until what is returned is called."""
+    patch = pytest.MonkeyPatch()
     for name, room in list(sys.modules.items()):
         if name.startswith("prefect_eachlabs.") and getattr(room, "datetime", None) is datetime:
-            monkeypatch.setattr(room, "datetime", MachineDatetime)
-    monkeypatch.setattr(client_room, "within_waking_seconds", within_waking_seconds)
+            patch.setattr(room, "datetime", MachineDatetime)
+    patch.setattr(client_room, "within_waking_seconds", within_waking_seconds)
+    return patch.undo
 
 
 def wanted(number: int = 1, *, prompt: str | None = None, item_id: str | None = None, **input: Any) -> Item:
@@ -202,7 +203,10 @@ class World:
 
     def bought(self) -> list[Job]:
         """Every prediction of our own that the API accepted, oldest first."""
-        return [job for job in reversed(list(self.emulator.ledger.newest_first(self.now()))) if not job.foreign]
+        return self.bought_at(self.now())
+
+    def bought_at(self, now: float) -> list[Job]:
+        return [job for job in reversed(list(self.emulator.ledger.newest_first(now))) if not job.foreign]
 
     def bought_for(self, item: Item) -> list[Job]:
         return [job for job in self.bought() if job.input == item.input]
@@ -289,6 +293,7 @@ class Process:
         self._frozen: asyncio.Event | None = None
         self.clock_error_seconds = clock_error_seconds
         self._jitter = None if jitter is None else random.Random(jitter)
+        self._posts_at_the_door = 0
         self._under_way: set[asyncio.Task[Any]] = set()
         self.settings = world.settings.model_copy(update=settings)
         self.engine = Engine(
@@ -310,12 +315,11 @@ class Process:
 
     async def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The work, on this machine's clock."""
-
-        async def on_this_machine() -> T:
-            _process.set(self)
+        before = _process.set(self)
+        try:
             return await work
-
-        return await asyncio.ensure_future(on_this_machine())
+        finally:
+            _process.reset(before)
 
     async def until_it_ends(self, work: Coroutine[Any, Any, Any]) -> object:
         """The work's result or exception; None once the process is dead."""
@@ -327,6 +331,10 @@ class Process:
             return task.exception() or task.result()
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return None
+
+    def is_about_to_post(self) -> bool:
+        """Whether a POST stands at its first boundary."""
+        return self._posts_at_the_door > 0
 
     @property
     def is_frozen(self) -> bool:
@@ -368,7 +376,10 @@ class Process:
         async def work() -> T:
             operation = Operation(len(self.operations) + 1, name, self.world.now())
             self.operations.append(operation)
+            is_order = name == "POST /v1/prediction"
+            self._posts_at_the_door += is_order
             await self._pass(name, "before")
+            self._posts_at_the_door -= is_order
             await self._latency()
             fault = self._fault_of(operation)
             if fault == "refuse":

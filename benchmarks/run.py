@@ -1,0 +1,151 @@
+"""Measures, in real time and side by side with simpler ways, and writes docs/benchmarks.md. `make bench` runs it.
+
+python benchmarks/run.py                              everything, some 15 minutes
+python benchmarks/run.py --only a,c --minutes 2       some of it, printed, written nowhere
+python benchmarks/run.py --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import report
+from batches import MANY_ITEMS, SPEED_ITEMS, memory_and_again, speed
+from pace import SCENARIOS, WAYS, Entry, Figures, Scenario, prefect_servers, run_side_by_side
+from processes import HERE, Trouble
+
+OUTPUT = HERE.parent / "docs" / "benchmarks.md"
+GROUPS = {
+    "a": "60/min, 10 in flight",
+    "b": "the same without executions",
+    "c": "no request limit, 10 in flight",
+    "d": "600/min, 100 in flight",
+    "e": "two and four processes sharing (a) through a Prefect server, on SQLite and on PostgreSQL",
+    "speed": "pictures a second without limits, beside a bare script",
+    "memory": "peak memory at 1,000 and 10,000 items, and a finished batch again",
+}
+TOGETHER = (("a", "b", "c"), ("d",))
+"""What of the scenarios of one process runs at the same time: these are idle mostly, (d) is not."""
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def seconds_of(scenario: Scenario, minutes: float | None) -> float:
+    return 60.0 * (scenario.minutes if minutes is None else minutes)
+
+
+def shown(figures: Sequence[Figures]) -> list[Figures]:
+    for one in figures:
+        say(
+            f"  {one.scenario.name:>2} {one.way:<6} {one.place:<10} {one.per_minute:6.1f} a minute "
+            f"({one.share:4.0%} of the ceiling), {one.requests_a_picture:5.2f} requests a picture, "
+            f"window {one.worst_window}, in flight {one.worst_in_flight}, 429: {one.throttled}, "
+            f"known after {one.known_after_median:.2f} s ({one.known_after_95:.2f} s)"
+        )
+    return list(figures)
+
+
+def single_processes(chosen: Sequence[str], folder: Path, minutes: float | None) -> list[Figures]:
+    figures: list[Figures] = []
+    for group in TOGETHER:
+        scenarios = [SCENARIOS[name] for name in group if name in chosen]
+        if scenarios:
+            seconds = max(seconds_of(scenario, minutes) for scenario in scenarios)
+            say(f"{', '.join(scenario.name for scenario in scenarios)}: {seconds:.0f} s")
+            entries = [Entry(scenario, way) for scenario in scenarios for way in WAYS]
+            figures += shown(run_side_by_side(entries, folder, seconds))
+    return figures
+
+
+def several_processes(folder: Path, minutes: float | None) -> list[Figures]:
+    figures: list[Figures] = []
+    with prefect_servers(folder) as urls:
+        for name in ("e2", "e4"):
+            scenario = SCENARIOS[name]
+            seconds = seconds_of(scenario, minutes)
+            say(f"{name}: {seconds:.0f} s on {' and '.join(urls)} at the same time")
+            entries = [Entry(scenario, way) for way in WAYS if way != "ours"]
+            entries += [Entry(scenario, "ours", place, url) for place, url in urls.items()]
+            figures += shown(run_side_by_side(entries, folder, seconds))
+    return figures
+
+
+def speed_and_memory(chosen: Sequence[str], folder: Path, items: int | None) -> list[str]:
+    sections: list[str] = []
+    if "speed" in chosen:
+        count = min(SPEED_ITEMS, items or SPEED_ITEMS)
+        say(f"speed: {count:,} pictures, three times")
+        sections.append(report.speed_section(speed(folder, count)))
+        say(sections[-1])
+    if "memory" in chosen:
+        many = items or MANY_ITEMS
+        say(f"memory: {many // 10:,} and {many:,} items, and those again")
+        sections.append(report.memory_section(memory_and_again(folder, many // 10, many)))
+        say(sections[-1])
+    return sections
+
+
+def measure(chosen: Sequence[str], folder: Path, minutes: float | None, items: int | None) -> list[str]:
+    """The sections of the page."""
+    figures = single_processes(chosen, folder, minutes)
+    if "e" in chosen:
+        figures += several_processes(folder, minutes)
+    sections = [report.pace_section(figures)] if figures else []
+    return sections + speed_and_memory(chosen, folder, items)
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    groups = "\n".join(f"  {name:<8}{text}" for name, text in GROUPS.items())
+    parser.epilog = f"scenarios:\n{groups}"
+    parser.add_argument("--only", default=",".join(GROUPS), help="some of the scenarios, with commas between them")
+    parser.add_argument("--minutes", type=float, help="how long each of (a) to (e) runs; the first minute is left out")
+    parser.add_argument("--items", type=int, help="how many items the large batch has")
+    parser.add_argument("--output", type=Path, help="where the page goes; a full run writes docs/benchmarks.md")
+    arguments = parser.parse_args(words)
+    arguments.only = [name for name in arguments.only.split(",") if name]
+    if unknown := set(arguments.only) - set(GROUPS):
+        parser.error(f"no such scenario: {', '.join(sorted(unknown))}; there are {', '.join(GROUPS)}")
+    in_full = set(arguments.only) == set(GROUPS) and arguments.minutes is None and arguments.items is None
+    arguments.output = arguments.output or (OUTPUT if in_full else None)
+    return arguments
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    arguments = parse(words)
+    logging.basicConfig(level=logging.WARNING)
+    began, load = time.monotonic(), report.load_average()
+    say(f"{report.machine()}\nload average {load}")
+    with tempfile.TemporaryDirectory(prefix="eachlabs-benchmark-") as folder:
+        try:
+            sections = measure(arguments.only, Path(folder), arguments.minutes, arguments.items)
+        except Trouble as trouble:
+            say(f"Failed: {trouble}")
+            return 1
+    command = shlex.join(["python", "benchmarks/run.py", *(sys.argv[1:] if words is None else words)])
+    page = report.document(
+        sections,
+        command="make bench" if arguments.output == OUTPUT else command,
+        load=(load, report.load_average()),
+        seconds=time.monotonic() - began,
+    )
+    if arguments.output is None:
+        say(page)
+    else:
+        arguments.output.write_text(page, encoding="utf-8")
+        say(f"Written to {arguments.output}.")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

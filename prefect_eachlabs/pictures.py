@@ -1,0 +1,291 @@
+"""Reference pictures of one's own: files and bytes, named by their content; and which files and buckets may be named.
+
+A picture that is not on the web is uploaded through the API and then public to whoever has its link. So a file is
+taken only where the person at the command line names it, or where the operator's setting allows its folder: whoever
+fills in a form must not publish the worker's disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import BinaryIO
+
+from prefect_eachlabs.errors import BadInput
+
+MAX_PICTURE_BYTES = 100_000_000
+"""What the API takes as an upload ("at most 100 MB"); a picture on the web may not be larger either."""
+SNIFFED_BYTES = 64
+ROOTS_VARIABLE = "EACHLABS_REFERENCE_ROOTS"
+REFERENCE_FIELDS = ("image_url", "image", "image_urls", "input_image", "images")
+"""How models call their reference pictures, in the order in which a schema is searched for them."""
+BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
+
+_BLOCK_BYTES = 1024 * 1024
+_SHOWN_CHARACTERS = 80
+
+
+def content_type_of(head: bytes) -> str | None:
+    """The media type that a file's first 64 bytes show; None: no picture and no MP4."""
+    if head.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "image/png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "image/jpeg"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "image/webp"
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return "image/gif"
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        return {b"avif": "image/avif", b"avis": "image/avif", b"heic": "image/heic", b"heix": "image/heic"}.get(
+            brand, "image/heif" if brand in (b"mif1", b"msf1") else "video/mp4"
+        )
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "image/bmp"
+    return "image/tiff" if head[:4] in (b"II*\0", b"MM\0*") else None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A reference picture that is not on the web. Make it with `of_bytes`, or with `Roots.open`.
+
+    Attributes:
+        sha256: Hex digest of its bytes.
+        content_type: What its first bytes show.
+        size_bytes: How long it is.
+        path: Where its bytes are read when they are needed; None: they are in `data`.
+    """
+
+    sha256: str
+    content_type: str
+    size_bytes: int
+    path: Path | None = None
+    data: bytes | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """What stands for it in inputs and fingerprints: `sha256:` and the digest."""
+        return f"sha256:{self.sha256}"
+
+    @classmethod
+    def of_bytes(cls, data: bytes) -> Picture:
+        """A picture from its bytes.
+
+        Raises:
+            BadInput: They are no picture, none at all, or more than 100 MB.
+        """
+        content_type = _checked("the bytes", len(data), data[:SNIFFED_BYTES])
+        return cls(hashlib.sha256(data).hexdigest(), content_type, len(data), data=data)
+
+    def read(self) -> bytes:
+        """Its bytes. Blocks where they are in a file.
+
+        Raises:
+            BadInput: The file is gone, or it is another by now.
+        """
+        if self.data is not None:
+            return self.data
+        assert self.path is not None, "a picture has bytes or a file"
+        try:
+            data = self.path.read_bytes()
+        except OSError as error:
+            raise BadInput(f"image_url: {self.path} cannot be read any more ({error.strerror}).") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise BadInput(f"image_url: {self.path} was changed while the run was going on: run again.")
+        return data
+
+
+def _checked(what: str, size_bytes: int, head: bytes) -> str:
+    if size_bytes == 0:
+        raise BadInput(f"image_url: {what}: empty. Give a picture.")
+    if size_bytes > MAX_PICTURE_BYTES:
+        raise BadInput(f"image_url: {what}: {size_bytes} bytes, and the API takes at most 100 MB. Make it smaller.")
+    content_type = content_type_of(head)
+    if content_type is None or not content_type.startswith("image/"):
+        seen = content_type or "by its first bytes"
+        raise BadInput(f"image_url: {what}: no picture ({seen}). Give a PNG, JPEG, WebP or GIF.")
+    return content_type
+
+
+@dataclass(frozen=True)
+class UploadSlot:
+    """Where the API lets a picture be put.
+
+    Attributes:
+        presigned_url: Takes one PUT within 15 minutes; it is a secret.
+        public_url: Where the picture is afterwards, for everybody who has the link.
+        required_headers: Sent with the PUT exactly as they are, and no others that matter.
+        expires_at: When the vendor deletes the picture; None: not told.
+    """
+
+    presigned_url: str = field(repr=False)
+    public_url: str
+    required_headers: dict[str, str]
+    expires_at: datetime | None = None
+
+    @classmethod
+    def parse(cls, answer: object, *, may_be_http: bool) -> UploadSlot | None:
+        """The API's answer; None when it lacks what is needed. `may_be_http`: the API is an emulator here."""
+        if not isinstance(answer, Mapping):
+            return None
+        urls = [answer.get("presigned_url"), answer.get("public_url")]
+        schemes = ("https://", "http://") if may_be_http else ("https://",)
+        headers = answer.get("required_headers") or {}
+        if not isinstance(headers, Mapping) or not all(isinstance(u, str) and u.startswith(schemes) for u in urls):
+            return None
+        fine = {str(name): str(value) for name, value in headers.items() if value is not None}
+        return cls(str(urls[0]), str(urls[1]), fine, parse_date(answer.get("expires_at")))
+
+
+def parse_date(text: object) -> datetime | None:
+    """An RFC 3339 date; None when it is none."""
+    try:
+        # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
+        six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", str(text).strip())
+        date = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", six_digits))
+    except ValueError:
+        return None
+    return date if date.tzinfo is not None else None
+
+
+def parse_s3_name(text: str) -> tuple[str, str] | None:
+    """Bucket and key of `s3://bucket/key`; None for anything else, and for keys whose `..` a URL would resolve."""
+    bucket, slash, key = text.removeprefix("s3://").partition("/")
+    fine = text.startswith("s3://") and slash and BUCKET_PATTERN.fullmatch(bucket) and len(key.encode(errors="replace")) <= 1024
+    if not fine or not key or any(ord(c) < 32 for c in key) or {".", ".."} & set(key.split("/")):
+        return None
+    return bucket, key
+
+
+@dataclass(frozen=True)
+class Roots:
+    """Where reference pictures may be taken from.
+
+    Attributes:
+        folders: Files below these.
+        prefixes: Bucket and folder ("" is the whole bucket) of objects.
+        anywhere: A person at the command line names them: all that this user may read.
+    """
+
+    folders: tuple[Path, ...] = ()
+    prefixes: tuple[tuple[str, str], ...] = ()
+    anywhere: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Roots:
+        """Reads folders and `s3://bucket/prefix`, separated by colons; empty: none.
+
+        Raises:
+            ValueError: One is neither an absolute folder nor a bucket.
+        """
+        folders: list[Path] = []
+        prefixes: list[tuple[str, str]] = []
+        for part in (part.strip() for part in re.split(r":(?!//)", text)):
+            if part.startswith("s3://"):
+                bucket, _, prefix = part.removeprefix("s3://").partition("/")
+                if not BUCKET_PATTERN.fullmatch(bucket):
+                    raise ValueError(f"{part!r} must be s3://BUCKET or s3://BUCKET/PREFIX")
+                prefixes.append((bucket, prefix.strip("/")))
+            elif part:
+                folder = Path(part).expanduser()
+                if not folder.is_absolute():
+                    raise ValueError(f"{part!r} must be an absolute folder, or s3://BUCKET/PREFIX")
+                folders.append(folder)
+        return cls(tuple(folders), tuple(prefixes))
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Roots:
+        """As the setting says; what is wrong there is reported where the account is made."""
+        try:
+            return cls.parse((os.environ if environ is None else environ).get(ROOTS_VARIABLE, ""))
+        except ValueError:
+            return cls()
+
+    def allow_object(self, bucket: str, key: str) -> bool:
+        """Whether an object may be published as a reference picture."""
+        return self.anywhere or any(
+            bucket == allowed and (not prefix or key.startswith(f"{prefix}/")) for allowed, prefix in self.prefixes
+        )
+
+    def open(self, name: str | os.PathLike[str]) -> Picture:
+        """The picture in a file; a relative name is looked for in each of the folders. Blocks.
+
+        Links and `..` are resolved before it is decided whether the file may be taken.
+
+        Raises:
+            BadInput: It is not there, may not be taken (which is not told apart), or is no picture.
+        """
+        for folder in (Path(),) if self.anywhere else self.folders:
+            try:
+                path = (folder / Path(name).expanduser()).resolve(strict=True)
+                if self.anywhere or path.is_relative_to(folder.resolve(strict=True)):
+                    return _opened(path)
+            except BadInput:
+                raise
+            except (OSError, ValueError, RuntimeError):  # not there, unreadable; a null byte; a ring of links
+                continue
+        raise BadInput(f"image_url: {_shown(os.fspath(name))} is not an http(s) URL, an s3://bucket/key, {self._advice}")
+
+    @property
+    def _advice(self) -> str:
+        if self.anywhere:
+            return "or a file that can be read."
+        return (
+            f"or a file in a folder that {ROOTS_VARIABLE} names on the machine that runs this. In Python, give the "
+            "picture's bytes."
+        )
+
+
+def opened(image_url: object, roots: Roots) -> object:
+    """What people have, as items take it: paths and bytes become a `Picture`, everything else stays. Blocks.
+
+    Raises:
+        BadInput: A file that may not be taken, or bytes that are no picture.
+    """
+    if isinstance(image_url, (bytes, bytearray, memoryview)):
+        return Picture.of_bytes(bytes(image_url))
+    if isinstance(image_url, os.PathLike):
+        return roots.open(image_url)
+    is_path = isinstance(image_url, str) and image_url.strip() and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", image_url)
+    return roots.open(image_url) if is_path and isinstance(image_url, str) else image_url
+
+
+def _opened(path: Path) -> Picture:
+    with path.open("rb", opener=_open_without_waiting) as file:
+        facts = os.fstat(file.fileno())
+        if not stat.S_ISREG(facts.st_mode):
+            raise OSError("no regular file")
+        head = file.read(SNIFFED_BYTES)
+        content_type = _checked(_shown(path.name), facts.st_size, head)
+        sha256 = _digest(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+    return Picture(sha256, content_type, facts.st_size, path=path)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """A named pipe would hold whoever opens it until somebody writes."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+@lru_cache(maxsize=10_000)
+def _digest(path: Path, mtime_ns: int, size_bytes: int, inode: int) -> str:
+    """Read once, however many rows of a table name the file."""
+    with path.open("rb") as file:
+        return _sha256_of(file)
+
+
+def _sha256_of(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK_BYTES):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…")
