@@ -72,7 +72,8 @@ def pace_section(figures: Sequence[Figures]) -> str:
         "## As fast as the account allows",
         "Each way buys from an emulator of its own, all of a scenario at the same time, in real time; a prediction "
         f"takes {SERVICE_SECONDS:g} s on average (standard deviation a fifth of that). Rates and times are those after "
-        "the first minute, in which the window is still empty. Nothing is downloaded.",
+        "the first minute, in which the window is still empty. Nothing is downloaded. Several processes share what "
+        "they know only in ours, through a Prefect server; of the others each is on its own.",
         "\n".join(f"- **{name}**: {text}." for name, text in WAYS.items()),
         "*Worst window* is the most requests that the API saw in any 60 s, those that it refused (*429*) included; "
         "*after its end* is how long after a prediction's end its buyer knew of it (median, 95 %).",

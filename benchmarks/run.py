@@ -31,8 +31,6 @@ GROUPS = {
     "speed": "pictures a second without limits, beside a bare script",
     "memory": "peak memory at 1,000 and 10,000 items, and a finished batch again",
 }
-TOGETHER = (("a", "b", "c"), ("d",))
-"""What of the scenarios of one process runs at the same time: these are idle mostly, (d) is not."""
 
 
 def say(text: str) -> None:
@@ -55,15 +53,14 @@ def shown(figures: Sequence[Figures]) -> list[Figures]:
 
 
 def single_processes(chosen: Sequence[str], folder: Path, minutes: float | None) -> list[Figures]:
-    figures: list[Figures] = []
-    for group in TOGETHER:
-        scenarios = [SCENARIOS[name] for name in group if name in chosen]
-        if scenarios:
-            seconds = max(seconds_of(scenario, minutes) for scenario in scenarios)
-            say(f"{', '.join(scenario.name for scenario in scenarios)}: {seconds:.0f} s")
-            entries = [Entry(scenario, way) for scenario in scenarios for way in WAYS]
-            figures += shown(run_side_by_side(entries, folder, seconds))
-    return figures
+    """All of them at the same time: they wait for the API nearly all the time."""
+    scenarios = [SCENARIOS[name] for name in chosen if name in SCENARIOS]
+    if not scenarios:
+        return []
+    seconds = max(seconds_of(scenario, minutes) for scenario in scenarios)
+    say(f"{', '.join(scenario.name for scenario in scenarios)}: {seconds:.0f} s")
+    entries = [Entry(scenario, way) for scenario in scenarios for way in WAYS]
+    return shown(run_side_by_side(entries, folder, seconds))
 
 
 def several_processes(folder: Path, minutes: float | None) -> list[Figures]:

@@ -37,12 +37,13 @@ class ProgressShown:
         self._at: float | None = None
         self._times = 0
 
-    def show(self) -> None:
+    def show(self, *, at_the_end: bool = False) -> None:
+        """Now and then, however often it is called; for certain at the end."""
         async def look() -> tuple[float, Any]:
             return asyncio.get_running_loop().time(), self._batch.progress()
 
         now, progress = self._gateway.call(look())
-        if self._at is not None and now - self._at < PROGRESS_SECONDS and progress.share < 1:
+        if self._at is not None and now - self._at < PROGRESS_SECONDS and not at_the_end:
             return
         self._at = now
         percent, line = round(100 * progress.share, 1), progress.line()
@@ -51,7 +52,7 @@ class ProgressShown:
         else:
             artifact = self._artifact
             quietly(lambda: update_progress_artifact(artifact, percent, description=line))
-        if self._times % LOG_EVERY == 0 or progress.share >= 1:
+        if self._times % LOG_EVERY == 0 or at_the_end:
             get_run_logger().info(line)
         self._times += 1
 

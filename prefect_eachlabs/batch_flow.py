@@ -232,8 +232,8 @@ class _Drive:
             for _ in range(self._most_chunks):
                 self._wait_for_room()
             self._gather()
+            self._progress.show(at_the_end=True)
             result = self._gateway.call(self._batch.finish())
-            self._progress.show()
             self._show_report(result)
             return result
         except BaseException:

@@ -381,7 +381,7 @@ class EachlabsClient:
                 "(or the credentials block) and EACHLABS_AUTH_SCHEME."
             )
         elif 300 <= status < 400:
-            details = None
+            details = ""
             message = (
                 f"The API at {self._host} answers with a redirect (HTTP {status}), which is never followed with a "
                 "key in hand. Set EACHLABS_BASE_URL to where the API really is."

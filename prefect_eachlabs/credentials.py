@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import time
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.core import Block
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.gateway import Gateway, gateway_for
@@ -23,14 +25,19 @@ class EachlabsCredentials(CredentialsBlock):
     What is left empty comes from the environment (`EACHLABS_...`), then from the model's page.
 
     Example:
+        Tasks and flows take the block, or its name:
+
         ```python
-        EachlabsCredentials(api_key="...").save("studio")
-        create_prediction("a red fox", credentials="studio")
+        from prefect_eachlabs import EachlabsCredentials, create_prediction
+
+        credentials = EachlabsCredentials.load("BLOCK_NAME")
+        create_prediction("a red fox", credentials=credentials)
         ```
     """
 
     _block_type_name: ClassVar[str] = "Eachlabs Credentials"
     _block_type_slug: ClassVar[str] = "eachlabs-credentials"
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl("https://docs.eachlabs.ai")
     # No logo: Prefect takes http(s) URLs alone, which the browser of whoever opens the page would load.
 
     api_key: SecretStr = Field(title="API key", description="The key from eachlabs.ai; sent to the API's host alone.")
@@ -93,24 +100,67 @@ class S3Destination(Block):
     """Where pictures, records and reports go: a bucket, a prefix, and how to get in.
 
     What is left empty is boto3's own: `AWS_*`, shared profiles, instance roles.
+
+    Example:
+        Tasks take the block; a flow's form takes `eachlabs-s3-destination/BLOCK_NAME`:
+
+        ```python
+        from prefect_eachlabs import S3Destination, generate_and_store
+
+        destination = S3Destination.load("BLOCK_NAME")
+        generate_and_store("a red fox", destination=destination)
+        ```
     """
 
     _block_type_name: ClassVar[str] = "Eachlabs S3 Destination"
     _block_type_slug: ClassVar[str] = "eachlabs-s3-destination"
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl(
+        "https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html"
+    )
 
-    bucket: str = Field(title="Bucket", description="The bucket's name; it must exist.")
-    prefix: str = Field(default="", title="Prefix", description="Folder in the bucket.")
-    region: str | None = Field(default=None, title="Region", description="Empty: boto3's own.")
+    bucket: str = Field(title="Bucket", description="The bucket's name; it must exist.", min_length=3, max_length=255)
+    prefix: str = Field(default="", title="Prefix", description="Folder in the bucket.", max_length=700)
+    region: str | None = Field(default=None, title="Region", description="Such as eu-central-1. Empty: boto3's own.")
     endpoint_url: str | None = Field(
-        default=None, title="Endpoint", description="For stores that are not AWS; empty: AWS_ENDPOINT_URL_S3, then AWS."
+        default=None,
+        title="Endpoint",
+        description="For stores that are not AWS. Empty: AWS_ENDPOINT_URL_S3, then AWS.",
+    )
+    aws_credentials_block: str | None = Field(
+        default=None,
+        title="AWS Credentials block",
+        description="The name of an AWS Credentials block, or minio-credentials/NAME (prefect-aws must be installed "
+        "where runs run). Empty: the access key below, then boto3's own chain.",
     )
     access_key_id: str | None = Field(default=None, title="Access key id", description="Empty: boto3's own chain.")
-    secret_access_key: SecretStr | None = Field(default=None, title="Secret access key")
-    session_token: SecretStr | None = Field(default=None, title="Session token")
-    kms_key_id: str | None = Field(default=None, title="KMS key", description="Encrypts objects with it (SSE-KMS).")
-    storage_class: str | None = Field(
-        default=None, title="Storage class", description="For the pictures, such as STANDARD_IA."
+    secret_access_key: SecretStr | None = Field(
+        default=None, title="Secret access key", description="Goes with the access key id."
     )
+    session_token: SecretStr | None = Field(
+        default=None, title="Session token", description="For temporary credentials, which end."
+    )
+    kms_key_id: str | None = Field(
+        default=None, title="KMS key", description="Encrypts every object with this key (SSE-KMS)."
+    )
+    storage_class: str | None = Field(
+        default=None, title="Storage class", description="For the pictures alone, such as STANDARD_IA."
+    )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _an_endpoint(cls, url: str | None) -> str | None:
+        # http is allowed: stores within a private network have it, and S3's signatures do not carry the secret.
+        if url and not url.startswith(("https://", "http://")):
+            raise ValueError("the endpoint must be https://HOST or http://HOST")
+        return url
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> S3Destination:
+        if bool(self.access_key_id) != bool(self.secret_access_key):
+            raise ValueError("access key id and secret access key go together: give both, or neither")
+        if self.aws_credentials_block and self.access_key_id:
+            raise ValueError("give an AWS Credentials block or an access key, not both")
+        return self
 
     def destination(self) -> Destination:
         """The place it names.
@@ -121,8 +171,21 @@ class S3Destination(Block):
         return Destination.parse(f"s3://{self.bucket}/{self.prefix}")
 
     def access(self) -> S3Access:
-        """How to get in."""
+        """How to get in.
+
+        Raises:
+            SetupError: It names a block that is not there, or prefect-aws is not installed here.
+        """
         secret, token = self.secret_access_key, self.session_token
+        if self.aws_credentials_block:
+            found = access_of_block(self.aws_credentials_block)
+            return replace(
+                found,
+                endpoint_url=self.endpoint_url or found.endpoint_url,
+                region=self.region or found.region,
+                kms_key_id=self.kms_key_id or None,
+                storage_class=self.storage_class or None,
+            )
         return S3Access(
             endpoint_url=self.endpoint_url or None,
             region=self.region or None,
@@ -132,6 +195,36 @@ class S3Destination(Block):
             kms_key_id=self.kms_key_id or None,
             storage_class=self.storage_class or None,
         )
+
+
+def access_of_block(name: str) -> S3Access:
+    """What a block of prefect-aws gives: keys, region, endpoint. Of a profile or a role, the keys of this moment.
+
+    Args:
+        name: Of an `AwsCredentials` block; or `minio-credentials/NAME`.
+
+    Raises:
+        SetupError: prefect-aws is not installed, or there is no such block.
+    """
+    try:
+        aws = importlib.import_module("prefect_aws.credentials")
+    except ImportError as error:
+        raise SetupError(
+            f"The S3 destination names the block {name!r}, which needs prefect-aws here: "
+            "pip install 'prefect-eachlabs[aws]', or give the access key in the destination's block."
+        ) from error
+    kind = aws.MinIOCredentials if name.startswith("minio-credentials/") else aws.AwsCredentials
+    block = load_block(name, kind)
+    session = block.get_boto3_session()
+    keys = session.get_credentials()
+    frozen = keys.get_frozen_credentials() if keys is not None else None
+    return S3Access(
+        endpoint_url=block.aws_client_parameters.endpoint_url or None,
+        region=session.region_name,
+        access_key_id=frozen.access_key if frozen else None,
+        secret_access_key=frozen.secret_key if frozen else None,
+        session_token=frozen.token if frozen else None,
+    )
 
 
 LOADED_FOR_SECONDS = 60.0

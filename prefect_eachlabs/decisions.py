@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal, Protocol
 
-from prefect_eachlabs.errors import ItemConflict, PictureMissing, PredictionFailed
+from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.records import Held, Intent, Record, RecordError, RecordState
 
@@ -36,6 +36,8 @@ class PurchaseOptions:
         deadline_seconds: From the POST; None: the account's.
         presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
         purse: Asked before each POST; None: nobody is.
+        formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, PNG alone at first.
+        any_reference: A person at the command line named the reference pictures: every bucket will do.
     """
 
     run_id: str = ""
@@ -46,6 +48,8 @@ class PurchaseOptions:
     deadline_seconds: float | None = None
     presume_new: bool = False
     purse: Purse | None = None
+    formats: tuple[str, ...] | None = None
+    any_reference: bool = False
 
 
 class Step(str, Enum):
@@ -95,7 +99,8 @@ def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_
         return Step.REUSE
     if record.state is RecordState.FAILED and not _may_try_again(record, options):
         said = record.error or RecordError(kind="error", message="the record gives no reason")
-        raise PredictionFailed(
+        failed = ContentRefused if said.kind == ContentRefused.default_kind else PredictionFailed
+        raise failed(
             f"It failed in an earlier run: {said.message} It is tried again only when asked (--retry-failed).",
             item_id=item.item_id,
             prediction_id=record.prediction_id,

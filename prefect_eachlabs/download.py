@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
@@ -36,6 +37,16 @@ def _hide_query(record: logging.LogRecord) -> bool:
 
 
 logging.getLogger("httpx").addFilter(_hide_query)
+
+
+@contextmanager
+def queries_hidden_in_logs() -> Iterator[None]:
+    """While it lasts, httpx logs this task's URLs without their queries."""
+    token = _in_download.set(True)
+    try:
+        yield
+    finally:
+        _in_download.reset(token)
 
 
 class Downloader:

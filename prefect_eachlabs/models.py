@@ -367,7 +367,7 @@ def fingerprint_of(model: str, version: str | None, input: Mapping[str, Any], *,
 
     From the second sample of an input on, `sample` stands in that JSON as well.
     """
-    body = {"model": model, "version": version, "input": dict(input)}
+    body: dict[str, Any] = {"model": model, "version": version, "input": dict(input)}
     if sample != 1:
         body["sample"] = sample
     return hashlib.sha256(canonical_json(body)).hexdigest()[:32]

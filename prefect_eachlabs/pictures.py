@@ -28,6 +28,7 @@ REFERENCE_FIELDS = ("image_url", "image", "image_urls", "input_image", "images")
 """How models call their reference pictures, in the order in which a schema is searched for them."""
 BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
 
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BLOCK_BYTES = 1024 * 1024
 _SHOWN_CHARACTERS = 80
 
@@ -158,8 +159,15 @@ def parse_date(text: object) -> datetime | None:
 def parse_s3_name(text: str) -> tuple[str, str] | None:
     """Bucket and key of `s3://bucket/key`; None for anything else, and for keys whose `..` a URL would resolve."""
     bucket, slash, key = text.removeprefix("s3://").partition("/")
-    fine = text.startswith("s3://") and slash and BUCKET_PATTERN.fullmatch(bucket) and len(key.encode(errors="replace")) <= 1024
-    if not fine or not key or any(ord(c) < 32 for c in key) or {".", ".."} & set(key.split("/")):
+    if not text.startswith("s3://") or not BUCKET_PATTERN.fullmatch(bucket):
+        return None
+    if (
+        not slash
+        or not key
+        or len(key.encode(errors="replace")) > 1024
+        or any(ord(c) < 32 for c in key)
+        or {".", ".."} & set(key.split("/"))
+    ):
         return None
     return bucket, key
 
@@ -231,7 +239,8 @@ class Roots:
                 raise
             except (OSError, ValueError, RuntimeError):  # not there, unreadable; a null byte; a ring of links
                 continue
-        raise BadInput(f"image_url: {_shown(os.fspath(name))} is not an http(s) URL, an s3://bucket/key, {self._advice}")
+        shown = _shown(os.fspath(name))
+        raise BadInput(f"image_url: {shown} is not an http(s) URL, an s3://bucket/key, {self._advice}")
 
     @property
     def _advice(self) -> str:
@@ -253,12 +262,14 @@ def opened(image_url: object, roots: Roots) -> object:
         return Picture.of_bytes(bytes(image_url))
     if isinstance(image_url, os.PathLike):
         return roots.open(image_url)
-    is_path = isinstance(image_url, str) and image_url.strip() and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", image_url)
-    return roots.open(image_url) if is_path and isinstance(image_url, str) else image_url
+    if isinstance(image_url, str) and image_url.strip() and not _SCHEME.match(image_url):
+        return roots.open(image_url)
+    return image_url
 
 
 def _opened(path: Path) -> Picture:
-    with path.open("rb", opener=_open_without_waiting) as file:
+    # A named pipe would hold whoever opens it until somebody writes.
+    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
         facts = os.fstat(file.fileno())
         if not stat.S_ISREG(facts.st_mode):
             raise OSError("no regular file")
@@ -266,11 +277,6 @@ def _opened(path: Path) -> Picture:
         content_type = _checked(_shown(path.name), facts.st_size, head)
         sha256 = _digest(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
     return Picture(sha256, content_type, facts.st_size, path=path)
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    """A named pipe would hold whoever opens it until somebody writes."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 @lru_cache(maxsize=10_000)

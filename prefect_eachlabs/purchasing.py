@@ -31,7 +31,9 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Throttled,
 )
+from prefect_eachlabs.markers import take_adoption_marker
 from prefect_eachlabs.models import Item, Prediction
+from prefect_eachlabs.orders import Order, Orders, recorded
 from prefect_eachlabs.pacing import Place, Places
 from prefect_eachlabs.records import (
     Held,
@@ -45,7 +47,7 @@ from prefect_eachlabs.records import (
     new_record,
 )
 from prefect_eachlabs.settings import AccountSettings
-from prefect_eachlabs.settling import Settler, take_adoption_marker
+from prefect_eachlabs.settling import Settler
 from prefect_eachlabs.watching import Watcher
 
 logger = logging.getLogger(__name__)
@@ -111,25 +113,30 @@ class Job:
 class Purchaser:
     """Buys predictions for items, each once."""
 
-    def __init__(self, client: EachlabsClient, places: Places, watcher: Watcher, settings: AccountSettings) -> None:
+    def __init__(
+        self, client: EachlabsClient, places: Places, watcher: Watcher, settings: AccountSettings, orders: Orders
+    ) -> None:
         self._client = client
         self._places = places
         self._watcher = watcher
         self._settings = settings
+        self._orders = orders
 
-    async def buy_bare(self, item: Item, job: Job) -> Prediction:
+    async def buy_bare(self, item: Item, options: PurchaseOptions, job: Job) -> Prediction:
         """One POST without a ledger, in its places. **Costs money**; who dies before keeping the result loses it.
 
         Raises:
             NotSent, Throttled, InsufficientBalance, Rejected: Nothing was bought.
             OutcomeUnknown: It may have been bought, and without a ledger nobody finds out.
         """
+        order = await self._orders.prepare(item, None, options)
         try:
             while True:
                 request = await self._take_places(job)
+                sent = await self._sent(order, request)
                 with job.critical():
                     try:
-                        return await self._post(item, request, job)
+                        return await self._post(sent, request, job)
                     except Throttled as error:
                         self._fail_without_balance(error)
         finally:
@@ -171,14 +178,16 @@ class Purchaser:
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None)
                 try:
+                    order = await self._orders.prepare(item, ledger, options)
                     request = await self._take_approved_places(item, options, job)
-                except Skipped:
+                    sent = await self._sent(order, request)
+                except EachlabsError:
                     await self._give_back_settled(ledger, replacing, options)
                     raise
                 lost: _AnswerLost | None = None
                 with job.critical():
                     try:
-                        return await self._claim_and_post(item, ledger, record, replacing, request, job)
+                        return await self._claim_and_post(sent, ledger, record, replacing, request, job)
                     except _ToBeTriedAgain as again:
                         replacing = again.claim
                     except _AnswerLost as error:
@@ -234,6 +243,15 @@ class Purchaser:
             raise
         return request
 
+    async def _sent(self, order: Order, request: Place) -> Item:
+        """The item as it is sent now, with fresh URLs of its reference pictures."""
+        try:
+            return await order.sent()
+        except BaseException:
+            request.unused()
+            self._places.gate.left()
+            raise
+
     async def _give_back_settled(self, ledger: Ledger, held: Held | None, options: PurchaseOptions) -> None:
         """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
         if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == options.run_id:
@@ -242,9 +260,15 @@ class Purchaser:
 
     def _first_claim(self, item: Item, replacing: Held | None, options: PurchaseOptions) -> Record:
         record = new_record(item, run_id=options.run_id)
+        if options.formats is not None:
+            record.formats = list(options.formats)
         if replacing is None:
             return record
         old = replacing.record
+        if old.fingerprint == item.fingerprint:
+            # What may have been bought unseen is known by what was sent for it.
+            record.sent_input = old.sent_input
+            record.formats = record.formats or old.formats
         return record.model_copy(
             update={
                 # Fields that this version does not know survive a change.
@@ -264,6 +288,7 @@ class Purchaser:
         loop = asyncio.get_running_loop()
         posted = False
         try:
+            record = amended(record, sent_input=recorded(item))
             for _ in range(RECLAIMS_BEFORE_GIVING_UP):
                 claim_sent_at = loop.time()
                 claim = await ledger.write(amended(record), replacing=replacing)

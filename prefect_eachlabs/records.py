@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefect_eachlabs.errors import SetupError, StoreFailed
 from prefect_eachlabs.models import Destination, Item, Prediction
 from prefect_eachlabs.object_store import ObjectStore, PreconditionFailed, StoredObject
+from prefect_eachlabs.s3_access import S3Access
 
 logger = logging.getLogger(__name__)
 
@@ -196,10 +197,19 @@ class Ledger:
         store: The destination's bucket.
         destination: Bucket and prefix.
         conditional: False only where the operator has accepted a store that ignores conditions.
+        access: How the destination's bucket is reached, for those beside it; boto3's own chain when None.
     """
 
-    def __init__(self, store: ObjectStore, destination: Destination, *, conditional: bool = True) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        destination: Destination,
+        *,
+        conditional: bool = True,
+        access: S3Access | None = None,
+    ) -> None:
         self.store = store
+        self.access = access
         self.destination = destination
         self.conditional = conditional
         self._probed = not conditional

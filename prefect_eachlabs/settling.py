@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import Any, TypeVar
 
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.echoes import fit
@@ -37,6 +37,7 @@ from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.sight import READ_BACK_SECONDS, WALKED_BACK_SECONDS, Sight, newest
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 FIRST_LOOK_SECONDS = 1.0
 """A lost answer's prediction is often listed at once; only "there is none" needs the whole settling time."""
@@ -412,7 +413,7 @@ def _nobody_can_tell(entry: Unsettled, reason: str, cause: BaseException | None 
     return error
 
 
-def _remember(memory: OrderedDict[str, Any], name: str, value: Any) -> Any:
+def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:
     """What is remembered under the name: the first value, of the last 10,000 names."""
     value = memory.setdefault(name, value)
     while len(memory) > REMEMBERED:

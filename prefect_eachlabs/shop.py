@@ -11,15 +11,18 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+from prefect_eachlabs.catalogue import Catalogue
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.download import Downloader
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.finishing import Finisher
 from prefect_eachlabs.models import Destination, Prediction
 from prefect_eachlabs.object_store import ObjectStore
+from prefect_eachlabs.orders import Orders
 from prefect_eachlabs.pacing import LotSource, Places
 from prefect_eachlabs.purchasing import Job, Purchaser
 from prefect_eachlabs.records import Held, Ledger, Overtaken, RecordState, amended
+from prefect_eachlabs.references import References
 from prefect_eachlabs.s3_access import S3Access
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.settling import Settler
@@ -70,7 +73,9 @@ class Shop:
         self.places = Places(source)
         self.client = client or EachlabsClient(settings)
         self.watcher = Watcher(self.client, self.places)
-        self.purchaser = Purchaser(self.client, self.places, self.watcher, settings)
+        self.catalogue = Catalogue(self.client, self.places)
+        self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for))
+        self.purchaser = Purchaser(self.client, self.places, self.watcher, settings, self.orders)
         self.finisher = Finisher(downloader or Downloader())
         self._source = source
         self._store_for = store_for
@@ -82,7 +87,8 @@ class Shop:
         key = (destination, access)
         if key not in self._books:
             conditional = self.settings.conditional_writes == "require"
-            ledger = Ledger(self._store_for(destination, access), destination, conditional=conditional)
+            store = self._store_for(destination, access)
+            ledger = Ledger(store, destination, conditional=conditional, access=access)
             settler = Settler(self.client, self.places, ledger, self.settings, known=self.known)
             self._books[key] = Books(ledger, settler)
         return self._books[key]
@@ -192,6 +198,7 @@ class Shop:
         for books in self._books.values():
             await books.settler.aclose()
         await self.watcher.close()
+        await self.orders.aclose()
         await self.client.aclose()
         await self.finisher.aclose()
         await self._source.close()

@@ -119,7 +119,7 @@ class Sight:
         """Whether the records read so far must hold the one that names this execution, if there is one."""
         if not self._ahead_of_us or row.created_at is None:
             return False
-        age = datetime.now(timezone.utc) + statistics.median(self._ahead_of_us) - row.created_at
+        age = datetime.now(timezone.utc) + statistics.median_low(self._ahead_of_us) - row.created_at
         return age.total_seconds() <= self.oldest_seconds + READ_BACK_SECONDS / 5
 
     def blind_for(self) -> str | None:

@@ -48,7 +48,7 @@ class Steps:
 
     async def _create(self, item: Item, books: Books | None, options: PurchaseOptions, job: Job) -> Prediction:
         if books is None:
-            prediction = await self._shop.purchaser.buy_bare(item, job)
+            prediction = await self._shop.purchaser.buy_bare(item, options, job)
             self._shop.remember(job, None, item.item_id)
             return prediction
         while True:

@@ -6,16 +6,19 @@ import asyncio
 import heapq
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from itertools import chain, islice
-from typing import Any
+from itertools import chain, islice, pairwise
+from typing import Any, TypeVar
 
 from prefect_eachlabs.errors import EachlabsError, NotSent, Rejected, Throttled
 from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
-from prefect_eachlabs.pacing import Places
+from prefect_eachlabs.pacing import Kind, LocalLots, Places
 from prefect_eachlabs.watching import Watcher
+from tests.virtual_time import run
+
+T = TypeVar("T")
 
 
 def about_five_seconds(rng: random.Random) -> float:
@@ -210,3 +213,42 @@ class Shop:
 
     def delays(self, start_at: float = 0.0) -> list[float]:
         return sorted(known_at - ended_at for ended_at, known_at in self.ends if ended_at >= start_at)
+
+
+def in_shop(
+    story: Callable[[Shop], Awaitable[T]],
+    *,
+    requests_per_minute: int | None = None,
+    max_in_flight: int | None = 10,
+    **api: Any,
+) -> T:
+    """Runs a story in a shop; the request places taken must be back a minute after its end."""
+
+    async def whole() -> T:
+        model = ModelApi(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, **api)
+        lots = LocalLots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight)
+        shop = Shop(model, Places(lots))
+        result = await story(shop)
+        await shop.watcher.close()
+        await asyncio.sleep(61)
+        assert shop.places.pressure(Kind.REQUESTS) == 0
+        return result
+
+    return run(whole())
+
+
+def in_flight(shop: Shop) -> float:
+    return shop.places.pressure(Kind.IN_FLIGHT)
+
+
+def seconds(value: float) -> Callable[[random.Random], float]:
+    """A duration that is always the same."""
+    return lambda rng: value
+
+
+def gaps_of(times: list[float]) -> list[float]:
+    return [later - earlier for earlier, later in pairwise(times)]
+
+
+def refused(status_code: int) -> Rejected:
+    return Rejected("no", status_code=status_code)

@@ -11,13 +11,13 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "prefect_eachlabs"
 
 _ABOVE_THE_LINE = """
-    errors settings models png
+    errors pictures settings models png media typed_inputs
     object_store s3_access storage
     lots gate pacing
-    client
+    client once catalogue
     durations sweeping watched listing timing schedule answers watching
-    download
-    records decisions echoes markers sight settling finishing purchasing
+    download probing
+    records decisions references orders echoes markers sight settling finishing purchasing
     shop steps janitor engine
     gateway
     retrying contact_sheet batches

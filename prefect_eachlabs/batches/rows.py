@@ -37,7 +37,7 @@ class Rows:
         self._scratch = scratch
         self._worker = worker
         self._stream = self._read()
-        self._count = 0
+        self._read_ahead = 0
         self.all_read = False
 
     async def next(self) -> Row | None:
@@ -47,7 +47,6 @@ class Rows:
             EachlabsError: The source cannot be read on.
         """
         async for row in self._stream:
-            self._count += 1
             return row
         return None
 
@@ -55,9 +54,9 @@ class Rows:
     def total(self) -> int | None:
         """How many there are: estimated by how much of the source was read, until all is."""
         if self.all_read:
-            return self._count
+            return self._read_ahead
         fraction = self._source.fraction_read()
-        return max(self._count, round(self._count / fraction)) if fraction and self._count else None
+        return round(self._read_ahead / fraction) if fraction else None
 
     async def _read(self) -> AsyncIterator[Row]:
         rows = self._source.rows()
@@ -67,6 +66,7 @@ class Rows:
             return [self._known(row) for row in itertools.islice(rows, ROWS_AT_A_TIME)]
 
         while several := await self._worker(some):
+            self._read_ahead += len(several)
             for row in several:
                 yield row
             # Rows that the last report settles come by the thousand; the loop has other work, too.

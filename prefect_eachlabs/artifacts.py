@@ -1,0 +1,193 @@
+"""What a person sees of a picture in the Prefect UI: a thumbnail and the facts, in a markdown artifact.
+
+The bucket is private, so the thumbnail travels within the artifact as a `data:` URL. An image artifact would print
+that URL whole as its caption; markdown shows the picture alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import importlib
+import io
+import logging
+import unicodedata
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifact
+
+from prefect_eachlabs.gateway import Gateway
+from prefect_eachlabs.janitor import SettleReport
+from prefect_eachlabs.models import Destination, StoredImage
+from prefect_eachlabs.s3_access import S3Access, client_of
+
+logger = logging.getLogger(__name__)
+
+THUMBNAIL_PX = 320
+JPEG_QUALITY = 80
+MOST_UNTOUCHED_BYTES = 200_000
+"""Without Pillow a PNG up to this size is its own thumbnail."""
+MOST_PIXELS = 64_000_000
+"""A larger picture is not opened for its thumbnail."""
+SHOWN_CHARACTERS = 2_000
+_BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+
+
+def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
+    """Text that is neither HTML nor markdown, on one line: every ASCII sign that may be markup is an entity.
+
+    >>> escaped("a | b <c>")
+    'a &#124; b &#60;c&#62;'
+    """
+    line = " ".join(str("" if text is None else text).split())
+    line = line if len(line) <= most else line[: most - 1] + "…"
+    return "".join(map(_harmless, line))
+
+
+def _harmless(character: str) -> str:
+    if character.isascii() and not character.isalnum() and character != " ":
+        return f"&#{ord(character)};" if character.isprintable() else ""
+    # What turns the direction of the text would reach beyond it; a lone surrogate cannot be sent.
+    return "" if ord(character) in _BIDI_CONTROLS or unicodedata.category(character) in ("Cc", "Cs") else character
+
+
+def thumbnail_url(png: bytes) -> str | None:
+    """The picture as a `data:` URL: a JPEG of 320 px by Pillow; without it the PNG itself if it is small, else None."""
+    try:
+        image_module: Any = importlib.import_module("PIL.Image")
+    except ImportError:
+        return _data_url("image/png", png) if len(png) <= MOST_UNTOUCHED_BYTES else None
+    try:
+        with image_module.open(io.BytesIO(png), formats=["PNG"]) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                return None
+            picture = opened.convert("RGBA")
+        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        ground = image_module.new("RGB", picture.size, "white")
+        ground.paste(picture, mask=picture.getchannel("A"))
+        out = io.BytesIO()
+        ground.save(out, "JPEG", quality=JPEG_QUALITY)
+    except Exception as error:  # a picture that Pillow cannot read may still be a whole PNG
+        logger.info("No thumbnail: %s: %s", type(error).__name__, str(error)[:200])
+        return None
+    return _data_url("image/jpeg", out.getvalue())
+
+
+def _data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def picture_markdown(image: StoredImage, *, thumbnail: str | None, link: str | None = None) -> str:
+    """The thumbnail, the prompt, and a table of the facts; whatever others wrote is escaped.
+
+    Args:
+        image: The picture.
+        thumbnail: Its `data:` URL.
+        link: Where a person who may see the bucket opens it.
+    """
+    uri = escaped(image.uri)
+    facts = [
+        ("picture", f"[{uri}]({link})" if link else uri),
+        *(("further picture", escaped(more)) for more in image.more_uris),
+        ("size", f"{image.width_px} × {image.height_px} px, {image.size_bytes / 1000:.0f} kB"),
+        ("cost", "not told" if image.cost_usd is None else f"{image.cost_usd:.4f} USD"),
+        ("model", escaped(image.model or "not told", 120)),
+        (
+            "model&#39;s own time",
+            "not told" if image.predict_time_seconds is None else f"{image.predict_time_seconds:.1f} s",
+        ),
+        ("item", escaped(image.item_id)),
+        ("prediction", escaped(image.prediction_id)),
+        ("SHA&#45;256", escaped(image.sha256)),
+    ]
+    if image.reused:
+        facts.insert(0, ("bought", "earlier; this run found it in the bucket and bought nothing"))
+    lines = []
+    if thumbnail is not None:
+        lines += [f'<img alt="{escaped(image.item_id)}" width="{THUMBNAIL_PX}" src="{thumbnail}">', ""]
+    lines += [escaped(image.prompt), ""] if image.prompt else []
+    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]
+    return "\n".join(lines)
+
+
+def artifact_key(image: StoredImage) -> str:
+    """The item's key on the page of artifacts: lower-case letters, digits and dashes, all that Prefect takes."""
+    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in image.item_id.lower()).strip("-")
+    if plain != image.item_id or not plain:
+        plain = f"{plain}-{hashlib.sha256(image.item_id.encode()).hexdigest()[:6]}".strip("-")
+    return f"eachlabs-{plain}"
+
+
+def console_link(image: StoredImage, access: S3Access | None) -> str | None:
+    """The object's page in the AWS console; None for stores that are not AWS. Holds no signature."""
+    host = urlsplit(str(client_of(access or S3Access()).meta.endpoint_url)).hostname or ""
+    if not host.endswith(".amazonaws.com"):
+        return None
+    bucket, _, key = image.uri.removeprefix("s3://").partition("/")
+    return f"https://console.aws.amazon.com/s3/object/{quote(bucket)}?prefix={quote(key, safe='')}"
+
+
+async def _read(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> bytes | None:
+    key = image.uri.removeprefix(f"s3://{place.bucket}/")
+    found = await gateway.engine.shop.books(place, access).ledger.store.get(key)
+    return found.body if found is not None else None
+
+
+def _markdown(image: StoredImage, data: bytes | None, access: S3Access | None) -> str:
+    return picture_markdown(
+        image, thumbnail=thumbnail_url(data) if data else None, link=console_link(image, access)
+    )
+
+
+def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:
+    """Makes the artifact of a stored picture; reads the picture once. Free.
+
+    It never raises: a picture that is paid for and stored is not called failed because it cannot be shown.
+    """
+    try:
+        markdown = _markdown(image, gateway.call(_read(gateway, image, place, access)), access)
+        create_markdown_artifact(markdown, key=artifact_key(image), description=image.uri)
+    except Exception as error:
+        _not_shown(image, error)
+
+
+async def ashow_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:
+    """`show_picture`, awaited."""
+    try:
+        data = await gateway.acall(_read(gateway, image, place, access))
+        markdown = await asyncio.get_running_loop().run_in_executor(None, _markdown, image, data, access)
+        await acreate_markdown_artifact(markdown, key=artifact_key(image), description=image.uri)
+    except Exception as error:
+        _not_shown(image, error)
+
+
+def _not_shown(image: StoredImage, error: Exception) -> None:
+    logger.warning(
+        "The picture %s is stored; its artifact could not be made: %s: %s",
+        image.uri,
+        type(error).__name__,
+        str(error)[:200],
+    )
+
+
+def settle_markdown(destination: str, report: SettleReport) -> str:
+    """What the janitor found, and what a person should do about the rest."""
+    counts = [
+        ("records", report.records),
+        ("to settle", report.looked_at),
+        ("stored now", report.stored),
+        ("had failed or been cancelled", report.ended),
+        ("had bought nothing", report.nothing_bought),
+        ("pending", report.pending),
+        ("ambiguous", report.ambiguous),
+    ]
+    lines = [f"Destination: {escaped(destination)}", "", "| | |", "| --- | --- |"]
+    lines += [f"| {name} | {count} |" for name, count in counts]
+    if report.problems:
+        lines += ["", "| item | what to do |", "| --- | --- |"]
+        lines += [f"| {escaped(item)} | {escaped(said, 600)} |" for item, said in sorted(report.problems.items())[:200]]
+        if len(report.problems) > 200:
+            lines += ["", f"And {len(report.problems) - 200} more: `prefect-eachlabs settle` lists them all."]
+    return "\n".join(lines)
