@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ContentRefused,
         DownloadFailed,
         EachlabsError,
+        FormatNotAllowed,
         InsufficientBalance,
         ItemConflict,
         KeyRefused,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
         generate_and_store,
         store_image,
     )
+    from prefect_eachlabs.typed_inputs import GeminiImageInput, TypedInput
+    from prefect_eachlabs.vary_flow import vary_image
 
 _ROOMS = {
     "credentials": ("EachlabsCredentials", "S3Destination"),
@@ -56,6 +59,7 @@ _ROOMS = {
         "ContentRefused",
         "DownloadFailed",
         "EachlabsError",
+        "FormatNotAllowed",
         "InsufficientBalance",
         "ItemConflict",
         "KeyRefused",
@@ -76,6 +80,8 @@ _ROOMS = {
         "Unanswered",
     ),
     "flows": ("generate_image",),
+    "typed_inputs": ("GeminiImageInput", "TypedInput"),
+    "vary_flow": ("vary_image",),
     "models": ("Prediction", "PredictionStatus", "StoredImage"),
     "tasks": (
         "aawait_prediction",

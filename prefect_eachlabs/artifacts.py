@@ -136,9 +136,7 @@ async def _read(gateway: Gateway, image: StoredImage, place: Destination, access
 
 
 def _markdown(image: StoredImage, data: bytes | None, access: S3Access | None) -> str:
-    return picture_markdown(
-        image, thumbnail=thumbnail_url(data) if data else None, link=console_link(image, access)
-    )
+    return picture_markdown(image, thumbnail=thumbnail_url(data) if data else None, link=console_link(image, access))
 
 
 def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import io
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
+from prefect_eachlabs.artifacts import escaped
 from prefect_eachlabs.batches.outcomes import BatchResult, Outcome
 from prefect_eachlabs.batches.run import Batch
 from prefect_eachlabs.gateway import Gateway
@@ -23,8 +25,8 @@ PROGRESS_SECONDS = 5.0
 LOG_EVERY = 6
 """Every sixth look at the progress is a line in the log."""
 SHEET_WIDTH_PX = 900
-MOST_SHEET_BYTES = 2_000_000
-"""A sheet within a markdown artifact travels with every look at the run's page."""
+SHEET_PX = 1_400
+JPEG_QUALITY = 75
 
 
 class ProgressShown:
@@ -39,6 +41,7 @@ class ProgressShown:
 
     def show(self, *, at_the_end: bool = False) -> None:
         """Now and then, however often it is called; for certain at the end."""
+
         async def look() -> tuple[float, Any]:
             return asyncio.get_running_loop().time(), self._batch.progress()
 
@@ -72,19 +75,9 @@ def quietly(show: Callable[[], T]) -> T | None:
         return None
 
 
-_ENTITIES = {ord(character): f"&#{ord(character)};" for character in "\\`*_{}[]()<>#+!|~&$:@"}
-
-
-def _cell(text: object, most: int = 120) -> str:
-    """Text that stays within its cell of a markdown table and is no markup."""
-    line = " ".join(str(text if text is not None else "").split())
-    line = line if len(line) <= most else line[: most - 1] + "…"
-    return line.translate(_ENTITIES)
-
-
 def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
     rows = [
-        f"| {one.row} | {one.state.value} | {_cell(one.prompt, 80)} | {_cell(one.uri or one.kind)} "
+        f"| {one.row} | {one.state.value} | {escaped(one.prompt, 80)} | {escaped(one.uri or one.kind, 200)} "
         f"| {'' if one.cost_usd is None else f'{one.cost_usd:.4f}'} |"
         for one in outcomes
     ]
@@ -94,7 +87,7 @@ def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
 def report_markdown(result: BatchResult, failures: Sequence[Outcome], sheet: bytes | None) -> str:
     counts = (result.items, result.stored, result.reused, result.failed, result.ambiguous, result.skipped)
     lines = [
-        f"# Batch {_cell(result.batch_id)}",
+        f"# Batch {escaped(result.batch_id)}",
         "",
         "| items | stored | reused | failed | ambiguous | skipped | USD in this run | USD of all pictures |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -104,21 +97,35 @@ def report_markdown(result: BatchResult, failures: Sequence[Outcome], sheet: byt
         "",
     ]
     if result.stopped_by:
-        lines += [f"**Stopped:** {_cell(result.stopped_by, 500)}", ""]
+        lines += [f"**Stopped:** {escaped(result.stopped_by, 500)}", ""]
     if failures:
         lines += [
-            f"## Not there: {_cell(result.why, 400)}",
+            f"## Not there: {escaped(result.why, 400)}",
             "",
             "| row | state | why | prompt |",
             "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {one.row} | {one.state.value} | {_cell((one.error or {}).get('message') or one.kind)} "
-            f"| {_cell(one.prompt, 80)} |"
+            f"| {one.row} | {one.state.value} | {escaped((one.error or {}).get('message') or one.kind, 200)} "
+            f"| {escaped(one.prompt, 80)} |"
             for one in failures
         ]
         lines.append("")
-    if sheet is not None and len(sheet) <= MOST_SHEET_BYTES:
-        data = base64.b64encode(sheet).decode()
-        lines += [f'<img width="{SHEET_WIDTH_PX}" src="data:image/png;base64,{data}">', ""]
+    if sheet is not None and (url := _sheet_url(sheet)) is not None:
+        lines += [f'<img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}">', ""]
     return "\n".join(lines)
+
+
+def _sheet_url(sheet: bytes) -> str | None:
+    """The sheet as a small JPEG in a `data:` URL: an artifact travels with every look at the run's page."""
+    try:
+        from PIL import Image  # noqa: PLC0415 - an extra
+
+        with Image.open(io.BytesIO(sheet)) as opened:
+            picture = opened.convert("RGB")
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None
+    picture.thumbnail((SHEET_PX, 2 * SHEET_PX))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

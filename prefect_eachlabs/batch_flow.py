@@ -35,6 +35,7 @@ from prefect_eachlabs.batches.runner import ThreadWorker, open_batch, plan_batch
 from prefect_eachlabs.batches.sources import Defaults, Wanted
 from prefect_eachlabs.credentials import S3Destination, gateway_of, load_block, where
 from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.events import batch_finished
 from prefect_eachlabs.gateway import Gateway
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
 
@@ -235,6 +236,7 @@ class _Drive:
             self._progress.show(at_the_end=True)
             result = self._gateway.call(self._batch.finish())
             self._show_report(result)
+            batch_finished(result.as_json())
             return result
         except BaseException:
             # A cancelled run's chunks wait in threads that nothing reaches but this.

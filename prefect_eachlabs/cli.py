@@ -28,7 +28,12 @@ COMMANDS = (
     Command("demo", "pictures from the emulator into a local S3, through a real flow; nothing to set up"),
     Command("generate", "one prompt becomes one PNG in your bucket, bought once"),
     Command("batch", "a table of prompts becomes pictures in your bucket and a report, bought once each"),
+    Command("models", "the catalogue: which models there are, and what each takes"),
+    Command("model", "what one model takes: its fields, their types and bounds"),
     Command("settle", "what runs left behind in a bucket: find out, store what was paid for, buy nothing"),
+    Command("limits", "the account's limits on the Prefect server: create, show, give leaked places back"),
+    Command("doctor", "what is set up and what is wrong: each line ok, or what to do; costs nothing"),
+    Command("setup", "makes work pool, limits and blocks on the Prefect server, as often as you like"),
     Command("emulator", "a stand-in for the Eachlabs API that keeps its rules, on this machine"),
 )
 

@@ -9,16 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
-from prefect_eachlabs.errors import DownloadFailed, NotAPng, without_query
-from prefect_eachlabs.models import Png
-from prefect_eachlabs.png import MAX_BYTES, PngError, PngReader
+from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, NotAPng, without_query
+from prefect_eachlabs.media import FORMATS, PNG_ALONE, FormatRefused, MediaError, MediaReader
+from prefect_eachlabs.models import Media
+from prefect_eachlabs.png import MAX_BYTES, PngError
 
 MAX_REDIRECTS = 5
 RETENTION_HOURS = 24
@@ -81,24 +82,51 @@ class Downloader:
         self._check_url = check_url
         self._client: httpx.AsyncClient | None = None
 
-    async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Png:
+    async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
+        """The verified PNG; see `fetch`."""
+        return await self.fetch(url, prediction_id=prediction_id, item_id=item_id)
+
+    async def fetch(
+        self,
+        url: str,
+        *,
+        formats: Sequence[str] = PNG_ALONE,
+        prediction_id: str | None = None,
+        item_id: str | None = None,
+    ) -> Media:
         """The verified picture. Costs no request of the account's limit.
 
+        Args:
+            url: Where it is.
+            formats: What it may be.
+            prediction_id, item_id: For messages.
+
         Raises:
-            NotAPng: What came is no whole PNG, or larger than `max_bytes`.
+            FormatNotAllowed: What came is of another format.
+            NotAPng: What came is not whole, or larger than `max_bytes`.
             DownloadFailed: It did not come, or not whole.
         """
         failed = partial(DownloadFailed, prediction_id=prediction_id, item_id=item_id, url=url)
         what = f"The picture of prediction {prediction_id}" if prediction_id else "The picture"
-        reader = PngReader(max_bytes=self._max_bytes)
+        wanted = " or ".join(FORMATS[name].title for name in formats)
+        reader = MediaReader(formats, max_bytes=self._max_bytes)
         async with self._turns:
             token = _in_download.set(True)
             try:
                 return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
-            except PngError as error:
+            except FormatRefused as error:
+                raise FormatNotAllowed(
+                    f"{what} is paid for and not stored: {error}. Allow it and run the same again, which buys nothing: "
+                    f"--formats {','.join((*formats, error.format))}, "
+                    f"formats=({', '.join(repr(name) for name in (*formats, error.format))}).",
+                    prediction_id=prediction_id,
+                    item_id=item_id,
+                    url=url,
+                ) from error
+            except (PngError, MediaError) as error:
                 raise NotAPng(
-                    f"{what} is paid for, but what came is no whole PNG: {error}. Nothing was stored; run again to "
-                    "fetch it anew, and if it stays so, show the vendor the prediction's id.",
+                    f"{what} is paid for, but what came is no whole {wanted}: {error}. Nothing was stored; run again "
+                    "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
                     prediction_id=prediction_id,
                     item_id=item_id,
                     url=url,
@@ -114,7 +142,7 @@ class Downloader:
             finally:
                 _in_download.reset(token)
 
-    async def _fetch(self, url: str, reader: PngReader, what: str, failed: Callable[..., DownloadFailed]) -> Png:
+    async def _fetch(self, url: str, reader: MediaReader, what: str, failed: Callable[..., DownloadFailed]) -> Media:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
             if target.scheme not in ("http", "https") or not target.host:
@@ -133,7 +161,8 @@ class Downloader:
                 announced = _announced_bytes(response)
                 if announced not in (None, reader.size_bytes):
                     raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
-                return reader.finish()
+                # Decoding is not for the loop; a PNG was verified while it came.
+                return await asyncio.to_thread(reader.finish) if reader.takes_long else reader.finish()
             finally:
                 await response.aclose()
         raise failed(
@@ -165,7 +194,11 @@ class Downloader:
                 transport=self._transport,
                 timeout=self._timeout,
                 follow_redirects=False,
-                headers={"Accept": "image/png", "Accept-Encoding": "identity", "User-Agent": "prefect-eachlabs"},
+                headers={
+                    "Accept": "image/png, image/*;q=0.9, */*;q=0.1",
+                    "Accept-Encoding": "identity",
+                    "User-Agent": "prefect-eachlabs",
+                },
                 # A jar that takes no cookie from anybody.
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             )

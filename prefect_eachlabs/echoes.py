@@ -13,8 +13,10 @@ def normalised(value: Any) -> Any:
     """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count."""
     if isinstance(value, str):
         return without_signature(" ".join(unicodedata.normalize("NFC", value).split()))
-    if isinstance(value, bool) or value is None:
+    if value is None:
         return value
+    if isinstance(value, bool):
+        return f"\0{value}"  # to Python, True is 1
     if isinstance(value, (int, float)):
         return float(value)
     if isinstance(value, Mapping):

@@ -8,6 +8,8 @@ from collections.abc import Coroutine
 from dataclasses import dataclass, replace
 from typing import Any
 
+import httpx
+
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.decisions import PurchaseOptions, Step, next_step
 from prefect_eachlabs.download import Downloader
@@ -58,6 +60,7 @@ class Engine:
         store_for: Opens the bucket of a destination.
         client: Speaks to the API; replaced in tests.
         downloader: Fetches pictures; replaced in tests.
+        outside: Carries looks at reference pictures and their uploads; replaced in tests.
     """
 
     def __init__(
@@ -68,9 +71,10 @@ class Engine:
         *,
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
+        outside: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
-        self.shop = Shop(settings, source, store_for, client, downloader)
+        self.shop = Shop(settings, source, store_for, client, downloader, outside)
         steps = Steps(self.shop)
         self.create = steps.create
         self.wait = steps.wait
@@ -107,7 +111,8 @@ class Engine:
         try:
             return await asyncio.shield(running.task)
         except asyncio.CancelledError:
-            if running.callers == 1:
+            # A job that is done was ended by `aclose`, or has come to its end in this very moment.
+            if running.callers == 1 and not running.task.done():
                 await self._interrupt(key, running, books, item.item_id)
             raise
         finally:
@@ -153,7 +158,7 @@ class Engine:
                 if step is Step.REUSE and held is not None and await self._is_there(books.ledger, held, options):
                     return stored_image(held.record, reused=True)
                 if step is Step.FINISH and held is not None:
-                    recovered = await self.shop.finisher.recover(books.ledger, held)
+                    recovered = await self.shop.finisher.recover(books.ledger, held, formats=options.formats)
                     if recovered is not None:
                         return stored_image(recovered.record, reused=True)
                     bought = False
@@ -205,7 +210,7 @@ class Engine:
         try:
             end = await self.shop.end_within(future, prediction, options.deadline_seconds)
         except PredictionTimedOut:
-            self._keep(self._finish_late(books, held, future))
+            self._keep(self._finish_late(books, held, future, options))
             raise
         except Rejected as error:
             if error.status_code != 404:
@@ -218,7 +223,8 @@ class Engine:
             )
             return await self._picture_is_gone(books, held, options, prediction, lost)
         try:
-            return await self.shop.finisher.finish(books.ledger, held, end, fresh=fresh), end
+            done = await self.shop.finisher.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
+            return done, end
         except DownloadFailed as error:
             if error.status_code not in (403, 404, 410):
                 raise
@@ -234,11 +240,13 @@ class Engine:
         gone = amended(held.record, state=RecordState.FAILED, error=said)
         return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
 
-    async def _finish_late(self, books: Books, held: Held, future: asyncio.Future[Prediction]) -> None:
+    async def _finish_late(
+        self, books: Books, held: Held, future: asyncio.Future[Prediction], options: PurchaseOptions
+    ) -> None:
         """It is paid for: as long as the process lives, it is stored when it ends."""
         try:
             end = await asyncio.shield(future)
-            await self.shop.finisher.finish(books.ledger, held, end, fresh=False)
+            await self.shop.finisher.finish(books.ledger, held, end, fresh=False, formats=options.formats)
             logger.info("Item %s: its prediction ended after its deadline and is stored.", held.record.item_id)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Item %s: %s", held.record.item_id, error)

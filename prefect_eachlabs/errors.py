@@ -18,6 +18,7 @@ EachlabsError
 ├── PredictionTimedOut     its deadline passed (also a TimeoutError); it may still end, and is stored then
 ├── NotYetSafe             paid for, not yet in the bucket: repeat the storing, never the buying
 │   ├── NotAPng            the bytes are no whole PNG
+│   │   └── FormatNotAllowed   they are a picture of another format: allow it, and run again
 │   ├── DownloadFailed     the picture could not be fetched
 │   └── StoreFailed        the bucket did not take it, or did not answer
 ├── PictureMissing         it was stored, and is gone from the bucket: bought again only when asked
@@ -209,6 +210,13 @@ class NotAPng(NotYetSafe):
     """The bytes that came are no whole PNG: kept out of the bucket; the prediction is paid for."""
 
     default_kind = "not a PNG"
+
+
+class FormatNotAllowed(NotAPng):
+    """What came is a picture of another format than was promised: allow it with `formats`, and run again."""
+
+    retryable = False
+    default_kind = "format not allowed"
 
 
 class DownloadFailed(NotYetSafe):

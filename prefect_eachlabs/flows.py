@@ -39,7 +39,8 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     Args:
         prompt: What the picture shows: subject, action, surroundings, style.
         destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
-        image_url: A reference picture: its public https URL. Optional.
+        image_url: A reference picture: its public https URL, s3://bucket/key, or a file in a folder that the worker's
+            setting EACHLABS_REFERENCE_ROOTS names. Optional.
         model: The model's slug.
         version: The model's version; empty for models that have none.
         item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
@@ -60,4 +61,4 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         credentials=credentials_block or None,
     )
     finished = await_prediction(prediction, credentials=credentials_block or None)
-    return store_image(finished, place, credentials=credentials_block or None)
+    return store_image(finished, place, credentials=credentials_block or None, with_artifact=True)

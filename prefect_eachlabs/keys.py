@@ -13,6 +13,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import Item
+from prefect_eachlabs.pictures import Roots, opened
 
 MOST_REMEMBERED = 1_000
 
@@ -30,9 +31,10 @@ class OnceInAFlowRun(CachePolicy):
         """The key; None with a destination, whose record does it better, and for an input that is refused anyway."""
         if inputs.get("destination") is not None:
             return None
-        names = ("prompt", "image_url", "model", "version", "item_id", "input")
+        names = ("prompt", "model", "version", "item_id", "input", "sample")
         try:
-            item = Item.wanted(**{name: inputs[name] for name in names if name in inputs})
+            picture = opened(inputs.get("image_url"), Roots.from_environment())
+            item = Item.wanted(image_url=picture, **{name: inputs[name] for name in names if name in inputs})
         except BadInput:
             return None
         flow_context = FlowRunContext.get()

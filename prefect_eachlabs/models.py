@@ -603,8 +603,8 @@ class Destination(BaseModel):
         return self.uri(self.prefix) if self.prefix else f"s3://{self.bucket}"
 
 
-class Png(BaseModel):
-    """Bytes that were verified to be one whole PNG."""
+class Media(BaseModel):
+    """Bytes that were verified to be one whole picture (or video) of a format."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -612,6 +612,11 @@ class Png(BaseModel):
     sha256: str
     width_px: int
     height_px: int
+    format: str = "png"
+
+
+class Png(Media):
+    """Bytes that were verified to be one whole PNG."""
 
 
 class StoredImage(BaseModel):
@@ -620,6 +625,7 @@ class StoredImage(BaseModel):
     Attributes:
         item_id: The item, or the prediction's id where no item was named.
         uri: `s3://bucket/key` of the picture; `more_uris` of further outputs of the same prediction.
+        format: `png`, or what else `formats` allowed.
         sha256: Hex digest of the stored bytes, which are the downloaded bytes unchanged.
         cost_usd: What the API says it cost; 0 until settled, None when not told.
         predict_time_seconds: The model's own time, when told.
@@ -640,4 +646,5 @@ class StoredImage(BaseModel):
     model: str | None = None
     prompt: str | None = None
     more_uris: tuple[str, ...] = ()
+    format: str = "png"
     reused: bool = False

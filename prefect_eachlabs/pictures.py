@@ -158,18 +158,11 @@ def parse_date(text: object) -> datetime | None:
 
 def parse_s3_name(text: str) -> tuple[str, str] | None:
     """Bucket and key of `s3://bucket/key`; None for anything else, and for keys whose `..` a URL would resolve."""
-    bucket, slash, key = text.removeprefix("s3://").partition("/")
+    bucket, _, key = text.removeprefix("s3://").partition("/")
     if not text.startswith("s3://") or not BUCKET_PATTERN.fullmatch(bucket):
         return None
-    if (
-        not slash
-        or not key
-        or len(key.encode(errors="replace")) > 1024
-        or any(ord(c) < 32 for c in key)
-        or {".", ".."} & set(key.split("/"))
-    ):
-        return None
-    return bucket, key
+    fine = key and len(key.encode(errors="replace")) <= 1024 and all(ord(character) >= 32 for character in key)
+    return (bucket, key) if fine and not {".", ".."} & set(key.split("/")) else None
 
 
 @dataclass(frozen=True)

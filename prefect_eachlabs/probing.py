@@ -21,6 +21,7 @@ MAX_REDIRECTS = 5
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.5
 TOTAL_SECONDS = 30.0
+_OF_OBJECTS = {403: "it is not there, or these credentials may not read it", 404: "there is no such object"}
 _PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa")
 
 Resolve = Callable[[str], Awaitable[list[str]]]
@@ -98,6 +99,8 @@ class Prober:
                 return await asyncio.wait_for(self._look(url, signed=signed), TOTAL_SECONDS)
             except _Refused as refused:
                 reason = str(refused)
+                if signed and refused.status_code in _OF_OBJECTS:
+                    reason = f"{_OF_OBJECTS[refused.status_code]} (HTTP {refused.status_code})"
                 if refused.status_code != 429 and refused.status_code < 500:
                     break
             except (asyncio.TimeoutError, httpx.TimeoutException):
@@ -108,7 +111,8 @@ class Prober:
                 await asyncio.sleep(pause_seconds)
                 pause_seconds *= 2
         raise BadInput(
-            f"image_url: {shown}: {reason}. Give the URL of a public picture of at most 100 MB; nothing was bought."
+            f"image_url: {shown}: {reason}. Give {'the name' if signed else 'the public URL'} of a picture of at most "
+            "100 MB; nothing was bought."
         )
 
     async def _look(self, url: str, *, signed: bool) -> Seen:

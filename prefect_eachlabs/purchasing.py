@@ -222,12 +222,20 @@ class Purchaser:
         """A place in flight, which the job keeps, and then one for the request."""
         if job.place is None:
             job.place = await self._places.take_in_flight()
-        await self._places.gate.enter()
-        try:
-            return await self._places.take_request()
-        except BaseException:
-            self._places.gate.left()
-            raise
+        gate = self._places.gate
+        while True:
+            was_open = not gate.paused
+            await gate.enter()
+            try:
+                request = await self._places.take_request()
+            except BaseException:
+                if not was_open:
+                    gate.left()
+                raise
+            if not (was_open and gate.paused):
+                return request
+            # The account was throttled while we waited for the place: only a trial may post now.
+            request.unused()
 
     async def _take_approved_places(self, item: Item, options: PurchaseOptions, job: Job) -> Place:
         """Both places, when whoever holds the purse agrees before they are waited for and still does afterwards."""

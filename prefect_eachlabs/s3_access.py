@@ -104,6 +104,7 @@ class S3Process:
         self.pool = concurrent.futures.ThreadPoolExecutor(THREADS, thread_name_prefix="eachlabs-s3")
         self._lock = threading.Lock()
         self._clients: dict[object, Any] = {}
+        self._regions: dict[object, str | None] = {}
 
     def client(self, access: S3Access) -> Any:
         """The client of this access, made at first use; a changed AWS_ environment makes another one."""
@@ -112,6 +113,24 @@ class S3Process:
             if key not in self._clients:
                 self._clients[key] = _make_client(access)
             return self._clients[key]
+
+    def region_of(self, bucket: str, access: S3Access) -> str | None:
+        """The region that a bucket says it is in, asked once; None: it does not say."""
+        client = self.client(access)
+        key = (id(client), bucket)
+        with self._lock:
+            if key in self._regions:
+                return self._regions[key]
+        try:
+            answer: dict[str, Any] = client.head_bucket(Bucket=bucket)
+        except ClientError as error:
+            answer = dict(error.response)  # a refusal names the region, too
+        except BotoCoreError:
+            return None
+        region: str | None = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("x-amz-bucket-region")
+        with self._lock:
+            self._regions[key] = region
+        return region
 
 
 def _make_client(access: S3Access) -> Any:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
+import httpx
+
 from prefect_eachlabs.catalogue import Catalogue
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.download import Downloader
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 LAST_WAIT_SECONDS = 45.0
 """A prediction that is found after its deadline gets so long to be asked about once more; an id that the API does
 not know counts as unknown after 30 s."""
+LAST_QUESTION_SECONDS = 5.0
+"""So long before its deadline a prediction is asked about once more."""
 CLEAN_UP_SECONDS = 8.0
 """How long a cancelled run may take to learn how its cancelled prediction ended (Prefect waits some 30 s)."""
 REMEMBERED_PURCHASES = 10_000
@@ -68,13 +72,14 @@ class Shop:
         store_for: StoreFor,
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
+        outside: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
         self.places = Places(source)
         self.client = client or EachlabsClient(settings)
         self.watcher = Watcher(self.client, self.places)
         self.catalogue = Catalogue(self.client, self.places)
-        self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for))
+        self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for, outside))
         self.purchaser = Purchaser(self.client, self.places, self.watcher, settings, self.orders)
         self.finisher = Finisher(downloader or Downloader())
         self._source = source
@@ -116,8 +121,13 @@ class Shop:
         if prediction.created_at is not None:
             age_seconds = max(0.0, (datetime.now(timezone.utc) - prediction.created_at).total_seconds())
         remaining = max(deadline_seconds - age_seconds, min(LAST_WAIT_SECONDS, deadline_seconds))
+        last_seconds = min(LAST_QUESTION_SECONDS, remaining / 10)
+        with suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
+        # Nobody may have asked about it for long, where requests are scarce.
+        self.watcher.hurry(prediction.id)
         try:
-            return await asyncio.wait_for(asyncio.shield(future), timeout=remaining)
+            return await asyncio.wait_for(asyncio.shield(future), timeout=last_seconds)
         except asyncio.TimeoutError:
             raise PredictionTimedOut(
                 f"The prediction had not ended {deadline_seconds:g} s after its POST. It is paid for if it still ends: "

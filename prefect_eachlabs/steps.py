@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 from prefect_eachlabs.decisions import PurchaseOptions, Step, next_step
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, PictureMissing
@@ -126,9 +127,16 @@ class Steps:
             logger.warning("Item %s: its end could not be written down: %s", bought.item_id, error)
 
     async def store(
-        self, prediction: Prediction, destination: Destination, *, access: S3Access | None = None
+        self,
+        prediction: Prediction,
+        destination: Destination,
+        *,
+        access: S3Access | None = None,
+        formats: Sequence[str] | None = None,
     ) -> StoredImage:
         """Downloads, verifies and uploads a finished prediction's pictures; its record, if it has one, says so then.
+
+        `formats` is what they may be; None: what the record says, PNG alone without one.
 
         Raises:
             NotYetSafe: The picture is paid for and could not be stored: run again.
@@ -139,11 +147,12 @@ class Steps:
             raise BadInput("store_image wants a finished prediction: await it first.", prediction_id=prediction.id)
         books = self._shop.books(destination, access)
         if prediction.item_id is None:
-            return await self._shop.finisher.store_bare(books.ledger.store, destination, prediction)
+            return await self._shop.finisher.store_bare(books.ledger.store, destination, prediction, formats=formats)
         while True:
             held = await books.ledger.read(prediction.item_id)
             if held is None:
-                return await self._shop.finisher.store_bare(books.ledger.store, destination, prediction)
+                bare = self._shop.finisher.store_bare
+                return await bare(books.ledger.store, destination, prediction, formats=formats)
             if held.record.prediction_id != prediction.id:
                 raise ItemConflict(
                     f"{destination} holds a record of item {prediction.item_id!r} that names another prediction "
@@ -159,7 +168,7 @@ class Steps:
                         f"{held.record.uri} was stored and is gone from the bucket.", item_id=prediction.item_id
                     )
             try:
-                done = await self._shop.finisher.finish(books.ledger, held, prediction, fresh=False)
+                done = await self._shop.finisher.finish(books.ledger, held, prediction, fresh=False, formats=formats)
             except Overtaken:
                 continue
             if done.record.state is RecordState.STORED:

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import functools
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
@@ -37,6 +38,7 @@ from prefect_eachlabs.s3_access import (
     client_of,
     code_and_status,
     run_in_pool,
+    this_process,
 )
 
 MAX_PRESIGNED_SECONDS = 7 * 86_400
@@ -150,7 +152,10 @@ class S3Store:
                 return
 
     async def presigned_get(self, key: str, *, expires_seconds: int) -> str:
-        """A URL that lets anybody read the object until it ends; it is a secret: never log it. Sends no request."""
+        """A URL that lets anybody read the object until it ends; it is a secret: never log it.
+
+        Asks the bucket once for its region: a URL that was signed for another one is refused.
+        """
         if not 1 <= expires_seconds <= MAX_PRESIGNED_SECONDS:
             raise BadInput(f"expires_seconds: {expires_seconds} must be 1 to {MAX_PRESIGNED_SECONDS} (7 days).")
         return await self._run(key, functools.partial(self._presign, key, expires_seconds))
@@ -211,6 +216,9 @@ class S3Store:
 
     def _presign(self, key: str, expires_seconds: int) -> str:
         client = client_of(self.access)
+        region = this_process().region_of(self.bucket, self.access)
+        if region is not None and region != client.meta.region_name:
+            client = client_of(replace(self.access, region=region))
         arguments = {"Bucket": self.bucket, "Key": key}
         return str(client.generate_presigned_url("get_object", Params=arguments, ExpiresIn=expires_seconds))
 

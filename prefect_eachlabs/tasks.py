@@ -6,9 +6,13 @@ cannot end what runs in the gateway; deadlines count from the POST. No task call
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, Literal
+import os
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from prefect import task
@@ -17,17 +21,24 @@ from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
+from prefect_eachlabs import events
+from prefect_eachlabs.artifacts import ashow_picture, show_picture
 from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination, gateway_of, where
 from prefect_eachlabs.decisions import PurchaseOptions
-from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
 from prefect_eachlabs.gateway import Gateway
 from prefect_eachlabs.keys import OnceInAFlowRun
-from prefect_eachlabs.models import DEFAULT_MODEL, Item, Prediction, StoredImage, parse_prediction_id
+from prefect_eachlabs.media import check_formats
+from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
+from prefect_eachlabs.pictures import Picture, Roots, opened
+from prefect_eachlabs.s3_access import S3Access
+from prefect_eachlabs.typed_inputs import TypedInput
 
 logger = logging.getLogger(__name__)
 
 Credentials = EachlabsCredentials | str | None
 Target = S3Destination | str
+Reference = str | bytes | os.PathLike[str] | Picture
 OnAmbiguous = Literal["settle", "fail"]
 
 RETRY_DELAYS_SECONDS = [2, 10, 30]
@@ -90,10 +101,21 @@ _STORE = _api_task("store")
 _GENERATE = _api_task("generate")
 
 
+def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Item:
+    return Item.wanted(prompt, image_url=opened(image_url, Roots.from_environment()), **wanted)
+
+
+async def _aopened(image_url: object) -> object:
+    """Reads a file beside the caller's loop; what is no file is there at once."""
+    if image_url is None or (isinstance(image_url, str) and "://" in image_url):
+        return image_url
+    return await asyncio.to_thread(opened, image_url, Roots.from_environment())
+
+
 def _create(
     prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
 ) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
-    item = Item.wanted(prompt, **wanted)
+    item = _item(prompt, **wanted)
     place, access = where(destination) if destination is not None else (None, None)
     gateway = gateway_of(credentials)
     return gateway, gateway.engine.create(item, place, options=options, access=access)
@@ -103,11 +125,13 @@ def _create(
 def create_prediction(
     prompt: str | None = None,
     *,
-    image_url: str | None = None,
+    image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | TypedInput | None = None,
+    sample: int | None = None,
+    formats: Sequence[str] | None = None,
     destination: Target | None = None,
     credentials: Credentials = None,
     replace: bool = False,
@@ -125,11 +149,15 @@ def create_prediction(
 
     Args:
         prompt: What the picture shows.
-        image_url: A reference picture: its public http(s) URL.
+        image_url: A reference picture: its public http(s) URL, `s3://bucket/key`, its bytes, or a file in a folder
+            that EACHLABS_REFERENCE_ROOTS names. It goes into the field that the model has for it.
         model: The model's slug (the page of the first model: `gemini`).
         version: The model's version; the first model's own when left out.
         item_id: Names the item, 1 to 128 of `A-Z a-z 0-9 _ -`; the input's fingerprint when left out.
-        input: Further fields of the model's input.
+        input: Further fields of the model's input; or a typed input such as `GeminiImageInput`, for its model.
+        sample: The number of this one among several of the same input: 2, 3 ... are items of their own.
+        formats: What may be stored of it: `("png", "jpeg", "webp", "gif", "mp4")` or fewer; PNG alone when left out.
+            Kept in the record.
         destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes.
         credentials: An `EachlabsCredentials` block or its name; the environment's account when left out.
         replace: Buy although the item id stands for another input.
@@ -150,7 +178,10 @@ def create_prediction(
         prediction = create_prediction("a red fox in the snow", destination="s3://acme/daily")
         ```
     """
-    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous)
+    since = datetime.now(timezone.utc)
+    options = PurchaseOptions(
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, formats=check_formats(formats)
+    )
     gateway, work = _create(
         prompt,
         credentials,
@@ -161,19 +192,22 @@ def create_prediction(
         version=version,
         item_id=item_id,
         input=input,
+        sample=sample,
     )
-    return _told("created", gateway.call(work))
+    return _created(gateway.call(work), since)
 
 
 @task(name="create-prediction", **_CREATE)
 async def acreate_prediction(
     prompt: str | None = None,
     *,
-    image_url: str | None = None,
+    image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | TypedInput | None = None,
+    sample: int | None = None,
+    formats: Sequence[str] | None = None,
     destination: Target | None = None,
     credentials: Credentials = None,
     replace: bool = False,
@@ -182,19 +216,28 @@ async def acreate_prediction(
     on_ambiguous: OnAmbiguous = "settle",
 ) -> Prediction:
     """`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
-    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous)
+    since = datetime.now(timezone.utc)
+    options = PurchaseOptions(
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, formats=check_formats(formats)
+    )
     gateway, work = _create(
         prompt,
         credentials,
         destination,
         options,
-        image_url=image_url,
+        image_url=await _aopened(image_url),
         model=model,
         version=version,
         item_id=item_id,
         input=input,
+        sample=sample,
     )
-    return _told("created", await gateway.acall(work))
+    return _created(await gateway.acall(work), since)
+
+
+def _created(prediction: Prediction, since: datetime) -> Prediction:
+    events.prediction_created(prediction, since=since)
+    return _told("created", prediction)
 
 
 def _told(what: str, prediction: Prediction) -> Prediction:
@@ -243,7 +286,8 @@ def await_prediction(
         PredictionTimedOut: Not ended by its deadline. It is paid for if it still ends: run again, it is stored then.
     """
     gateway, work = _await(prediction, credentials, deadline_seconds)
-    return _told("finished", gateway.call(work))
+    with _failures_told():
+        return _finished(gateway.call(work), prediction)
 
 
 @task(name="await-prediction", **_AWAIT)
@@ -252,7 +296,23 @@ async def aawait_prediction(
 ) -> Prediction:
     """`await_prediction` for async flows: awaited. Free."""
     gateway, work = _await(prediction, credentials, deadline_seconds)
-    return _told("finished", await gateway.acall(work))
+    with _failures_told():
+        return _finished(await gateway.acall(work), prediction)
+
+
+def _finished(end: Prediction, asked: Prediction | str) -> Prediction:
+    if isinstance(asked, str) or not asked.status.ended:
+        events.prediction_succeeded(end)
+    return _told("finished", end)
+
+
+@contextmanager
+def _failures_told() -> Iterator[None]:
+    try:
+        yield
+    except PredictionFailed as error:
+        events.prediction_failed(error)
+        raise
 
 
 def _id_of(prediction: Prediction | str) -> str:
@@ -288,39 +348,77 @@ async def acancel_prediction(prediction: Prediction | str, *, credentials: Crede
     return _told("asked to cancel", await gateway.acall(gateway.engine.cancel(_id_of(prediction))))
 
 
+class _Storing(NamedTuple):
+    """Work that ends with a picture in a bucket."""
+
+    gateway: Gateway
+    place: Destination
+    access: S3Access | None
+    work: Coroutine[Any, Any, StoredImage]
+
+    def done(self, *, with_artifact: bool) -> StoredImage:
+        image = _stored(self.gateway.call(self.work))
+        if with_artifact:
+            show_picture(self.gateway, image, self.place, self.access)
+        return image
+
+    async def adone(self, *, with_artifact: bool) -> StoredImage:
+        image = _stored(await self.gateway.acall(self.work))
+        if with_artifact:
+            await ashow_picture(self.gateway, image, self.place, self.access)
+        return image
+
+
 def _store(
-    finished: Prediction, destination: Target, credentials: Credentials
-) -> tuple[Gateway, Coroutine[Any, Any, StoredImage]]:
+    finished: Prediction, destination: Target, credentials: Credentials, formats: Sequence[str] | None
+) -> _Storing:
+    allowed = check_formats(formats)
     place, access = where(destination)
     gateway = gateway_of(credentials)
-    return gateway, gateway.engine.store(finished, place, access=access)
+    return _Storing(gateway, place, access, gateway.engine.store(finished, place, access=access, formats=allowed))
 
 
 @task(name="store-image", **_STORE)
-def store_image(finished: Prediction, destination: Target, *, credentials: Credentials = None) -> StoredImage:
+def store_image(
+    finished: Prediction,
+    destination: Target,
+    *,
+    credentials: Credentials = None,
+    formats: Sequence[str] | None = None,
+    with_artifact: bool = False,
+) -> StoredImage:
     """Downloads a finished prediction's picture, verifies it and uploads it, its bytes unchanged. Free.
 
     Args:
         finished: What `await_prediction` returned.
         destination: `s3://bucket/prefix` or an `S3Destination` block; the key is `PREFIX/images/ITEM_ID.png`.
         credentials: As for `create_prediction`.
+        formats: What may be stored, as for `create_prediction`; what its record says when left out. Several outputs
+            are several files, `ITEM_ID.2.png` and so on.
+        with_artifact: Show it in the Prefect UI: a thumbnail, its cost, its place. Reads it from the bucket once.
 
     Returns:
         Where it is, its SHA-256 and its size.
 
     Raises:
         NotAPng, DownloadFailed, StoreFailed: It is paid for and not yet safe: run again, the error keeps id and URL.
+        FormatNotAllowed: It is of another format than `formats` allows.
         BadInput: The prediction has not ended, or the destination is none.
     """
-    gateway, work = _store(finished, destination, credentials)
-    return _stored(gateway.call(work))
+    return _store(finished, destination, credentials, formats).done(with_artifact=with_artifact)
 
 
 @task(name="store-image", **_STORE)
-async def astore_image(finished: Prediction, destination: Target, *, credentials: Credentials = None) -> StoredImage:
+async def astore_image(
+    finished: Prediction,
+    destination: Target,
+    *,
+    credentials: Credentials = None,
+    formats: Sequence[str] | None = None,
+    with_artifact: bool = False,
+) -> StoredImage:
     """`store_image` for async flows: awaited. Free."""
-    gateway, work = _store(finished, destination, credentials)
-    return _stored(await gateway.acall(work))
+    return await _store(finished, destination, credentials, formats).adone(with_artifact=with_artifact)
 
 
 def _stored(image: StoredImage) -> StoredImage:
@@ -331,11 +429,12 @@ def _stored(image: StoredImage) -> StoredImage:
 
 def _generate(
     prompt: str | None, credentials: Credentials, destination: Target, options: PurchaseOptions, **wanted: Any
-) -> tuple[Gateway, Coroutine[Any, Any, StoredImage]]:
-    item = Item.wanted(prompt, **wanted)
+) -> _Storing:
+    item = _item(prompt, **wanted)
     place, access = where(destination)
     gateway = gateway_of(credentials)
-    return gateway, gateway.engine.generate_and_store(item, place, options=options, access=access)
+    work = gateway.engine.generate_and_store(item, place, options=options, access=access)
+    return _Storing(gateway, place, access, work)
 
 
 @task(name="generate-and-store", **_GENERATE)
@@ -343,26 +442,30 @@ def generate_and_store(
     prompt: str | None = None,
     *,
     destination: Target,
-    image_url: str | None = None,
+    image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | TypedInput | None = None,
+    sample: int | None = None,
+    formats: Sequence[str] | None = None,
     credentials: Credentials = None,
     deadline_seconds: float | None = None,
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
+    with_artifact: bool = False,
 ) -> StoredImage:
     """From a prompt to its picture in the bucket, bought once: kill it and repeat it at will. **Costs money** once.
 
     Args:
         prompt: What the picture shows.
         destination: `s3://bucket/prefix` or an `S3Destination` block: picture and record go there.
-        image_url, model, version, item_id, input, credentials: As for `create_prediction`.
+        image_url, model, version, item_id, input, sample, formats, credentials: As for `create_prediction`.
         deadline_seconds: From the POST; the account's (300) when left out.
         replace, rebuy_missing, retry_failed, on_ambiguous: As for `create_prediction`.
+        with_artifact: Show it in the Prefect UI, as `store_image` does.
 
     Returns:
         Where the picture is; `reused` when nothing had to be bought.
@@ -375,8 +478,10 @@ def generate_and_store(
         generate_and_store("a red fox in the snow", destination="s3://acme/daily", item_id="2026-11-22")
         ```
     """
-    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds)
-    gateway, work = _generate(
+    options = PurchaseOptions(
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats=check_formats(formats)
+    )
+    storing = _generate(
         prompt,
         credentials,
         destination,
@@ -386,8 +491,12 @@ def generate_and_store(
         version=version,
         item_id=item_id,
         input=input,
+        sample=sample,
     )
-    return _stored(gateway.call(work))
+    with _failures_told():
+        image = storing.done(with_artifact=with_artifact)
+    events.image_stored(image)
+    return image
 
 
 @task(name="generate-and-store", **_GENERATE)
@@ -395,29 +504,38 @@ async def agenerate_and_store(
     prompt: str | None = None,
     *,
     destination: Target,
-    image_url: str | None = None,
+    image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
+    input: Mapping[str, Any] | TypedInput | None = None,
+    sample: int | None = None,
+    formats: Sequence[str] | None = None,
     credentials: Credentials = None,
     deadline_seconds: float | None = None,
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
+    with_artifact: bool = False,
 ) -> StoredImage:
     """`generate_and_store` for async flows: awaited. **Costs money** once."""
-    options = PurchaseOptions(_run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds)
-    gateway, work = _generate(
+    options = PurchaseOptions(
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats=check_formats(formats)
+    )
+    storing = _generate(
         prompt,
         credentials,
         destination,
         options,
-        image_url=image_url,
+        image_url=await _aopened(image_url),
         model=model,
         version=version,
         item_id=item_id,
         input=input,
+        sample=sample,
     )
-    return _stored(await gateway.acall(work))
+    with _failures_told():
+        image = await storing.adone(with_artifact=with_artifact)
+    events.image_stored(image)
+    return image

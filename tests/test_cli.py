@@ -101,7 +101,8 @@ def test_the_version_is_the_packages(capsys: Printed) -> None:
     [
         ([], "required: COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
-        (["generate"], "required: PROMPT, --to"),
+        (["generate"], "required: --to"),
+        (["generate", "a fox", "--to", "s3://acme/a", "--input", "seed"], "'seed' must be NAME=JSON"),
         (["generate", "a fox"], "required: --to"),
         (["generate", "a fox", "--to", "s3://acme/a", "--color", "red"], "unrecognized arguments: --color"),
         (["generate", "a fox", "--to", "s3://acme/a", "--on-ambiguous", "guess"], "invalid choice: 'guess'"),

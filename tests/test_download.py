@@ -192,7 +192,6 @@ def test_a_url_that_cannot_be_asked_is_a_failed_download(url: str) -> None:
     ("body", "reason"),
     [
         (b"<!doctype html><html><body>Sign in</body></html>", "it begins like HTML, not like a PNG"),
-        (b"\xff\xd8\xff\xe0" + bytes(100), "it is a JPEG file, not a PNG"),
         (SMALL[:-5], "it is truncated"),
         (SMALL + b"\0", "bytes follow its end"),
         (b"", "it is empty (0 bytes)"),

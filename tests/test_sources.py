@@ -114,8 +114,8 @@ def test_json_lines_keep_their_types() -> None:
         ("   ,i1,", "prompt: empty or blank"),
         ("a fox,i 1,", "item_id"),
         ("a fox,i1,ftp://a.invalid/x.png", "image_url"),
-        ("a fox,i1", "2 cells where the header has 3"),
-        ("a fox, in snow,i1,", "4 cells where the header has 3"),
+        ("a fox,i1", "cells: 2, in the header: 3"),
+        ("a fox, in snow,i1,", "cells: 4, in the header: 3"),
     ],
 )
 def test_a_bad_row_says_why_and_costs_only_itself(cells: str, reason: str) -> None:

@@ -59,8 +59,8 @@ async def write_page(
     if presigned_seconds is not None:
         end_at = datetime.now(timezone.utc) + timedelta(seconds=presigned_seconds)
         shown = _outcomes(scratch, RowState.STORED, RowState.REUSED, most=MOST_PICTURES)
-        for item_id in await folder.worker(lambda: [outcome.item_id or "" for outcome in shown]):
-            key = folder.destination.image_key(item_id)
+        for item_id, name in await folder.worker(lambda: [(one.item_id or "", one.file_name) for one in shown]):
+            key = folder.destination.key(f"images/{name}")
             links[item_id] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
     page = await folder.worker(_page, scratch, totals, links, end_at)
     await folder.store.put(folder.key("index.html"), page, content_type="text/html; charset=utf-8")

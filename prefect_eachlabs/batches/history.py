@@ -56,18 +56,19 @@ class History:
     async def _list_pictures(self, pictures: int) -> None:
         """Which items have their picture; a prefix that holds many others is not listed for longer than it pays."""
         most = LISTED_AT_A_TIME * max(FEWEST_PAGES, pictures)
-        async for several in self._listed("images/", ".png", most):
+        async for several in self._listed("images/", most):
             await self._folder.worker(self._scratch.has_pictures, several)
 
-    async def _listed(self, folder: str, suffix: str, most: int | None = None) -> AsyncIterator[list[str]]:
+    async def _listed(self, folder: str, most: int | None = None) -> AsyncIterator[list[str]]:
         """Item ids that a listing shows, by the thousand."""
         prefix = self._folder.destination.key(folder)
         several: list[str] = []
         rows = 0
         async for row in self._folder.store.list(prefix):
-            name = row.key.removeprefix(prefix)
-            if name.endswith(suffix):
-                several.append(name[: -len(suffix)])
+            # Further pictures of an item are ITEM_ID.2.png and so on.
+            name, *endings = row.key.removeprefix(prefix).split(".")
+            if len(endings) == 1:
+                several.append(name)
             rows += 1
             if len(several) == LISTED_AT_A_TIME:
                 yield several
@@ -96,7 +97,7 @@ class History:
     async def _has_record(self, item_id: str) -> bool:
         """Whether money may have been spent on an item; one listing answers for all of them."""
         if not self._records_are_known:
-            async for several in self._listed("records/", ".json"):
+            async for several in self._listed("records/"):
                 await self._folder.worker(self._scratch.have_records, several)
             self._records_are_known = True
         return await self._folder.worker(self._scratch.has_record, item_id)

@@ -86,6 +86,11 @@ class Outcome:
         """The word by which reports count what is not there."""
         return (self.error or {}).get("kind") or self.state.value
 
+    @property
+    def file_name(self) -> str:
+        """Its picture's name in the folder of pictures."""
+        return (self.uri or "").rpartition("/")[2] or f"{self.item_id}.png"
+
     def to_line(self) -> bytes:
         """One line of JSON, with its end."""
         # `asdict` copies deeply, ten times as slowly.
@@ -97,7 +102,12 @@ class Outcome:
         """The row that a line of a report holds; None when it holds none."""
         try:
             body = json.loads(line)
+            if not isinstance(body, dict):
+                return None
             known = {name: body[name] for name in _FIELDS if isinstance(body.get(name), _TYPES.get(name, str))}
+            for name in ("labels", "error"):
+                if name in known:
+                    known[name] = {word: text for word, text in known[name].items() if isinstance(text, str)}
             return cls(**{**known, "row": int(body["row"]), "state": RowState(body["state"])})
         except (ValueError, KeyError, TypeError, RecursionError):
             return None

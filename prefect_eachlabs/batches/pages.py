@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
+from urllib.parse import quote
 
 from prefect_eachlabs.batches.outcomes import Outcome
 
@@ -37,12 +38,12 @@ dd { margin: 0; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; vertical-align: top; padding: .45rem .8rem; border-top: 1px solid var(--paper);
   overflow-wrap: anywhere; }
-th { font-size: .82rem; color: var(--pale); font-weight: 600; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+th { white-space: nowrap; font-size: .82rem; color: var(--pale); font-weight: 600; }
+td.word { font-variant-numeric: tabular-nums; white-space: nowrap; }
 main { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 1rem; }
 figure { margin: 0; background: var(--card); border-radius: 8px; overflow: hidden; }
-figure img { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: cover; background: var(--paper);
-  font-size: .8rem; color: var(--pale); }
+figure img, figure video { display: block; width: 100%; height: auto; aspect-ratio: 1; object-fit: cover;
+  background: var(--paper); font-size: .8rem; color: var(--pale); }
 figcaption { padding: .6rem .8rem .7rem; overflow-wrap: anywhere; }
 figcaption small { display: block; margin-top: .3rem; color: var(--pale); }
 .sheet { max-width: 100%; height: auto; border-radius: 8px; }
@@ -74,7 +75,8 @@ def index_page(
     yield (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; img-src 'self' data: http: https: file:; style-src 'unsafe-inline'\">\n"
+        "content=\"default-src 'none'; img-src 'self' http: https: file:; media-src 'self' http: https: file:; "
+        "style-src 'unsafe-inline'\">\n"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
         f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n"
@@ -117,7 +119,7 @@ def _failures(totals: Mapping[str, Any], not_there: Iterable[Outcome]) -> Iterat
     for outcome in itertools.islice(not_there, MOST_FAILURES):
         error = outcome.error or {}
         yield (
-            f'<tr><td class="number">{outcome.row}</td><td>{_escaped(outcome.state.value)}</td>'
+            f'<tr><td class="word">{outcome.row}</td><td class="word">{_escaped(outcome.state.value)}</td>'
             f"<td><b>{_escaped(outcome.kind)}</b> {_escaped(error.get('message') or '')}</td>"
             f'<td>{_escaped(outcome.prompt or "")}</td><td class="pale">{_escaped(outcome.item_id or "")}</td></tr>\n'
         )
@@ -132,7 +134,7 @@ def _pictures(totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Map
     yield f"<h2>Pictures{shown}</h2>\n<main>\n"
     for outcome in itertools.islice(pictures, MOST_PICTURES):
         item_id = outcome.item_id or ""
-        link = _escaped(links.get(item_id) or f"../../images/{item_id}.png")
+        link = _escaped(links.get(item_id) or f"../../images/{quote(outcome.file_name)}")
         facts = [f"row {outcome.row}"]
         if outcome.cost_usd is not None:
             facts.append(f"${outcome.cost_usd:.4f}")
@@ -140,9 +142,11 @@ def _pictures(totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Map
             facts.append(f"{outcome.seconds:.1f} s")
         facts += [f"{name}: {value}" for name, value in list(outcome.labels.items())[:6]]
         size = f'width="{THUMBNAIL_PX}" height="{THUMBNAIL_PX}"'
+        shown = f'<img loading="lazy" decoding="async" {size} src="{link}" alt="{_escaped(item_id)}">'
+        if outcome.file_name.endswith(".mp4"):
+            shown = f'<video preload="none" muted controls {size} src="{link}"></video>'
         yield (
-            f'<figure><a href="{link}"><img loading="lazy" decoding="async" {size} src="{link}" '
-            f'alt="{_escaped(item_id)}"></a><figcaption>{_escaped(outcome.prompt or item_id)}'
+            f'<figure><a href="{link}">{shown}</a><figcaption>{_escaped(outcome.prompt or item_id)}'
             f"<small>{_escaped(' · '.join(facts))}</small></figcaption></figure>\n"
         )
     yield "</main>\n"

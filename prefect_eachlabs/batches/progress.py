@@ -14,6 +14,7 @@ from typing import Any, TextIO
 logger = logging.getLogger(__name__)
 
 RATE_WINDOW_SECONDS = 120.0
+BAR_WIDTH = 20
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,28 @@ class Progress:
         return min(1.0, self.done / self.total) if self.total else 0.0
 
     def line(self) -> str:
-        """`412 of ~1,632 (25 %): 400 stored, 10 reused, 2 not there; 52.1 a minute, $15.60, 23 min left`."""
-        total = (
-            "" if self.total is None else f" of {'' if self.total_is_known else '~'}{self.total:,} ({self.share:.0%})"
-        )
+        """`412 of ~1,632 (25%): 400 stored, 10 reused, 2 not there; 52.1 a minute, $15.60, 23 min left`."""
         parts = [f"{self.per_minute:.1f} a minute", f"${self.cost_usd:,.2f}"]
         if self.left_seconds is not None:
             parts.append(f"{duration(self.left_seconds)} left")
-        return (
-            f"{self.done:,}{total}: {self.stored:,} stored, {self.reused:,} reused, {self.not_there:,} not there; "
-            + ", ".join(parts)
-        )
+        share = f" ({self.share:.0%})" if self.total else ""
+        counts = f"{self.stored:,} stored, {self.reused:,} reused, {self.not_there:,} not there"
+        return f"{self._done_of_total()}{share}: {counts}; {', '.join(parts)}"
+
+    def short_line(self) -> str:
+        """`412 of ~1,632, 2 not there, 52 a minute, $15.60, 23 min left`: beside a bar there is room for that."""
+        parts = [self._done_of_total()]
+        if self.not_there:
+            parts.append(f"{self.not_there:,} not there")
+        parts += [f"{self.per_minute:.0f} a minute", f"${self.cost_usd:,.2f}"]
+        if self.left_seconds is not None:
+            parts.append(f"{duration(self.left_seconds)} left")
+        return ", ".join(parts)
+
+    def _done_of_total(self) -> str:
+        if self.total is None:
+            return f"{self.done:,}"
+        return f"{self.done:,} of {'' if self.total_is_known else '~'}{self.total:,}"
 
 
 def duration(seconds: float) -> str:
@@ -95,18 +107,18 @@ class TerminalBar(AbstractContextManager["TerminalBar"]):
     """A bar by rich, which redraws itself; called with each new state.
 
     Args:
-        title: Stands before the bar.
         stream: Where it is drawn; stderr when None.
     """
 
-    def __init__(self, title: str, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console  # noqa: PLC0415 - a tenth of a second, which a batch without a bar saves
         from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
         from rich.progress import Progress as RichProgress  # noqa: PLC0415
 
-        columns: tuple[Any, ...] = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[line]}"))
+        bar = BarColumn(bar_width=BAR_WIDTH)
+        columns: tuple[Any, ...] = (bar, TextColumn("{task.description}", markup=False))
         self._bar = RichProgress(*columns, console=Console(file=stream or sys.stderr), redirect_stdout=False)
-        self._task = self._bar.add_task(title, total=None, line="reading the last report")
+        self._task = self._bar.add_task("reading the last report", total=None)
 
     def __enter__(self) -> TerminalBar:
         self._bar.start()
@@ -118,4 +130,4 @@ class TerminalBar(AbstractContextManager["TerminalBar"]):
         self._bar.stop()
 
     def __call__(self, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.done, total=progress.total, line=progress.line())
+        self._bar.update(self._task, completed=progress.done, total=progress.total, description=progress.short_line())

@@ -44,7 +44,7 @@ class BatchOptions:
         run_id: Names the run in records and reports. The same id again is the same run (a flow that Prefect runs
             again), whose budget is one.
         budget_usd: At most so much is spent by this run; None: no budget.
-        replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds: As for a single picture.
+        replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats: As for a single picture.
         presigned_seconds: The page shows pictures by presigned URLs that last so long; None: by relative paths.
     """
 
@@ -56,6 +56,7 @@ class BatchOptions:
     on_ambiguous: Literal["settle", "fail"] = "settle"
     deadline_seconds: float | None = None
     presigned_seconds: int | None = None
+    formats: tuple[str, ...] | None = None
 
 
 def window_for(max_in_flight: int | None) -> int:
@@ -134,6 +135,7 @@ class Batch:
             retry_failed=self.options.retry_failed,
             on_ambiguous=self.options.on_ambiguous,
             deadline_seconds=self.options.deadline_seconds,
+            formats=self.options.formats,
             # With a budget an item that was bought already must not be asked whether it may be.
             presume_new=self.history.is_empty and self.options.budget_usd is None,
             purse=self.purse,
@@ -203,6 +205,8 @@ class Batch:
             StoreFailed, SetupError: The report could not be written; its parts stand as far as they were taken.
         """
         await self._end_ticker()
+        if self._show is not None:
+            self._show(self.progress())
         self._stopped_by = self._stopped_by or self._buying.stopped_by
         await self._writer.write_rest()
         await self.folder.worker(self.scratch.flush)

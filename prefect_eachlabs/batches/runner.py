@@ -18,6 +18,7 @@ from prefect_eachlabs.batches.sources import Defaults, open_source
 from prefect_eachlabs.batches.tables import BadRow, base_name
 from prefect_eachlabs.engine import Engine
 from prefect_eachlabs.models import Destination
+from prefect_eachlabs.pictures import Roots
 from prefect_eachlabs.s3_access import S3Access
 from prefect_eachlabs.settings import AccountSettings
 
@@ -76,7 +77,8 @@ async def open_batch(
     name = base_name(source) if batch_id is None else batch_id
     store = engine.shop.books(destination, access).ledger.store
     folder = BatchFolder(store, S3Files(destination.bucket, access), destination, name, worker)
-    opened = await worker(open_source, source, access, defaults)
+    roots = Roots.parse(engine.settings.reference_roots)
+    opened = await worker(open_source, source, access, defaults, roots)
     return Batch(
         EngineShop(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
     )

@@ -42,7 +42,7 @@ async def draw_sheet(
     frames: list[Frame] = []
     for outcome in outcomes:
         try:
-            found = await store.get(destination.image_key(outcome.item_id or ""))
+            found = await store.get(destination.key(f"images/{outcome.file_name}"))
         except EachlabsError as error:
             logger.info("Not on the contact sheet: %s", error)
             continue

@@ -13,6 +13,7 @@ from prefect_eachlabs.batches.tables import BadRow, Cells, Table, open_table
 from prefect_eachlabs.batches.text_lines import MAX_ROW_BYTES
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
+from prefect_eachlabs.pictures import Roots, opened
 from prefect_eachlabs.s3_access import S3Access
 
 PROMPTS = ("prompt", "Prompt")
@@ -54,13 +55,15 @@ class Source:
         table: The opened table.
         name: What it is called in messages.
         defaults: The model of rows that name none.
+        roots: Where the reference pictures may be that rows name by their files.
 
     Raises:
         BadInput: It has no prompt column; says which columns it has.
     """
 
-    def __init__(self, table: Table, name: str, defaults: Defaults | None = None) -> None:
+    def __init__(self, table: Table, name: str, defaults: Defaults | None = None, roots: Roots | None = None) -> None:
         self.table = table
+        self._roots = roots or Roots()
         self.name = name
         self._defaults = defaults or Defaults()
         prompt = next((column for column in PROMPTS if column in table.columns), None)
@@ -90,7 +93,7 @@ class Source:
                 model, version = self._defaults.model, version or self._defaults.version
             item = Item.wanted(
                 prompt,
-                image_url=image_url,
+                image_url=self._reference(image_url),
                 model=model,
                 version=version,
                 item_id=item_id,
@@ -105,6 +108,12 @@ class Source:
             return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown)
         return Wanted(row.line, item, item_id is not None)
 
+    def _reference(self, image_url: Any) -> object:
+        if isinstance(image_url, bytes):
+            # Rows are read ahead: pictures of 100 MB each would fill the memory.
+            raise BadInput("image_url: bytes. Name the picture's file, object or URL instead.")
+        return opened(image_url, self._roots)
+
     def _input(self, values: dict[str, Any]) -> dict[str, Any]:
         given: dict[str, Any] = {}
         if self.table.typed and isinstance(values.get("input"), Mapping):
@@ -115,13 +124,16 @@ class Source:
         return given
 
 
-def open_source(source: str, access: S3Access | None = None, defaults: Defaults | None = None) -> Source:
+def open_source(
+    source: str, access: S3Access | None = None, defaults: Defaults | None = None, roots: Roots | None = None
+) -> Source:
     """Opens a source of prompts and reads its head. Blocks.
 
     Args:
         source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet.
         access: How to reach a bucket; boto3's own chain when None.
         defaults: The model of rows that name none.
+        roots: Where the reference pictures may be that rows name by their files; None: nowhere.
 
     Raises:
         BadInput: It is not there, no table, or has no prompt column.
@@ -133,7 +145,7 @@ def open_source(source: str, access: S3Access | None = None, defaults: Defaults 
     """
     table = open_table(source, access)
     try:
-        return Source(table, source, defaults)
+        return Source(table, source, defaults, roots)
     except BaseException:
         table.close()
         raise

@@ -112,7 +112,7 @@ def _columns(source: str, names: list[str]) -> tuple[str, ...]:
 
 def _by_column(columns: tuple[str, ...], cells: list[str], line: int) -> Cells | BadRow:
     if len(cells) != len(columns):
-        return BadRow(line, f"it has {len(cells)} cells where the header has {len(columns)}")
+        return BadRow(line, f"broken line: cells: {len(cells)}, in the header: {len(columns)}")
     # A column without a name (an index that a data frame wrote) means nothing.
     return Cells(line, {name: cell for name, cell in zip(columns, cells, strict=True) if name})
 

@@ -69,6 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from prefect_eachlabs.batches.run import BatchOptions
     from prefect_eachlabs.errors import BadInput
+    from prefect_eachlabs.media import check_formats
 
     days = arguments.presigned_days
     if days is not None and days > MOST_DAYS:
@@ -81,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         retry_failed=arguments.retry_failed,
         on_ambiguous=arguments.on_ambiguous,
         deadline_seconds=arguments.deadline_seconds,
+        formats=check_formats(arguments.formats),
         presigned_seconds=None if days is None else max(1, round(days * DAY_SECONDS)),
     )
     bar, show, show_seconds = _shown(arguments)
@@ -146,7 +148,7 @@ def _shown(arguments: argparse.Namespace) -> tuple[AbstractContextManager[object
     if arguments.json or arguments.dry_run:
         return nullcontext(), None, LOG_SECONDS
     if sys.stderr.isatty():
-        bar = TerminalBar("pictures")
+        bar = TerminalBar()
         return bar, bar, BAR_SECONDS
     return nullcontext(), log_lines, LOG_SECONDS
 

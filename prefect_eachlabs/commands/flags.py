@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.settings import AccountSettings
 
 
 def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +17,11 @@ def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", required=True, metavar="s3://BUCKET/PREFIX", help="where pictures and records go")
     parser.add_argument("--model", metavar="SLUG", help="the model's slug (gemini)")
     parser.add_argument("--version", metavar="V", help="the model's version (the default model has its own)")
+    parser.add_argument(
+        "--formats",
+        metavar="F,F",
+        help="what may be stored: png (the default), jpeg, webp, gif, mp4; the key's ending follows",
+    )
     parser.add_argument("--replace", action="store_true", help="buy although the item id stands for another input")
     parser.add_argument(
         "--rebuy-missing", action="store_true", help="buy again when a stored picture is gone from the bucket"
@@ -29,6 +40,22 @@ def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
         help="from the POST until an unfinished prediction counts as timed out (EACHLABS_DEADLINE_SECONDS, 300)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def named_value(text: str) -> tuple[str, Any]:
+    """NAME=JSON; what is no JSON is text, so that `aspect_ratio=16:9` needs no quotes."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=JSON, such as seed=7 or aspect_ratio=16:9")
+    try:
+        return name.strip(), json.loads(value, parse_constant=_no_json)
+    except (ValueError, RecursionError):
+        return name.strip(), value
+
+
+def _no_json(word: str) -> Any:
+    """Python's parser takes NaN and Infinity, which are none."""
+    raise ValueError(word)
 
 
 def positive_number(text: str) -> float:
@@ -53,3 +80,16 @@ def count_or_none(text: str) -> int | None:
     if count < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1, or 'none'")
     return count
+
+
+def account_for_the_server() -> AccountSettings:
+    """The account of the environment, for work on the Prefect server alone, which needs no key.
+
+    Raises:
+        SetupError: A setting is out of bounds.
+    """
+    from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment  # noqa: PLC0415 - pydantic is heavy
+
+    if os.environ.get(ENVIRONMENT["api_key"], "").strip():
+        return settings_from_environment()
+    return settings_from_environment(api_key="none")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from prefect_eachlabs.commands.flags import add_purchase_flags
+from prefect_eachlabs.commands.flags import add_purchase_flags, named_value
 from prefect_eachlabs.errors import EachlabsError, SetupError
 from prefect_eachlabs.retrying import persevere
 
@@ -29,15 +29,34 @@ EPILOG = """\
 Running the same again buys nothing: the record in the bucket knows the item by its id, which is the
 fingerprint of model, version and input unless you name it with --item-id.
 
-example:
+A reference picture may be a public URL, an object in a bucket, or a file, which is uploaded through the API and
+then public to whoever has its link. Another model gets it under the name it has for it; what a model takes shows
+`prefect-eachlabs model SLUG`.
+
+examples:
   prefect-eachlabs generate "a red fox in the snow, watercolour" --to s3://acme/daily
+  prefect-eachlabs generate "the same in winter" --to s3://acme/daily --image-url fox.jpg
+  prefect-eachlabs generate "a red fox" --to s3://acme/daily --model imagen-4 --input num_images=2
 """
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("prompt", metavar="PROMPT", help="what the picture shows: subject, action, surroundings, style")
-    parser.add_argument("--image-url", metavar="URL", help="a reference picture: its public http(s) URL")
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="what the picture shows: subject, action, surroundings, style (some models take none)",
+    )
+    parser.add_argument("--image-url", metavar="URL|s3://B/K|FILE", help="a reference picture, 100 MB at most")
+    parser.add_argument(
+        "--input",
+        metavar="NAME=JSON",
+        type=named_value,
+        action="append",
+        default=[],
+        help="a further field of the model's input; may be repeated",
+    )
     parser.add_argument("--item-id", metavar="ID", help="names the item: 1 to 128 of A-Z a-z 0-9 _ -")
     add_purchase_flags(parser)
 
@@ -45,13 +64,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item
+    from prefect_eachlabs.pictures import Roots, opened
 
     item = Item.wanted(
         arguments.prompt,
-        image_url=arguments.image_url,
+        # Whoever is at the command line may publish what they may read.
+        image_url=opened(arguments.image_url, Roots(anywhere=True)),
         model=DEFAULT_MODEL if arguments.model is None else arguments.model,
         version=arguments.version,
         item_id=arguments.item_id,
+        input=dict(arguments.input),
     )
     destination = Destination.parse(arguments.to)
     try:
@@ -67,6 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _generate(item: Item, destination: Destination, arguments: argparse.Namespace) -> StoredImage:
     from prefect_eachlabs.decisions import PurchaseOptions
     from prefect_eachlabs.gateway import close_gateways, gateway_for
+    from prefect_eachlabs.media import check_formats
 
     options = PurchaseOptions(
         run_id=uuid4().hex,
@@ -75,6 +98,8 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
         retry_failed=arguments.retry_failed,
         on_ambiguous=arguments.on_ambiguous,
         deadline_seconds=arguments.deadline_seconds,
+        formats=check_formats(arguments.formats),
+        any_reference=True,
     )
     try:
         gateway = gateway_for(make_source=source_of_places())
@@ -128,6 +153,8 @@ def _as_json(image: StoredImage) -> dict[str, object]:
         "cost_usd": image.cost_usd,
         "predict_time_seconds": image.predict_time_seconds,
         "reused": image.reused,
+        **({"more_uris": list(image.more_uris)} if image.more_uris else {}),
+        **({"format": image.format} if image.format != "png" else {}),
     }
 
 
@@ -137,6 +164,8 @@ def _as_line(image: StoredImage) -> str:
         facts.append(f"{image.predict_time_seconds:.1f} s")
     if image.cost_usd is not None:
         facts.append(f"${image.cost_usd:.4f}")
+    if image.more_uris:
+        facts.append(f"and {len(image.more_uris)} more: {', '.join(image.more_uris)}")
     if image.reused:
         facts.append("was there already, nothing was bought")
     return f"{image.uri}  ({', '.join(facts)})"

@@ -14,7 +14,7 @@ from prefect_eachlabs.emulator.journal import Entry, Journal
 from prefect_eachlabs.emulator.ledger import Job, Ledger, cost_of, new_id
 from prefect_eachlabs.emulator.options import EmulatorOptions
 from prefect_eachlabs.emulator.pictures import PictureShop
-from prefect_eachlabs.emulator.uploads import UploadShelf
+from prefect_eachlabs.emulator.uploads import UploadShelf, expiry_of, texts_in
 
 FOREIGN_KEY = "another-key"
 
@@ -79,10 +79,19 @@ class Emulator:
         if job.failure is None and (missing := self.uploads.missing_from(job.input, job.base_url)):
             job.failure = "fail_input"
             self.journal.violations["reference_not_uploaded"] += len(missing)
+        self._note_early_expiries(job)
         self.ledger.add(job)
         if (twin := job.faults.get("foreign_twin")) is not None:
             self.announce_foreign(body, base_url=base_url, after_seconds=twin.seconds or 0.0)
         return job
+
+    def _note_early_expiries(self, job: Job) -> None:
+        """A reference picture must be there until the end: a provider may fetch it late."""
+        end = self.calendar.true_date(job.ends) if job.ends != float("inf") else None
+        for url in texts_in(job.input):
+            expiry = expiry_of(url)
+            if expiry is not None and end is not None and expiry < end:
+                self.journal.violations["reference_expires_too_early"] += 1
 
     def _service_seconds(self, number: int) -> float:
         mean, spread = self.options.service_seconds, self.options.spread

@@ -9,7 +9,9 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 MAX_UPLOAD_BYTES = 100_000_000
 URL_LIFETIME_SECONDS = 15 * 60.0
@@ -83,19 +85,29 @@ class UploadShelf:
         """URLs in an input that point to this server's uploads and lead to no uploaded file."""
         return [
             text
-            for text in _texts(input)
+            for text in texts_in(input)
             if text.startswith(base_url)
             and (match := _PUBLIC.match(text[len(base_url) :]))
             and ((found := self.get(match[1])) is None or found.body is None)
         ]
 
 
-def _texts(value: object) -> Iterator[str]:
+def expiry_of(url: str) -> datetime | None:
+    """When a presigned URL of S3's kind ends; None: it is none."""
+    said = parse_qs(urlsplit(url).query)
+    try:
+        signed = datetime.strptime(said["X-Amz-Date"][0], "%Y%m%dT%H%M%SZ").replace(tzinfo=timezone.utc)
+        return signed + timedelta(seconds=int(said["X-Amz-Expires"][0]))
+    except (KeyError, ValueError, OverflowError):
+        return None
+
+
+def texts_in(value: object) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
         for inner in value.values():
-            yield from _texts(inner)
+            yield from texts_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from _texts(inner)
+            yield from texts_in(inner)

@@ -254,14 +254,16 @@ def test_a_marker_whose_holder_has_another_prediction_by_now_is_taken_over() -> 
     async def story() -> None:
         world = World()
         a, b = wanted(1, prompt="same"), wanted(2, prompt="same")
+        await lost(world, a)
         late = world.process(freeze_at="after POST")
         waiting = asyncio.ensure_future(late.obtain(b))
         await late.froze.wait()
-        await lost(world, a)
         await asyncio.sleep(62)
         settler = world.process(freeze_at="after S3 PUT kit/adopted")
         settling = asyncio.ensure_future(settler.obtain(b))
         await settler.froze.wait()
+        (of_a,) = world.bought_for(a)[:1]
+        assert world.store.json(f"kit/adopted/{of_a.id}")["item_id"] == b.item_id
         late.thaw()
         await waiting
         settler.thaw()

@@ -230,3 +230,25 @@ def test_a_freeze_that_is_allowed_is_reckoned_with_before_anything_is_bought_aga
         world.check([ITEM])
 
     play(story)
+
+
+def test_an_owner_that_thaws_after_a_lost_answer_leaves_the_live_claim_of_another_alone() -> None:
+    """Its own order never arrived; another has taken over, is killed, and that order takes effect a minute later."""
+
+    async def story() -> None:
+        world = World("create:late,seconds=88,at=1")
+        first = world.process(freeze_at="after POST", by_name=[("POST", "refuse", 1)])
+        slow = asyncio.ensure_future(first.obtain(ITEM))
+        await first.froze.wait()
+        second = world.process()
+        asyncio.ensure_future(second.until_it_ends(second.obtain(ITEM)))
+        while not second.count("POST"):
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.5)
+        first.thaw()
+        await asyncio.sleep(28)
+        second.kill()
+        await slow
+        world.check([ITEM])
+
+    play(story)

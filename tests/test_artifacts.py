@@ -1,0 +1,248 @@
+"""What a person sees of a picture: a thumbnail and the facts; hostile words stay words."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+import re
+import sys
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+from markdown_it import MarkdownIt
+from PIL import Image
+from prefect import flow
+from prefect.client.orchestration import get_client
+
+from prefect_eachlabs import (
+    PredictionFailed,
+    StoredImage,
+    acreate_prediction,
+    agenerate_and_store,
+    artifacts,
+    await_prediction,
+    create_prediction,
+    events,
+    generate_and_store,
+    generate_image,
+)
+from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
+from prefect_eachlabs.janitor import SettleReport
+from tests.flow_fixtures import Studio
+
+HOSTILE = [
+    "a | b | c\n| --- |",
+    "`code` ```\nfence\n```",
+    '<img src=x onerror="alert(1)">',
+    "</td></table><script>alert(1)</script>",
+    "a [link](https://evil.invalid) ![x](https://evil.invalid/x.png) ]( javascript:alert(1) )",
+    "# heading\n\n- list\n1. list\n> quote\n***bold*** __x__ ~~y~~",
+    "https://evil.invalid www.evil.invalid me@evil.invalid <https://evil.invalid>",
+    "&lt;script&gt; &#60;b&#62; \\<b\\>",
+    "\u202eright to left\u202c \x00 \x1b[31m",
+]
+
+
+def png(width: int = 64, height: int = 64, mode: str = "RGBA", noise: bool = False) -> bytes:
+    out = io.BytesIO()
+    picture = Image.effect_noise((width, height), 90) if noise else Image.new(mode, (width, height), "teal")
+    picture.save(out, "PNG")
+    return out.getvalue()
+
+
+def image(**facts: Any) -> StoredImage:
+    given: dict[str, Any] = {
+        "item_id": "fox-1",
+        "prediction_id": "p-1",
+        "uri": "s3://acme/daily/images/fox-1.png",
+        "sha256": "ab" * 32,
+        "size_bytes": 12_345,
+        "width_px": 512,
+        "height_px": 512,
+        "cost_usd": 0.039,
+        "predict_time_seconds": 4.2,
+        "model": "gemini",
+        "prompt": "a red fox",
+    }
+    return StoredImage(**{**given, **facts})
+
+
+class Seen(HTMLParser):
+    """The elements and the text of a page, as a browser would find them."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def rendered(markdown: str) -> Seen:
+    """As the UI renders it: GitHub's markdown with raw HTML."""
+    return Seen(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(markdown))
+
+
+@pytest.mark.parametrize("prompt", HOSTILE)
+def test_a_hostile_prompt_is_shown_as_the_words_it_is(prompt: str) -> None:
+    plain = rendered(picture_markdown(image(), thumbnail=None))
+    seen = rendered(picture_markdown(image(prompt=prompt, prediction_id=prompt, model=prompt[:100]), thumbnail=None))
+    assert [name for name, _ in seen.elements] == [name for name, _ in plain.elements]
+    words = "".join(c for c in " ".join(prompt.split()) if c.isprintable() and c not in "\u202e\u202c")
+    assert words in seen.text
+    assert not re.search(r"https?://|www\.|@", escaped(prompt))
+
+
+def test_the_facts_are_there_and_what_was_not_told_says_so() -> None:
+    seen = rendered(picture_markdown(image(cost_usd=None, predict_time_seconds=None), thumbnail=None))
+    assert seen.text.count("not told") == 2
+    seen = rendered(
+        picture_markdown(image(reused=True), thumbnail="data:image/png;base64,AA", link="https://x.invalid")
+    )
+    for fact in ("0.0390 USD", "4.2 s", "512 × 512 px, 12 kB", "a red fox", "bought nothing", "ab" * 32):
+        assert fact in seen.text
+    assert ("img", {"alt": "fox-1", "width": "320", "src": "data:image/png;base64,AA"}) in seen.elements
+    assert ("a", {"href": "https://x.invalid"}) in seen.elements
+
+
+def test_a_thumbnail_is_a_small_jpeg_of_the_whole_picture() -> None:
+    url = thumbnail_url(png(1000, 500))
+    assert url is not None
+    head, _, data = url.partition(",")
+    assert head == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as small:
+        assert small.size == (320, 160)
+
+
+def test_without_pillow_a_small_png_is_its_own_thumbnail_and_a_large_one_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, large = png(), png(600, 600, noise=True)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert thumbnail_url(small) == "data:image/png;base64," + base64.b64encode(small).decode()
+    assert len(large) > artifacts.MOST_UNTOUCHED_BYTES
+    assert thumbnail_url(large) is None
+
+
+def test_what_pillow_cannot_read_has_no_thumbnail() -> None:
+    assert thumbnail_url(b"no picture") is None
+
+
+@pytest.mark.parametrize("item_id", ["fox-1", "Fox_1", "fox_1", "__", "A" * 128, "0123456789abcdef"])
+def test_a_key_is_one_that_prefect_takes_and_items_do_not_share_one(item_id: str) -> None:
+    key = artifact_key(image(item_id=item_id))
+    assert re.fullmatch(r"[a-z0-9-]+", key)
+    others = {artifact_key(image(item_id=other)) for other in ("fox-1", "Fox_1", "fox_1", "fox-1-") if other != item_id}
+    assert key not in others
+
+
+def test_the_janitors_report_escapes_what_it_quotes() -> None:
+    report = SettleReport(records=3, looked_at=1, ambiguous=1, problems={"fox": HOSTILE[2] + " | more"})
+    seen = rendered(settle_markdown("s3://acme/daily", report))
+    assert "img" not in [name for name, _ in seen.elements]
+    assert HOSTILE[2] in seen.text
+
+
+# ---------------------------------------------------------------- on a server
+
+
+async def _artifacts() -> list[Any]:
+    async with get_client() as client:
+        return await client.read_artifacts(limit=200)
+
+
+def artifact_of(key: str) -> Any:
+    (found,) = [artifact for artifact in asyncio.run(_artifacts()) if artifact.key == key]
+    return found
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The events that left this process, but for Prefect's own."""
+    heard: list[dict[str, Any]] = []
+
+    def emit(event: str, **facts: Any) -> None:
+        heard.append({"event": event, **facts})
+
+    monkeypatch.setattr(events, "emit_event", emit)
+    return heard
+
+
+@pytest.mark.usefixtures("prefect_server")
+class TestOnAServer:
+    def test_the_flow_leaves_an_artifact_with_the_picture(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
+        stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
+        artifact = artifact_of("eachlabs-fox-of-the-flow")
+        assert (artifact.type, artifact.description) == ("markdown", stored.uri)
+        seen = rendered(artifact.data)
+        (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
+        assert str(picture["src"]).startswith("data:image/jpeg;base64,")
+        assert "a red <fox>" in seen.text
+        assert [one["event"] for one in sent] == [events.CREATED, events.SUCCEEDED]
+        assert sent[0]["resource"]["prefect.resource.id"] == f"eachlabs.prediction.{stored.prediction_id}"
+        assert "fox>" not in repr(sent)
+
+    def test_the_async_door_leaves_one_too(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
+        @flow
+        async def sketches() -> None:
+            await agenerate_and_store("one", destination=studio.destination, item_id="async-1", with_artifact=True)
+            await agenerate_and_store("two", destination=studio.destination, item_id="async-2")
+            await acreate_prediction("three", destination=studio.destination)
+
+        asyncio.run(sketches())
+        assert "data:image/jpeg" in artifact_of("eachlabs-async-1").data
+        assert [one["event"] for one in sent] == [events.SUCCEEDED, events.SUCCEEDED, events.CREATED]
+
+    def test_what_was_there_already_is_no_event(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
+        generate_image("a red fox", studio.destination)
+        sent.clear()
+        generate_image("a red fox", studio.destination)
+
+        @flow
+        def again() -> StoredImage:
+            return generate_and_store("a red fox", destination=studio.destination)
+
+        assert again().reused
+        assert not sent
+
+    def test_a_failure_is_an_event_without_the_words_of_the_api(
+        self, studio: Studio, sent: list[dict[str, Any]]
+    ) -> None:
+        @flow
+        def refused() -> None:
+            await_prediction(create_prediction("nothing decent", destination=studio.destination))
+
+        studio.api.set_faults("prediction:fail_moderation,next=1")
+        with pytest.raises(PredictionFailed):
+            refused()
+        assert [one["event"] for one in sent] == [events.CREATED, events.FAILED]
+        assert sent[1]["payload"]["kind"] == "content refused"
+        assert "decent" not in repr(sent)
+
+    def test_an_artifact_or_event_that_cannot_be_made_fails_no_picture(
+        self, studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("the server is away")
+
+        monkeypatch.setattr(artifacts, "create_markdown_artifact", broken)
+        monkeypatch.setattr(events, "emit_event", broken)
+        with caplog.at_level(logging.WARNING, "prefect_eachlabs"):
+            assert generate_image("a red fox", studio.destination).uri
+        said = [record.getMessage() for record in caplog.records]
+        assert sum("artifact could not be made" in line for line in said) == 1
+        assert sum("could not be sent" in line for line in said) == 2
+
+
+def test_a_task_called_outside_of_prefect_sends_nothing(sent: list[dict[str, Any]]) -> None:
+    events.image_stored(image())
+    assert not sent

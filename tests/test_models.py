@@ -1,0 +1,423 @@
+"""No remote word is trusted: whatever the API says is read once, without ever raising, and means what it must."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_eachlabs.errors import (
+    BadInput,
+    ContentRefused,
+    OutputMissing,
+    PredictionCancelled,
+    PredictionFailed,
+)
+from prefect_eachlabs.models import (
+    Destination,
+    Item,
+    Prediction,
+    PredictionStatus,
+    canonical_json,
+    collect_urls,
+    created_id,
+    fingerprint_of,
+    is_http_url,
+    parse_executions,
+    parse_failure,
+    parse_prediction,
+    parse_prediction_id,
+    parse_status,
+    without_signature,
+)
+
+URL = "https://files.invalid/p-1.png"
+OTHER = "https://files.invalid/p-2.png"
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([URL, "success", "error"]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["id", "status", "output", "logs", "input", "metrics", "url", "images", "error_code", "error_message",
+                 "retryable", "classification", "category", "cost", "predict_time", "executions", "created_at"]
+            )
+            | st.text(max_size=5),
+            inner,
+            max_size=5,
+        )
+    ),
+    max_leaves=20,
+)  # fmt: skip
+"""What a hostile or a future API might send."""
+
+
+@given(anything)
+def test_whatever_the_api_says_is_read_without_an_error(said: Any) -> None:
+    parse_status(said)
+    created_id(said)
+    parse_failure(said, said)
+    assert all(map(is_http_url, collect_urls(said)))
+    for row in parse_executions(said):
+        assert parse_prediction_id(row.id) == row.id
+    if isinstance(said, dict):
+        prediction = parse_prediction(said, prediction_id="p-1")
+        assert prediction.id == "p-1"
+        Prediction.model_validate_json(prediction.model_dump_json())
+
+
+# ------------------------------------------------------------------------------- status
+
+
+@pytest.mark.parametrize("word", ["success", "SUCCESS", "succeeded", "Completed", " success "])
+def test_three_vocabularies_say_that_it_succeeded(word: str) -> None:
+    assert parse_status(word) is PredictionStatus.SUCCEEDED
+
+
+@pytest.mark.parametrize("word", ["error", "ERROR", "failed", "Failed"])
+def test_two_words_say_that_it_failed(word: str) -> None:
+    assert parse_status(word) is PredictionStatus.FAILED
+
+
+@pytest.mark.parametrize("word", ["cancelled", "canceled", "CANCELED"])
+def test_both_spellings_say_that_it_was_cancelled(word: str) -> None:
+    assert parse_status(word) is PredictionStatus.CANCELLED
+
+
+@pytest.mark.parametrize("word", ["created", "starting", "processing", "", None, "warming_up", 3, [], {"a": 1}, True])
+def test_any_other_word_means_not_finished(word: object) -> None:
+    assert parse_status(word) is PredictionStatus.PENDING
+
+
+# ----------------------------------------------------------------------------------- id
+
+
+@pytest.mark.parametrize("value", ["p-1", "4bb426c5-7b17-4e52-9c9e-ed275d589a7e", "a/b", 12345, "x" * 256])
+def test_an_id_is_printable_text_or_a_number(value: object) -> None:
+    assert parse_prediction_id(value) == str(value)
+
+
+@pytest.mark.parametrize("value", [None, "", " ", "a b", "a\nb", "é", "x" * 257, ".", "..", True, 1.5, ["p-1"], {}])
+def test_what_is_no_safe_id_is_none(value: object) -> None:
+    assert parse_prediction_id(value) is None
+
+
+def test_the_first_name_that_holds_an_id_counts() -> None:
+    assert created_id({"predictionID": "", "prediction_id": None, "id": "b", "exec_id": "c"}) == "b"
+    assert created_id({"status": "success"}) is None
+    assert created_id("p-1") is None
+
+
+# ------------------------------------------------------------------------------- output
+
+
+@pytest.mark.parametrize(
+    ("output", "urls"),
+    [
+        (URL, (URL,)),
+        (f"  {URL}\n", (URL,)),
+        ([URL, OTHER], (URL, OTHER)),
+        ([URL, URL], (URL,)),
+        ({"url": URL}, (URL,)),
+        ({"image_url": URL, "content_type": "image/png"}, (URL,)),
+        ({"images": [{"url": URL}, {"url": OTHER}]}, (URL, OTHER)),
+        ({"seed": 1, "thumbnail": OTHER, "url": URL}, (URL, OTHER)),
+        (json.dumps({"images": [URL]}), (URL,)),
+        ({"a": {"b": [{"c": URL}]}}, (URL,)),
+        ("", ()),
+        (None, ()),
+        ([], ()),
+        ("data:image/png;base64,AAAA", ()),
+        ("ftp://files.invalid/p.png", ()),
+        ("https://", ()),
+        ("https://files.invalid/a b.png", ()),
+        ("javascript:alert(1)", ()),
+        (["file:///etc/passwd", "http://[::1", "http://h:99999/"], ()),
+        (3, ()),
+        ("{broken", ()),
+    ],
+)
+def test_urls_are_collected_from_any_documented_shape_in_order(output: object, urls: tuple[str, ...]) -> None:
+    assert collect_urls(output) == urls
+
+
+def test_nesting_and_number_of_urls_are_bounded() -> None:
+    deep: Any = URL
+    for _ in range(20):
+        deep = [deep]
+    assert collect_urls(deep) == ()
+    assert len(collect_urls([f"https://files.invalid/{number}.png" for number in range(1000)])) == 64
+    assert collect_urls("[" * 100_000) == ()
+
+
+# ----------------------------------------------------------------------------- failures
+
+ENVELOPE = {
+    "error_code": "PROVIDER_FAILED",
+    "error_message": "The provider could not make it.",
+    "retryable": True,
+    "error_step": "provider",
+    "classification": {"category": "provider_error"},
+}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": "failed", "output": ENVELOPE},
+        {"status": "error", "output": json.dumps(ENVELOPE)},
+        {"status": "failed", "output": None, "logs": json.dumps(ENVELOPE)},
+        {"status": "success", "output": ENVELOPE},
+        {"status": "success", "output": {**ENVELOPE, "url": URL}},
+    ],
+)
+def test_an_error_envelope_is_found_wherever_it_is_even_under_success(answer: dict[str, Any]) -> None:
+    prediction = parse_prediction(answer, prediction_id="p-1")
+    assert prediction.failure is not None
+    assert prediction.failure.may_be_resubmitted
+    with pytest.raises(PredictionFailed) as failed:
+        prediction.raise_for_end()
+    assert failed.value.code == "PROVIDER_FAILED"
+    assert "could not make it" in failed.value.message
+    assert failed.value.prediction_id == "p-1"
+
+
+@pytest.mark.parametrize("name", ["error", "error_message", "logs", "message"])
+def test_a_failure_in_plain_words_keeps_them(name: str) -> None:
+    prediction = parse_prediction({"status": "failed", name: "out of memory"}, prediction_id="p-1")
+    with pytest.raises(PredictionFailed, match="out of memory"):
+        prediction.raise_for_end()
+
+
+@pytest.mark.parametrize(
+    "envelope",
+    [
+        {**ENVELOPE, "classification": {"category": "content_moderation"}},
+        {**ENVELOPE, "error_code": "CONTENT_MODERATION"},
+        {"error_code": "SAFETY", "error_message": "no", "retryable": True},
+    ],
+)
+def test_a_refusal_by_moderation_is_never_resubmitted(envelope: dict[str, Any]) -> None:
+    prediction = parse_prediction({"status": "failed", "output": envelope}, prediction_id="p-1")
+    assert prediction.failure is not None
+    assert not prediction.failure.may_be_resubmitted
+    with pytest.raises(ContentRefused):
+        prediction.raise_for_end()
+
+
+@pytest.mark.parametrize(
+    ("envelope", "may"),
+    [
+        ({"error_code": "X", "retryable": True}, True),
+        ({"error_code": "X", "retryable": False}, False),
+        ({"error_code": "X"}, False),
+        ({"error_code": "PROVIDER_FAILED"}, True),
+        ({"error_code": "PROVIDER_FAILED", "retryable": False}, False),
+        ({"error_code": "X", "retryable": "true"}, False),
+    ],
+)
+def test_what_may_be_resubmitted_is_what_the_api_says(envelope: dict[str, Any], may: bool) -> None:
+    failure = parse_failure(envelope)
+    assert failure is not None
+    assert failure.may_be_resubmitted is may
+
+
+@pytest.mark.parametrize("output", [None, "", [], {}, "no picture"])
+def test_success_without_a_picture_is_an_error_of_its_own(output: object) -> None:
+    with pytest.raises(OutputMissing):
+        parse_prediction({"status": "success", "output": output}, prediction_id="p-1").raise_for_end()
+
+
+def test_a_cancelled_prediction_says_so() -> None:
+    with pytest.raises(PredictionCancelled):
+        parse_prediction({"status": "canceled"}, prediction_id="p-1").raise_for_end()
+
+
+def test_what_has_not_ended_and_what_succeeded_is_itself() -> None:
+    for answer in ({"status": "starting"}, {"status": "success", "output": URL}):
+        prediction = parse_prediction(answer, prediction_id="p-1")
+        assert prediction.raise_for_end() is prediction
+
+
+def test_an_error_word_before_the_end_is_no_failure() -> None:
+    prediction = parse_prediction({"status": "processing", "output": ENVELOPE, "error": "x"}, prediction_id="p-1")
+    assert prediction.failure is None
+
+
+# ---------------------------------------------------------------------- the other fields
+
+
+@pytest.mark.parametrize(
+    ("metrics", "seconds", "cost"),
+    [
+        ({"predict_time": 4.2, "cost": 0.039}, 4.2, 0.039),
+        ({"predict_time": "4.2", "cost": "0.039"}, 4.2, 0.039),
+        ({"predict_time": None, "cost": 0}, None, 0.0),
+        ({"predict_time": -1, "cost": float("nan")}, None, None),
+        ({"predict_time": float("inf"), "cost": 10**400}, None, None),
+        ({"predict_time": True, "cost": []}, None, None),
+        ("fast", None, None),
+        (None, None, None),
+    ],
+)
+def test_numbers_that_are_none_count_as_not_told(metrics: object, seconds: float | None, cost: float | None) -> None:
+    prediction = parse_prediction({"status": "success", "metrics": metrics}, prediction_id="p-1")
+    assert (prediction.predict_time_seconds, prediction.cost_usd) == (seconds, cost)
+
+
+@pytest.mark.parametrize(
+    ("echo", "read"),
+    [
+        ({"prompt": "a"}, {"prompt": "a"}),
+        ('{"prompt": "a"}', {"prompt": "a"}),
+        ("a", None),
+        (None, None),
+        (["prompt"], None),
+    ],
+)
+def test_the_echoed_input_is_an_object_or_json_of_one(echo: object, read: object) -> None:
+    assert parse_prediction({"status": "x", "input": echo}, prediction_id="p-1").input == read
+
+
+@pytest.mark.parametrize(
+    ("text", "date"),
+    [
+        ("2026-11-22T10:00:00Z", datetime(2026, 11, 22, 10, tzinfo=timezone.utc)),
+        ("2026-11-22T10:00:00.123456789Z", datetime(2026, 11, 22, 10, 0, 0, 123456, tzinfo=timezone.utc)),
+        ("2026-11-22T10:00:00+02:00", datetime(2026, 11, 22, 10, tzinfo=timezone(timedelta(hours=2)))),
+        ("2026-11-22T10:00:00", None),
+        ("yesterday", None),
+        (1_700_000_000, None),
+        (None, None),
+    ],
+)
+def test_a_row_of_executions_has_a_date_or_none(text: object, date: datetime | None) -> None:
+    (row,) = parse_executions({"executions": [{"id": "p-1", "created_at": text}]})
+    assert row.created_at == date
+
+
+def test_rows_without_an_id_are_left_out_and_a_bare_list_is_read_too() -> None:
+    rows = parse_executions([{"id": "p-1", "output": URL}, {"id": ""}, {}, "x", None, {"id": 7, "output": ENVELOPE}])
+    assert [(row.id, row.output_urls) for row in rows] == [("p-1", (URL,)), ("7", ())]
+
+
+# -------------------------------------------------------------------------------- items
+
+
+def test_the_fingerprint_is_what_the_documentation_says() -> None:
+    """The first 32 hex digits of the SHA-256 of the sorted, compact UTF-8 JSON of {model, version, input}."""
+    text = '{"input":{"a":1,"prompt":"ü"},"model":"gemini","version":null}'
+    assert canonical_json({"model": "gemini", "version": None, "input": {"prompt": "ü", "a": 1}}) == text.encode()
+    import hashlib
+
+    assert fingerprint_of("gemini", None, {"prompt": "ü", "a": 1}) == hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def test_an_item_without_an_id_is_called_by_its_fingerprint() -> None:
+    item = Item.wanted("a fox")
+    assert item.item_id == item.fingerprint
+    assert item.version == "2.0-flash-exp-image-generation"
+    assert Item.wanted("a fox", model="flux-1-1-pro").version is None
+    assert Item.wanted("a fox").fingerprint == Item.wanted("a fox", item_id="x", labels={"a": "b"}).fingerprint
+    assert Item.wanted("a fox").fingerprint != Item.wanted("a fox ").fingerprint
+
+
+def test_the_order_of_fields_does_not_matter_and_their_values_do() -> None:
+    one = Item.wanted("a", input={"x": 1, "y": [1, 2]})
+    assert one.fingerprint == Item.wanted("a", input={"y": [1, 2], "x": 1}).fingerprint
+    assert one.fingerprint != Item.wanted("a", input={"x": 1, "y": [2, 1]}).fingerprint
+
+
+@pytest.mark.parametrize(
+    ("given_fields", "where"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": " \n\u200b\ufeff"}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": "a", "image_url": "no url"}, "image_url"),
+        ({"prompt": "a", "image_url": "file:///etc/passwd"}, "image_url"),
+        ({"prompt": "a", "image_url": "https://user:pass@"}, "image_url"),
+        ({"prompt": "a", "item_id": ""}, "item_id"),
+        ({"prompt": "a", "item_id": "a/b"}, "item_id"),
+        ({"prompt": "a", "item_id": "x" * 129}, "item_id"),
+        ({"prompt": "a", "model": ""}, "model"),
+        ({"prompt": "a", "model": "a b"}, "model"),
+        ({"prompt": "a", "version": " "}, "version"),
+        ({"prompt": "a\ud800"}, "surrogate"),
+        ({"prompt": "a", "input": {"x": float("nan")}}, "JSON"),
+        ({"prompt": "a", "input": {"x": object()}}, "JSON"),
+        ({"prompt": "a", "input": {"x\ud800": 1}}, "surrogate"),
+    ],
+)
+def test_a_bad_input_is_refused_before_it_costs_saying_what_and_how_to_mend_it(
+    given_fields: dict[str, Any], where: str
+) -> None:
+    with pytest.raises(BadInput, match=where) as refused:
+        Item.wanted(**given_fields)
+    str(refused.value).encode()
+    assert "user:pass" not in str(refused.value)
+
+
+@given(st.text(min_size=1), st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3))
+def test_an_item_is_refused_or_survives_json_unchanged(prompt: str, input: dict[str, Any]) -> None:
+    input.pop("prompt", None)
+    input.pop("image_url", None)
+    try:
+        item = Item.wanted(prompt, input=input)
+    except BadInput:
+        return
+    assert item.input == {**input, "prompt": prompt}
+    assert Item.model_validate_json(item.model_dump_json()) == item
+    body = json.loads(json.dumps(item.request_body(), ensure_ascii=False).encode())
+    assert fingerprint_of(body["model"], body["version"], body["input"]) == item.fingerprint
+
+
+def test_a_presigned_query_does_not_count_where_inputs_are_compared() -> None:
+    signed = f"{URL}?X-Amz-Signature=abc&X-Amz-Date=1"
+    assert without_signature(signed) == URL
+    assert without_signature(f"{URL}?size=2") == f"{URL}?size=2"
+    assert without_signature("what is this?signature=1") == "what is this?signature=1"
+
+
+# -------------------------------------------------------------------------- destinations
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "prefix"),
+    [
+        ("s3://acme", "acme", ""),
+        ("s3://acme/", "acme", ""),
+        ("s3://acme/daily", "acme", "daily"),
+        ("s3://acme/daily/2026/", "acme", "daily/2026"),
+        ("s3://acme/ü b", "acme", "ü b"),
+    ],
+)
+def test_a_destination_is_a_bucket_and_perhaps_a_prefix(text: str, bucket: str, prefix: str) -> None:
+    destination = Destination.parse(text)
+    assert (destination.bucket, destination.prefix) == (bucket, prefix)
+    assert Destination.parse(str(destination)) == destination
+    assert Destination.parse(destination) is destination
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "acme", "s3:/acme", "https://acme", "s3://", "s3://a", "s3://acme/a?b", "s3://acme/a\nb", None, 3,
+     "s3://acme/" + "x" * 701],
+)  # fmt: skip
+def test_what_is_no_destination_is_refused(text: object) -> None:
+    with pytest.raises(BadInput, match="s3://BUCKET"):
+        Destination.parse(text)
+
+
+def test_keys_are_where_the_contract_puts_them() -> None:
+    destination = Destination.parse("s3://acme/daily")
+    assert destination.image_key("a1") == "daily/images/a1.png"
+    assert destination.image_key("a1", 2) == "daily/images/a1.2.png"
+    assert destination.record_key("a1") == "daily/records/a1.json"
+    assert Destination.parse("s3://acme").record_key("a1") == "records/a1.json"
