@@ -4,18 +4,22 @@
     python benchmarks/batcher.py bare SOURCE --url URL --to s3://BUCKET/PREFIX
     python benchmarks/batcher.py copy URLS --url URL --to s3://BUCKET/PREFIX
 
-Answers with one JSON object: seconds (imports and connections not counted), pictures, peak memory, CPU seconds.
+Answers with one JSON object: seconds (imports not counted), pictures, peak memory, CPU seconds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import csv
+import io
 import itertools
 import json
 import logging
+import os
 import resource
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -25,13 +29,13 @@ from typing import Any
 import boto3
 import httpx
 from botocore.config import Config
-from pydantic import SecretStr
 
-from prefect_eachlabs.batches.run import BatchOptions, window_for
-from prefect_eachlabs.batches.runner import ThreadWorker, open_batch, run_batch
-from prefect_eachlabs.gateway import close_gateways, gateway_for
+import prefect_eachlabs.batches.runner
+import prefect_eachlabs.commands.batch
+import prefect_eachlabs.contact_sheet
+import prefect_eachlabs.gateway  # noqa: F401 - what the command imports when it runs is not what is measured
+from prefect_eachlabs import cli
 from prefect_eachlabs.models import Destination
-from prefect_eachlabs.settings import AccountSettings
 
 KEY = "a-benchmark-key"
 MODEL, VERSION = "gemini", "2.0-flash-exp-image-generation"
@@ -42,30 +46,23 @@ POLL_SECONDS = 0.05
 
 
 def ours(source: str, url: str, to: str) -> dict[str, Any]:
-    """As `prefect-eachlabs batch` does it, in one process and without limits."""
-    settings = AccountSettings(api_key=SecretStr(KEY), base_url=url, requests_per_minute=None, max_in_flight=None)
-    gateway = gateway_for(settings)
-
-    async def run() -> dict[str, Any]:
-        worker = ThreadWorker()
-        try:
-            began = time.monotonic()
-            options = BatchOptions(run_id="benchmark")
-            batch = await open_batch(gateway.engine, source, Destination.parse(to), options, worker=worker)
-            result = await run_batch(batch, window=window_for(None))
-            return {
-                "seconds": time.monotonic() - began,
-                "pictures": result.stored,
-                "reused": result.reused,
-                "others": result.items - result.stored - result.reused,
-            }
-        finally:
-            worker.close()
-
-    try:
-        return gateway.call(run())
-    finally:
-        close_gateways()
+    """`prefect-eachlabs batch SOURCE --to s3://... --json`, without limits, in this process."""
+    os.environ.update(
+        EACHLABS_API_KEY=KEY,
+        EACHLABS_BASE_URL=url,
+        EACHLABS_REQUESTS_PER_MINUTE="none",
+        EACHLABS_MAX_IN_FLIGHT="none",
+    )
+    printed = io.StringIO()
+    began = time.monotonic()
+    with contextlib.redirect_stdout(printed):
+        status = cli.main(["batch", source, "--to", to, "--json"])
+    seconds = time.monotonic() - began
+    result = json.loads(printed.getvalue())
+    if status != 0:
+        sys.exit(f"the batch ended with status {status}: {result}")
+    others = result["items"] - result["stored"] - result["reused"]
+    return {"seconds": seconds, "pictures": result["stored"], "reused": result["reused"], "others": others}
 
 
 class Bucket:

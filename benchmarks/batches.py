@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from processes import S3, Emulator, Process, clean_environment, python
 
@@ -52,15 +52,16 @@ class Bench:
         self._folder = folder
         self._number = 0
         flags = ["--requests-per-minute", "none", "--max-in-flight", "none", "--service-seconds", "0.05"]
-        self.emulator = Emulator(folder, "batches", *flags, "--pictures", "plain")
-        self.s3 = S3(folder)
+        with contextlib.ExitStack() as open_:
+            self.emulator = open_.enter_context(Emulator(folder, "batches", *flags, "--pictures", "plain"))
+            self.s3 = open_.enter_context(S3(folder))
+            self._open = open_.pop_all()
 
     def __enter__(self) -> Bench:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.emulator.process.end()
-        self.s3.process.end()
+        self._open.close()
 
     def run(self, way: str, source: Path, items: int, prefix: str) -> Run:
         """Runs it to its end.
@@ -147,7 +148,3 @@ def memory_and_again(folder: Path, few: int = FEW_ITEMS, many: int = MANY_ITEMS)
 def requests_beyond_the_report(again: Run) -> int:
     """What running it again asked of S3, but for reading the last report."""
     return sum(count for name, count in again.s3.items() if name != "GET batches")
-
-
-def as_dict(run: Run) -> dict[str, Any]:
-    return {**vars(run), "urls": len(run.urls)}

@@ -12,7 +12,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from processes import Emulator, Process, Trouble, clean_environment, postgres, prefect_server, python
+from processes import Emulator, Process, Trouble, clean_environment, python
+from servers import postgres, prefect_server
 
 WAYS = {
     "vendor": "the vendor's loop: a thread for each in flight, asking once a second",

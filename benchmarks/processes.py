@@ -6,21 +6,17 @@ import contextlib
 import json
 import os
 import pwd
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 
 HERE = Path(__file__).resolve().parent
-STARTS_WITHIN_SECONDS = 180.0
 ENDS_WITHIN_SECONDS = 20.0
 _FOREIGN = ("AWS_", "BOTO", "EACHLABS_", "PREFECT_", "PG")
 _PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"})
@@ -54,7 +50,17 @@ def free_port() -> int:
 
 
 class Process:
-    """A process with a pipe each way; what it writes to stderr is kept in a file and shown when it fails."""
+    """A process with a pipe each way; what it writes to stderr is kept in a file and shown when it fails.
+
+    Args:
+        command: What to run, in `folder`.
+        folder: Where its log goes, too.
+        name: What it is called.
+        environment: The clean one when None.
+        user: Who runs it, for a parent that is root; the same when None.
+        end_by: The signal that ends it in an orderly way.
+        is_read: Whether anybody reads its stdout; if not, that goes to the log (a full pipe would stop it).
+    """
 
     def __init__(
         self,
@@ -65,6 +71,7 @@ class Process:
         environment: Mapping[str, str] | None = None,
         user: str | None = None,
         end_by: signal.Signals = signal.SIGTERM,
+        is_read: bool = True,
     ) -> None:
         self.name = name
         self._end_by = end_by
@@ -79,7 +86,7 @@ class Process:
                 cwd=folder,
                 env=dict(environment or clean_environment()),
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
+                stdout=subprocess.PIPE if is_read else log,
                 stderr=log,
                 text=True,
                 start_new_session=True,
@@ -95,6 +102,14 @@ class Process:
                 self._process.wait(5)
             raise Trouble(f"{self.name} ended with status {self._process.poll()}:\n{self.said()}")
         return line.rstrip("\n")
+
+    def first_line(self) -> str:
+        """Its first line; it is ended when that does not come."""
+        try:
+            return self.read_line()
+        except BaseException:
+            self.end()
+            raise
 
     def read_json(self) -> dict[str, Any]:
         answer = json.loads(self.read_line())
@@ -159,7 +174,7 @@ class Emulator:
     def __init__(self, folder: Path, name: str, *arguments: str) -> None:
         command = [sys.executable, "-m", "prefect_eachlabs", "emulator", "--port", "0", *arguments]
         self.process = Process(command, folder, f"emulator-{name}")
-        self.url = self.process.read_line().rpartition(" ")[2]
+        self.url = self.process.first_line().rpartition(" ")[2]
 
     def tallies(self) -> dict[str, Any]:
         answer: dict[str, Any] = self._get("/_emulator/tallies")
@@ -199,7 +214,7 @@ class S3:
     def __init__(self, folder: Path) -> None:
         command = [sys.executable, "-m", "prefect_eachlabs.local_s3", "--bucket", self.BUCKET]
         self.process = Process(command, folder, "s3")
-        self.url = self.process.read_line()
+        self.url = self.process.first_line()
 
     def environment(self) -> dict[str, str]:
         return {
@@ -220,99 +235,3 @@ class S3:
 
     def __exit__(self, *_: object) -> None:
         self.process.end()
-
-
-@contextlib.contextmanager
-def prefect_server(folder: Path, name: str, *, database_url: str | None = None) -> Iterator[str]:
-    """A Prefect server of its own; gives the URL of its API.
-
-    Its leases are kept in files: those in memory, the default, are forgotten when it restarts.
-    """
-    port, home = free_port(), folder / f"prefect-{name}"
-    home.mkdir()
-    environment = clean_environment(
-        PREFECT_HOME=str(home),
-        PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        DO_NOT_TRACK="1",
-        PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
-    )
-    if database_url is not None:
-        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
-    url = f"http://127.0.0.1:{port}/api"
-    # Its own output goes where nobody has to read it: a full pipe would stop it.
-    command = [sys.executable, "-c", _START_PREFECT, str(port), str(home / "output.log")]
-    with Process(command, folder, f"prefect-server-{name}", environment=environment) as server:
-        _wait_until_it_answers(server, f"{url}/health")
-        yield url
-
-
-_START_PREFECT = """
-import os, sys
-port, log = sys.argv[1:]
-output = os.open(log, os.O_WRONLY | os.O_CREAT)
-os.dup2(output, 1)
-os.execv(sys.executable, [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", port])
-"""
-
-
-def _wait_until_it_answers(server: Process, url: str) -> None:
-    until = time.monotonic() + STARTS_WITHIN_SECONDS
-    while True:
-        if not server.is_running():
-            raise Trouble(f"{server.name} did not start:\n{server.said()}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(url, timeout=5).status_code == 200:
-                return
-        if time.monotonic() > until:
-            raise Trouble(f"{server.name} does not answer:\n{server.said()}")
-        time.sleep(0.3)
-
-
-def postgres_folder() -> Path | None:
-    """Where PostgreSQL's programs are, on Debian or on the path; None: it is not installed."""
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
-    if versions:
-        return versions[-1].parent
-    found = shutil.which("initdb")
-    return Path(found).resolve().parent if found else None
-
-
-@contextlib.contextmanager
-def postgres() -> Iterator[str]:
-    """A PostgreSQL cluster of its own in a temporary folder; gives the URL that Prefect's server takes.
-
-    PostgreSQL does not run as root: then the user `postgres` runs it.
-    """
-    programs = postgres_folder()
-    if programs is None:
-        raise Trouble("PostgreSQL is not installed (Debian: apt-get install postgresql)")
-    user = "postgres" if os.geteuid() == 0 else None
-    folder = Path(tempfile.mkdtemp(prefix="eachlabs-benchmark-postgres-"))
-    try:
-        if user is not None:
-            shutil.chown(folder, user, user)
-        data, port = folder / "data", free_port()
-        make = [str(programs / "initdb"), "-D", str(data), "-U", "benchmark", "-A", "trust", "-E", "UTF8", "--locale=C"]
-        with Process(make, folder, "initdb", user=user) as making:
-            with contextlib.suppress(Trouble):
-                while True:
-                    making.read_line()
-            if not (data / "PG_VERSION").exists():
-                raise Trouble(f"initdb failed:\n{making.said()}")
-        command = [str(programs / "postgres"), "-D", str(data), "-p", str(port), "-k", str(folder)]
-        # SIGINT is PostgreSQL's fast shutdown.
-        with Process(command, folder, "postgres", user=user, end_by=signal.SIGINT) as server:
-            until = time.monotonic() + STARTS_WITHIN_SECONDS
-            while not _listens(port):
-                if not server.is_running() or time.monotonic() > until:
-                    raise Trouble(f"PostgreSQL did not start:\n{server.said()}")
-                time.sleep(0.1)
-            yield f"postgresql+asyncpg://benchmark@127.0.0.1:{port}/postgres"
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _listens(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -76,7 +76,8 @@ def pace_section(figures: Sequence[Figures]) -> str:
         "they know only in ours, through a Prefect server; of the others each is on its own.",
         "\n".join(f"- **{name}**: {text}." for name, text in WAYS.items()),
         "*Worst window* is the most requests that the API saw in any 60 s, those that it refused (*429*) included; "
-        "*after its end* is how long after a prediction's end its buyer knew of it (median, 95 %).",
+        "*after its end* is how long after a prediction's end its buyer knew of it (median, 95 %): under a request "
+        "limit that is mostly the wait for a request. Two minutes are counted, so a few pictures are chance.",
         *tables,
     )
 
@@ -153,8 +154,8 @@ def _where_the_rest_goes(ours: Run, bare: Run) -> str:
     return (
         f"Where the rest goes, a picture: {writes:.1f} writes to S3 in place of one (the record before the POST, after "
         f"it, and when the picture is stored) are {more('S3')} of CPU in the local S3; those three more signed "
-        "requests, the check of every chunk and scan line of the PNG, its SHA-256 and the row of the report are "
-        f"{more('this process')} in the process itself; the emulator: {more('emulator')}."
+        "requests, the check of every chunk and scan line of the PNG, its SHA-256, the row of the report and more "
+        f"connections at a time are {more('this process')} in the process itself; the emulator: {more('emulator')}."
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -121,6 +122,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every process is ended on the way out
     began, load = time.monotonic(), report.load_average()
     say(f"{report.machine()}\nload average {load}")
     with tempfile.TemporaryDirectory(prefix="eachlabs-benchmark-") as folder:

@@ -2,6 +2,9 @@
 
 The bucket is private, so the thumbnail travels within the artifact as a `data:` URL. An image artifact would print
 that URL whole as its caption; markdown shows the picture alone.
+
+All of it is one block of HTML, which both of Prefect's UIs pass on to the browser as it is. Within markdown itself no
+way of escaping is right in both: V1 shows most entities as they are written, V2 makes links of whatever looks like one.
 """
 
 from __future__ import annotations
@@ -9,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import html
 import importlib
 import io
 import logging
 import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -32,11 +37,12 @@ MOST_UNTOUCHED_BYTES = 200_000
 MOST_PIXELS = 64_000_000
 """A larger picture is not opened for its thumbnail."""
 SHOWN_CHARACTERS = 2_000
+MOST_PROBLEMS = 200
 _BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
 
 
 def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
-    """Text that is neither HTML nor markdown, on one line: every ASCII sign that may be markup is an entity.
+    """Text for a block of HTML, on one line: every ASCII sign is an entity, those of markdown too.
 
     >>> escaped("a | b <c>")
     'a &#124; b &#60;c&#62;'
@@ -44,6 +50,16 @@ def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
     line = " ".join(str("" if text is None else text).split())
     line = line if len(line) <= most else line[: most - 1] + "…"
     return "".join(map(_harmless, line))
+
+
+def table(rows: Iterable[Sequence[str]], *, head: Sequence[str] = ()) -> str:
+    """A table of HTML; its cells are HTML already. No line of it is blank, which would end the block."""
+    lines = ['<table cellpadding="4">']
+    if head:
+        lines.append("<thead><tr>" + "".join(f'<th align="left">{cell}</th>' for cell in head) + "</tr></thead>")
+    lines.append("<tbody>")
+    lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join([*lines, "</tbody>", "</table>"])
 
 
 def _harmless(character: str) -> str:
@@ -89,27 +105,27 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, link: str | N
     """
     uri = escaped(image.uri)
     facts = [
-        ("picture", f"[{uri}]({link})" if link else uri),
+        ("picture", f'<a href="{html.escape(link)}">{uri}</a>' if link else uri),
         *(("further picture", escaped(more)) for more in image.more_uris),
         ("size", f"{image.width_px} × {image.height_px} px, {image.size_bytes / 1000:.0f} kB"),
         ("cost", "not told" if image.cost_usd is None else f"{image.cost_usd:.4f} USD"),
         ("model", escaped(image.model or "not told", 120)),
         (
-            "model&#39;s own time",
+            "the model’s time",
             "not told" if image.predict_time_seconds is None else f"{image.predict_time_seconds:.1f} s",
         ),
         ("item", escaped(image.item_id)),
         ("prediction", escaped(image.prediction_id)),
-        ("SHA&#45;256", escaped(image.sha256)),
+        ("SHA-256", escaped(image.sha256)),
     ]
     if image.reused:
         facts.insert(0, ("bought", "earlier; this run found it in the bucket and bought nothing"))
     lines = []
     if thumbnail is not None:
-        lines += [f'<img alt="{escaped(image.item_id)}" width="{THUMBNAIL_PX}" src="{thumbnail}">', ""]
-    lines += [escaped(image.prompt), ""] if image.prompt else []
-    lines += ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in facts)]
-    return "\n".join(lines)
+        lines.append(f'<p><img alt="{escaped(image.item_id)}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>')
+    if image.prompt:
+        lines.append(f"<p>{escaped(image.prompt)}</p>")
+    return "\n".join([*lines, table(facts)])
 
 
 def artifact_key(image: StoredImage) -> str:
@@ -181,11 +197,11 @@ def settle_markdown(destination: str, report: SettleReport) -> str:
         ("pending", report.pending),
         ("ambiguous", report.ambiguous),
     ]
-    lines = [f"Destination: {escaped(destination)}", "", "| | |", "| --- | --- |"]
-    lines += [f"| {name} | {count} |" for name, count in counts]
+    lines = [f"<p>Destination: {escaped(destination)}</p>", table((name, str(count)) for name, count in counts)]
     if report.problems:
-        lines += ["", "| item | what to do |", "| --- | --- |"]
-        lines += [f"| {escaped(item)} | {escaped(said, 600)} |" for item, said in sorted(report.problems.items())[:200]]
-        if len(report.problems) > 200:
-            lines += ["", f"And {len(report.problems) - 200} more: `prefect-eachlabs settle` lists them all."]
+        shown = sorted(report.problems.items())[:MOST_PROBLEMS]
+        rows = [(escaped(item), escaped(said, 600)) for item, said in shown]
+        lines.append(table(rows, head=("item", "what to do")))
+        if len(report.problems) > MOST_PROBLEMS:
+            lines.append(f"<p>And {len(report.problems) - MOST_PROBLEMS} more: prefect-eachlabs settle lists them.</p>")
     return "\n".join(lines)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import time
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.core import Block
-from pydantic import Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.gateway import Gateway, gateway_for
@@ -17,6 +17,9 @@ from prefect_eachlabs.limits import lot_source_for
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.s3_access import S3Access
 from prefect_eachlabs.settings import AccountSettings, check_base_url, settings_from_environment
+
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""A field that may be left empty. The UI shows `str | None` as a choice between two forms; this is one text field."""
 
 
 class EachlabsCredentials(CredentialsBlock):
@@ -41,19 +44,19 @@ class EachlabsCredentials(CredentialsBlock):
     # No logo: Prefect takes http(s) URLs alone, which the browser of whoever opens the page would load.
 
     api_key: SecretStr = Field(title="API key", description="The key from eachlabs.ai; sent to the API's host alone.")
-    base_url: str | None = Field(
-        default=None,
+    base_url: Text = Field(
+        default="",
         title="Base URL",
         description="Where the API is: https, or http on loopback. Empty: EACHLABS_BASE_URL, then https://api.eachlabs.ai.",
     )
     auth_scheme: Literal["x-api-key", "bearer"] | None = Field(
         default=None, title="Authentication", description="The header that carries the key. Empty: x-api-key."
     )
-    account: str | None = Field(
-        default=None,
+    account: Text = Field(
+        default="",
         title="Account",
         description="Names the limits that workers share on this server. Empty: default.",
-        pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        pattern=r"^[A-Za-z0-9_-]{0,64}$",
     )
     requests_per_minute: int | None = Field(
         default=None,
@@ -72,8 +75,8 @@ class EachlabsCredentials(CredentialsBlock):
 
     @field_validator("base_url")
     @classmethod
-    def _a_safe_base_url(cls, url: str | None) -> str | None:
-        return check_base_url(url) if url else None
+    def _a_safe_base_url(cls, url: str) -> str:
+        return check_base_url(url) if url else ""
 
     def account_settings(self) -> AccountSettings:
         """The account: these fields, then the environment, then the defaults.
@@ -120,35 +123,33 @@ class S3Destination(Block):
 
     bucket: str = Field(title="Bucket", description="The bucket's name; it must exist.", min_length=3, max_length=255)
     prefix: str = Field(default="", title="Prefix", description="Folder in the bucket.", max_length=700)
-    region: str | None = Field(default=None, title="Region", description="Such as eu-central-1. Empty: boto3's own.")
-    endpoint_url: str | None = Field(
-        default=None,
+    region: Text = Field(default="", title="Region", description="Such as eu-central-1. Empty: boto3's own.")
+    endpoint_url: Text = Field(
+        default="",
         title="Endpoint",
         description="For stores that are not AWS. Empty: AWS_ENDPOINT_URL_S3, then AWS.",
     )
-    aws_credentials_block: str | None = Field(
-        default=None,
+    aws_credentials_block: Text = Field(
+        default="",
         title="AWS Credentials block",
         description="The name of an AWS Credentials block, or minio-credentials/NAME (prefect-aws must be installed "
         "where runs run). Empty: the access key below, then boto3's own chain.",
     )
-    access_key_id: str | None = Field(default=None, title="Access key id", description="Empty: boto3's own chain.")
+    access_key_id: Text = Field(default="", title="Access key id", description="Empty: boto3's own chain.")
     secret_access_key: SecretStr | None = Field(
         default=None, title="Secret access key", description="Goes with the access key id."
     )
     session_token: SecretStr | None = Field(
         default=None, title="Session token", description="For temporary credentials, which end."
     )
-    kms_key_id: str | None = Field(
-        default=None, title="KMS key", description="Encrypts every object with this key (SSE-KMS)."
-    )
-    storage_class: str | None = Field(
-        default=None, title="Storage class", description="For the pictures alone, such as STANDARD_IA."
+    kms_key_id: Text = Field(default="", title="KMS key", description="Encrypts every object with this key (SSE-KMS).")
+    storage_class: Text = Field(
+        default="", title="Storage class", description="For the pictures alone, such as STANDARD_IA."
     )
 
     @field_validator("endpoint_url")
     @classmethod
-    def _an_endpoint(cls, url: str | None) -> str | None:
+    def _an_endpoint(cls, url: str) -> str:
         # http is allowed: stores within a private network have it, and S3's signatures do not carry the secret.
         if url and not url.startswith(("https://", "http://")):
             raise ValueError("the endpoint must be https://HOST or http://HOST")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from prefect_eachlabs.credentials import S3Destination, load_block
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
-from prefect_eachlabs.tasks import await_prediction, create_prediction, store_image
+from prefect_eachlabs.tasks import await_prediction, create_prediction, shortened, store_image
 
 __all__ = ["generate_image"]
 
@@ -24,15 +25,25 @@ def target(destination: str) -> S3Destination | str:
     return text
 
 
-@flow(name="generate-image", description="One prompt becomes one PNG in S3, bought once.")
+def named_for_its_item() -> str:
+    """Names a flow run for what it makes, so that a person finds it in the UI."""
+    parameters = flow_run.parameters
+    return shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
+
+
+@flow(
+    name="generate-image",
+    description="One prompt becomes one PNG in S3, bought once.",
+    flow_run_name=named_for_its_item,
+)
 def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     prompt: str,
     destination: str,
-    image_url: str | None = None,
+    image_url: str = "",
     model: str = DEFAULT_MODEL,
-    version: str | None = DEFAULT_VERSION,
-    item_id: str | None = None,
-    credentials_block: str | None = None,
+    version: str = DEFAULT_VERSION,
+    item_id: str = "",
+    credentials_block: str = "",
 ) -> StoredImage:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 

@@ -17,6 +17,7 @@ from prefect_eachlabs.shop import Books, Shop
 logger = logging.getLogger(__name__)
 
 AT_A_TIME = 16
+RIGHT_AFTER_SECONDS = 60.0
 
 
 @dataclass
@@ -85,7 +86,7 @@ class Janitor:
         return report
 
     async def _suspects(self, ledger: Ledger, destination: Destination, report: SettleReport) -> list[str]:
-        """Items whose record is old and younger than no picture of theirs: a stored item's record is its last write."""
+        """Items whose record is old and was not written right after their picture, as a stored item's record is."""
         pictures: dict[str, float] = {}
         prefix = destination.key("images/")
         async for listed in ledger.store.list(prefix):
@@ -98,7 +99,8 @@ class Janitor:
                 continue
             report.records += 1
             item_id = listed.key[len(prefix) : -len(".json")]
-            finished = item_id in pictures and listed.age_seconds <= pictures[item_id]
+            # A picture that is much older than the record is of an earlier purchase, which was replaced.
+            finished = item_id in pictures and 0 <= pictures[item_id] - listed.age_seconds <= RIGHT_AFTER_SECONDS
             if not finished and listed.age_seconds > old_seconds:
                 suspects.append(item_id)
         return suspects

@@ -27,7 +27,7 @@ _PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa")
 Resolve = Callable[[str], Awaitable[list[str]]]
 
 
-async def resolve(host: str) -> list[str]:
+async def addresses_of(host: str) -> list[str]:
     """The addresses of a host. Raises OSError when it has none."""
     rows = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return [str(row[4][0]) for row in rows]
@@ -56,15 +56,19 @@ class Prober:
         transport: Sends the requests; httpx's own when left out.
         emulated: The API is on this machine, and so may the pictures be. Otherwise a host that only this network
             reaches is refused: the vendor cannot reach it, and a form must not make a worker knock there.
-        resolve: Finds a host's addresses; replaced in tests.
+        resolve: Finds a host's addresses; the system does when left out, nobody where `transport` is given.
     """
 
     def __init__(
-        self, transport: httpx.AsyncBaseTransport | None = None, *, emulated: bool = False, resolve: Resolve = resolve
+        self,
+        transport: httpx.AsyncBaseTransport | None = None,
+        *,
+        emulated: bool = False,
+        resolve: Resolve | None = None,
     ) -> None:
         self._transport = transport
         self._emulated = emulated
-        self._resolve = resolve
+        self._resolve = resolve or (addresses_of if transport is None else None)
         self._client: httpx.AsyncClient | None = None
 
     @property
@@ -160,9 +164,11 @@ class Prober:
         host = target.host.rstrip(".").lower()
         if is_loopback(host) or host.endswith(_PRIVATE_NAMES):
             raise _Refused("its host is known to this network alone, and the vendor could not fetch it")
+        addresses = [host.strip("[]")] if _is_address(host) else []
         # Behind a proxy it is the proxy that finds the host.
         by_proxy = self._transport is None and target.scheme in urllib.request.getproxies()
-        addresses = [host.strip("[]")] if _is_address(host) else [] if by_proxy else await self._resolve(host)
+        if not addresses and self._resolve is not None and not by_proxy:
+            addresses = await self._resolve(host)
         if any(not ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses):
             raise _Refused("its host has an address of this network alone, and the vendor could not fetch it")
 

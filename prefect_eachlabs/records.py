@@ -12,6 +12,7 @@ its own, so that a writer whose answer was lost can see whether it was its own b
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import uuid
@@ -213,6 +214,7 @@ class Ledger:
         self.destination = destination
         self.conditional = conditional
         self._probed = not conditional
+        self._probing = asyncio.Lock()
 
     @property
     def is_proven(self) -> bool:
@@ -275,19 +277,25 @@ class Ledger:
         except (PreconditionFailed, StoreFailed) as error:
             current = await self.read(record.item_id)
             if current is not None and current.record.write_id == record.write_id:
-                await self._probe(key, body, current.etag)
+                await self._probe(key, body)
                 return current
             unchanged = (current.etag if current else None) == (replacing.etag if replacing else None)
             if isinstance(error, StoreFailed) and unchanged:
                 raise
             raise Overtaken(current) from error
-        await self._probe(key, body, etag)
+        await self._probe(key, body)
         return Held(record, etag, 0.0, datetime.now(timezone.utc))
 
-    async def _probe(self, key: str, body: bytes, etag: str) -> None:
+    async def _probe(self, key: str, body: bytes) -> None:
         """Once a process: would this store have refused? The same body again changes nothing, whatever it answers."""
         if self._probed:
             return
+        async with self._probing:
+            if not self._probed:
+                await self._try_to_break(key, body)
+                self._probed = True
+
+    async def _try_to_break(self, key: str, body: bytes) -> None:
         for condition in ({"if_absent": True}, {"if_match": '"00000000000000000000000000000000"'}):
             try:
                 await self.store.put(key, body, content_type="application/json", **condition)
@@ -298,7 +306,6 @@ class Ledger:
                 "which two workers can buy the same picture. Nothing was bought. Use a store that honours them, or "
                 "set EACHLABS_CONDITIONAL_WRITES=ignore to go on with one worker at a time, at your own risk."
             )
-        self._probed = True
 
 
 def amended(record: Record, **changes: Any) -> Record:

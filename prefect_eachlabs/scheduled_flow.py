@@ -7,6 +7,7 @@ from datetime import datetime, timezone
 from prefect import flow
 from prefect.runtime import flow_run
 
+from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.flows import target
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import generate_and_store
@@ -15,18 +16,38 @@ from prefect_eachlabs.templates import filled, zone
 __all__ = ["scheduled_image"]
 
 
-@flow(name="scheduled-image", description="A prompt with the run's date becomes one PNG in S3, bought once a date.")
+def _scheduled_for(time_zone: str) -> datetime:
+    """The date it was scheduled for, not the one it started on: a run that is late, or retried, means the same."""
+    scheduled: datetime = flow_run.scheduled_start_time or datetime.now(timezone.utc)
+    return scheduled.astimezone(zone(time_zone))
+
+
+def named_for_its_date() -> str:
+    """Names a flow run for the item it makes."""
+    parameters = flow_run.parameters
+    try:
+        date = _scheduled_for(parameters["time_zone"])
+        return filled(parameters["item_id_template"], date, name="item_id_template")[:128] or "picture"
+    except (BadInput, KeyError):
+        return "picture"  # the flow says what is wrong
+
+
+@flow(
+    name="scheduled-image",
+    description="A prompt with the run's date becomes one PNG in S3, bought once a date.",
+    flow_run_name=named_for_its_date,
+)
 def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     prompt_template: str,
     destination: str,
     item_id_template: str = "{date:%Y-%m-%d}",
     time_zone: str = "UTC",
-    image_url: str | None = None,
+    image_url: str = "",
     model: str = DEFAULT_MODEL,
-    version: str | None = None,
-    credentials_block: str | None = None,
+    version: str = "",
+    credentials_block: str = "",
 ) -> StoredImage:
-    """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date, fired as often as it may be.
+    """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
 
     Args:
         prompt_template: What the picture shows, with the date the run was scheduled for: {date:%A} is the weekday,
@@ -44,9 +65,7 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     Returns:
         Where the picture is.
     """
-    # The date it was scheduled for, not the one it started on: a run that is late, or retried, means the same picture.
-    scheduled: datetime = flow_run.scheduled_start_time or datetime.now(timezone.utc)
-    date = scheduled.astimezone(zone(time_zone))
+    date = _scheduled_for(time_zone)
     return generate_and_store(
         filled(prompt_template, date, name="prompt_template"),
         destination=target(destination),

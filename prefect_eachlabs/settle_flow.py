@@ -26,7 +26,7 @@ SHOWN_REASONS = 5
 
 
 @flow(name="settle", description="Finds out what runs left behind in a bucket and stores what was paid for.")
-def settle_leftovers(destination: str, credentials_block: str | None = None) -> State[dict[str, Any]]:
+def settle_leftovers(destination: str, credentials_block: str = "") -> State[dict[str, Any]]:
     """Settles what killed or cut-off runs left behind: stores what was paid for. Buys nothing, and may run at any time.
 
     Args:

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import Any, TypeVar
+from typing import Any
 
 from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.echoes import fit
@@ -29,24 +27,18 @@ from prefect_eachlabs.errors import (
     Throttled,
     Unanswered,
 )
+from prefect_eachlabs.looking import Looker
 from prefect_eachlabs.markers import take_adoption_marker
-from prefect_eachlabs.models import Execution, Prediction
-from prefect_eachlabs.pacing import Place, Places
+from prefect_eachlabs.models import Execution
+from prefect_eachlabs.pacing import Places
 from prefect_eachlabs.records import Held, Ledger, Overtaken, Record, RecordState, amended
 from prefect_eachlabs.settings import AccountSettings
-from prefect_eachlabs.sight import READ_BACK_SECONDS, WALKED_BACK_SECONDS, Sight, newest
+from prefect_eachlabs.sight import Sight
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 FIRST_LOOK_SECONDS = 1.0
 """A lost answer's prediction is often listed at once; only "there is none" needs the whole settling time."""
-UNKNOWN_ID_GRACE_SECONDS = 30.0
-"""A prediction that is listed may be invisible right after its creation; later a 404 means that it is not ours."""
-PAGE_ROWS = 100
-MOST_PAGES = 100
-READS_AT_A_TIME = 16
-REMEMBERED = 10_000
 
 
 @dataclass
@@ -93,19 +85,22 @@ class Settler:
         *,
         known: Callable[[], Mapping[str, float]],
     ) -> None:
-        self._client = client
-        self._places = places
         self._ledger = ledger
         self._settings = settings
-        self._known = known
+        self._looker = Looker(
+            client,
+            places,
+            ledger,
+            settings,
+            known=known,
+            ours=lambda: {entry.record.write_id for entry in self._waiting},
+            meanwhile=self._keep_claims_alive,
+        )
         self._waiting: list[Unsettled] = []
-        self._echoes: OrderedDict[str, Prediction] = OrderedDict()
-        self._invisible_since: OrderedDict[str, float] = OrderedDict()
-        self._old_names: dict[str, tuple[str, set[str]]] = {}
         self._runner: asyncio.Task[None] | None = None
 
     async def settle(self, held: Held, *, conclusive_at: float, since: float) -> Held:
-        """What the claim's POST has come to: a `created` record that adopted a prediction, or the claim, which bought nothing.
+        """What the claim's POST has come to: a `created` record that adopted a prediction, or the claim, without one.
 
         Args:
             held: Our own claim with the intent to settle, just written.
@@ -155,7 +150,7 @@ class Settler:
             except Exception as error:
                 logger.exception("Settling failed.")
                 self._end_all(self._waiting, "settling failed", error)
-        self._old_names.clear()
+        self._looker.forget()
 
     def _put_off(self, until: float, error: EachlabsError) -> None:
         """Looks again later; whoever has waited a deadline beyond what would have been conclusive is told so."""
@@ -189,20 +184,6 @@ class Settler:
                 except StoreFailed as error:
                     logger.warning("Item %s: its claim could not be kept alive (%s).", entry.record.item_id, error)
 
-    async def _take_request(self) -> Place:
-        """A place for a question; claims are kept alive while it is waited for."""
-        taking = asyncio.ensure_future(self._places.take_request(question=True))
-        try:
-            while not taking.done():
-                await asyncio.wait({taking}, timeout=self._settings.claim_seconds / 4)
-                await self._keep_claims_alive()
-            return taking.result()
-        except BaseException:
-            taking.cancel()
-            with suppress(asyncio.CancelledError):
-                (await taking).unused()
-            raise
-
     async def _rewrite(self, entry: Unsettled, record: Record) -> bool:
         """Whether the record was written; a claim that somebody else has changed ends here."""
         try:
@@ -215,7 +196,8 @@ class Settler:
 
     async def _look(self) -> None:
         entries = list(self._waiting)
-        sight = await self._see(entries)
+        now = asyncio.get_running_loop().time()
+        sight = await self._looker.see(now - min(entry.since for entry in entries))
         doubts = _Doubts()
         for row in sight.candidates({entry.record.model for entry in entries}):
             waiting = [
@@ -225,13 +207,13 @@ class Settler:
             ]
             if not waiting:
                 break
-            prediction = await self._echo(row.id, doubts)
-            if prediction is None:
-                continue
-            if prediction.input is None:
+            prediction = await self._looker.echo(row.id)
+            if isinstance(prediction, float):
+                doubts.again_at = max(doubts.again_at, prediction)
+            elif prediction.input is None:
                 doubts.models.add(row.model or "")
-                continue
-            await self._match(row, prediction.input, row.model or prediction.model, waiting, sight, doubts)
+            else:
+                await self._match(row, prediction.input, row.model or prediction.model, waiting, sight, doubts)
         for entry in entries:
             if entry in self._waiting:
                 self._conclude(entry, sight, doubts)
@@ -253,7 +235,7 @@ class Settler:
             and (fields := fit(echo, entry.record.order)) is not None
         ]
         if fits and not sight.has_read_its_record(row):
-            await self._read_everything(sight)
+            await self._looker.see_everything(sight)
             if row.id in sight.named:
                 return
         for fields, entry in sorted(fits, key=lambda pair: -pair[0]):
@@ -281,96 +263,6 @@ class Settler:
             self._end(entry, _nobody_can_tell(entry, f"what was found may be item {rival}'s, which is not settled"))
         else:
             self._end(entry, entry.held)
-
-    async def _see(self, entries: Collection[Unsettled]) -> Sight:
-        began_at = asyncio.get_running_loop().time()
-        oldest_seconds = began_at - min(entry.since for entry in entries)
-        rows, is_whole = await self._walk(oldest_seconds)
-        sight = Sight(began_at, oldest_seconds, rows, is_whole)
-        for prediction_id, age_seconds in self._known().items():
-            sight.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds)
-        await self._read_records(sight, younger_than_seconds=oldest_seconds + READ_BACK_SECONDS)
-        return sight
-
-    async def _walk(self, oldest_seconds: float) -> tuple[tuple[Execution, ...], bool]:
-        """The executions since the oldest claim, newest first, and whether that is all of them.
-
-        The end is found by the API's clock alone: its newest date is not later than now.
-        """
-        rows: dict[str, Execution] = {}
-        offset = 0
-        back = timedelta(seconds=oldest_seconds + WALKED_BACK_SECONDS)
-        for _ in range(MOST_PAGES):
-            request = await self._take_request()
-            try:
-                found = await self._client.executions(limit=PAGE_ROWS, offset=offset)
-            finally:
-                request.done()
-            offset += len(found)
-            rows.update((row.id, row) for row in found)
-            on_page, of_all = newest(found), newest(rows.values())
-            # A page may hold less than its limit because of rows that are no predictions.
-            if len(found) <= PAGE_ROWS // 2:
-                return tuple(rows.values()), True
-            if on_page is not None and of_all is not None and on_page < of_all - back:
-                return tuple(rows.values()), True
-        return tuple(rows.values()), False
-
-    async def _read_everything(self, sight: Sight) -> None:
-        """Also the records that are older than the walk: one of them may name what looks like a lost order's."""
-        await self._read_records(sight, younger_than_seconds=float("inf"))
-
-    async def _read_records(self, sight: Sight, *, younger_than_seconds: float) -> None:
-        prefix = self._ledger.destination.key("records/")
-        wanted: list[str] = []
-        async for listed in self._ledger.store.list(prefix):
-            if listed.key.endswith(".json") and listed.age_seconds <= younger_than_seconds:
-                item_id = listed.key[len(prefix) : -len(".json")]
-                etag, names = self._old_names.get(item_id, ("", set()))
-                if etag == listed.etag:
-                    sight.named |= names
-                else:
-                    wanted.append(item_id)
-        ours = {entry.record.write_id for entry in self._waiting}
-        for begin in range(0, len(wanted), 10 * READS_AT_A_TIME):
-            found = await self._read_some(wanted[begin : begin + 10 * READS_AT_A_TIME])
-            await self._keep_claims_alive()
-            ours |= {entry.record.write_id for entry in self._waiting}
-            for held in found:
-                self._take_in(held, sight, ours)
-
-    def _take_in(self, held: Held, sight: Sight, ours: Collection[str]) -> None:
-        settings = self._settings
-        sight.read(held, ours=ours, claim_seconds=settings.claim_seconds, settling_seconds=settings.settling_seconds)
-        if held.age_seconds > sight.oldest_seconds + READ_BACK_SECONDS and not held.record.may_have_bought_unseen:
-            self._old_names[held.record.item_id] = (held.etag, held.record.named_predictions)
-
-    async def _read_some(self, item_ids: Sequence[str]) -> list[Held]:
-        limit = asyncio.Semaphore(READS_AT_A_TIME)
-
-        async def read(item_id: str) -> Held | None:
-            async with limit:
-                return await self._ledger.read(item_id)
-
-        return [held for held in await asyncio.gather(*map(read, item_ids)) if held is not None]
-
-    async def _echo(self, prediction_id: str, doubts: _Doubts) -> Prediction | None:
-        """What the API says it was; None when it does not show it to us (yet)."""
-        if prediction_id in self._echoes:
-            return self._echoes[prediction_id]
-        request = await self._take_request()
-        try:
-            prediction = await self._client.get(prediction_id)
-        except Rejected:
-            # The key is good for the listing: what it is not good for is not ours, or too young to be seen.
-            now = asyncio.get_running_loop().time()
-            visible_at = _remember(self._invisible_since, prediction_id, now) + UNKNOWN_ID_GRACE_SECONDS
-            if visible_at > now:
-                doubts.again_at = max(doubts.again_at, visible_at)
-            return None
-        finally:
-            request.done()
-        return _remember(self._echoes, prediction_id, prediction)
 
     async def _adopt(self, entry: Unsettled, prediction_id: str) -> bool:
         """Whether the prediction has found its claim.
@@ -411,11 +303,3 @@ def _nobody_can_tell(entry: Unsettled, reason: str, cause: BaseException | None 
     )
     error.__cause__ = cause
     return error
-
-
-def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:
-    """What is remembered under the name: the first value, of the last 10,000 names."""
-    value = memory.setdefault(name, value)
-    while len(memory) > REMEMBERED:
-        memory.popitem(last=False)
-    return value

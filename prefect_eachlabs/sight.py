@@ -76,9 +76,7 @@ class Sight:
             age_seconds = (datetime.now(timezone.utc) - record.created_at).total_seconds()
             if record.state is RecordState.CANCELLED or record.cancel_requested:
                 self.lost.add(record.prediction_id)
-            elif (
-                held.age_seconds > settling_seconds and age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2
-            ):
+            elif held.age_seconds > settling_seconds and age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2:
                 self.must_show.add(record.prediction_id)
             row = self._by_id.get(record.prediction_id)
             if row is not None and row.created_at is not None:

@@ -53,7 +53,8 @@ def may_be_repeated(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
     return isinstance(error, EachlabsError) and error.retryable
 
 
-def _shortened(text: str, most: int = 48) -> str:
+def shortened(text: str, most: int = 48) -> str:
+    """One line of at most so many characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else line[: most - 1] + "…"
 
@@ -64,9 +65,9 @@ def _named(verb: str) -> Callable[..., str]:
     def run_name(parameters: dict[str, Any]) -> str:
         prediction = parameters.get("prediction") or parameters.get("finished")
         if isinstance(prediction, Prediction):
-            return f"{verb} {_shortened(prediction.item_id or prediction.id)}"
+            return f"{verb} {shortened(prediction.item_id or prediction.id)}"
         about = parameters.get("item_id") or prediction or parameters.get("prompt")
-        return f"{verb} {_shortened(str(about))}"
+        return f"{verb} {shortened(str(about))}"
 
     return run_name
 

@@ -87,8 +87,10 @@ class Seen(HTMLParser):
 
 
 def rendered(markdown: str) -> Seen:
-    """As the UI renders it: GitHub's markdown with raw HTML."""
-    return Seen(MarkdownIt("gfm-like", {"html": True, "linkify": False}).render(markdown))
+    """As the UIs render it: GitHub's markdown with raw HTML, which must be one block of HTML from end to end."""
+    tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(markdown)
+    assert [token.type for token in tokens] == ["html_block"]
+    return Seen(tokens[0].content)
 
 
 @pytest.mark.parametrize("prompt", HOSTILE)

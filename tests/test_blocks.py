@@ -85,6 +85,14 @@ def test_a_destination_that_cannot_be_right_is_refused(wrong: dict[str, Any]) ->
     assert SECRET not in str(refused.value)
 
 
+def test_a_field_of_text_is_one_field_in_the_form_and_takes_none_as_empty() -> None:
+    for block in (EachlabsCredentials, S3Destination):
+        fields = block.model_json_schema()["properties"]
+        plain = [name for name, field in fields.items() if field.get("type") == "string"]
+        assert len(plain) >= len(fields) - 3, fields
+    assert S3Destination(bucket="acme", region=None, endpoint_url=None).access().region is None
+
+
 def test_zero_means_no_limit_and_empty_means_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EACHLABS_MAX_IN_FLIGHT", "3")
     settings = EachlabsCredentials(api_key=KEY, requests_per_minute=0).account_settings()
@@ -124,7 +132,7 @@ class TestOnAServer:
         EachlabsCredentials(api_key=KEY, requests_per_minute=30, account="studio").save("studio", overwrite=True)
         loaded: EachlabsCredentials = load_block("studio", EachlabsCredentials)
         assert loaded.api_key.get_secret_value() == KEY
-        assert (loaded.requests_per_minute, loaded.account, loaded.base_url) == (30, "studio", None)
+        assert (loaded.requests_per_minute, loaded.account, loaded.base_url) == (30, "studio", "")
         assert KEY not in asyncio.run(self._secrets_of("studio"))
         assert KEY not in repr(loaded)
 

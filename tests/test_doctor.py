@@ -11,6 +11,7 @@ import pytest
 from prefect_eachlabs.cli import main
 from prefect_eachlabs.commands import doctor, doctor_server
 from prefect_eachlabs.commands.findings import Finding, State
+from prefect_eachlabs.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.limits_admin import LimitStatus
 from prefect_eachlabs.object_store import PreconditionFailed
 from prefect_eachlabs.pacing import Kind
@@ -50,8 +51,9 @@ def test_without_a_key_it_says_so_and_asks_nobody(capsys: pytest.CaptureFixture[
 def test_a_refused_key_is_told_apart_from_an_api_that_is_away(
     studio: Studio, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    studio.api.set_faults("executions:unauthorized,next=1")
-    status, found, _ = findings(capsys)
+    with EmulatorServer(EmulatorOptions(api_keys=frozenset({"another-key"}))) as strict:
+        monkeypatch.setenv("EACHLABS_BASE_URL", strict.url)
+        status, found, _ = findings(capsys)
     assert status == 2
     assert "refuses the key" in found["API"]["said"]
     monkeypatch.setenv("EACHLABS_BASE_URL", "http://127.0.0.1:9")

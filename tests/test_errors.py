@@ -12,9 +12,7 @@ import pytest
 from prefect_eachlabs import errors
 from prefect_eachlabs.errors import EachlabsError, without_query
 
-CLASSES = [
-    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, EachlabsError)
-]
+CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, EachlabsError)]
 KINDS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
 MAY_BE_REPEATED = {

@@ -17,7 +17,7 @@ _ABOVE_THE_LINE = """
     client once catalogue
     durations sweeping watched listing timing schedule answers watching
     download probing
-    records decisions references orders echoes markers sight settling finishing purchasing
+    records decisions references orders echoes markers sight looking settling finishing purchasing
     shop steps janitor engine
     gateway
     retrying contact_sheet batches

@@ -143,9 +143,7 @@ def test_settings_are_hashable_and_equal_by_value() -> None:
 def test_the_times_of_a_purchase_fit_into_the_life_of_its_claim(claim_seconds: float) -> None:
     settings = AccountSettings(api_key=KEY, claim_seconds=claim_seconds)  # type: ignore[arg-type]  # as above
     longest = (
-        settings.post_begins_within_seconds
-        + settings.post_given_up_after_seconds
-        + settings.freeze_margin_seconds
+        settings.post_begins_within_seconds + settings.post_given_up_after_seconds + settings.freeze_margin_seconds
     )
     assert longest <= claim_seconds + 1e-9
     if claim_seconds == 60.0:

@@ -234,9 +234,7 @@ def test_what_a_record_or_this_process_names_is_no_candidate() -> None:
     assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["e"]
 
 
-@pytest.mark.parametrize(
-    ("age_seconds", "blind"), [(59.0, False), (61.0, True), (900.0, True), (2000.0, False)]
-)
+@pytest.mark.parametrize(("age_seconds", "blind"), [(59.0, False), (61.0, True), (900.0, True), (2000.0, False)])
 def test_a_list_is_blind_that_does_not_show_what_it_must(age_seconds: float, blind: bool) -> None:
     made = datetime.now(timezone.utc) - timedelta(seconds=age_seconds)
     assert (look([], known(age_seconds, machine=made)).blind_for() is not None) is blind

@@ -73,7 +73,7 @@ class TestOnAServer:
         block: Any = EachlabsCredentials.load("of-setup")
         assert (block.account, block.max_in_flight, block.requests_per_minute) == ("studio", 3, None)
         place: Any = S3Destination.load("of-setup")
-        assert (place.bucket, place.region, place.access_key_id) == ("acme-pictures", "eu-central-1", None)
+        assert (place.bucket, place.region, place.access_key_id) == ("acme-pictures", "eu-central-1", "")
         _loaded.clear()
 
     def test_without_a_key_the_types_are_registered_all_the_same(self) -> None:

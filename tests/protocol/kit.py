@@ -57,45 +57,6 @@ KEY = "kit-key-0123456789"
 BASE_URL = "https://api.invalid"
 DESTINATION = Destination.parse("s3://bucket/kit")
 
-_process: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
-"""Whose code is running."""
-
-
-class MachineDatetime(datetime):
-    """`datetime` whose now is the loop's time, off by the error of the machine whose code asks."""
-
-    @classmethod
-    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
-        process = _process.get()
-        seconds = asyncio.get_running_loop().time() + (process.clock_error_seconds if process else 0.0)
-        return (MACHINE_DATE + timedelta(seconds=seconds)).astimezone(tz)
-
-
-async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """As the client's own, for a process that the kit has frozen: its timers stand still."""
-    process = _process.get()
-    task = asyncio.ensure_future(work)
-    while seconds > 0 and not task.done():
-        await asyncio.wait({task}, timeout=min(seconds, 1.0))
-        if process is None or not process.is_frozen:
-            seconds -= 1.0
-    if task.done():
-        return task.result()
-    task.cancel()
-    await asyncio.wait({task})
-    raise asyncio.TimeoutError
-
-
-def patched_clocks() -> Callable[[], None]:
-    """The rooms that ask a machine what time it is ask the loop, until what is returned is called."""
-    patch = pytest.MonkeyPatch()
-    for name, room in list(sys.modules.items()):
-        if name.startswith("prefect_eachlabs.") and getattr(room, "datetime", None) is datetime:
-            patch.setattr(room, "datetime", MachineDatetime)
-    patch.setattr(client_room, "within_waking_seconds", within_waking_seconds)
-    return patch.undo
-
-
 def wanted(number: int = 1, *, prompt: str | None = None, item_id: str | None = None, **input: Any) -> Item:
     """An item of its own for each number; equal prompts are equal inputs."""
     return Item.wanted(prompt or f"picture {number}", item_id=item_id or f"item-{number}", input=input)
@@ -298,9 +259,7 @@ class Process:
         self.settings = world.settings.model_copy(update=settings)
         self.engine = Engine(
             self.settings,
-            LocalLots(
-                requests_per_minute=self.settings.requests_per_minute, max_in_flight=self.settings.max_in_flight
-            ),
+            LocalLots(requests_per_minute=self.settings.requests_per_minute, max_in_flight=self.settings.max_in_flight),
             lambda _destination, _access: _Store(self),
             client=EachlabsClient(self.settings, transport=_Transport(self)),
             downloader=Downloader(_Transport(self)),
@@ -436,70 +395,3 @@ class Process:
     async def _latency(self) -> None:
         share = 0.5 if self._jitter is None else self._jitter.random()
         await asyncio.sleep(self.world.latency_seconds * share)
-
-
-def _store_failed(said: str) -> Exception:
-    return StoreFailed(said)
-
-
-class _Store:
-    """The bucket as one process reaches it."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self._store = process.world.store
-
-    def uri(self, key: str) -> str:
-        return self._store.uri(key)
-
-    async def get(self, key: str) -> StoredObject | None:
-        return await self._process.perform(f"S3 GET {key}", lambda: self._store.get(key), _store_failed, None)
-
-    async def head(self, key: str) -> StoredObject | None:
-        return await self._process.perform(f"S3 HEAD {key}", lambda: self._store.head(key), _store_failed, None)
-
-    async def put(self, key: str, body: bytes, **given: Any) -> str:
-        said = ""
-        if key.endswith(".json"):
-            record = json.loads(body)
-            said = f" {record['state']}{' ' + record['intent'] if record.get('intent') else ''}"
-        again = PreconditionFailed("boto3 repeated it")
-        return await self._process.perform(
-            f"S3 PUT {key}{said}", lambda: self._store.put(key, body, **given), _store_failed, again
-        )
-
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
-        async def rows() -> list[ListedObject]:
-            return [row async for row in self._store.list(prefix, start_after=start_after)]
-
-        for row in await self._process.perform(f"S3 LIST {prefix}", rows, _store_failed, None):
-            yield row
-
-    async def presigned_get(self, key: str, *, expires_seconds: int) -> str:
-        return await self._store.presigned_get(key, expires_seconds=expires_seconds)
-
-
-class _Transport(httpx.AsyncBaseTransport):
-    """The network as one process reaches it; closing it leaves the emulator standing."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-
-    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        await request.aread()
-
-        async def deliver() -> httpx.Response:
-            hidden = self._process.world.hidden.get(request.url.path.rpartition("/")[2])
-            if hidden is not None:
-                return httpx.Response(hidden, json={"error": "not for you"}, request=request)
-            return await self._process.world.transport.handle_async_request(request)
-
-        def fail(said: str) -> Exception:
-            return httpx.ReadError(said, request=request)
-
-        path = request.url.path
-        name = f"{request.method} {path.rstrip('/')}" if path.startswith("/v1/") else f"DOWNLOAD {path}"
-        return await self._process.perform(name, deliver, fail, None)
-
-    async def aclose(self) -> None:
-        """The emulator is everybody's."""

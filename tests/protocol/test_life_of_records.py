@@ -52,9 +52,7 @@ class LifeOfRecords(RuleBasedStateMachine):
         service_seconds=st.sampled_from([0.5, 5.0, 40.0]),
         echo=st.sampled_from([None, "echo_defaults", "echo_text"]),
     )
-    def begin(
-        self, skew_hours: int, listing_delay_seconds: float, service_seconds: float, echo: str | None
-    ) -> None:
+    def begin(self, skew_hours: int, listing_delay_seconds: float, service_seconds: float, echo: str | None) -> None:
         self.lasting = (EmulatorFault(on="prediction", kind=echo),) if echo else ()
 
         async def make() -> World:

@@ -1,9 +1,10 @@
-"""What is bought again is bought on purpose: replacing, rebuying, trying a failure again; and what is not, is refused."""
+"""What is bought again is bought on purpose: replacing, rebuying, trying a failure again; the rest is refused."""
 
 from __future__ import annotations
 
 import asyncio
 
+import httpx
 import pytest
 
 from prefect_eachlabs.errors import (
@@ -11,10 +12,10 @@ from prefect_eachlabs.errors import (
     DownloadFailed,
     ItemConflict,
     KeyRefused,
+    NotSent,
     PictureMissing,
     PredictionFailed,
     Rejected,
-    SetupError,
 )
 from prefect_eachlabs.records import RecordState
 from tests.protocol.kit import World, play, wanted
@@ -174,9 +175,6 @@ def test_a_redirect_is_a_fault_of_the_set_up_and_leaves_no_item_failed() -> None
 
 def test_a_connection_that_never_came_about_leaves_a_claim_that_is_free_at_once() -> None:
     """`refuse` at the POST is a lost answer; here the connection itself is refused."""
-    import httpx
-
-    from prefect_eachlabs.errors import NotSent
 
     async def story() -> None:
         world = World()
@@ -316,53 +314,3 @@ def test_buying_a_missing_picture_again_is_bought_once_whatever_is_killed(pictur
     first = 1 if picture == "gone from the bucket" else 18  # when it is written down that it is gone
     for at in range(first, boundaries + 1):
         play(lambda at=at: story(at))  # type: ignore[misc]  # mypy infers no lambda with a default
-
-
-# ----------------------------------------------------------------- stores without conditions
-
-
-@pytest.mark.parametrize("fault", [None, "lose"])
-def test_a_store_that_ignores_conditions_is_found_out_before_anything_is_bought(fault: str | None) -> None:
-    async def story() -> None:
-        world = World(honours_conditions=False)
-        process = world.process(by_name=[("S3 PUT", fault, 1)] if fault else [])  # type: ignore[list-item]  # a fault
-        with pytest.raises(SetupError, match="EACHLABS_CONDITIONAL_WRITES=ignore"):
-            await process.obtain(A)
-        assert process.count("POST") == 0
-
-    play(story)
-
-
-def test_a_store_that_ignores_conditions_may_be_used_on_purpose() -> None:
-    async def story() -> None:
-        world = World(honours_conditions=False)
-        await world.process(conditional_writes="ignore").obtain(A)
-        world.check([A])
-
-    play(story)
-
-
-@pytest.mark.parametrize("conditional_writes", ["require", "ignore"])
-def test_what_is_presumed_new_and_is_not_keeps_its_record_in_a_store_that_ignores_conditions(
-    conditional_writes: str,
-) -> None:
-    async def story() -> None:
-        world = World(honours_conditions=False)
-        await world.process(conditional_writes="ignore").obtain(A)
-        again = world.process(conditional_writes=conditional_writes)
-        assert (await again.obtain(A, presume_new=True)).reused
-        world.check([A])
-
-    play(story)
-
-
-def test_what_is_presumed_new_and_is_not_is_refused_by_the_bucket() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(A)
-        process = world.process()
-        await process.obtain(wanted(7))
-        assert (await process.obtain(A, presume_new=True)).reused
-        world.check([A, wanted(7)])
-
-    play(story)

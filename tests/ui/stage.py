@@ -146,8 +146,9 @@ class PostgreSQL:
 class Stage:
     """Server, workers and commands, all with homes of their own."""
 
-    def __init__(self, folder: Path, database_url: str | None) -> None:
+    def __init__(self, folder: Path, database_url: str | None, given: Mapping[str, str]) -> None:
         self.folder = folder
+        self.given = dict(given)
         self._database_url = database_url
         self._port = free_port()
         self.ui = f"http://127.0.0.1:{self._port}"
@@ -156,10 +157,11 @@ class Stage:
         self.workers: list[Process] = []
 
     def environment(self, home: str, **more: str) -> dict[str, str]:
-        """The test's own (where the API and the bucket are), with a Prefect home and this server."""
+        """The test's own, where the API and the bucket are, a Prefect home, and this server."""
         (self.folder / home).mkdir(exist_ok=True)
         return {
             **os.environ,
+            **self.given,
             "PREFECT_HOME": str(self.folder / home),
             "PREFECT_API_URL": self.url,
             "PREFECT_LOGGING_LEVEL": "INFO",
@@ -168,7 +170,12 @@ class Stage:
         }
 
     def start_server(self) -> None:
-        environment = self.environment("server", PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=LEASES)
+        environment = self.environment(
+            "server",
+            PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=LEASES,
+            PREFECT_SERVER_UI_API_URL=self.url,  # else the page looks for its API on port 4200
+            PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
+        )
         del environment["PREFECT_API_URL"]
         if self._database_url is not None:
             environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = self._database_url
@@ -260,6 +267,19 @@ class Stage:
         """As the UI does."""
         self.ask("POST", f"/flow_runs/{run_id}/set_state", {"state": {"type": "CANCELLING"}, "force": False})
 
+    def process_of(self, run_id: str) -> int | None:
+        """The process in which a worker runs a flow run."""
+        wanted = f"PREFECT__FLOW_RUN_ID={run_id}".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                    return int(folder.name)
+        return None
+
+    def kill_run(self, run_id: str) -> None:
+        """SIGKILL to a flow run's process: what the kernel does when memory is short."""
+        os.kill(until(lambda: self.process_of(run_id), 30, "the run has a process"), signal.SIGKILL)
+
     def artifacts(self, run_id: str) -> list[dict[str, Any]]:
         body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}
         found: list[dict[str, Any]] = self.ask("POST", "/artifacts/filter", body)
@@ -270,8 +290,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, database_url: str | None) -> Iterator[Stage]:
-    stage = Stage(folder, database_url)
+def opened(folder: Path, database_url: str | None, given: Mapping[str, str]) -> Iterator[Stage]:
+    stage = Stage(folder, database_url, given)
     try:
         stage.start_server()
         yield stage

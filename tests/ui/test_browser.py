@@ -1,0 +1,145 @@
+"""What an operator does and sees, in a browser, in both of Prefect's UIs."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.ui.conftest import PLACE, Studio
+from tests.ui.stage import until
+
+pytestmark = pytest.mark.slow
+
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PATIENCE_MS = 60_000
+UIS = pytest.mark.parametrize(("ui", "base"), [("v1", ""), ("v2", "/v2")])
+
+
+@pytest.fixture(scope="module")
+def browser(require_tool: Callable[[str], Path]) -> Iterator[Any]:
+    """The system's own chromium: a browser that playwright would download is another program."""
+    chromium = require_tool("chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(chromium), args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    # The UI would ask a telemetry host for its settings.
+    context.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE_MS)
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    yield page
+    context.close()
+    assert not dialogs, "a script of somebody else's ran"
+
+
+def photograph(page: Any, name: str, folder: Path) -> None:
+    """Into docs/ when asked to (PHOTOGRAPH=1), else where tests put their things."""
+    page.wait_for_timeout(1_500)  # what moves comes to rest
+    where = ROOT / "docs" if os.environ.get("PHOTOGRAPH") else folder
+    page.screenshot(path=str(where / f"ui-{name}.png"))
+
+
+def text_box(page: Any, name: str) -> Any:
+    """The field of a parameter: the first text box after its label."""
+    return page.locator(
+        f'xpath=//label[normalize-space(.)="{name}" or starts-with(normalize-space(.), "{name} (")]'
+        "/following::textarea[1]"
+    )
+
+
+@UIS
+def test_an_operator_fills_in_the_form_and_sees_the_picture(
+    ui: str, base: str, studio: Studio, page: Any, tmp_path: Path
+) -> None:
+    prompt = f"a lighthouse in a storm, painted in {ui} <b>bold</b> | [strokes](https://example.invalid)"
+    deployment = studio.stage.deployment("generate-image/generate-image")
+    page.goto(f"{studio.stage.ui}{base}/deployments/deployment/{deployment['id']}/run")
+    text_box(page, "prompt").fill(prompt)
+    text_box(page, "destination").fill(PLACE)
+    text_box(page, "item_id").fill(f"lighthouse-{ui}")
+    photograph(page, f"{ui}-form", tmp_path)
+    page.get_by_role("button", name="Submit").click()
+
+    def submitted() -> str | None:
+        wanted = {"deployment_id": {"any_": [deployment["id"]]}}
+        runs = studio.stage.ask("POST", "/flow_runs/filter", {"flow_runs": wanted})
+        found = [run for run in runs if run["parameters"].get("item_id") == f"lighthouse-{ui}"]
+        return str(found[0]["id"]) if found else None
+
+    run_id = until(submitted, 30, "the form was submitted")
+    run = studio.stage.ended(run_id)
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    page.goto(f"{studio.stage.ui}{base}/runs/flow-run/{run_id}")
+    page.get_by_text(f"lighthouse-{ui}").first.wait_for()
+    photograph(page, f"{ui}-run", tmp_path)
+
+    (artifact,) = studio.stage.artifacts(run_id)
+    page.goto(f"{studio.stage.ui}{base}/artifacts/artifact/{artifact['id']}")
+    picture = page.locator('img[src^="data:image/jpeg"]')
+    picture.wait_for()
+    assert picture.evaluate("image => [image.complete, image.naturalWidth, image.clientWidth]") == [True, 256, 320]
+    page.get_by_text(prompt, exact=True).wait_for()
+    assert page.locator('a[href*="example.invalid"]').count() == 0
+    page.get_by_text(f"{PLACE}/images/lighthouse-{ui}.png").first.wait_for()
+    photograph(page, f"{ui}-picture", tmp_path)
+
+
+@UIS
+def test_the_blocks_forms_show_every_field(ui: str, base: str, studio: Studio, page: Any, tmp_path: Path) -> None:
+    page.goto(f"{studio.stage.ui}{base}/blocks/catalog/eachlabs-credentials/create")
+    for title in ("API key", "Base URL", "Authentication", "Account", "Requests a minute", "Predictions in flight"):
+        page.get_by_text(title, exact=False).first.wait_for()
+    photograph(page, f"{ui}-block", tmp_path)
+    page.goto(f"{studio.stage.ui}{base}/blocks/catalog/eachlabs-s3-destination/create")
+    for title in ("Bucket", "Prefix", "Region", "Endpoint", "AWS Credentials block", "KMS key", "Storage class"):
+        page.get_by_text(title, exact=False).first.wait_for()
+
+
+@UIS
+def test_a_run_is_cancelled_from_the_browser(ui: str, base: str, studio: Studio, page: Any) -> None:
+    prompt, item_id = f"a snail on its way in {ui}", f"snail-{ui}"
+    studio.api.set_faults("prediction:slow,seconds=120,matching=snail")
+    run_id = studio.stage.run("generate-image/generate-image", prompt=prompt, destination=PLACE, item_id=item_id)
+    page.goto(f"{studio.stage.ui}{base}/runs/flow-run/{run_id}")
+    until(lambda: (studio.record(item_id) or {}).get("state") == "created", 120, "the snail is bought")
+    page.get_by_text("Running").first.wait_for()
+    press_cancel(page, ui)
+    until(lambda: studio.predictions(prompt)[0]["status"] == "cancelled", 40, "the prediction is cancelled")
+    assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
+    studio.api.set_faults()
+    record = studio.record(item_id)
+    assert record is not None
+    assert record["state"] == "cancelled"
+
+
+def press_cancel(page: Any, ui: str) -> None:
+    """The run page's button (V1) or menu (V2), then the question whether one is sure."""
+    button = page.get_by_role("button", name="Cancel", exact=True)
+    if button.count() == 0:
+        page.locator("header button, button[aria-haspopup=menu]").last.click()
+        page.get_by_role("menuitem", name="Cancel").first.click()
+    else:
+        button.first.click()
+    page.get_by_role("dialog").get_by_role("button", name=re.compile("Cancel|Confirm")).last.click()

@@ -1,0 +1,165 @@
+"""Deployments through a worker: run, cancelled, killed, scheduled; what the server and the bucket say afterwards."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Any
+
+import pytest
+
+from tests.ui.conftest import PLACE, Studio
+from tests.ui.stage import until
+
+pytestmark = pytest.mark.slow
+
+IMAGE = "generate-image/generate-image"
+TO_THE_BLOCK = "eachlabs-s3-destination/default"
+
+
+def form(studio: Studio, name: str) -> dict[str, Any]:
+    fields: dict[str, Any] = studio.stage.deployment(name)["parameter_openapi_schema"]["properties"]
+    return fields
+
+
+def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio) -> None:
+    batch = studio.stage.deployment("generate-batch/generate-batch")
+    assert batch["global_concurrency_limit"]["limit"] == 1
+    assert batch["concurrency_options"]["collision_strategy"] == "CANCEL_NEW"
+    for name, cron in (
+        ("generate-batch/generate-batch", "0 2 * * *"),
+        ("scheduled-image/scheduled-image", "0 6 * * *"),
+        ("settle/settle", "30 5 * * *"),
+    ):
+        (schedule,) = studio.stage.deployment(name)["schedules"]
+        assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (cron, "Europe/Berlin")
+    for name in (IMAGE, "generate-batch/generate-batch", "scheduled-image/scheduled-image", "settle/settle"):
+        for field, facts in form(studio, name).items():
+            assert facts["description"], f"{name}: {field} has no description"
+            kinds = {facts.get("type"), *(one.get("type") for one in facts.get("anyOf", ()))} - {None, "null"}
+            assert kinds <= {"string", "integer", "number", "boolean"}, f"{name}: {field} is not flat: {facts}"
+
+
+def test_set_up_twice_and_looked_at_all_is_well(studio: Studio) -> None:
+    again = json.loads(studio.stage.command("prefect-eachlabs", "setup", "--destination", PLACE, "--json").stdout)
+    assert set(again["work_pool"].values()) | set(again["blocks"].values()) == {"there"}
+    seen = studio.stage.command("prefect-eachlabs", "doctor", "--to", TO_THE_BLOCK, "--json", status=None)
+    found = {one["about"]: one for one in json.loads(seen.stdout)["findings"]}
+    assert {one["state"] for one in found.values()} == {"ok"}, found
+    assert found["leases"]["said"] == "filesystem"
+    assert "a-key-of-tests" not in seen.stdout + seen.stderr
+
+
+def test_a_run_leaves_a_picture_an_artifact_and_events(studio: Studio) -> None:
+    billed = studio.api.tallies()["billed"]
+    run_id = studio.stage.run(IMAGE, prompt="a <red> fox", destination=TO_THE_BLOCK, item_id="fox")
+    run = studio.stage.ended(run_id)
+    assert (run["state"]["type"], run["name"]) == ("COMPLETED", "fox")
+    (artifact,) = studio.stage.artifacts(run_id)
+    assert artifact["key"] == "eachlabs-fox"
+    assert 'src="data:image/jpeg;base64,' in artifact["data"]
+    record = studio.record("fox")
+    assert record is not None
+    assert record["state"] == "stored"
+    assert studio.api.tallies()["billed"] == billed + 1
+
+    def told() -> list[dict[str, Any]] | None:
+        where = {"event": {"prefix": ["eachlabs."]}, "resource": {"id": [f"eachlabs.prediction.{record_id}"]}}
+        events: list[dict[str, Any]] = studio.stage.ask("POST", "/events/filter", {"filter": where})["events"]
+        return events if len(events) == 2 else None
+
+    record_id = record["prediction_id"]
+    events = until(told, 30, "both events are on the server")
+    assert {one["event"].rpartition(".")[2] for one in events} == {"created", "succeeded"}
+    roles = {related["prefect.resource.role"] for related in events[0]["related"]}
+    assert roles >= {"flow-run", "flow", "deployment", "task-run"}
+    assert "fox>" not in json.dumps(events)
+    assert "a-key-of-tests" not in json.dumps(studio.stage.flow_run(run_id))
+
+
+def test_cancelling_a_run_cancels_its_prediction_and_the_next_run_buys_again(studio: Studio) -> None:
+    studio.api.set_faults("prediction:slow,seconds=120,matching=wanders")
+    run_id = studio.stage.run(IMAGE, prompt="a cat that wanders", destination=PLACE, item_id="cat")
+    until(lambda: (studio.record("cat") or {}).get("state") == "created", 120, "the cat is bought")
+    began = time.monotonic()
+    studio.stage.cancel(run_id)
+    until(
+        lambda: studio.predictions("a cat that wanders")[0]["status"] == "cancelled", 30, "the prediction is cancelled"
+    )
+    seconds = time.monotonic() - began
+    print(f"cancelled {seconds:.1f} s after the order")
+    assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
+    record = studio.record("cat")
+    assert record is not None
+    assert (record["state"], record["cancel_requested"]) == ("cancelled", True)
+    studio.api.set_faults()
+    again = studio.stage.run(IMAGE, prompt="a cat that wanders", destination=PLACE, item_id="cat")
+    assert studio.stage.ended(again)["state"]["type"] == "COMPLETED"
+    assert [one["status"] for one in studio.predictions("a cat that wanders")] == ["cancelled", "success"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fault", "state"),
+    [
+        ("a dog that lingers", "prediction:slow,seconds=8,matching=lingers", "created"),
+        ("a cow whose answer is late", "create:late_answer,seconds=8,matching=whose", "claimed"),
+    ],
+)
+def test_a_run_killed_after_its_post_is_finished_by_the_next_one_and_billed_once(
+    studio: Studio, prompt: str, fault: str, state: str
+) -> None:
+    item_id = prompt.split()[1]
+    studio.api.set_faults(fault)
+    run_id = studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id=item_id)
+    until(lambda: studio.predictions(prompt), 120, "it is bought", every_seconds=0.05)
+    until(lambda: (studio.record(item_id) or {}).get("state") == state, 5, f"its record says {state}")
+    studio.stage.kill_run(run_id)
+    studio.api.set_faults()
+    record = studio.record(item_id)
+    assert record is not None
+    assert record["state"] == state
+    assert studio.stage.ended(run_id)["state"]["type"] == "CRASHED"
+    again = studio.stage.ended(studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id=item_id))
+    assert again["state"]["type"] == "COMPLETED", again["state"]["message"]
+    assert [one["status"] for one in studio.predictions(prompt)] == ["success"]
+
+
+def test_a_scheduled_run_fires_by_itself_and_another_of_that_date_buys_nothing(studio: Studio) -> None:
+    deployment = studio.stage.deployment("scheduled-image/scheduled-image")
+    first = datetime.now(timezone.utc) + timedelta(seconds=5)
+    path = f"/deployments/{deployment['id']}/schedules"
+    parameters = {"prompt_template": "a lighthouse on a {date:%A}", "destination": PLACE, "time_zone": "UTC"}
+    schedule = {
+        "schedule": {"interval": 86_400, "anchor_date": first.isoformat()},
+        "active": True,
+        "parameters": parameters,
+    }
+    (made,) = studio.stage.ask("POST", path, [schedule])
+
+    def fired() -> dict[str, Any] | None:
+        wanted = {"deployment_id": {"any_": [deployment["id"]]}, "state": {"type": {"any_": ["COMPLETED"]}}}
+        runs: list[dict[str, Any]] = studio.stage.ask("POST", "/flow_runs/filter", {"flow_runs": wanted})
+        return runs[0] if runs else None
+
+    try:
+        run = until(fired, 180, f"the schedule fires; {studio.stage.tails()}", every_seconds=1)
+    finally:
+        studio.stage.ask("DELETE", f"{path}/{made['id']}")
+    assert (run["auto_scheduled"], run["name"]) == (True, first.strftime("%Y-%m-%d"))
+    again = studio.stage.ended(studio.stage.run("scheduled-image/scheduled-image", **parameters))
+    assert again["state"]["type"] == "COMPLETED", again["state"]["message"]
+    assert len(studio.predictions(f"a lighthouse on a {first:%A}")) == 1
+
+
+def test_the_janitor_runs_as_a_deployment(studio: Studio) -> None:
+    run = studio.stage.ended(studio.stage.run("settle/settle"))
+    assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+    (artifact,) = studio.stage.artifacts(run["id"])
+    assert artifact["key"] == "eachlabs-settle"
+
+
+def test_the_example_automations_are_taken(studio: Studio) -> None:
+    studio.stage.command("prefect", "automation", "create", "--from-file", "deployments/automation.yaml")
+    names = {one["name"] for one in studio.stage.ask("POST", "/automations/filter", {})}
+    assert len([name for name in names if name.startswith("eachlabs-")]) == 2
