@@ -6,10 +6,13 @@ in the report.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -38,11 +41,12 @@ from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.events import batch_finished
 from prefect_eachlabs.gateway import Gateway
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
+from prefect_eachlabs.shards import MOST_SHARDS, other_shards
 
 logger = logging.getLogger(__name__)
 
 CHUNK_SIZE = 20
-MOST_IN_A_CHUNK = 500
+MOST_IN_A_CHUNK = 100
 DAY_SECONDS = 86_400
 
 
@@ -111,6 +115,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     chunk_size: int = CHUNK_SIZE,
     presigned_days: float | None = None,
     credentials_block: str | None = None,
+    shards: int = 1,
 ) -> State[dict[str, Any]]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
@@ -129,10 +134,11 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         replace: Buy although an id stands for another input.
         rebuy_missing: Buy again what is gone from the bucket.
         on_ambiguous: After a lost answer: settle (find out what it bought) or fail (report it).
-        chunk_size: Pictures to a task run, 1 to 500.
+        chunk_size: Pictures to a task run, 1 to 100.
         presigned_days: The report's page links pictures by presigned URLs that anybody may open for so long, 7 at
             most. Empty: by paths beside the page.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
 
     Returns:
         The counts (stored, reused, failed, ambiguous, skipped), costs, and where the report is.
@@ -145,8 +151,10 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         raise BadInput(f"budget_usd: {budget_usd:g} must be greater than 0.")
     if not fail_above >= 0:
         raise BadInput(f"fail_above: {fail_above:g} must not be negative.")
-    place, access = where(_target(destination))
-    gateway = gateway_of(credentials_block or None)
+    if not 1 <= shards <= MOST_SHARDS:
+        raise BadInput(f"shards: {shards} must be 1 to {MOST_SHARDS}.")
+    if shards > 1 and budget_usd is not None:
+        raise BadInput("shards: a budget is kept by one worker: give shards=1 with budget_usd, or no budget.")
     options = BatchOptions(
         run_id=_run_id(),
         budget_usd=budget_usd,
@@ -156,28 +164,130 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         on_ambiguous=on_ambiguous,
         presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
     )
-    defaults = Defaults(check_model_name(model), version or None)
-    worker = ThreadWorker()
-    try:
+    table = Table(source.strip(), destination, batch_id or None, model, version or None, credentials_block or None)
+    if dry_run:
+        return _planned(table, options)
+    if shards == 1:
+        return _state(table.drive(options, chunk_size), fail_above)
+    parameters = {
+        "source": source,
+        "destination": destination,
+        "batch_id": batch_id,
+        "model": model,
+        "version": version,
+        "replace": replace,
+        "rebuy_missing": rebuy_missing,
+        "retry_failed": retry_failed,
+        "on_ambiguous": on_ambiguous,
+        "chunk_size": chunk_size,
+        "credentials_block": credentials_block,
+    }
+    with other_shards(shards, parameters) as others:
+        table.drive(dataclasses.replace(options, shard=(0, shards)), chunk_size)
+        # What failed in this very run is not tried again, and what it bought is its own.
+        bought_here = frozenset({options.run_id, *(run_id.hex for run_id in others)})
+        everything = dataclasses.replace(options, retry_failed=False, bought_here=bought_here)
+        result = table.drive(everything, chunk_size)
+    return _state(result, fail_above)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, where its pictures go, and who buys them; opened as often as it is gone through."""
+
+    source: str
+    destination: str
+    batch_id: str | None
+    model: str
+    version: str | None
+    credentials_block: str | None
+
+    def open(self, options: BatchOptions, worker: ThreadWorker) -> tuple[Batch, Gateway]:
+        """The batch, opened; nothing is bought yet."""
+        place, access = where(_target(self.destination))
+        gateway = gateway_of(self.credentials_block)
+        defaults = Defaults(check_model_name(self.model), self.version)
         opened = open_batch(
             gateway.engine,
-            source.strip(),
+            self.source,
             place,
             options,
-            batch_id=batch_id or None,
+            batch_id=self.batch_id,
             access=access,
             defaults=defaults,
             worker=worker,
         )
-        batch = gateway.call(opened)
-        if dry_run:
-            plan = gateway.call(plan_batch(batch, gateway.settings))
-            counts = f"{plan.new} new, {plan.reused} there, {plan.failed} that cannot be bought"
-            return Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json())
-        result = _Drive(batch, gateway, chunk_size).run()
+        return gateway.call(opened), gateway
+
+    def drive(self, options: BatchOptions, chunk_size: int) -> BatchResult:
+        """Goes through it once. **Costs money.**"""
+        worker = ThreadWorker()
+        try:
+            batch, gateway = self.open(options, worker)
+            return _Drive(batch, gateway, chunk_size).run()
+        finally:
+            worker.close()
+
+
+def _planned(table: Table, options: BatchOptions) -> State[dict[str, Any]]:
+    worker = ThreadWorker()
+    try:
+        batch, gateway = table.open(options, worker)
+        plan = gateway.call(plan_batch(batch, gateway.settings))
     finally:
         worker.close()
-    return _state(result, fail_above)
+    counts = f"{plan.new} new, {plan.reused} there, {plan.failed} that cannot be bought"
+    return Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json())
+
+
+@flow(name="generate-shard", description="A share of a batch; generate-batch with shards=N starts it.")
+def generate_shard(  # noqa: PLR0917 - Prefect's parameters
+    source: str,
+    destination: str,
+    shard: int,
+    shards: int,
+    batch_id: str | None = None,
+    model: str = DEFAULT_MODEL,
+    version: str | None = None,
+    replace: bool = False,
+    rebuy_missing: bool = False,
+    retry_failed: bool = False,
+    on_ambiguous: Literal["settle", "fail"] = "settle",
+    chunk_size: int = CHUNK_SIZE,
+    credentials_block: str | None = None,
+) -> dict[str, Any]:
+    """One share of a batch. Started by `generate-batch` with shards=N, not by people. **Costs money** once a row.
+
+    Args:
+        source: As for generate-batch, readable on every worker.
+        destination: As for generate-batch.
+        shard: Which share: 0 to shards - 1.
+        shards: How many there are.
+        batch_id: As for generate-batch.
+        model: As for generate-batch.
+        version: As for generate-batch.
+        replace: As for generate-batch.
+        rebuy_missing: As for generate-batch.
+        retry_failed: As for generate-batch.
+        on_ambiguous: As for generate-batch.
+        chunk_size: As for generate-batch.
+        credentials_block: As for generate-batch.
+
+    Returns:
+        The counts of this share; the batch's own report has every row.
+    """
+    if not 0 <= shard < shards <= MOST_SHARDS:
+        raise BadInput(f"shard: {shard} of {shards} must be 0 to shards - 1, and at most {MOST_SHARDS} shards.")
+    options = BatchOptions(
+        run_id=_run_id(),
+        replace=replace,
+        rebuy_missing=rebuy_missing,
+        retry_failed=retry_failed,
+        on_ambiguous=on_ambiguous,
+        shard=(shard, shards),
+    )
+    table = Table(source.strip(), destination, batch_id or None, model, version or None, credentials_block or None)
+    return table.drive(options, chunk_size).as_json()
 
 
 def _target(destination: str) -> S3Destination | str:
@@ -218,7 +328,9 @@ class _Drive:
         # A chunk's last pictures come late; one chunk more keeps the account busy meanwhile.
         self._most_chunks = -(-window_for(gateway.settings.max_in_flight) // chunk_size) + 1
         self._free = threading.Semaphore(self._most_chunks)
-        self._in_the_air: dict[int, tuple[PrefectFuture[Any], Chunk]] = {}
+        self._in_the_air: dict[int, PrefectFuture[Any]] = {}
+        """Held until they have landed: Prefect complains of futures that nobody keeps."""
+        self._landed: deque[Chunk] = deque()
         self._progress = ProgressShown(batch, gateway)
 
     def run(self) -> BatchResult:
@@ -232,8 +344,9 @@ class _Drive:
                 self._submit(Chunk(number, rows, self._batch, self._gateway))
             for _ in range(self._most_chunks):
                 self._wait_for_room()
-            self._gather()
             self._progress.show(at_the_end=True)
+            if self._batch.options.shard is not None:
+                return self._gateway.call(self._batch.finish_shard())
             result = self._gateway.call(self._batch.finish())
             self._show_report(result)
             batch_finished(result.as_json())
@@ -247,24 +360,27 @@ class _Drive:
 
     def _submit(self, chunk: Chunk) -> None:
         future = generate_chunk.submit(chunk)
-        self._in_the_air[chunk.number] = (future, chunk)
-        future.add_done_callback(lambda _: self._free.release())
+        self._in_the_air[chunk.number] = future
+
+        def landed(_: object) -> None:
+            self._landed.append(chunk)
+            self._free.release()
+
+        future.add_done_callback(landed)
 
     def _wait_for_room(self) -> None:
         while not self._free.acquire(timeout=PROGRESS_SECONDS):
             self._progress.show()
         self._progress.show()
-        self._gather()
+        while self._landed:
+            self._let_go(self._landed.popleft())
 
-    def _gather(self) -> None:
-        """Lets go of chunks that have ended; what a task run did not do (Prefect failed) is done here."""
-        for number, (future, chunk) in list(self._in_the_air.items()):
-            if chunk.outcomes is not None:
-                del self._in_the_air[number]
-            elif future.state.is_final():
-                logger.warning("%r: its task run ended as %s; its rows are obtained here.", chunk, future.state.name)
-                chunk.obtain()
-                del self._in_the_air[number]
+    def _let_go(self, chunk: Chunk) -> None:
+        """A chunk's task run has ended; what it did not do (Prefect lost it on the way) is done here."""
+        del self._in_the_air[chunk.number]
+        if chunk.outcomes is None:
+            logger.warning("%r: its task run did not obtain its rows; they are obtained here.", chunk)
+            chunk.obtain()
 
     def _show_report(self, result: BatchResult) -> None:
         sheet = None

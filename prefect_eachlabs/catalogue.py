@@ -143,7 +143,10 @@ class Model:
             unknown = [name for name in fault.instance if name not in self.properties]
             yield f"{path}.{_listed(unknown)}: not known to this model, which takes {_listed(self.properties)}"
         else:
-            yield f"{path}: {fault.message[:FAULT_CHARACTERS]}"
+            said = fault.message
+            # It begins with the value, which may be long, and ends with what is wrong about it.
+            too_long = len(said) > FAULT_CHARACTERS
+            yield f"{path}: {said[:60]}…{said[-FAULT_CHARACTERS + 60 :]}" if too_long else f"{path}: {said}"
 
 
 def _takes_list(schema: Mapping[str, Any]) -> bool:

@@ -16,6 +16,7 @@ KEY = "sk-very-secret-0123456789"
 ITEM = Item.wanted("a fox in the snow", item_id="fox")
 BASE_URL = "https://api.eachlabs.invalid"
 
+
 def settings(**given: Any) -> AccountSettings:
     return AccountSettings(**{"api_key": KEY, "base_url": BASE_URL, **given})
 

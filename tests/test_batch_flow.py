@@ -104,7 +104,7 @@ def test_a_row_without_a_picture_fails_the_run_with_the_reasons_by_kind(studio: 
     source = table(tmp_path, [*foxes(6), "a naked fox", "  ", "two\tcells"])
     state = ended(source, studio)
     assert state.is_failed()
-    assert "2 failed (1 content refused, 1 bad input)" in str(state.message)
+    assert "2 failed (1 bad input, 1 content refused)" in str(state.message)
     assert result_of(state)["stored"] == 6
     _, artifacts = seen_of(state)
     (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
@@ -162,7 +162,7 @@ def test_a_source_may_stand_in_the_bucket(studio: Studio) -> None:
     ("given", "words"),
     [
         ({"chunk_size": 0}, "chunk_size"),
-        ({"chunk_size": 501}, "chunk_size"),
+        ({"chunk_size": 101}, "chunk_size"),
         ({"presigned_days": 8}, "presigned_days"),
         ({"budget_usd": 0}, "budget_usd"),
         ({"fail_above": -1}, "fail_above"),
@@ -186,7 +186,7 @@ def test_rows_of_a_task_run_that_prefect_lost_are_obtained_all_the_same(
     monkeypatch.setattr(batch_flow, "generate_chunk", lost)
     state = ended(table(tmp_path, foxes(5)), studio)
     assert state.is_completed()
-    assert studio.billed == 5
+    assert result_of(state)["stored"] == 5 == studio.billed
 
 
 class Ended(BaseException):
@@ -211,8 +211,7 @@ def test_a_cancelled_run_cancels_what_its_chunks_have_in_flight(
         generate_batch(table(tmp_path, foxes(60)), studio.destination)
     tallies = studio.api.tallies()
     assert tallies["in_flight"] == 0
-    assert tallies["cancelled"] > 0
-    assert tallies["billed"] == 0
+    assert tallies["cancelled"] == tallies["billed"] > 0
 
 
 HOSTILE = "<img src=x onerror=alert(1)> | [a](javascript:alert(1)) `code` **bold**"

@@ -81,7 +81,7 @@ def test_every_row_comes_to_one_of_five_ends_and_stands_in_the_report_in_order()
         assert [row["row"] for row in lines_of(shop.store)] == list(range(2, 10))
         assert (
             result.why
-            == "4 failed (2 bad input, 1 prediction failed, 1 content refused), 1 ambiguous (1 outcome unknown)"
+            == "4 failed (2 bad input, 1 content refused, 1 prediction failed), 1 ambiguous (1 outcome unknown)"
         )
         assert result.cost_usd == pytest.approx(3 * PRICE_USD)
         assert result.cost_by_model == {"gemini": {"pictures": 3, "cost_usd": 0.12, "mean_usd": 0.04}}

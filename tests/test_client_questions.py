@@ -140,15 +140,15 @@ HOSTILE = {
 @pytest.mark.parametrize("ask", [create, get, executions])
 def test_no_error_ever_holds_the_key(body: Any, status: int, ask: Any) -> None:
     answer = httpx.Response(status, json=body) if isinstance(body, dict) else httpx.Response(status, text=body)
-    try:
+    if status == 200 and ask is get and isinstance(body, dict):
+        return  # any JSON object is an answer
+    with pytest.raises(EachlabsError) as raised:
         answered(answer, ask)
-    except EachlabsError as error:
-        shown = f"{error} {error!r} {error.details} {vars(error)} {error.args} {error.__cause__!r}"
-        assert KEY not in shown
-        assert KEY[:12] not in shown, "not even a part of it"
-        assert len(error.details or "") <= 500
-    else:
-        assert ask is get  # any JSON object is an answer
+    error = raised.value
+    shown = f"{error} {error!r} {error.details} {vars(error)} {error.args} {error.__cause__!r}"
+    assert KEY not in shown
+    assert KEY[:12] not in shown, "not even a part of it"
+    assert len(error.details or "") <= 500
 
 
 @pytest.mark.parametrize(

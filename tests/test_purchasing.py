@@ -153,7 +153,7 @@ def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(destination: b
             await (process.obtain(ITEM) if destination else bare(process))
         assert not world.bought()
         assert process.count("POST") == 3
-        world.emulator.faults.set(())
+        world.set_faults()
         began = world.now()
         await process.obtain(ITEM)
         assert world.now() - began < 45, "its claim was given back"

@@ -24,7 +24,7 @@ _ABOVE_THE_LINE = """
 """
 
 _BELOW_THE_LINE = """
-    limits limits_admin credentials keys artifacts events tasks batch_artifacts batch_flow flows
+    limits limits_admin credentials keys artifacts events tasks batch_artifacts shards batch_flow flows
     templates scheduled_flow settle_flow vary_flow
     emulator local_s3 commands cli
 """

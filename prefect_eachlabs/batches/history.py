@@ -25,13 +25,23 @@ class History:
         scratch: Keeps what was learned.
         purse: Learns prices, and what this very run has spent before.
         retry_failed: Whether what failed for good is tried again.
+        bought_here: Runs whose purchases count as this one's.
     """
 
-    def __init__(self, folder: BatchFolder, scratch: Scratch, purse: Purse, *, retry_failed: bool) -> None:
+    def __init__(
+        self,
+        folder: BatchFolder,
+        scratch: Scratch,
+        purse: Purse,
+        *,
+        retry_failed: bool,
+        bought_here: frozenset[str] = frozenset(),
+    ) -> None:
         self._folder = folder
         self._scratch = scratch
         self._purse = purse
         self._retry_failed = retry_failed
+        self._bought_here = bought_here
         self._records_are_known = False
         self.is_empty = True
         self.mean_seconds: float | None = None
@@ -83,7 +93,8 @@ class History:
         if earlier is not None and earlier.outcome.fingerprint == item.fingerprint:
             was = replace(earlier.outcome, row=wanted.line, labels=item.labels)
             if was.state in (RowState.STORED, RowState.REUSED) and earlier.has_picture:
-                return replace(was, state=RowState.REUSED), False
+                ours = was.state is RowState.STORED and was.bought_by in self._bought_here
+                return replace(was, state=RowState.STORED if ours else RowState.REUSED), False
             failed_for_good = was.state is RowState.FAILED and was.final and not self._retry_failed
             if failed_for_good and not earlier.has_picture:
                 return was, False

@@ -247,7 +247,7 @@ class Totals:
         parts = []
         for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED):
             if self.counts[state]:
-                kinds = ", ".join(f"{count} {kind}" for kind, count in self.kinds[state].most_common(8))
+                kinds = ", ".join(f"{count} {kind}" for kind, count in _commonest(self.kinds[state])[:8])
                 parts.append(f"{self.counts[state]} {state.value} ({kinds})")
         return ", ".join(parts)
 
@@ -268,7 +268,7 @@ class Totals:
             },
             "pictures_without_a_told_cost": self.without_cost,
             "failures_by_kind": {
-                state.value: dict(self.kinds[state].most_common())
+                state.value: dict(_commonest(self.kinds[state]))
                 for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED)
                 if self.kinds[state]
             },
@@ -277,6 +277,10 @@ class Totals:
                 for seconds, row, item_id in sorted(self._slowest, reverse=True)
             ],
         }
+
+
+def _commonest(kinds: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(kinds.items(), key=lambda one: (-one[1], one[0]))
 
 
 def money(usd: float) -> float:

@@ -194,7 +194,7 @@ class ReportWriter:
         self._part: list[bytes] = []
         self._parts = 0
         self._writing = asyncio.Lock()
-        self._full: set[asyncio.Task[None]] = set()
+        self._under_way: set[asyncio.Task[None]] = set()
 
     def add(self, outcome: Outcome, *, is_news: bool) -> None:
         """A row came to its end."""
@@ -203,9 +203,13 @@ class ReportWriter:
         if is_news:
             self._part.append(line)
             if len(self._part) % PART_ROWS == 0:
-                task = asyncio.ensure_future(self.write_part())
-                self._full.add(task)
-                task.add_done_callback(self._full.discard)
+                self.begin_part()
+
+    def begin_part(self) -> None:
+        """Writes a part beside whoever asks: a write that was begun goes on, also when its caller is cancelled."""
+        task = asyncio.ensure_future(self.write_part())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
 
     async def write_part(self) -> None:
         """Writes what has come since the last part. A bucket that does not take it now gets it with the next one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,9 @@ class BatchOptions:
             again), whose budget is one.
         budget_usd: At most so much is spent by this run; None: no budget.
         replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats: As for a single picture.
+        shard: Only the rows of this share are seen to: its number from 0 on, and how many there are. Such a run
+            leaves parts of a report, and no report.
+        bought_here: Runs whose purchases count as this one's: those of its shares.
         presigned_seconds: The page shows pictures by presigned URLs that last so long; None: by relative paths.
     """
 
@@ -57,6 +61,13 @@ class BatchOptions:
     deadline_seconds: float | None = None
     presigned_seconds: int | None = None
     formats: tuple[str, ...] | None = None
+    shard: tuple[int, int] | None = None
+    bought_here: frozenset[str] = frozenset()
+
+
+def shard_of(item_id: str, shards: int) -> int:
+    """Whose an item is: the same on every machine, whatever the order of the rows."""
+    return zlib.crc32(item_id.encode()) % shards
 
 
 def window_for(max_in_flight: int | None) -> int:
@@ -98,7 +109,9 @@ class Batch:
         self.purse = Purse(options.budget_usd)
         self.scratch = Scratch()
         self.rows = Rows(source, self.scratch, worker)
-        self.history = History(folder, self.scratch, self.purse, retry_failed=options.retry_failed)
+        self.history = History(
+            folder, self.scratch, self.purse, retry_failed=options.retry_failed, bought_here=options.bought_here
+        )
         self._shop = shop
         self._source = source
         self._access = access
@@ -149,6 +162,8 @@ class Batch:
         the rest is missing.
         """
         while (row := await self._next_row()) is not None:
+            if not self._is_mine(row.row):
+                continue
             if isinstance(row.row, BadRow):
                 self._add(refused(row.row))
                 continue
@@ -157,6 +172,13 @@ class Batch:
                 return row.row
             self._add(outcome, is_news=is_news)
         return None
+
+    def _is_mine(self, row: Wanted | BadRow) -> bool:
+        """Rows that are no items are told by whoever goes through all of them."""
+        if self.options.shard is None:
+            return True
+        number, shards = self.options.shard
+        return isinstance(row, Wanted) and shard_of(row.item.item_id, shards) == number
 
     async def _next_row(self) -> Row | None:
         if self._stopped_by is not None:
@@ -218,10 +240,22 @@ class Batch:
             # It lacks rows, so it must not take the place of the last report; the next run reads its parts.
             await persevere(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
             return self.result()
+        if self.totals.items != self.rows.total:
+            raise RuntimeError(
+                f"{self.rows.total} rows were read and {self.totals.items} came to an end: a fault of ours."
+            )
         if self._news or not self._has_sheet:
             self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
         await persevere(lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds))
         await persevere(self._writer.merge)
+        return self.result()
+
+    async def finish_shard(self) -> BatchResult:
+        """Ends a share: its parts are written, which whoever goes through all rows reads."""
+        await self._end_ticker()
+        await self._writer.write_rest()
+        self._state = "completed" if self._buying.stopped_by is None else "stopped"
+        self._stopped_by = self._stopped_by or self._buying.stopped_by
         return self.result()
 
     async def close(self) -> None:
@@ -229,8 +263,9 @@ class Batch:
         if self._ticker is not None:
             await self._end_ticker()
             await self._writer.write_rest()
-        self._source.close()
-        self.scratch.close()
+        # In the worker, which may still be reading for whoever was cancelled.
+        await self.folder.worker(self._source.close)
+        await self.folder.worker(self.scratch.close)
 
     async def _end_ticker(self) -> None:
         if self._ticker is not None:
@@ -261,12 +296,14 @@ class Batch:
                 self._show(self.progress())
             if now - part_at >= PART_SECONDS:
                 part_at = now
-                await self._writer.write_part()
+                self._writer.begin_part()
 
     def progress(self) -> Progress:
         """How far it is."""
         now = asyncio.get_running_loop().time()
         totals, total = self.totals, self.rows.total
+        if total is not None and self.options.shard is not None:
+            total = max(totals.items, total // self.options.shard[1])
         stored = totals.count(RowState.STORED)
         per_minute = self._pace.per_minute(now, stored)
         left = None if total is None or not per_minute else max(0, total - totals.items) * 60 / per_minute

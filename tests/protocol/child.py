@@ -1,4 +1,6 @@
-"""A process that obtains items, and kills or stops itself at its n-th boundary: `python -m tests.protocol.child '{...}'`.
+"""A process that obtains items, and kills or stops itself at its n-th boundary.
+
+`python -m tests.protocol.child '{"items": [...], ...}'`
 
 The product knows nothing of it: what is counted are its ways to the outer world, which are handed in. Each item's
 outcome is printed as a line of JSON.

@@ -1,4 +1,4 @@
-"""A run that is cancelled cancels what it has in flight, looks again and writes down the truth; what is late is stored."""
+"""A cancelled run cancels what it has in flight, looks again and writes down the truth; what is late is stored."""
 
 from __future__ import annotations
 

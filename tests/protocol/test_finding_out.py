@@ -79,14 +79,14 @@ def test_a_list_that_does_not_show_a_prediction_known_by_id_is_blind_and_nothing
         world = World()
         await world.process().obtain(B)
         await asyncio.sleep(200)
-        world.emulator.faults.set(World(fault).emulator.options.faults)
+        world.set_faults(fault)
         await abandoned(world, A)
         process = world.process()
         with pytest.raises(OutcomeUnknown, match="does not show prediction"):
             await process.obtain(A)
         assert world.record(A).state is RecordState.AMBIGUOUS
         assert not world.bought_for(A)
-        world.emulator.faults.set(())
+        world.set_faults()
         await process.obtain(A)
         world.check([A, B])
 
@@ -101,7 +101,7 @@ def test_without_an_endpoint_for_executions_nothing_is_repeated() -> None:
             with pytest.raises(OutcomeUnknown, match="no listing"):
                 await world.process().obtain(A)
         assert world.record(A).state is RecordState.AMBIGUOUS
-        world.emulator.faults.set(())
+        world.set_faults()
         await world.process().obtain(A)
         world.check([A])
 

@@ -123,7 +123,7 @@ def test_what_nobody_can_tell_is_named_and_tried_again_the_next_time() -> None:
             report = await settle(world.process())
             assert (report.ambiguous, list(report.problems)) == (1, ["item-1"])
         assert world.record(A).state is RecordState.AMBIGUOUS
-        world.emulator.faults.set(())
+        world.set_faults()
         await asyncio.sleep(OLD_SECONDS)
         assert (await settle(world.process())).stored == 1
         world.check([A])

@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from prefect_eachlabs.emulator import Fault as EmulatorFault
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.records import RecordState
-from tests.protocol.kit import Process, World, patched_clocks, wanted
+from tests.protocol.kit import Process, World, let_go, patched_clocks, wanted
 from tests.virtual_time import VirtualTimeLoop, _cancel_what_is_left
 
 ITEMS = [
@@ -173,6 +173,8 @@ class LifeOfRecords(RuleBasedStateMachine):
                 self.world.over = True
             _cancel_what_is_left(self.loop)
             self.loop.close()
+            if hasattr(self, "world"):
+                let_go(self.world)
             self._unpatch()
 
     async def heal_and_check(self) -> None:
@@ -202,8 +204,8 @@ class LifeOfRecords(RuleBasedStateMachine):
 
 NORMAL = settings(
     deadline=None,
-    max_examples=20,
-    stateful_step_count=25,
+    max_examples=50,
+    stateful_step_count=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )
 

@@ -103,7 +103,7 @@ def test_the_late_owner_of_what_was_replaced_is_told_and_its_prediction_is_repor
         late = world.process(freeze_at="after POST")
         waiting = asyncio.ensure_future(late.obtain(A))
         await late.froze.wait()
-        world.emulator.faults.set(World("executions:missing_rows").emulator.options.faults)
+        world.set_faults("executions:missing_rows")
         new = asyncio.ensure_future(world.process().obtain(OTHER, replace=True))
         await asyncio.sleep(250)
         late.thaw()
@@ -267,7 +267,7 @@ def test_a_bought_picture_that_the_vendor_has_deleted_is_bought_again_only_when_
         with pytest.raises(DownloadFailed):
             await world.process().obtain(A)
         assert world.record(A).state is RecordState.CREATED
-        world.emulator.faults.set(World("picture:not_found,next=1").emulator.options.faults)
+        world.set_faults("picture:not_found,next=1")
         image = await world.process().obtain(A, rebuy_missing=True)
         gone, good = world.bought()
         assert image.prediction_id == good.id

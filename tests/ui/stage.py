@@ -33,11 +33,11 @@ def free_port() -> int:
 
 
 def until(look: Callable[[], T | None], within_seconds: float, what: str, *, every_seconds: float = 0.25) -> T:
-    """What `look` returns once it is neither None nor False."""
+    """What `look` returns once there is something."""
     deadline = time.monotonic() + within_seconds
     while True:
         found = look()
-        if found is not None and found is not False:
+        if found:
             return found
         assert time.monotonic() < deadline, f"not within {within_seconds:.0f} s: {what}"
         time.sleep(every_seconds)
