@@ -13,7 +13,7 @@ from uuid import UUID
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.logging import get_run_logger
 
-from prefect_eachlabs.artifacts import escaped
+from prefect_eachlabs.artifacts import escaped, table
 from prefect_eachlabs.batches.outcomes import BatchResult, Outcome
 from prefect_eachlabs.batches.run import Batch
 from prefect_eachlabs.gateway import Gateway
@@ -76,44 +76,50 @@ def quietly(show: Callable[[], T]) -> T | None:
 
 
 def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A chunk's rows, each with its picture's name, or why it has none."""
     rows = [
-        f"| {one.row} | {one.state.value} | {escaped(one.prompt, 80)} | {escaped(one.uri or one.kind, 200)} "
-        f"| {'' if one.cost_usd is None else f'{one.cost_usd:.4f}'} |"
+        (
+            str(one.row),
+            one.state.value,
+            escaped(one.prompt, 120),
+            escaped(one.file_name if one.uri else _why(one), 200),
+            "" if one.cost_usd is None else f"{one.cost_usd:.4f}",
+        )
         for one in outcomes
     ]
-    return "\n".join(["| row | state | prompt | picture, or why not | USD |", "| --- | --- | --- | --- | --- |", *rows])
+    return table(rows, head=("row", "state", "prompt", "picture, or why not", "USD"))
 
 
-def report_markdown(result: BatchResult, failures: Sequence[Outcome], sheet: bytes | None) -> str:
+def _why(outcome: Outcome) -> str:
+    return f"{outcome.kind}: {(outcome.error or {}).get('message') or ''}"
+
+
+def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: bytes | None) -> str:
+    """The totals, the first rows without a picture, and the contact sheet.
+
+    Args:
+        result: What the batch came to.
+        not_there: Rows without a picture.
+        sheet: The contact sheet as a PNG.
+    """
     counts = (result.items, result.stored, result.reused, result.failed, result.ambiguous, result.skipped)
-    lines = [
-        f"# Batch {escaped(result.batch_id)}",
-        "",
-        "| items | stored | reused | failed | ambiguous | skipped | USD in this run | USD of all pictures |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-        f"| {' | '.join(map(str, counts))} | {result.cost_usd:.4f} | {result.pictures_cost_usd:.4f} |",
-        "",
-        f"Report: `{result.index_uri or result.report_uri}`",
-        "",
+    cells = [*map(str, counts), f"{result.cost_usd:.4f}", f"{result.pictures_cost_usd:.4f}"]
+    head = ("items", "stored", "reused", "failed", "ambiguous", "skipped", "USD in this run", "USD of all pictures")
+    blocks = [
+        f"<h1>Batch {escaped(result.batch_id)}</h1>",
+        table([cells], head=head),
+        f"<p>Report: <code>{escaped(result.index_uri or result.report_uri)}</code></p>",
     ]
     if result.stopped_by:
-        lines += [f"**Stopped:** {escaped(result.stopped_by, 500)}", ""]
-    if failures:
-        lines += [
-            f"## Not there: {escaped(result.why, 400)}",
-            "",
-            "| row | state | why | prompt |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [
-            f"| {one.row} | {one.state.value} | {escaped((one.error or {}).get('message') or one.kind, 200)} "
-            f"| {escaped(one.prompt, 80)} |"
-            for one in failures
-        ]
-        lines.append("")
+        blocks.append(f"<p><b>Stopped:</b> {escaped(result.stopped_by, 500)}</p>")
+    if not_there:
+        shown = f", the first {len(not_there)}" if len(not_there) < result.not_there else ""
+        blocks.append(f"<h2>Not there: {escaped(result.why, 400)}{shown}</h2>")
+        rows = [(str(one.row), one.state.value, escaped(_why(one), 300), escaped(one.prompt, 120)) for one in not_there]
+        blocks.append(table(rows, head=("row", "state", "why", "prompt")))
     if sheet is not None and (url := _sheet_url(sheet)) is not None:
-        lines += [f'<img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}">', ""]
-    return "\n".join(lines)
+        blocks.append(f'<p><img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}"></p>')
+    return "\n".join(blocks)
 
 
 def _sheet_url(sheet: bytes) -> str | None:

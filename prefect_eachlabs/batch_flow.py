@@ -61,7 +61,12 @@ class Chunk:
         self.outcomes: list[Outcome] | None = None
 
     def __repr__(self) -> str:
-        return f"Chunk({self.number}, rows {self.rows[0].line} to {self.rows[-1].line})"
+        return f"Chunk({self.number}, {self.name})"
+
+    @property
+    def name(self) -> str:
+        """Names its task run."""
+        return f"rows {self.rows[0].line} to {self.rows[-1].line}"
 
     def obtain(self) -> list[Outcome]:
         """Every row's end; blocks. **Costs money.**"""
@@ -73,7 +78,7 @@ class Chunk:
 def _by_its_rows() -> Callable[..., str]:
     def name(parameters: dict[str, Any]) -> str:
         chunk: Chunk = parameters["chunk"]
-        return f"rows {chunk.rows[0].line} to {chunk.rows[-1].line}"
+        return chunk.name
 
     return name
 
@@ -93,7 +98,7 @@ def generate_chunk(chunk: Chunk) -> dict[str, int]:
     """
     outcomes = chunk.obtain()
     counts = {state.value: sum(outcome.state is state for outcome in outcomes) for state in RowState}
-    quietly(lambda: create_markdown_artifact(chunk_markdown(outcomes), description=repr(chunk)))
+    quietly(lambda: create_markdown_artifact(chunk_markdown(outcomes), description=chunk.name))
     get_run_logger().info(", ".join(f"{count} {word}" for word, count in counts.items() if count))
     return counts
 

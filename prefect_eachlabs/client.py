@@ -10,12 +10,12 @@ import asyncio
 import json
 import logging
 import uuid
-from collections.abc import Coroutine, Mapping
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
@@ -42,9 +42,9 @@ from prefect_eachlabs.models import (
 )
 from prefect_eachlabs.pictures import UploadSlot
 from prefect_eachlabs.settings import AccountSettings, is_loopback
+from prefect_eachlabs.waking import within_waking_seconds
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """A page of 100 executions is some 50 kB; more than this is not read."""
@@ -78,32 +78,6 @@ def parse_retry_after(value: str | None, *, now: datetime | None = None) -> floa
     if until.tzinfo is None:
         until = until.replace(tzinfo=timezone.utc)
     return max(0.0, (until - (now or datetime.now(timezone.utc))).total_seconds())
-
-
-async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
-    """What `work` returns, within so many seconds during which this process ran.
-
-    A process that was frozen when it was about to send sends when it thaws, and then must hear what it has bought:
-    a plain time-out, long over by then, would hang up on the answer.
-
-    Raises:
-        asyncio.TimeoutError: It took longer; the work was cancelled.
-    """
-    task = asyncio.ensure_future(work)
-    try:
-        while seconds > 0 and not task.done():
-            await asyncio.wait({task}, timeout=min(seconds, 1.0))
-            seconds -= 1.0
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-    except asyncio.CancelledError:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        raise
-    if task.cancelled():
-        raise asyncio.TimeoutError
-    return task.result()
 
 
 class Answer:

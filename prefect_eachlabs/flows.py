@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
 from prefect.runtime import flow_run
 
@@ -44,6 +46,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     version: str = DEFAULT_VERSION,
     item_id: str = "",
     credentials_block: str = "",
+    input: dict[str, Any] | None = None,
 ) -> StoredImage:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
@@ -57,16 +60,20 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
             for each different input.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        input: Further fields of the model's input. `prefect-eachlabs model SLUG` shows what it takes.
 
     Returns:
         Where the picture is.
     """
     place = target(destination)
+    if model != DEFAULT_MODEL and version == DEFAULT_VERSION:
+        version = ""  # the form's default is the first model's
     prediction = create_prediction(
         prompt,
         image_url=image_url or None,
         model=model,
         version=version or None,
+        input=input,
         item_id=item_id or None,
         destination=place,
         credentials=credentials_block or None,

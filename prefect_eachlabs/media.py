@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import Media
+from prefect_eachlabs.pictures import content_type_of
 from prefect_eachlabs.png import MAX_BYTES, MAX_PIXELS, PngError, PngReader, verify_png
 
 MAX_FRAMES = 5_000
@@ -37,6 +38,7 @@ FORMATS = {
     "mp4": Format("video/mp4", "mp4", "MP4"),
 }
 PNG_ALONE = ("png",)
+_BY_TYPE = {one.content_type: name for name, one in FORMATS.items()}
 
 
 class MediaError(ValueError):
@@ -72,16 +74,7 @@ def check_formats(formats: Iterable[str] | str | None) -> tuple[str, ...] | None
 
 def format_of(head: bytes) -> str | None:
     """The format that the first 16 bytes show; None: none of ours."""
-    if head.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "png"
-    if head.startswith(b"\xff\xd8\xff"):
-        return "jpeg"
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
-        return "webp"
-    if head[:6] in (b"GIF87a", b"GIF89a"):
-        return "gif"
-    is_picture = head[8:12] in (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
-    return "mp4" if head[4:8] == b"ftyp" and not is_picture else None
+    return _BY_TYPE.get(content_type_of(head) or "")
 
 
 class MediaReader:

@@ -48,6 +48,7 @@ from prefect_eachlabs.records import (
 )
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.settling import Settler
+from prefect_eachlabs.waking import asleep_seconds
 from prefect_eachlabs.watching import Watcher
 
 logger = logging.getLogger(__name__)
@@ -293,14 +294,13 @@ class Purchaser:
     async def _claim_and_post(
         self, item: Item, ledger: Ledger, record: Record, replacing: Held | None, request: Place, job: Job
     ) -> Held:
-        loop = asyncio.get_running_loop()
         posted = False
         try:
             record = amended(record, sent_input=recorded(item))
             for _ in range(RECLAIMS_BEFORE_GIVING_UP):
-                claim_sent_at = loop.time()
+                claim_sent_at = self._now()
                 claim = await ledger.write(amended(record), replacing=replacing)
-                if loop.time() - claim_sent_at <= self._settings.post_begins_within_seconds:
+                if self._now() - claim_sent_at <= self._settings.post_begins_within_seconds:
                     break
                 # The bucket was so slow that the claim may be dead before the POST's answer: claim again.
                 replacing = claim
@@ -333,6 +333,10 @@ class Purchaser:
         except OutcomeUnknown as error:
             raise _AnswerLost(claim, error) from error
         return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
+
+    def _now(self) -> float:
+        """The loop's time, and what it does not know of because the machine was asleep."""
+        return asyncio.get_running_loop().time() + asleep_seconds()
 
     async def _post(self, item: Item, request: Place, job: Job) -> Prediction:
         """One POST in its places; the gate learns how it went, the watcher takes over what was created."""
@@ -405,7 +409,6 @@ class Purchaser:
         self, item: Item, ledger: Ledger, claim: Held, prediction: Prediction, claim_sent_at: float
     ) -> Held:
         """Writes the prediction's id down, as long as the process lives; it is paid for."""
-        loop = asyncio.get_running_loop()
         dead_at = claim_sent_at + self._settings.claim_seconds
         safe_until = dead_at - self._settings.freeze_margin_seconds
         base: Held | None = claim
@@ -414,13 +417,13 @@ class Purchaser:
         marked = False
         while True:
             try:
-                if not marked and loop.time() > safe_until:
+                if not marked and self._now() > safe_until:
                     # The claim may be dead by now, and whoever settles for another item with the same input may
                     # adopt this prediction: so it is adopted first, which is exclusive.
                     await self._adopt_late(item, ledger, claim, prediction)
                     marked = True
                 written = await ledger.write(created, replacing=base)
-                if not marked and loop.time() > dead_at:
+                if not marked and self._now() > dead_at:
                     claim = base = written
                     # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
                     await self._adopt_late(item, ledger, written, prediction)

@@ -66,7 +66,7 @@ def _named(verb: str) -> Callable[..., str]:
         prediction = parameters.get("prediction") or parameters.get("finished")
         if isinstance(prediction, Prediction):
             return f"{verb} {shortened(prediction.item_id or prediction.id)}"
-        about = parameters.get("item_id") or prediction or parameters.get("prompt")
+        about = parameters.get("item_id") or prediction or parameters.get("prompt") or parameters.get("model")
         return f"{verb} {shortened(str(about))}"
 
     return run_name

@@ -27,10 +27,10 @@ async def vary_image(  # noqa: PLR0917 - the UI's form has no keywords
     destination: str,
     samples: int = 1,
     model: str = DEFAULT_MODEL,
-    version: str | None = None,
+    version: str = "",
+    name: str = "",
+    credentials_block: str = "",
     input: dict[str, Any] | None = None,
-    name: str | None = None,
-    credentials_block: str | None = None,
 ) -> list[StoredImage]:
     """Variations of a picture: each prompt, each of them `samples` times. **Costs money** once for each.
 
@@ -45,9 +45,9 @@ async def vary_image(  # noqa: PLR0917 - the UI's form has no keywords
         samples: How many pictures of each prompt: items of their own, with the same input.
         model: The model's slug. The picture goes into the field that it has for one.
         version: The model's version; empty: the first model's own, none for others.
-        input: Further fields of the model's input.
         name: Names the items NAME-PROMPT-SAMPLE, such as fox-2-1; empty: by their inputs.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        input: Further fields of the model's input. `prefect-eachlabs model SLUG` shows what it takes.
 
     Returns:
         The pictures, prompt by prompt, sample by sample.

@@ -109,6 +109,7 @@ def test_a_row_without_a_picture_fails_the_run_with_the_reasons_by_kind(studio: 
     _, artifacts = seen_of(state)
     (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
     assert "a naked fox" in report.data
+    assert "content refused" in report.data
     assert ended(source, studio, fail_above=2).is_completed()
     assert ended(source, studio, fail_above=0.5).is_completed()
     assert ended(source, studio, fail_above=1).is_failed()
@@ -238,10 +239,8 @@ def test_nothing_from_outside_is_markup_in_an_artifact() -> None:
         stopped_by=HOSTILE,
     )
     for markdown in (chunk_markdown([bad]), report_markdown(result, [bad], b"no picture")):
-        assert "<img" not in markdown
-        assert "](javascript" not in markdown
-        assert "**bold**" not in markdown
-        assert all(line.count("|") in (0, 5, 6, 9) for line in markdown.splitlines())
+        for sign in ("<img", "](javascript", "**bold**", "`code`", "\n\n"):
+            assert sign not in markdown
 
 
 def test_the_deployed_entry_point_is_the_flow() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -15,7 +14,6 @@ from prefect_eachlabs.client import (
     EachlabsClient,
     parse_retry_after,
     user_agent,
-    within_waking_seconds,
 )
 from prefect_eachlabs.errors import (
     EachlabsError,
@@ -258,91 +256,3 @@ def test_a_retry_after_date_counts_from_the_answers_own_date() -> None:
     with pytest.raises(Throttled) as throttled:
         answered(httpx.Response(429, headers=headers), create)
     assert throttled.value.retry_after_seconds == 20
-
-
-# ------------------------------------------------------------------------ waking seconds
-
-
-def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
-    async def story() -> None:
-        assert await within_waking_seconds(asyncio.sleep(29.9, "done"), 30.0) == "done"
-
-        async def fail() -> None:
-            await asyncio.sleep(1)
-            raise ValueError("no")
-
-        with pytest.raises(ValueError, match="no"):
-            await within_waking_seconds(fail(), 30.0)
-
-    run(story())
-
-
-def test_work_that_takes_too_long_is_cancelled() -> None:
-    async def story() -> float:
-        cancelled = False
-
-        async def work() -> None:
-            nonlocal cancelled
-            try:
-                await asyncio.sleep(100)
-            except asyncio.CancelledError:
-                cancelled = True
-                raise
-
-        with pytest.raises(asyncio.TimeoutError):
-            await within_waking_seconds(work(), 2.5)
-        assert cancelled
-        return asyncio.get_running_loop().time()
-
-    assert run(story()) == 2.5
-
-
-def test_work_whose_result_comes_while_it_is_being_cancelled_is_not_lost() -> None:
-    async def story() -> str:
-        async def work() -> str:
-            try:
-                await asyncio.sleep(100)
-            except asyncio.CancelledError:
-                return "bought"
-            return ""
-
-        return await within_waking_seconds(work(), 1.0)
-
-    assert run(story()) == "bought"
-
-
-def test_a_caller_that_is_cancelled_cancels_the_work() -> None:
-    async def story() -> bool:
-        ended = asyncio.Event()
-
-        async def work() -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                ended.set()
-
-        waiting = asyncio.ensure_future(within_waking_seconds(work(), 30.0))
-        await asyncio.sleep(1)
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await waiting
-        return ended.is_set()
-
-    assert run(story())
-
-
-def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_thaws() -> None:
-    """The loop's clock jumps by five minutes; the answer comes a second after that."""
-
-    async def story() -> str:
-        loop: Any = asyncio.get_running_loop()
-
-        async def work() -> str:
-            await asyncio.sleep(0.5)
-            loop._now += 300.0
-            await asyncio.sleep(1.0)
-            return "bought"
-
-        return await within_waking_seconds(work(), 30.0)
-
-    assert run(story()) == "bought"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.cli import main
 from prefect_eachlabs.commands import doctor, doctor_server
@@ -17,6 +19,12 @@ from prefect_eachlabs.object_store import PreconditionFailed
 from prefect_eachlabs.pacing import Kind
 from prefect_eachlabs.storage import S3Store
 from tests.flow_fixtures import Studio
+
+
+@pytest.fixture(autouse=True)
+def _no_server() -> Iterator[None]:
+    with temporary_settings({PREFECT_API_URL: None}):
+        yield
 
 
 def findings(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, dict[str, Any]], str]:
@@ -136,8 +144,6 @@ def test_leases_in_memory_should_be_mended() -> None:
 
 
 def test_a_server_that_is_away_is_wrong(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
         status, found, _ = findings(capsys)
     assert (status, found["Prefect"]["state"]) == (2, "WRONG")

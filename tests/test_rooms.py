@@ -14,7 +14,7 @@ _ABOVE_THE_LINE = """
     errors pictures settings models png media typed_inputs
     object_store s3_access storage
     lots gate pacing
-    client once catalogue
+    waking client once catalogue
     durations sweeping watched listing timing schedule answers watching
     download probing
     records decisions references orders echoes markers sight looking settling finishing purchasing

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs import EachlabsCredentials, S3Destination, SetupError
 from prefect_eachlabs.cli import main
@@ -32,7 +33,8 @@ def test_the_block_gets_what_the_environment_says_and_nothing_more() -> None:
 
 def test_without_a_server_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("setup", "limits show"):
-        assert main([*command.split(), "--json"]) == 2
+        with temporary_settings({PREFECT_API_URL: None}):
+            assert main([*command.split(), "--json"]) == 2
         assert "PREFECT_API_URL" in json.loads(capsys.readouterr().out)["error"]
 
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 
 from prefect_eachlabs import BadInput, ContentRefused, StoredImage, vary_image
-from tests.flow_fixtures import Studio
+from tests.conftest import ROOT
+from tests.flow_fixtures import BUCKET, Studio
 from tests.reference_kit import picture_bytes
+
+EXAMPLES = re.findall(
+    r"```python\n(.*?)```", (ROOT / "docs" / "references-and-models.md").read_text(encoding="utf-8"), re.DOTALL
+)
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -95,3 +103,28 @@ def test_whoever_fills_in_the_form_does_not_publish_the_workers_disk(
     with pytest.raises(BadInput, match=r"image_url: .*(EACHLABS_REFERENCE_ROOTS|no picture)"):
         vary(name, studio, ["in snow"])
     assert studio.api.tallies()["requests"] == 0
+
+
+# ------------------------------------------------------------------------------------ as the documents show it
+
+
+def test_the_examples_of_the_documents_run(studio: Studio, tmp_path: Path) -> None:
+    photo, variations, typed = EXAMPLES
+    names: dict[str, Any] = {"__name__": "example"}
+    exec(compile(photo, "references-and-models-1.py", "exec", dont_inherit=True), names)
+    (tmp_path / "fox.png").write_bytes(picture_bytes(1))
+    assert names["in_snow"](str(tmp_path / "fox.png"), studio.destination).startswith(studio.destination)
+
+    with closing(boto3.client("s3")) as s3:
+        s3.put_object(Bucket=BUCKET, Key="refs/fox.png", Body=picture_bytes(1))
+    exec(
+        compile(
+            variations.replace("s3://acme/", f"s3://{BUCKET}/"), "references-and-models-2.py", "exec", dont_inherit=True
+        ),
+        names,
+    )
+    assert len({image.uri for image in names["images"]}) == 8
+
+    exec(compile(typed, "references-and-models-3.py", "exec", dont_inherit=True), names)
+    assert names["FluxProInput"](prompt="a red fox", seed=7).eachlabs_model == "flux-1-1-pro"
+    assert studio.billed == 9

@@ -127,7 +127,7 @@ def test_a_run_killed_after_its_post_is_finished_by_the_next_one_and_billed_once
 
 def test_a_scheduled_run_fires_by_itself_and_another_of_that_date_buys_nothing(studio: Studio) -> None:
     deployment = studio.stage.deployment("scheduled-image/scheduled-image")
-    first = datetime.now(timezone.utc) + timedelta(seconds=5)
+    first = datetime.now(timezone.utc) + timedelta(seconds=25)  # later than the scheduler's next look, every 5 s
     path = f"/deployments/{deployment['id']}/schedules"
     parameters = {"prompt_template": "a lighthouse on a {date:%A}", "destination": PLACE, "time_zone": "UTC"}
     schedule = {
