@@ -23,7 +23,7 @@ demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real fl
 	@$(BIN)/prefect-eachlabs demo
 
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests alone; having none is no failure (pytest says 5)
 	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]

@@ -39,7 +39,7 @@ class Studio:
 
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[None]:
-    """Prefect's embedded server, once for all tests; the account's limits stay local, as they do without one."""
+    """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own."""
     from prefect.testing.utilities import prefect_test_harness  # two seconds that most tests need not pay
 
     with prefect_test_harness(server_startup_timeout=120):

@@ -23,7 +23,7 @@ from tests.flow_fixtures import Studio
 
 @pytest.fixture(autouse=True)
 def _no_server() -> Iterator[None]:
-    with temporary_settings({PREFECT_API_URL: None}):
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
         yield
 
 

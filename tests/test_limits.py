@@ -42,7 +42,8 @@ def api() -> Iterator[Api]:
 def test_a_prefect_server_in_the_settings_shares_the_limits_and_nothing_else_does() -> None:
     limited = AccountSettings(api_key="key")
     unlimited = AccountSettings(api_key="key", requests_per_minute=None, max_in_flight=None)
-    assert isinstance(lot_source_for(limited), LocalLots)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert isinstance(lot_source_for(limited), LocalLots)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
         assert isinstance(lot_source_for(limited), SharedLots)
         assert isinstance(lot_source_for(unlimited), LocalLots)

@@ -33,7 +33,7 @@ def test_the_block_gets_what_the_environment_says_and_nothing_more() -> None:
 
 def test_without_a_server_it_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("setup", "limits show"):
-        with temporary_settings({PREFECT_API_URL: None}):
+        with temporary_settings(restore_defaults={PREFECT_API_URL}):
             assert main([*command.split(), "--json"]) == 2
         assert "PREFECT_API_URL" in json.loads(capsys.readouterr().out)["error"]
 

@@ -316,7 +316,7 @@ def test_reading_takes_no_more_memory_for_a_long_table(tmp_path: Path) -> None:
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert peak_bytes < 300_000
+    assert peak_bytes < 500_000, "30,000 rows are some 3 MB"
 
 
 # The same from a bucket, in blocks.

@@ -173,6 +173,7 @@ class Stage:
         environment = self.environment(
             "server",
             PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=LEASES,
+            PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="5",  # new schedules are looked at every 60 s otherwise
             PREFECT_SERVER_UI_API_URL=self.url,  # else the page looks for its API on port 4200
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
         )
