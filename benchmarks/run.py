@@ -1,6 +1,6 @@
 """Measures, in real time and side by side with simpler ways, and writes docs/benchmarks.md. `make bench` runs it.
 
-python benchmarks/run.py                              everything, some 15 minutes
+python benchmarks/run.py                              everything, some 17 minutes
 python benchmarks/run.py --only a,c --minutes 2       some of it, printed, written nowhere
 python benchmarks/run.py --list
 """
@@ -107,7 +107,11 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     groups = "\n".join(f"  {name:<8}{text}" for name, text in GROUPS.items())
     parser.epilog = f"scenarios:\n{groups}"
     parser.add_argument("--only", default=",".join(GROUPS), help="some of the scenarios, with commas between them")
-    parser.add_argument("--minutes", type=float, help="how long each of (a) to (e) runs; the first minute is left out")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="how long each of (a) to (e) runs (3): whole minutes, of which the first is left out",
+    )
     parser.add_argument("--items", type=int, help="how many items the large batch has")
     parser.add_argument("--output", type=Path, help="where the page goes; a full run writes docs/benchmarks.md")
     arguments = parser.parse_args(words)
