@@ -181,7 +181,7 @@ def memory_section(runs: dict[str, Run]) -> str:
         f"Peak memory: **{abs(many.peak_mb - few.peak_mb):.0f} MB** apart (wanted: less than {WANTED_APART_MB:.0f}).",
         f"Running the finished batch again: {again.seconds:.1f} s, **{sum(again.api.values())}** requests to the API "
         f"(wanted: none) and **{requests_beyond_the_report(again)}** to S3 beyond reading the last report (wanted: at "
-        f"most {WANTED_REQUESTS_AGAIN}): {', '.join(f'{name} {count}' for name, count in again.s3.items())}.",
+        f"most {WANTED_REQUESTS_AGAIN}). With it: {', '.join(f'{name} {count}' for name, count in again.s3.items())}.",
     )
 
 

@@ -1,8 +1,9 @@
 """Measures, in real time and side by side with simpler ways, and writes docs/benchmarks.md. `make bench` runs it.
 
-python benchmarks/run.py                              everything, some 17 minutes
-python benchmarks/run.py --only a,c --minutes 2       some of it, printed, written nowhere
-python benchmarks/run.py --list
+    python benchmarks/run.py                              everything, some 17 minutes
+    python benchmarks/run.py --only a,c --minutes 2       some of it, printed, written nowhere
+
+A machine that is busy with other things shows in the figures; the load average is written down with them.
 """
 
 from __future__ import annotations

@@ -68,7 +68,8 @@ class Looker:
         rows, is_whole = await self._walk(oldest_seconds)
         sight = Sight(began_at, oldest_seconds, rows, is_whole)
         for prediction_id, age_seconds in self._known().items():
-            sight.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds)
+            now = asyncio.get_running_loop().time()
+            sight.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=now)
         await self._read_records(sight, younger_than_seconds=oldest_seconds + READ_BACK_SECONDS)
         return sight
 
@@ -161,8 +162,13 @@ class Looker:
         return [held for held in await asyncio.gather(*map(read, item_ids)) if held is not None]
 
     def _take_in(self, held: Held, sight: Sight, ours: Collection[str]) -> None:
-        settings = self._settings
-        sight.read(held, ours=ours, claim_seconds=settings.claim_seconds, settling_seconds=settings.settling_seconds)
+        sight.read(
+            held,
+            ours=ours,
+            claim_seconds=self._settings.claim_seconds,
+            settling_seconds=self._settings.settling_seconds,
+            now=asyncio.get_running_loop().time(),
+        )
         if held.age_seconds > sight.oldest_seconds + READ_BACK_SECONDS and not held.record.may_have_bought_unseen:
             self._old_names[held.record.item_id] = (held.etag, held.record.named_predictions)
 

@@ -57,26 +57,38 @@ class Sight:
 
     def __post_init__(self) -> None:
         self._by_id = {row.id: row for row in self.rows}
-        self._bucket_now: datetime | None = None
+        self._bucket_then: datetime | None = None
         self._ahead_of_bucket: list[timedelta] = []
         self._ahead_of_us: list[timedelta] = []
 
-    def know(self, prediction_id: str, age_seconds: float, *, settling_seconds: float) -> None:
-        """This process bought it so long ago."""
+    def know(self, prediction_id: str, age_seconds: float, *, settling_seconds: float, now: float) -> None:
+        """This process bought it so long before the loop's time `now`."""
         self.named.add(prediction_id)
-        if settling_seconds < age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2:
+        if self._listed_after(settling_seconds, now) < age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2:
             self.must_show.add(prediction_id)
 
-    def read(self, held: Held, *, ours: Collection[str], claim_seconds: float, settling_seconds: float) -> None:
-        """Takes in what one record says; `ours` are the claims that are being settled, by their write ids."""
+    def _listed_after(self, settling_seconds: float, now: float) -> float:
+        """The age that shows, at `now`, that something had to be listed when the walk began."""
+        return settling_seconds + now - self.began_at
+
+    def read(
+        self, held: Held, *, ours: Collection[str], claim_seconds: float, settling_seconds: float, now: float
+    ) -> None:
+        """Takes in what one record says, read at the loop's time `now`.
+
+        `ours` are the claims that are being settled, by their write ids.
+        """
         record = held.record
         self.named |= record.named_predictions
-        self._bucket_now = held.modified_at + timedelta(seconds=held.age_seconds)
+        self._bucket_then = held.modified_at + timedelta(seconds=held.age_seconds - (now - self.began_at))
         if record.prediction_id is not None and record.created_at is not None:
             age_seconds = (datetime.now(timezone.utc) - record.created_at).total_seconds()
             if record.state is RecordState.CANCELLED or record.cancel_requested:
                 self.lost.add(record.prediction_id)
-            elif held.age_seconds > settling_seconds and age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2:
+            elif (
+                held.age_seconds > self._listed_after(settling_seconds, now)
+                and age_seconds < self.oldest_seconds + WALKED_BACK_SECONDS / 2
+            ):
                 self.must_show.add(record.prediction_id)
             row = self._by_id.get(record.prediction_id)
             if row is not None and row.created_at is not None:
@@ -109,8 +121,8 @@ class Sight:
     def _since(self) -> datetime | None:
         """What was created before this, by the API's clock, is older than the oldest claim."""
         bounds = [] if (last := newest(self.rows)) is None else [last]
-        if self._bucket_now is not None and self._ahead_of_bucket:
-            bounds.append(self._bucket_now + max(self._ahead_of_bucket))
+        if self._bucket_then is not None and self._ahead_of_bucket:
+            bounds.append(self._bucket_then + max(self._ahead_of_bucket))
         return max(bounds) - timedelta(seconds=self.oldest_seconds) - CLOCK_MARGIN if bounds else None
 
     def has_read_its_record(self, row: Execution) -> bool:

@@ -196,10 +196,13 @@ def known(age_seconds: float, *, machine: datetime | None = None, **changes: Any
     return Held(record, "etag", age_seconds, BUCKET_NOW - timedelta(seconds=age_seconds))
 
 
-def look(rows: list[Execution], *records: Held, oldest_seconds: float = 100.0, is_whole: bool = True) -> Sight:
+def look(
+    rows: list[Execution], *records: Held, oldest_seconds: float = 100.0, is_whole: bool = True, now: float = 0.0
+) -> Sight:
+    """A look that began at 0, and whose records were read at `now`."""
     sight = Sight(0.0, oldest_seconds, tuple(rows), is_whole)
     for held in records:
-        sight.read(held, ours=["ours"], claim_seconds=60.0, settling_seconds=SETTLING_SECONDS)
+        sight.read(held, ours=["ours"], claim_seconds=60.0, settling_seconds=SETTLING_SECONDS, now=now)
     return sight
 
 
@@ -221,6 +224,14 @@ def test_a_record_that_was_written_late_narrows_nothing_wrongly() -> None:
     assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["p-new"]
 
 
+def test_records_that_are_read_long_after_the_walk_leave_no_execution_out() -> None:
+    """Ten minutes for many records: the oldest claim was 100 s old when the walk began."""
+    walked_at = BUCKET_NOW - timedelta(seconds=600)
+    rows = [row("p-known", walked_at), row("p-lost", walked_at - timedelta(seconds=99))]
+    sight = look(rows, known(600, machine=datetime.now(timezone.utc)), now=600.0)
+    assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["p-lost"]
+
+
 def test_candidates_come_oldest_first_and_rows_without_a_date_or_model_count() -> None:
     rows = [row("c", BUCKET_NOW), row("a", BUCKET_NOW - timedelta(seconds=9)), row("b", None), row("x", None, "flux")]
     rows.append(Execution(id="d", status=PredictionStatus.PENDING, created_at=BUCKET_NOW - timedelta(seconds=5)))
@@ -230,7 +241,7 @@ def test_candidates_come_oldest_first_and_rows_without_a_date_or_model_count() -
 def test_what_a_record_or_this_process_names_is_no_candidate() -> None:
     rows = [row(name, BUCKET_NOW) for name in ("a", "b", "c", "d", "e")]
     sight = look(rows, known(10, prediction_id="a", also_bought=["b"], earlier=["c"]))
-    sight.know("d", 5.0, settling_seconds=SETTLING_SECONDS)
+    sight.know("d", 5.0, settling_seconds=SETTLING_SECONDS, now=0.0)
     assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["e"]
 
 
@@ -239,16 +250,26 @@ def test_a_list_is_blind_that_does_not_show_what_it_must(age_seconds: float, bli
     made = datetime.now(timezone.utc) - timedelta(seconds=age_seconds)
     assert (look([], known(age_seconds, machine=made)).blind_for() is not None) is blind
     sight = look([])
-    sight.know("p-known", age_seconds, settling_seconds=SETTLING_SECONDS)
+    sight.know("p-known", age_seconds, settling_seconds=SETTLING_SECONDS, now=0.0)
     assert (sight.blind_for() is not None) is blind
     assert look([row("p-known", BUCKET_NOW)], known(age_seconds, machine=made)).blind_for() is None
+
+
+def test_what_was_bought_while_the_look_took_its_time_need_not_be_listed() -> None:
+    """The records are read 30 s after the walk began: 80 s of age are 50 s then."""
+    made = datetime.now(timezone.utc) - timedelta(seconds=80)
+    assert look([], known(80, machine=made), now=30.0).blind_for() is None
+    assert look([], known(95, machine=made), now=30.0).blind_for() is not None
+    sight = look([])
+    sight.know("p-known", 80.0, settling_seconds=SETTLING_SECONDS, now=30.0)
+    assert sight.blind_for() is None
 
 
 def test_what_was_cancelled_may_be_missing_and_a_walk_that_had_no_end_is_blind() -> None:
     made = datetime.now(timezone.utc) - timedelta(seconds=90)
     for changes in ({"state": RecordState.CANCELLED}, {"cancel_requested": True}):
         sight = look([], known(90, machine=made, **changes))
-        sight.know("p-known", 90.0, settling_seconds=SETTLING_SECONDS)
+        sight.know("p-known", 90.0, settling_seconds=SETTLING_SECONDS, now=0.0)
         assert sight.blind_for() is None
     assert "too long" in (look([], is_whole=False).blind_for() or "")
 

@@ -113,14 +113,14 @@ async def obtain_all(told: dict[str, Any]) -> None:
 
     async def obtain(wanted: dict[str, str]) -> None:
         item = Item.wanted(wanted["prompt"], item_id=wanted["item_id"])
-        said: dict[str, Any] = {"item_id": item.item_id}
+        said: dict[str, Any] = {}
         for _ in range(10):
             try:
                 image = await engine.generate_and_store(item, destination, options=options)
-                said = {**said, "prediction_id": image.prediction_id, "sha256": image.sha256}
+                said = {"item_id": item.item_id, "prediction_id": image.prediction_id, "sha256": image.sha256}
                 break
             except EachlabsError as error:
-                said["error"] = f"{type(error).__name__}: {error}"
+                said = {"item_id": item.item_id, "error": f"{type(error).__name__}: {error}"}
                 if not error.retryable:
                     break
         print(json.dumps(said), flush=True)
