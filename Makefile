@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow check format bench constraints clean
+.PHONY: help install demo test test-all test-slow test-ui check format bench constraints clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,8 +25,12 @@ demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real fl
 test: $(STAMP)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
-test-slow: $(STAMP)  ## the slow tests alone; having none is no failure (pytest says 5)
-	$(BIN)/python -m pytest -m slow || [ $$? -eq 5 ]
+test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's; having none is no failure (pytest says 5)
+	$(BIN)/python -m pytest -m slow -n 2 --ignore=tests/ui || [ $$? -eq 5 ]
+
+# Servers, workers and a browser at a time: they wait for schedules and polls, and want a quiet machine.
+test-ui: $(STAMP)  ## the Prefect UI and workers, on PostgreSQL and in a browser
+	$(BIN)/python -m pytest -m slow tests/ui
 
 test-all: $(STAMP)  ## every test
 	$(BIN)/python -m pytest
