@@ -35,8 +35,10 @@ if TYPE_CHECKING:
         Throttled,
         Unanswered,
     )
+    from prefect_eachlabs.events import request_picture
     from prefect_eachlabs.flows import generate_image
     from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
+    from prefect_eachlabs.table_flow import illustrate_table
     from prefect_eachlabs.tasks import (
         aawait_prediction,
         acancel_prediction,
@@ -79,8 +81,10 @@ _ROOMS = {
         "Throttled",
         "Unanswered",
     ),
+    "events": ("request_picture",),
     "flows": ("generate_image",),
     "typed_inputs": ("GeminiImageInput", "TypedInput"),
+    "table_flow": ("illustrate_table",),
     "vary_flow": ("vary_image",),
     "models": ("Prediction", "PredictionStatus", "StoredImage"),
     "tasks": (
@@ -98,7 +102,52 @@ _ROOMS = {
 }
 _ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
 
-__all__ = sorted(_ROOM_OF)
+__all__ = [
+    "BadInput",
+    "ContentRefused",
+    "DownloadFailed",
+    "EachlabsCredentials",
+    "EachlabsError",
+    "FormatNotAllowed",
+    "GeminiImageInput",
+    "InsufficientBalance",
+    "ItemConflict",
+    "KeyRefused",
+    "NotAPng",
+    "NotSent",
+    "NotYetSafe",
+    "OutcomeUnknown",
+    "OutputMissing",
+    "PictureMissing",
+    "Prediction",
+    "PredictionCancelled",
+    "PredictionFailed",
+    "PredictionStatus",
+    "PredictionTimedOut",
+    "Rejected",
+    "S3Destination",
+    "SetupError",
+    "Skipped",
+    "StoreFailed",
+    "StoredImage",
+    "Throttled",
+    "TypedInput",
+    "Unanswered",
+    "aawait_prediction",
+    "acancel_prediction",
+    "acreate_prediction",
+    "agenerate_and_store",
+    "astore_image",
+    "await_prediction",
+    "cancel_prediction",
+    "create_prediction",
+    "generate_and_store",
+    "generate_image",
+    "illustrate_table",
+    "request_picture",
+    "store_image",
+    "vary_image",
+]
 
 
 def __getattr__(name: str) -> Any:

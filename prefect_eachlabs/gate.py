@@ -7,12 +7,13 @@ pause belongs to the account: nobody posts, then exactly one POST tries, and its
 from __future__ import annotations
 
 import asyncio
+import copy
 import enum
 import logging
 import random
 from collections import OrderedDict
 
-from prefect_eachlabs.errors import Throttled
+from prefect_eachlabs.errors import EachlabsError, Throttled
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,11 @@ class PostGate:
         return self._state is not _State.OPEN
 
     async def enter(self) -> None:
-        """Waits while the account is paused; after a pause the first one in line is let through as the trial."""
+        """Waits while the account is paused; after a pause the first one in line is let through as the trial.
+
+        Raises:
+            EachlabsError: What `refuse` was given.
+        """
         if self._state is _State.OPEN:
             return
         loop = asyncio.get_running_loop()
@@ -111,6 +116,16 @@ class PostGate:
         )
         self._state = _State.PAUSED
         self._pause_until(now + seconds)
+
+    def refuse(self, error: EachlabsError) -> None:
+        """Everybody who waits here is told the same, for each of them would only meet it: `enter` raises a copy."""
+        for waiter in self._waiters:
+            if not waiter.done():
+                told = copy.copy(error)
+                told.item_id = None
+                waiter.set_exception(told)
+        self._waiters.clear()
+        self._look()
 
     def left(self) -> None:
         """Entered, and did not POST after all: the next one may try."""

@@ -374,11 +374,10 @@ class Purchaser:
         return prediction
 
     def _fail_without_balance(self, error: Throttled) -> None:
-        """402 that stays is not waited for: somebody must top up."""
-        if (
-            isinstance(error, InsufficientBalance)
-            and self._places.gate.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE
-        ):
+        """402 that stays is not waited for, by nobody: somebody must top up."""
+        gate = self._places.gate
+        if isinstance(error, InsufficientBalance) and gate.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE:
+            gate.refuse(error)
             raise error
 
     def _adopt(self, found: Held, job: Job) -> None:

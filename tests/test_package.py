@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import subprocess
@@ -47,6 +48,17 @@ def test_what_is_public_is_sorted_and_there_and_documented() -> None:
         thing: Any = getattr(prefect_eachlabs, name)
         if callable(thing):
             assert (getattr(thing, "__doc__", None) or "").strip(), f"{name} has no docstring"
+
+
+def test_what_loads_on_first_use_is_what_is_public() -> None:
+    assert sorted(prefect_eachlabs._ROOM_OF) == prefect_eachlabs.__all__
+
+
+def test_every_public_name_is_used_in_the_file_that_the_type_checker_reads() -> None:
+    tree = ast.parse((ROOT / "tests" / "typed_api.py").read_text(encoding="utf-8"))
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    assert set(prefect_eachlabs.__all__) <= used
+    assert '"tests/typed_api.py"' in PYPROJECT, "mypy is not told of it"
 
 
 def test_prefect_finds_the_collection_and_a_shell_the_command() -> None:

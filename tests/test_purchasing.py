@@ -162,6 +162,22 @@ def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(destination: b
     play(story)
 
 
+def test_an_empty_balance_is_not_waited_for_by_one_item_after_the_other() -> None:
+    async def story() -> None:
+        world = World("create:no_balance")
+        process = world.process()
+        items = [wanted(number) for number in range(10)]
+        began = world.now()
+        ends = await asyncio.gather(*(process.obtain(item) for item in items), return_exceptions=True)
+        assert {type(end) for end in ends} == {InsufficientBalance}
+        assert world.now() - began < 15, "ten trials one after the other take minutes"
+        world.set_faults()
+        await asyncio.gather(*(process.obtain(item) for item in items))
+        world.check(items)
+
+    play(story)
+
+
 def test_a_cancelled_bare_order_is_cancelled_at_the_api() -> None:
     async def story() -> None:
         world = World(service_seconds=20.0)

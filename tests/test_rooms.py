@@ -11,21 +11,21 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "prefect_eachlabs"
 
 _ABOVE_THE_LINE = """
-    errors pictures settings models png media typed_inputs
+    errors redaction consoles pictures addresses settings models png media typed_inputs
     object_store s3_access storage
     lots gate pacing
     waking client once catalogue
     durations sweeping watched listing timing schedule answers watching
-    download probing
+    hosts download probing
     records decisions references orders echoes markers sight looking settling finishing purchasing
     shop steps janitor engine
     gateway
-    retrying contact_sheet batches
+    retrying database_table contact_sheet batches
 """
 
 _BELOW_THE_LINE = """
     limits limits_admin credentials keys artifacts events tasks batch_artifacts shards batch_flow flows
-    templates scheduled_flow settle_flow vary_flow
+    templates scheduled_flow settle_flow vary_flow table_flow requests
     emulator local_s3 commands cli
 """
 

@@ -119,6 +119,10 @@ class Buying:
         try:
             self._purse.check()
             image = await persevere(lambda: self._buy(wanted.item), attempts=ATTEMPTS)
+        except InsufficientBalance as caught:
+            # The others that stood in line with it were not asked for either.
+            error = caught if self.stopped_by is None else _not_tried(self.stopped_by)
+            self._stop_where_going_on_is_vain(caught)
         except EachlabsError as caught:
             error = caught
             self._stop_where_going_on_is_vain(caught)
@@ -141,7 +145,7 @@ class Buying:
         if isinstance(error, (SetupError, InsufficientBalance)) and self.stopped_by is None:
             self.stopped_by = error
             logger.error("The batch stops: %s", error)
-            self._purse.stop(Skipped(f"Not tried: {error.message}", kind=f"not tried: {error.kind}"))
+            self._purse.stop(_not_tried(error))
 
     async def _account_for(self, item: Item, image: StoredImage | None, error: EachlabsError | None) -> float | None:
         """Tells the purse what the item has cost; returns it."""
@@ -159,3 +163,7 @@ class Buying:
         except EachlabsError as error:
             logger.info("The price of prediction %s is not known yet: %s", prediction_id, error)
             return None
+
+
+def _not_tried(why: EachlabsError) -> Skipped:
+    return Skipped(f"Not tried: {why.message}", kind=f"not tried: {why.kind}")

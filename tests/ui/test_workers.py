@@ -31,10 +31,19 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
         ("generate-batch/generate-batch", "0 2 * * *"),
         ("scheduled-image/scheduled-image", "0 6 * * *"),
         ("settle/settle", "30 5 * * *"),
+        ("illustrate-table/illustrate-table", "0 * * * *"),
     ):
         (schedule,) = studio.stage.deployment(name)["schedules"]
         assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (cron, "Europe/Berlin")
-    for name in (IMAGE, "generate-batch/generate-batch", "scheduled-image/scheduled-image", "settle/settle"):
+    for name in (
+        IMAGE,
+        "generate-image/requested-image",
+        "generate-batch/generate-batch",
+        "generate-shard/generate-shard",
+        "scheduled-image/scheduled-image",
+        "illustrate-table/illustrate-table",
+        "settle/settle",
+    ):
         for field, facts in form(studio, name).items():
             assert facts["description"], f"{name}: {field} has no description"
             kinds = {facts.get("type"), *(one.get("type") for one in facts.get("anyOf", ()))} - {None, "null"}

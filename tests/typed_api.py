@@ -1,0 +1,153 @@
+"""Every public name as users' code has it: checked by mypy (`make check`), never run.
+
+What stands in `assert_type` is what an editor shows and a user's own type checker relies on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, PrefectFutureList
+from typing_extensions import assert_type
+
+import prefect_eachlabs
+from prefect_eachlabs import (
+    BadInput,
+    ContentRefused,
+    DownloadFailed,
+    EachlabsCredentials,
+    EachlabsError,
+    FormatNotAllowed,
+    GeminiImageInput,
+    InsufficientBalance,
+    ItemConflict,
+    KeyRefused,
+    NotAPng,
+    NotSent,
+    NotYetSafe,
+    OutcomeUnknown,
+    OutputMissing,
+    PictureMissing,
+    Prediction,
+    PredictionCancelled,
+    PredictionFailed,
+    PredictionStatus,
+    PredictionTimedOut,
+    Rejected,
+    S3Destination,
+    SetupError,
+    Skipped,
+    StoredImage,
+    StoreFailed,
+    Throttled,
+    TypedInput,
+    Unanswered,
+    aawait_prediction,
+    acancel_prediction,
+    acreate_prediction,
+    agenerate_and_store,
+    astore_image,
+    await_prediction,
+    cancel_prediction,
+    create_prediction,
+    generate_and_store,
+    generate_image,
+    illustrate_table,
+    request_picture,
+    store_image,
+    vary_image,
+)
+
+PLACE = "s3://acme/daily"
+
+
+@flow
+def step_by_step(prompt: str, place: S3Destination, credentials: EachlabsCredentials) -> StoredImage:
+    prediction = create_prediction(prompt, destination=place, credentials=credentials, image_url="https://h/fox.jpg")
+    assert_type(prediction, Prediction)
+    assert_type(prediction.id, str)
+    assert_type(prediction.status, PredictionStatus)
+    finished = await_prediction(prediction, deadline_seconds=60.0)
+    assert_type(finished, Prediction)
+    assert_type(finished.cost_usd, float | None)
+    if finished.status is PredictionStatus.CANCELLED:
+        assert_type(cancel_prediction(finished), Prediction)
+    image = store_image(finished, place, with_artifact=True)
+    assert_type(image, StoredImage)
+    assert_type((image.uri, image.sha256, image.width_px), tuple[str, str, int])
+    return image
+
+
+@flow
+def in_the_background(prompts: list[str]) -> list[StoredImage]:
+    future = generate_and_store.submit(prompts[0], destination=PLACE, item_id="fox")
+    assert_type(future, PrefectFuture[StoredImage])
+    futures = generate_and_store.map(prompts, destination=PLACE)
+    assert_type(futures, PrefectFutureList[StoredImage])
+    order = create_prediction.submit(prompts[0])
+    assert_type(order, PrefectFuture[Prediction])
+    return [future.result(), *futures.result()]
+
+
+@flow
+async def awaited(prompt: str) -> None:
+    prediction = await acreate_prediction(prompt, destination=PLACE)
+    assert_type(prediction, Prediction)
+    finished = await aawait_prediction(prediction)
+    assert_type(finished, Prediction)
+    assert_type(await acancel_prediction(prediction.id), Prediction)
+    assert_type(await astore_image(finished, PLACE), StoredImage)
+    assert_type(await agenerate_and_store(prompt, destination=PLACE), StoredImage)
+
+
+async def flows_within_flows() -> None:
+    assert_type(generate_image("a red fox", PLACE), StoredImage)
+    assert_type(await vary_image("https://h/fox.jpg", ["in snow"], PLACE, samples=2), list[StoredImage])
+    assert_type(await illustrate_table("products", "a {name}", PLACE), State[dict[str, Any]])
+    assert_type(request_picture("a red fox", item_id="order-7"), str)
+
+
+def inputs() -> None:
+    typed: TypedInput = GeminiImageInput(prompt="a red fox")
+    create_prediction(input=typed, destination=PLACE)
+
+
+def blocks() -> None:
+    assert_type(EachlabsCredentials(api_key="key"), EachlabsCredentials)  # type: ignore[arg-type]  # pydantic takes a str
+    assert_type(S3Destination(bucket="acme", prefix="daily"), S3Destination)
+
+
+def errors(prediction: Prediction) -> None:
+    try:
+        await_prediction(prediction)
+    except ItemConflict as error:
+        wrong: BadInput | ValueError = error
+        print(wrong)
+    except KeyRefused as error:
+        both: Rejected | SetupError = error
+        print(both)
+    except InsufficientBalance as error:
+        paused: Throttled = error
+        print(paused.retry_after_seconds)
+    except (ContentRefused, OutputMissing) as error:
+        failed: PredictionFailed = error
+        print(failed.code)
+    except FormatNotAllowed as error:
+        no_png: NotAPng = error
+        print(no_png)
+    except (DownloadFailed, StoreFailed, NotAPng) as error:
+        not_yet_safe: NotYetSafe = error
+        print(not_yet_safe.url)
+    except PredictionTimedOut as error:
+        late: TimeoutError = error
+        print(late)
+    except (NotSent, Unanswered, OutcomeUnknown, PredictionCancelled, PictureMissing, Skipped) as error:
+        assert_type(error.retryable, bool)
+        assert_type(error.item_id, str | None)
+    except EachlabsError as error:
+        assert_type(error.message, str)
+
+
+print(prefect_eachlabs.__all__)
