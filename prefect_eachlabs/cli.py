@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
+from prefect_eachlabs import redaction
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, OutcomeUnknown, SetupError
 
 ITEM_FAILED, SET_UP_WRONG, INTERRUPTED = 1, 2, 130
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: The words after the program's name; those of this process when None.
     """
+    redaction.install()
     words = sys.argv[1:] if argv is None else list(argv)
     parser = _parser_for(words)
     try:

@@ -20,6 +20,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from prefect_eachlabs import redaction
 from prefect_eachlabs.errors import (
     BODY_LIMIT_CHARACTERS,
     EachlabsError,
@@ -143,6 +144,8 @@ class EachlabsClient:
     ) -> None:
         key = settings.api_key.get_secret_value()
         self._key = key
+        redaction.install()
+        redaction.hide(key)
         auth = {"X-API-Key": key} if settings.auth_scheme == "x-api-key" else {"Authorization": f"Bearer {key}"}
         if anonymous:
             auth = {}
@@ -384,8 +387,9 @@ class EachlabsClient:
             headers["Content-Type"] = "application/json"
         async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
             body = bytearray()
-            whole = True
-            async for chunk in response.aiter_bytes(65_536):
+            # Encoded twice, 64 kB inflate to gigabytes before the first of them is seen here.
+            whole = "," not in response.headers.get("Content-Encoding", "")
+            async for chunk in response.aiter_bytes(65_536) if whole else response.aiter_raw(65_536):
                 body += chunk
                 if len(body) > MAX_ANSWER_BYTES:
                     whole = False

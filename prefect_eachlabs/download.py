@@ -7,16 +7,15 @@ and the task that wanted it runs again.
 from __future__ import annotations
 
 import asyncio
-import contextvars
-import logging
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
-from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, NotAPng, without_query
+from prefect_eachlabs import redaction
+from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, HostNotAllowed, NotAPng, without_query
+from prefect_eachlabs.hosts import SETTING, GuardedTransport, HostGuard, HostRefused
 from prefect_eachlabs.media import FORMATS, PNG_ALONE, FormatRefused, MediaError, MediaReader
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.png import MAX_BYTES, PngError
@@ -25,42 +24,18 @@ MAX_REDIRECTS = 5
 RETENTION_HOURS = 24
 """The vendor's documentation: outputs are kept at least so long."""
 
-CheckUrl = Callable[[str], Awaitable[None]]
-
-_in_download: contextvars.ContextVar[bool] = contextvars.ContextVar("eachlabs_in_download", default=False)
-
-
-def _hide_query(record: logging.LogRecord) -> bool:
-    """httpx logs each URL whole, and signatures live in its query."""
-    if _in_download.get() and isinstance(record.args, tuple):
-        record.args = tuple(without_query(str(arg)) if isinstance(arg, httpx.URL) else arg for arg in record.args)
-    return True
-
-
-logging.getLogger("httpx").addFilter(_hide_query)
-
-
-@contextmanager
-def queries_hidden_in_logs() -> Iterator[None]:
-    """While it lasts, httpx logs this task's URLs without their queries."""
-    token = _in_download.set(True)
-    try:
-        yield
-    finally:
-        _in_download.reset(token)
-
 
 class Downloader:
     """Fetches PNGs over http(s); made once a process.
 
     Args:
-        transport: Sends the requests; httpx's own (with the environment's proxies) when left out.
+        transport: Sends the requests (tests); the network, with the environment's proxies, when left out.
         max_bytes: The largest picture that is taken.
         total_seconds: For one picture, redirects included, from its first request to its last byte.
         read_seconds: The longest silence.
         connect_seconds: For one connection.
         max_at_once: So many pictures are fetched (and held in memory) at a time; the others wait, without limit.
-        check_url: Awaited with each URL, redirects too, before it is asked; raises to refuse it.
+        hosts: Which hosts may be asked, redirects too. When left out: public ones, and any by a given `transport`.
     """
 
     def __init__(
@@ -72,14 +47,16 @@ class Downloader:
         read_seconds: float = 20.0,
         connect_seconds: float = 10.0,
         max_at_once: int = 16,
-        check_url: CheckUrl | None = None,
+        hosts: HostGuard | None = None,
     ) -> None:
+        redaction.install()
+        if hosts is not None or transport is None:
+            transport = GuardedTransport(hosts or HostGuard(), transport)
         self._transport = transport
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
         self._timeout = httpx.Timeout(read_seconds, connect=connect_seconds, pool=None)
         self._turns = asyncio.Semaphore(max_at_once)
-        self._check_url = check_url
         self._client: httpx.AsyncClient | None = None
 
     async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
@@ -105,13 +82,13 @@ class Downloader:
             FormatNotAllowed: What came is of another format.
             NotAPng: What came is not whole, or larger than `max_bytes`.
             DownloadFailed: It did not come, or not whole.
+            HostNotAllowed: It is at a host of this network; nothing was asked there.
         """
         failed = partial(DownloadFailed, prediction_id=prediction_id, item_id=item_id, url=url)
         what = f"The picture of prediction {prediction_id}" if prediction_id else "The picture"
         wanted = " or ".join(FORMATS[name].title for name in formats)
         reader = MediaReader(formats, max_bytes=self._max_bytes)
         async with self._turns:
-            token = _in_download.set(True)
             try:
                 return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
             except FormatRefused as error:
@@ -134,21 +111,27 @@ class Downloader:
             except (asyncio.TimeoutError, httpx.TimeoutException) as error:
                 limit = f"within {self._total_seconds:g} s" if not isinstance(error, httpx.HTTPError) else "in time"
                 raise failed(f"{what} did not come {limit} ({reader.size_bytes} bytes came): run again.") from error
+            except HostRefused as error:
+                raise HostNotAllowed(
+                    f"{what} is said to be at {error}: nothing was asked there. The picture is paid for and its "
+                    f"prediction is kept. If the host is yours, name it in {SETTING} on the machine that runs this "
+                    "(a name, an address, a network) and run the same again, which buys nothing; if not, show the "
+                    "vendor the prediction's id.",
+                    prediction_id=prediction_id,
+                    item_id=item_id,
+                    url=url,
+                ) from error
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
                 raise failed(
                     f"{what} could not be fetched after {reader.size_bytes} bytes ({type(error).__name__}: "
                     f"{str(error)[:200]}): run again within {RETENTION_HOURS} h."
                 ) from error
-            finally:
-                _in_download.reset(token)
 
     async def _fetch(self, url: str, reader: MediaReader, what: str, failed: Callable[..., DownloadFailed]) -> Media:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
             if target.scheme not in ("http", "https") or not target.host:
                 raise failed(f"{what} is said to be at a URL that is not http(s) ({without_query(str(target))}).")
-            if self._check_url is not None:
-                await self._check_url(str(target))
             client = self._opened_client()
             response = await client.send(client.build_request("GET", target), stream=True)
             try:

@@ -20,6 +20,7 @@ EachlabsError
 │   ├── NotAPng            the bytes are no whole PNG
 │   │   └── FormatNotAllowed   they are a picture of another format: allow it, and run again
 │   ├── DownloadFailed     the picture could not be fetched
+│   │   └── HostNotAllowed     it is at a host of this network: allow it, and run again
 │   └── StoreFailed        the bucket did not take it, or did not answer
 ├── PictureMissing         it was stored, and is gone from the bucket: bought again only when asked
 └── Skipped                left out on purpose (a budget, a setting); nothing was bought
@@ -223,6 +224,13 @@ class DownloadFailed(NotYetSafe):
     """The picture could not be downloaded: run again within 24 h, after that the vendor may delete it."""
 
     default_kind = "download failed"
+
+
+class HostNotAllowed(DownloadFailed):
+    """The picture is said to be at a host of this network: allow it with EACHLABS_PRIVATE_HOSTS, and run again."""
+
+    retryable = False
+    default_kind = "host not allowed"
 
 
 class StoreFailed(NotYetSafe):

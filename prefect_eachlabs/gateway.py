@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
+from prefect_eachlabs import consoles, redaction
 from prefect_eachlabs.download import Downloader
 from prefect_eachlabs.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.models import Destination
@@ -37,12 +38,18 @@ class LoopThread:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self._stopped = False
         started = threading.Event()
 
         def run() -> None:
             asyncio.set_event_loop(self.loop)
             self.loop.call_soon(started.set)
-            self.loop.run_forever()
+            while not self._stopped:
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    # Whoever's work raised it is told; everybody else's goes on.
+                    logger.exception("Something on the gateway's thread asked the process to end; it goes on.")
             self.loop.close()
 
         self._thread = threading.Thread(target=run, name="eachlabs-gateway", daemon=True)
@@ -59,6 +66,7 @@ class LoopThread:
 
     def stop(self) -> None:
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._stopped = True
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout=CLOSE_SECONDS)
 
@@ -143,6 +151,8 @@ class Gateway:
         store_for: Callable[[Destination, S3Access | None], ObjectStore] | None = None,
         downloader: Downloader | None = None,
     ) -> None:
+        redaction.install()
+        consoles.outlive_their_readers()
         self.settings = settings
         self._thread = thread
 

@@ -196,8 +196,11 @@ class Prediction(BaseModel):
 
     Attributes:
         id: The API's id.
-        status: What its status word means; `status_word` is the word itself.
-        model, version, input: What was asked for; `input` of an answer is the API's echo, None when it sent none.
+        status: What its status word means.
+        status_word: The word itself.
+        model: What was asked for.
+        version: What was asked for.
+        input: What was asked for; of an answer the API's echo, None when it sent none.
         output_urls: The pictures' URLs, public by link and kept at least 24 h.
         failure: What the API says went wrong.
         predict_time_seconds: The model's own time, when told.
@@ -390,8 +393,10 @@ class Item(BaseModel):
 
     Attributes:
         item_id: The caller's, or the fingerprint.
-        model, version, input: What is sent to the API, unchanged, but for reference pictures: they stand in `input`
-            under a name that stays the same (`s3://bucket/key`, `sha256:DIGEST`, a URL without its signature).
+        model: Sent to the API, unchanged.
+        version: Sent to the API, unchanged.
+        input: Sent to the API, unchanged, but for reference pictures: they stand here under a name that stays the
+            same (`s3://bucket/key`, `sha256:DIGEST`, a URL without its signature).
         fingerprint: Stands for model, version, input and sample together.
         labels: The caller's own words about it; kept in record and report, never sent.
         sample: The number of this one among several of the same input, from 2 on; never sent.
@@ -430,7 +435,7 @@ class Item(BaseModel):
             prompt: What the picture shows; the field `prompt` of the input.
             image_url: A reference picture: an http(s) URL, `s3://bucket/key`, a `Picture` or its bytes. The field
                 `image_url` of the input; models that call it otherwise get it under their name.
-            model: The model's slug; without a `version` the mission's model gets its own, others none.
+            model: The model's slug; without a `version` the first model gets its own, others none.
             version: The model's version; left out of the request when None.
             item_id: 1 to 128 of `A-Z a-z 0-9 _ -`; the fingerprint when None.
             input: Further fields of the input, as the model wants them; or a typed input, which names its model.

@@ -3,34 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import socket
-import urllib.request
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
-from prefect_eachlabs.download import queries_hidden_in_logs
+from prefect_eachlabs import redaction
 from prefect_eachlabs.errors import BadInput, without_query
+from prefect_eachlabs.hosts import SETTING, GuardedTransport, HostGuard, HostRefused
 from prefect_eachlabs.pictures import MAX_PICTURE_BYTES, SNIFFED_BYTES, content_type_of
-from prefect_eachlabs.settings import is_loopback
 
 MAX_REDIRECTS = 5
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.5
 TOTAL_SECONDS = 30.0
 _OF_OBJECTS = {403: "it is not there, or these credentials may not read it", 404: "there is no such object"}
-_PRIVATE_NAMES = (".local", ".internal", ".localhost", ".lan", ".home.arpa")
-
-Resolve = Callable[[str], Awaitable[list[str]]]
-
-
-async def addresses_of(host: str) -> list[str]:
-    """The addresses of a host. Raises OSError when it has none."""
-    rows = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return [str(row[4][0]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -53,22 +40,17 @@ class Prober:
     """Asks for the head of pictures.
 
     Args:
-        transport: Sends the requests; httpx's own when left out.
-        emulated: The API is on this machine, and so may the pictures be. Otherwise a host that only this network
-            reaches is refused: the vendor cannot reach it, and a form must not make a worker knock there.
-        resolve: Finds a host's addresses; the system does when left out, nobody where `transport` is given.
+        transport: Sends the requests (tests); the network, with the environment's proxies, when left out.
+        hosts: Which hosts may be asked. When left out: public ones, and any by a given `transport`. A host of this
+            network is refused for two reasons: the vendor cannot reach it, and a form must not make a worker knock
+            there.
     """
 
-    def __init__(
-        self,
-        transport: httpx.AsyncBaseTransport | None = None,
-        *,
-        emulated: bool = False,
-        resolve: Resolve | None = None,
-    ) -> None:
+    def __init__(self, transport: httpx.AsyncBaseTransport | None = None, *, hosts: HostGuard | None = None) -> None:
+        redaction.install()
+        if hosts is not None or transport is None:
+            transport = GuardedTransport(hosts or HostGuard(), transport)
         self._transport = transport
-        self._emulated = emulated
-        self._resolve = resolve or (addresses_of if transport is None else None)
         self._client: httpx.AsyncClient | None = None
 
     @property
@@ -81,7 +63,6 @@ class Prober:
                 follow_redirects=False,
                 headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "prefect-eachlabs"},
                 cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-                trust_env=not self._emulated,
             )
         return self._client
 
@@ -107,6 +88,9 @@ class Prober:
                     reason = f"{_OF_OBJECTS[refused.status_code]} (HTTP {refused.status_code})"
                 if refused.status_code != 429 and refused.status_code < 500:
                     break
+            except HostRefused as refused:
+                reason = f"its host is {refused}, and the vendor could not fetch it ({SETTING} names hosts that it can)"
+                break
             except (asyncio.TimeoutError, httpx.TimeoutException):
                 reason = "it did not answer in time"
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
@@ -124,6 +108,8 @@ class Prober:
         if not signed:
             try:
                 seen = await self._ask("HEAD", url)
+            except HostRefused:
+                raise
             except (_Refused, httpx.HTTPError):
                 seen = None  # many hosts refuse HEAD and serve GET
         if seen is None or seen.size_bytes is None or not _is_picture(seen.content_type):
@@ -137,11 +123,10 @@ class Prober:
     async def _ask(self, method: str, url: str) -> Seen:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
-            await self._check_host(target)
+            if target.scheme not in ("http", "https") or not target.host:
+                raise _Refused("it leads to something that is not http(s)")
             headers = {"Range": f"bytes=0-{SNIFFED_BYTES - 1}"} if method == "GET" else {}
-            with queries_hidden_in_logs():
-                request = self.client.build_request(method, target, headers=headers)
-                response = await self.client.send(request, stream=True)
+            response = await self.client.send(self.client.build_request(method, target, headers=headers), stream=True)
             try:
                 if response.has_redirect_location:
                     target = target.join(response.headers["Location"])
@@ -156,22 +141,6 @@ class Prober:
                 await response.aclose()
         raise _Refused(f"it is behind more than {MAX_REDIRECTS} redirects")
 
-    async def _check_host(self, target: httpx.URL) -> None:
-        if target.scheme not in ("http", "https") or not target.host:
-            raise _Refused("it leads to something that is not http(s)")
-        if self._emulated:
-            return
-        host = target.host.rstrip(".").lower()
-        if is_loopback(host) or host.endswith(_PRIVATE_NAMES):
-            raise _Refused("its host is known to this network alone, and the vendor could not fetch it")
-        addresses = [host.strip("[]")] if _is_address(host) else []
-        # Behind a proxy it is the proxy that finds the host.
-        by_proxy = self._transport is None and target.scheme in urllib.request.getproxies()
-        if not addresses and self._resolve is not None and not by_proxy:
-            addresses = await self._resolve(host)
-        if any(not ipaddress.ip_address(address.partition("%")[0]).is_global for address in addresses):
-            raise _Refused("its host has an address of this network alone, and the vendor could not fetch it")
-
     async def aclose(self) -> None:
         client, self._client = self._client, None
         if client is not None:
@@ -182,16 +151,10 @@ def _is_picture(content_type: str) -> bool:
     return content_type.startswith("image/") and content_type != "image/svg+xml"
 
 
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
-
-
 async def _sniffed(response: httpx.Response, said: str) -> str:
     """What the first bytes show; a host that ignores the range is cut off after them."""
+    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        return said  # which was not asked for, and may inflate to any size
     head = b""
     async for piece in response.aiter_bytes(SNIFFED_BYTES):
         head += piece

@@ -23,8 +23,8 @@ from datetime import datetime, timedelta, timezone
 import httpx
 
 from prefect_eachlabs.client import EachlabsClient
-from prefect_eachlabs.download import queries_hidden_in_logs
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, StoreFailed, Unanswered
+from prefect_eachlabs.hosts import HostGuard, HostRefused, addresses_of
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.object_store import ObjectStore, PreconditionFailed, StoredObject
 from prefect_eachlabs.once import Once
@@ -33,7 +33,7 @@ from prefect_eachlabs.pictures import Picture, Roots, UploadSlot, parse_date, pa
 from prefect_eachlabs.probing import Prober
 from prefect_eachlabs.records import Ledger
 from prefect_eachlabs.s3_access import S3Access
-from prefect_eachlabs.settings import AccountSettings, is_loopback
+from prefect_eachlabs.settings import AccountSettings
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,9 @@ class References:
         self._settings = settings
         self._store_for = store_for
         self._roots = Roots.parse(settings.reference_roots)
-        self._prober = Prober(transport, emulated=is_loopback(httpx.URL(settings.base_url).host))
+        # What replaces the network finds the hosts by itself.
+        hosts = HostGuard.of(settings, resolve=addresses_of if transport is None else None)
+        self._prober = Prober(transport, hosts=hosts)
         self._looks: Once[str, object] = Once()
         self._uploads: Once[tuple[str, str], Upload] = Once()
         self._known: OrderedDict[str, Upload] = OrderedDict()
@@ -298,11 +300,13 @@ class References:
     async def _put_once(self, slot: UploadSlot, data: bytes) -> tuple[str, bool]:
         """What went wrong (empty: nothing), and whether it may go well next time. The key does not go along."""
         try:
-            with queries_hidden_in_logs():
-                # The required headers as they are; httpx adds no Content-Type to bytes of its own accord.
-                headers = slot.required_headers
-                request = self._prober.client.build_request("PUT", slot.presigned_url, content=data, headers=headers)
-                answer = await asyncio.wait_for(self._prober.client.send(request), UPLOAD_SECONDS)
+            # The required headers as they are; httpx adds no Content-Type to bytes of its own accord.
+            headers = slot.required_headers
+            request = self._prober.client.build_request("PUT", slot.presigned_url, content=data, headers=headers)
+            answer = await asyncio.wait_for(self._prober.client.send(request, stream=True), UPLOAD_SECONDS)
+            await answer.aclose()  # its status is all that matters, and its body may be of any size
+        except HostRefused as refused:
+            return f"its place is said to be at {refused}; EACHLABS_PRIVATE_HOSTS could allow it", False
         except (asyncio.TimeoutError, httpx.TimeoutException):
             return "time-out", True
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:

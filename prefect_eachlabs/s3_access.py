@@ -29,6 +29,7 @@ from botocore.exceptions import (
 )
 from botocore.exceptions import ConnectionError as BotoConnectionError
 
+from prefect_eachlabs import redaction
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed, without_query
 from prefect_eachlabs.object_store import PreconditionFailed
 
@@ -134,6 +135,8 @@ class S3Process:
 
 
 def _make_client(access: S3Access) -> Any:
+    redaction.install()
+    redaction.hide(access.secret_access_key, access.session_token)
     # A session of its own: boto3's default one is shared with the user's code and not safe across threads.
     return boto3.session.Session().client(
         "s3",

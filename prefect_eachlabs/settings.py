@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
+from prefect_eachlabs.addresses import PrivateHosts
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.pictures import ROOTS_VARIABLE, Roots
 
@@ -67,6 +68,8 @@ class AccountSettings(BaseModel):
             taken by batches, flows and tasks; empty: none but the destination's own bucket.
         check_references: Whether reference pictures are looked at (reachable, small enough, a picture) before money
             is spent.
+        private_hosts: Host names, `*.suffix`, IP addresses and networks, separated by commas, from which pictures may
+            be fetched although they are of this network alone; or `all`; empty: none, unless the API is there too.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -83,6 +86,7 @@ class AccountSettings(BaseModel):
     conditional_writes: Literal["require", "ignore"] = "require"
     reference_roots: str = ""
     check_references: Literal["yes", "no"] = "yes"
+    private_hosts: str = ""
 
     @field_validator("api_key")
     @classmethod
@@ -108,6 +112,12 @@ class AccountSettings(BaseModel):
     @classmethod
     def _roots_that_can_be_read(cls, text: str) -> str:
         Roots.parse(text)
+        return text
+
+    @field_validator("private_hosts")
+    @classmethod
+    def _hosts_that_can_be_read(cls, text: str) -> str:
+        PrivateHosts.parse(text)
         return text
 
     @property
@@ -139,6 +149,7 @@ ENVIRONMENT: dict[str, str] = {
     "conditional_writes": "EACHLABS_CONDITIONAL_WRITES",
     "reference_roots": ROOTS_VARIABLE,
     "check_references": "EACHLABS_CHECK_REFERENCES",
+    "private_hosts": "EACHLABS_PRIVATE_HOSTS",
 }
 """Field of `AccountSettings` → environment variable."""
 

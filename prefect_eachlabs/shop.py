@@ -18,6 +18,7 @@ from prefect_eachlabs.client import EachlabsClient
 from prefect_eachlabs.download import Downloader
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.finishing import Finisher
+from prefect_eachlabs.hosts import HostGuard
 from prefect_eachlabs.models import Destination, Prediction
 from prefect_eachlabs.object_store import ObjectStore
 from prefect_eachlabs.orders import Orders
@@ -81,7 +82,7 @@ class Shop:
         self.catalogue = Catalogue(self.client, self.places)
         self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for, outside))
         self.purchaser = Purchaser(self.client, self.places, self.watcher, settings, self.orders)
-        self.finisher = Finisher(downloader or Downloader())
+        self.finisher = Finisher(downloader or Downloader(hosts=HostGuard.of(settings)))
         self._source = source
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}

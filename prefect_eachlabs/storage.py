@@ -172,7 +172,9 @@ class S3Store:
             except ClientError as error:
                 if code_and_status(error)[0] == "NoSuchKey":
                     return None
-                raise
+                if not _lacks_its_code(error) or attempt == ATTEMPTS:
+                    raise
+                continue
             try:
                 with contextlib.closing(answer["Body"]) as stream:
                     return _stored_object(key, answer, body=stream.read())
@@ -196,7 +198,8 @@ class S3Store:
         except ClientError as error:
             code, status = code_and_status(error)
             conditional = "IfMatch" in arguments or "IfNoneMatch" in arguments
-            if conditional and (status in (409, 412) or (code == "NoSuchKey" and "IfMatch" in arguments)):
+            gone = "IfMatch" in arguments and (code == "NoSuchKey" or _lacks_its_code(error))
+            if conditional and (status in (409, 412) or gone):
                 raise PreconditionFailed(f"{self.uri(arguments['Key'])}: {code}") from error
             if conditional and (status == HTTPStatus.NOT_IMPLEMENTED or code == "NotImplemented"):
                 raise ConditionsNotSupported(
@@ -221,6 +224,11 @@ class S3Store:
             client = client_of(replace(self.access, region=region))
         arguments = {"Bucket": self.bucket, "Key": key}
         return str(client.generate_presigned_url("get_object", Params=arguments, ExpiresIn=expires_seconds))
+
+
+def _lacks_its_code(error: ClientError) -> bool:
+    """A 404 whose body was cut, which tells no missing object from a missing bucket: botocore makes the code up."""
+    return code_and_status(error) == ("404", HTTPStatus.NOT_FOUND)
 
 
 def _date_of(answer: Mapping[str, Any]) -> datetime:

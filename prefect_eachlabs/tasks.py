@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from uuid import uuid4
 
 from prefect import task
+from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.exceptions import MissingContextError
@@ -96,8 +97,10 @@ def _api_task(verb: str, **more: Any) -> dict[str, Any]:
 
 
 _CREATE = _api_task("create", persist_result=True, cache_policy=OnceInAFlowRun())
-_AWAIT = _api_task("await")
-_CANCEL = _api_task("cancel")
+# What has ended holds its pictures' URLs, which may be signed: where results are kept by default, these are not. Asking
+# again costs a request.
+_AWAIT = _api_task("await", persist_result=False, cache_policy=NO_CACHE)
+_CANCEL = _api_task("cancel", persist_result=False, cache_policy=NO_CACHE)
 _STORE = _api_task("store")
 _GENERATE = _api_task("generate")
 

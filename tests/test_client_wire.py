@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import logging
 import socket
+import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -193,6 +194,21 @@ def test_an_answer_that_inflates_is_not_kept() -> None:
     head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(bomb)}\r\n\r\n"
     outcome, _ = over_the_wire(head.encode() + bomb, get)
     assert isinstance(outcome, Unanswered)
+
+
+def test_an_answer_that_is_encoded_twice_is_not_decoded() -> None:
+    """Each time a thousandfold: this one would be 64 MiB after one step, and 64 GiB after a third."""
+    bomb = gzip.compress(gzip.compress(bytes(64 * 1024 * 1024)))
+    assert len(bomb) < 4_096
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip, gzip\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    tracemalloc.start()
+    try:
+        outcome, _ = over_the_wire(head.encode() + bomb, get)
+        _, most_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert isinstance(outcome, Unanswered)
+    assert most_bytes < 8 * 1024 * 1024
 
 
 def test_neither_logs_nor_reprs_show_the_key(caplog: pytest.LogCaptureFixture) -> None:

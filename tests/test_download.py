@@ -12,12 +12,14 @@ import httpx
 import pytest
 
 from prefect_eachlabs.download import MAX_REDIRECTS, Downloader
-from prefect_eachlabs.errors import DownloadFailed, EachlabsError, NotAPng, NotYetSafe
+from prefect_eachlabs.errors import DownloadFailed, EachlabsError, HostNotAllowed, NotAPng, NotYetSafe
+from prefect_eachlabs.hosts import HostGuard
 from prefect_eachlabs.models import Png
 from tests.test_png import IEND, SMALL, header, idat, png
 from tests.virtual_time import run
 
 URL = "https://pictures.invalid/out/1.png?X-Amz-Signature=secret"
+HERE = HostGuard(api_host="127.0.0.1")
 Answer = Callable[[httpx.Request], httpx.Response]
 
 
@@ -134,17 +136,10 @@ def redirecting(times: int, *, location: str | None = None) -> Host:
     return Host(answer)
 
 
-def test_as_many_redirects_as_allowed_are_followed_and_each_url_is_checked_first() -> None:
+def test_as_many_redirects_as_allowed_are_followed() -> None:
     host = redirecting(MAX_REDIRECTS)
-    checked: list[str] = []
-
-    async def check(url: str) -> None:
-        assert len(host.requests) == len(checked)
-        checked.append(url)
-
-    assert run(fetch(Downloader(host.transport(), check_url=check))).data == SMALL
-    assert checked == [str(request.url) for request in host.requests]
-    assert len(checked) == MAX_REDIRECTS + 1
+    assert run(fetch(Downloader(host.transport()))).data == SMALL
+    assert len(host.requests) == MAX_REDIRECTS + 1
 
 
 def test_one_redirect_more_is_refused() -> None:
@@ -165,16 +160,13 @@ def test_a_redirect_to_what_is_not_http_is_refused(location: str) -> None:
     assert len(host.requests) == 1
 
 
-def test_a_url_that_the_check_refuses_is_never_asked() -> None:
-    host = redirecting(1, location="http://169.254.169.254/latest/meta-data")
-
-    async def refuse_metadata(url: str) -> None:
-        if "169.254" in url:
-            raise DownloadFailed("that host is not for pictures", url=url)
-
-    with pytest.raises(DownloadFailed, match="not for pictures"):
-        run(fetch(Downloader(host.transport(), check_url=refuse_metadata)))
+def test_a_redirect_into_this_network_is_never_asked() -> None:
+    host = redirecting(1, location="http://169.254.169.254/latest/meta-data?token=secret")
+    with pytest.raises(HostNotAllowed, match=r"169\.254\.169\.254.*EACHLABS_PRIVATE_HOSTS") as caught:
+        run(fetch(Downloader(host.transport(), hosts=HostGuard(resolve=None))))
     assert [request.url.host for request in host.requests] == ["pictures.invalid"]
+    assert (caught.value.prediction_id, caught.value.retryable) == ("pred-1", False)
+    assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +321,7 @@ async def against_a_real_host(answer: bytes) -> Png:
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     try:
-        return await fetch(Downloader(), f"http://127.0.0.1:{port}/1.png?token=secret")
+        return await fetch(Downloader(hosts=HERE), f"http://127.0.0.1:{port}/1.png?token=secret")
     finally:
         server.close()
         await server.wait_closed()
@@ -361,4 +353,4 @@ def test_a_host_where_nobody_listens_is_a_failed_download() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(DownloadFailed, match="ConnectError"):
-        asyncio.run(fetch(Downloader(), f"http://127.0.0.1:{port}/1.png"))
+        asyncio.run(fetch(Downloader(hosts=HERE), f"http://127.0.0.1:{port}/1.png"))

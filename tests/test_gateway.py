@@ -20,6 +20,7 @@ from prefect_eachlabs.download import Downloader
 from prefect_eachlabs.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.errors import BadInput, PredictionTimedOut, SetupError
 from prefect_eachlabs.gateway import Gateway, LoopThread, close_gateways, gateway_for, local_source
+from prefect_eachlabs.hosts import HostGuard
 from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.settings import AccountSettings
 from tests.memory_store import MemoryStore
@@ -60,7 +61,7 @@ def gateway(settings: AccountSettings, thread: LoopThread) -> Iterator[Gateway]:
         thread,
         make_source=local_source,
         store_for=lambda _destination, _access: store,
-        downloader=Downloader(),
+        downloader=Downloader(hosts=HostGuard.of(settings)),
     )
     yield made
     made.close()
@@ -115,6 +116,22 @@ def test_results_and_errors_come_out_of_both_doors(thread: LoopThread) -> None:
         thread.call(fail())
     with pytest.raises(BadInput):
         asyncio.run(thread.acall(fail()))
+
+
+def test_work_that_asks_the_process_to_end_ends_alone(thread: LoopThread) -> None:
+    """rich raises SystemExit out of a log line when nobody reads the log any more."""
+
+    async def leave() -> None:
+        raise SystemExit(1)
+
+    async def stay() -> str:
+        asyncio.get_running_loop().call_soon(sys.exit, 1)
+        await asyncio.sleep(0.01)
+        return "here"
+
+    with pytest.raises(SystemExit):
+        thread.call(leave())
+    assert thread.call(stay()) == "here"
 
 
 def test_many_callers_of_one_loop_do_not_block_it(thread: LoopThread) -> None:

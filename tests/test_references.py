@@ -18,6 +18,7 @@ import pytest
 
 from prefect_eachlabs.decisions import PurchaseOptions
 from prefect_eachlabs.errors import BadInput, Throttled, Unanswered
+from prefect_eachlabs.hosts import HostGuard
 from prefect_eachlabs.models import Destination, Item, without_signature
 from prefect_eachlabs.pictures import (
     MAX_PICTURE_BYTES,
@@ -274,7 +275,7 @@ class Host:
 
 def look(host: Host, url: str = "https://cdn.example.org/a.png?token=secret", **given: Any) -> Seen:
     async def story() -> Seen:
-        prober = Prober(httpx.MockTransport(host))
+        prober = Prober(httpx.MockTransport(host), hosts=HostGuard(resolve=None))
         try:
             return await prober.check(url, **given)
         finally:
@@ -395,8 +396,9 @@ def test_a_name_that_leads_to_an_address_of_this_network_is_not_asked_either() -
             return ["93.184.215.14", "192.168.1.5"]
 
         host = Host(head())
+        prober = Prober(httpx.MockTransport(host), hosts=HostGuard(resolve=rebound))
         with pytest.raises(BadInput, match="an address of this network alone"):
-            await Prober(httpx.MockTransport(host), resolve=rebound).check("https://evil.example.org/a.png")
+            await prober.check("https://evil.example.org/a.png")
         assert host.asked == []
 
     run(story())

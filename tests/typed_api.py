@@ -21,6 +21,7 @@ from prefect_eachlabs import (
     EachlabsError,
     FormatNotAllowed,
     GeminiImageInput,
+    HostNotAllowed,
     InsufficientBalance,
     ItemConflict,
     KeyRefused,
@@ -137,6 +138,9 @@ def errors(prediction: Prediction) -> None:
     except FormatNotAllowed as error:
         no_png: NotAPng = error
         print(no_png)
+    except HostNotAllowed as error:
+        unreached: DownloadFailed = error
+        print(unreached.url)
     except (DownloadFailed, StoreFailed, NotAPng) as error:
         not_yet_safe: NotYetSafe = error
         print(not_yet_safe.url)

@@ -134,7 +134,9 @@ class Fault(BaseModel):
         next: At the next n calls since it was set.
         matching: Only where the prompt contains this text.
         sticky: What was hit once (a prediction, a picture) is hit again at each further call.
-        seconds, status, value: See the kind.
+        seconds: See the kind.
+        status: See the kind.
+        value: See the kind.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

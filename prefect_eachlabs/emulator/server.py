@@ -122,7 +122,7 @@ class EmulatorServer:
         options: How it behaves.
         port: Where it listens; 0: any free port.
 
-    Example:
+    Examples:
         >>> with EmulatorServer(EmulatorOptions(service_seconds=0.05)) as server:
         ...     server.tallies()["billed"]
         0

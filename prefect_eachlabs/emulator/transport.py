@@ -23,7 +23,7 @@ class InProcessTransport(httpx.AsyncBaseTransport):
     There is no wire: an answer arrives as a whole, so the read time-out bounds all of it, and a connection that is
     cut in the middle of a body looks cut from the start.
 
-    Example:
+    Examples:
         >>> transport = InProcessTransport(EmulatorOptions(requests_per_minute=None))
         >>> transport.emulator.tallies()["billed"]  # doctest: +SKIP
         0

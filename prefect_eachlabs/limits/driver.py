@@ -23,6 +23,8 @@ CALLS_AT_ONCE = 3
 CLOSE_WITHIN_SECONDS = 3.0
 FAILED_VISITS = 2
 """One lost call is no absence: alone, a process takes more than the others can know of."""
+NEVER_MET_SECONDS = 60.0
+"""A server that this process has never met may be restarting while others go on with their shares: it is waited for."""
 FIRST_VISIT_PAUSE_SECONDS = 1.0
 VISIT_MAX_PAUSE_SECONDS = 3.0
 """A server that is away is tried again at least so often, while there is demand."""
@@ -58,6 +60,7 @@ class LotDriver:
         self._visit_at = self._look_at = self._steps_at = -math.inf
         self._visit_pause_seconds = FIRST_VISIT_PAUSE_SECONDS
         self._failed_visits = 0
+        self._alone_from = math.inf  # set by the first visit: until then a server not met yet is waited for
         self._looking = False
 
     def wake(self) -> None:
@@ -238,6 +241,8 @@ class LotDriver:
     async def _visit(self) -> None:
         """Sees that the server reads and writes and that the limits exist; goes on alone when it does not answer."""
         pools = [plan.pool for plan in self._plans]
+        if self._alone_from == math.inf:
+            self._alone_from = self._now() + NEVER_MET_SECONDS
         try:
             for pool in pools:
                 self._lookout.use_number(pool, await self._leases.ensure(pool.kind, pool.account_limit))
@@ -258,6 +263,13 @@ class LotDriver:
     def _go_on_alone(self, error: Exception) -> None:
         if self.away_since is not None:
             return
+        if self._now() < self._alone_from:
+            self._lookout.say(
+                "The Prefect server at %s has not answered yet: it is waited for, for %.0f s, as others may hold "
+                "places of this account. Start it, or unset PREFECT_API_URL if this is the only process.",
+                *(self._leases.where, NEVER_MET_SECONDS),
+            )
+            return
         self.away_since = self._now()
         for plan in self._plans:
             plan.pool.go_alone()
@@ -273,6 +285,7 @@ class LotDriver:
 
     def _share_again(self) -> None:
         now = self._now()
+        self._alone_from = -math.inf
         self._visited, self._failed_visits, self._visit_pause_seconds = True, 0, FIRST_VISIT_PAUSE_SECONDS
         self._look_at = now
         if self.away_since is None:
