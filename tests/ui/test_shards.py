@@ -58,6 +58,8 @@ def test_sixty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_ser
         assert (report["items"], report["failed"], report["ambiguous"], report["skipped"]) == (ROWS, 0, 0, 0)
         assert report["stored"] + report["reused"] == ROWS
         assert bought() == sorted(prompts)
+        told = {"event": {"name": ["eachlabs.batch.finished"]}, "resource": {"id": [f"eachlabs.batch.{name}"]}}
+        until(lambda: stage.ask("POST", "/events/filter", {"filter": told})["events"], 30, "the event is there")
         tallies = studio.api.tallies()
         assert tallies["worst_in_flight"] <= 10
         assert tallies["worst_window"] <= 60
