@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow test-ui check format bench constraints clean
+.PHONY: help install demo test test-all test-slow test-ui check format bench soak docs constraints clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -47,8 +47,15 @@ format: $(STAMP)  ## mend what ruff can mend
 bench: $(STAMP)  ## measure, side by side with simpler ways
 	$(BIN)/python benchmarks/run.py
 
+soak: $(STAMP)  ## ten minutes of batches with everything failing, and then the books; writes docs/soak.md
+	$(BIN)/python benchmarks/soak.py --output docs/soak.md
+
+# The variable silences a notice about the future of mkdocs, which is no warning about these pages.
+docs: $(STAMP)  ## the documentation site, into site/ (open site/index.html); any warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 constraints:  ## resolve constraints.txt anew (needs Python 3.10 to 3.13)
 	$(PYTHON) tools/make_constraints.py
 
 clean:  ## remove what the commands made
-	rm -rf .venv build dist demo-output .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv build dist demo-output site .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -634,7 +634,7 @@ class StoredImage(BaseModel):
         sha256: Hex digest of the stored bytes, which are the downloaded bytes unchanged.
         cost_usd: What the API says it cost; 0 until settled, None when not told.
         predict_time_seconds: The model's own time, when told.
-        reused: True when it was there already: nothing was bought by this call.
+        reused: True when it was bought earlier: nothing was bought by this call.
     """
 
     model_config = ConfigDict(frozen=True)

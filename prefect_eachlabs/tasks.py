@@ -426,7 +426,7 @@ async def astore_image(
 
 
 def _stored(image: StoredImage) -> StoredImage:
-    verb = "was there already" if image.reused else "is stored"
+    verb = "was bought earlier" if image.reused else "is stored"
     _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
     return image
 

@@ -158,7 +158,7 @@ def test_a_prompt_becomes_a_picture_and_is_not_bought_again(studio: Studio, caps
     assert line.endswith("$0.0390)\n")
 
     assert main(words) == 0
-    assert "was there already, nothing was bought" in capsys.readouterr().out
+    assert "bought earlier, nothing was bought now" in capsys.readouterr().out
 
     assert main([*words, "--json"]) == 0
     answer = the_json(capsys)

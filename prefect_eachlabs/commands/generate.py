@@ -167,5 +167,5 @@ def _as_line(image: StoredImage) -> str:
     if image.more_uris:
         facts.append(f"and {len(image.more_uris)} more: {', '.join(image.more_uris)}")
     if image.reused:
-        facts.append("was there already, nothing was bought")
+        facts.append("bought earlier, nothing was bought now")
     return f"{image.uri}  ({', '.join(facts)})"

@@ -1,0 +1,98 @@
+"""The documentation site builds without a warning, its links lead somewhere, and it loads nothing from elsewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import zlib
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+import prefect_eachlabs
+from tests.conftest import IN_CI, ROOT
+
+
+class Page(HTMLParser):
+    """What a built page has and where it leads."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.anchors: set[str] = set()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.classes: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        given = {name: value or "" for name, value in attributes}
+        self.anchors |= {given[name] for name in ("id", "name") if name in given}
+        self.classes |= set(given.get("class", "").split())
+        if tag == "a" and "href" in given:
+            self.links.append(given["href"])
+        elif tag in ("img", "script", "iframe", "source", "link") and (to := given.get("src") or given.get("href")):
+            self.loaded.append(to)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
+        missing = "mkdocs-material is not installed: the extra docs brings it"
+        if IN_CI:
+            pytest.fail(missing, pytrace=False)
+        pytest.skip(missing)
+    folder = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stderr.splitlines() if line and not line.startswith("INFO")] == []
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_every_link_within_the_site_leads_to_a_page_and_a_place_on_it(site: Path, pages: dict[Path, Page]) -> None:
+    for path, page in pages.items():
+        if path.name == "404.html":
+            continue  # served for any address: its links start at the root
+        for link in [*page.links, *page.loaded]:
+            if re.match(r"[a-z]+:|//", link):
+                continue
+            name, anchor = urldefrag(unquote(link))
+            target = (path.parent / name).resolve() if name else path
+            assert target.is_file(), f"{path.relative_to(site)}: {link}"
+            if anchor and target in pages and not anchor.startswith("__"):
+                assert anchor in pages[target].anchors, f"{path.relative_to(site)}: {link}"
+
+
+def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]) -> None:
+    for path, page in pages.items():
+        assert not [to for to in page.loaded if re.match(r"https?:|//", to)], path
+        assert "mermaid" not in page.classes, f"{path.relative_to(site)}: a browser would load mermaid from a CDN"
+    for sheet in site.rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(https?:)?//|@import ['\"]?http", sheet.read_text(encoding="utf-8")), sheet
+
+
+def test_every_public_name_has_a_place_in_the_built_reference(site: Path) -> None:
+    inventory = zlib.decompress((site / "objects.inv").read_bytes().split(b"\n", 4)[4]).decode()
+    there = {line.split()[0].rpartition(".")[2] for line in inventory.splitlines()}
+    assert set(prefect_eachlabs.__all__) <= there
+
+
+def test_a_link_out_of_docs_leads_to_a_page_that_shows_the_file(site: Path) -> None:
+    shown = (site / "files" / "deployments" / "automation.yaml.html").read_text(encoding="utf-8")
+    assert "eachlabs-pause-the-batch-when-pictures-fail" in shown
