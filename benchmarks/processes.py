@@ -49,6 +49,15 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
+def memory_mb(pid: int) -> float:
+    """What a process has in memory now (Linux; elsewhere, and when it has ended, 0)."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS:")), 0.0)
+
+
 class Process:
     """A process with a pipe each way; what it writes to stderr is kept in a file and shown when it fails.
 
@@ -127,6 +136,23 @@ class Process:
 
     def is_running(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def exit_status(self) -> int | None:
+        """None while it runs; below 0: the signal that ended it."""
+        return self._process.poll()
+
+    def send(self, number: signal.Signals, *, to_all: bool = False) -> None:
+        """A signal to it, or to all that it has started, too; nothing when it has ended."""
+        if self.is_running():
+            if to_all:
+                os.killpg(self._process.pid, number)  # a group of its own: start_new_session
+            else:
+                self._process.send_signal(number)
+
+    def memory_mb(self) -> float:
+        """What it has in memory now (Linux; elsewhere, and when it has ended, 0)."""
+        return memory_mb(self._process.pid)
 
     def cpu_seconds(self) -> float:
         """What it has used so far, its threads included (Linux; elsewhere 0)."""

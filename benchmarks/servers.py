@@ -19,27 +19,56 @@ from processes import Process, Trouble, clean_environment, free_port
 STARTS_WITHIN_SECONDS = 180.0
 
 
-@contextlib.contextmanager
-def prefect_server(folder: Path, name: str, *, database_url: str | None = None) -> Iterator[str]:
-    """A Prefect server of its own; gives the URL of its API.
+class PrefectServer:
+    """A Prefect server of its own, which may be ended and started again at the same port with what it knew.
 
     Its leases are kept in files: those in memory, the default, are forgotten when it restarts.
+
+    Args:
+        folder: Where its home and its logs go.
+        name: What it is called.
+        database_url: SQLite in its home when None.
     """
-    port, home = free_port(), folder / f"prefect-{name}"
-    home.mkdir()
-    environment = clean_environment(
-        PREFECT_HOME=str(home),
-        PREFECT_SERVER_ANALYTICS_ENABLED="false",
-        DO_NOT_TRACK="1",
-        PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
-    )
-    if database_url is not None:
-        environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
-    url = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with Process(command, folder, f"prefect-server-{name}", environment=environment, is_read=False) as server:
-        _wait_until_it_answers(server, f"{url}/health")
-        yield url
+
+    def __init__(self, folder: Path, name: str, *, database_url: str | None = None) -> None:
+        self._folder, self._name = folder, f"prefect-server-{name}"
+        home = folder / f"prefect-{name}"
+        home.mkdir()
+        self._environment = clean_environment(
+            PREFECT_HOME=str(home),
+            PREFECT_SERVER_ANALYTICS_ENABLED="false",
+            DO_NOT_TRACK="1",
+            PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
+        )
+        if database_url is not None:
+            self._environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = database_url
+        self._port, self._starts = free_port(), 0
+        self.url = f"http://127.0.0.1:{self._port}/api"
+        self.start()
+
+    def start(self) -> None:
+        """Begins to start; `wait` comes back when it answers."""
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self._port)]
+        self._starts += 1
+        name = self._name if self._starts == 1 else f"{self._name}-{self._starts}"
+        self.process = Process(command, self._folder, name, environment=self._environment, is_read=False)
+
+    def wait(self) -> None:
+        _wait_until_it_answers(self.process, f"{self.url}/health")
+
+    def __enter__(self) -> PrefectServer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.end()
+
+
+@contextlib.contextmanager
+def prefect_server(folder: Path, name: str, *, database_url: str | None = None) -> Iterator[str]:
+    """A Prefect server of its own that answers; gives the URL of its API."""
+    with PrefectServer(folder, name, database_url=database_url) as server:
+        server.wait()
+        yield server.url
 
 
 def _wait_until_it_answers(server: Process, url: str) -> None:

@@ -54,6 +54,8 @@ CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 75.0
 """Long enough for a GET that the API holds open until the end ("long-polling")."""
 POOL_TIMEOUT_SECONDS = 30.0
+_LOST = (asyncio.TimeoutError, httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+"""What a request that was sent may end in: httpx reads the Location of redirects that it does not follow, too."""
 
 
 @lru_cache(maxsize=1)
@@ -189,7 +191,7 @@ class EachlabsClient:
                 f"The API at {self._host} could not be reached ({_reason(error)}); nothing was created.",
                 item_id=item.item_id,
             ) from error
-        except (asyncio.TimeoutError, httpx.HTTPError) as error:
+        except _LOST as error:
             raise OutcomeUnknown(
                 f"The order went out and its answer was lost ({_reason(error)}): it may have been billed. "
                 "It is not repeated before the account's executions have been searched.",
@@ -318,7 +320,7 @@ class EachlabsClient:
                 f"The API at {self._host} could not be reached ({_reason(error)}); ask again.",
                 prediction_id=prediction_id,
             ) from error
-        except (asyncio.TimeoutError, httpx.HTTPError) as error:
+        except _LOST as error:
             raise Unanswered(
                 f"The API's answer was lost ({_reason(error)}); ask again.", prediction_id=prediction_id
             ) from error

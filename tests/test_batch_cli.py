@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import boto3
 import pytest
 
+from prefect_eachlabs.batches import scratch
 from prefect_eachlabs.batches.progress import Progress, TerminalBar, duration
 from prefect_eachlabs.cli import main
 from prefect_eachlabs.commands import batch as command
@@ -152,6 +154,27 @@ def test_a_wrong_set_up_is_said_at_once_with_status_2(
     assert main(["batch", source, *words]) == 2
     assert told in capsys.readouterr().err
     assert studio.billed == 0
+
+
+def test_a_full_disk_ends_it_with_status_2_and_run_again_it_buys_nothing_twice(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite refuses a page more ("database or disk is full"), and then there is no room for the report."""
+    rows = (f"i{number},fox {number},{'x' * 4_000}" for number in range(12))
+    source = write(tmp_path / "spring.csv", "id,prompt,notes", *rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(scratch, "_TABLES", scratch._TABLES + "PRAGMA max_page_count = 12;")
+        assert main(["batch", source, "--to", studio.destination, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert "TMPDIR" in json.loads(out)["error"]
+    assert "Traceback" not in err
+    assert studio.billed == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+        assert main(["batch", source, "--to", studio.destination]) == 2
+    assert "TMPDIR" in capsys.readouterr().err
+    assert main(["batch", source, "--to", studio.destination]) == 0
+    assert studio.billed == 12
 
 
 def test_a_source_without_prompts_says_which_columns_it_has(

@@ -107,21 +107,43 @@ def test_with_the_server_away_each_process_goes_on_with_its_share_and_says_so_on
     assert len(warnings(caplog, "answers again")) == 2
 
 
-def test_a_server_that_never_answered_leaves_the_whole_limit_to_the_process(
+def test_a_server_that_never_answered_leaves_the_whole_limit_to_the_process_after_a_minute(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer(down=True)
 
     async def story() -> None:
         worker = Worker(server, api).start()
-        await asyncio.sleep(6)
-        assert api.sent(0, 6) >= 10
+        await asyncio.sleep(70)
+        assert api.sent(0, 60) == 0
+        assert api.sent(60, 70) >= 10
         await asyncio.sleep(180)
         await worker.stop()
 
     run(story())
-    assert api.sent(60, 180) >= 0.9 * 120
+    assert api.sent(120, 240) >= 0.9 * 120
+    assert len(warnings(caplog, "it is waited for, for 60 s")) == 1
     assert len(warnings(caplog, "60 requests and 10 in-flight")) == 1
+
+
+def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api: Api) -> None:
+    """It cannot know who else is there: what it took alone would come on top of the others' shares."""
+    server = LeaseServer()
+
+    async def story() -> None:
+        for name in "ab":
+            Worker(server, api, name).start()
+        await asyncio.sleep(150)
+        server.down = True
+        await asyncio.sleep(10)
+        Worker(server, api, "c").start()
+        await asyncio.sleep(20)
+        assert api.sent(150, 180, "c") == 0
+        server.down = False
+        await asyncio.sleep(180)
+
+    run(story())
+    assert api.sent(240, 360, "c") >= 0.7 * 40
 
 
 def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFixture) -> None:

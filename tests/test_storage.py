@@ -15,7 +15,7 @@ from botocore.retries.standard import ExponentialBackoff
 from moto.s3.models import s3_backends
 
 from prefect_eachlabs import s3_access
-from prefect_eachlabs.errors import BadInput, StoreFailed
+from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
 from prefect_eachlabs.local_s3 import ACCOUNT, Fault, LocalS3
 from prefect_eachlabs.storage import (
     ConditionsNotSupported,
@@ -210,6 +210,23 @@ def test_encryption_is_for_all_objects_and_the_storage_class_for_pictures_alone(
     assert picture["SSEKMSKeyId"] == record["SSEKMSKeyId"] == "alias/pictures"
     assert picture["StorageClass"] == "STANDARD_IA"
     assert "StorageClass" not in record
+
+
+def test_a_missing_objects_answer_that_was_cut_is_asked_for_again(s3: LocalS3, bucket: S3Store) -> None:
+    """Without its body a 404 does not say whether the object or the bucket is missing."""
+    s3.set_faults(Fault("cut", method="GET"))
+    assert asyncio.run(bucket.get("nothing")) is None
+    s3.set_faults(Fault("cut", method="GET", times=100))
+    with pytest.raises(SetupError, match="404"):
+        asyncio.run(bucket.get("nothing"))
+
+
+def test_a_change_of_a_missing_object_is_a_failed_condition_even_when_its_answer_was_cut(
+    s3: LocalS3, bucket: S3Store
+) -> None:
+    s3.set_faults(Fault("cut"))
+    with pytest.raises(PreconditionFailed):
+        asyncio.run(bucket.put("nothing", b"{}", content_type=JSON, if_match='"e"'))
 
 
 def test_age_is_by_the_stores_clock_in_get_head_and_list(s3: LocalS3, bucket: S3Store) -> None:

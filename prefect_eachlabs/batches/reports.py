@@ -11,6 +11,7 @@ A row that is as the last report has it is in no part: it is written once, at th
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import re
@@ -23,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 
 from prefect_eachlabs.batches.byte_streams import Files
 from prefect_eachlabs.batches.outcomes import Outcome, RowState
-from prefect_eachlabs.batches.scratch import Scratch
+from prefect_eachlabs.batches.scratch import Scratch, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.object_store import ObjectStore
@@ -241,7 +242,8 @@ class ReportWriter:
 
     async def merge(self) -> None:
         """Writes the whole report, in the order of the source: the run's own first, which marks it as ended."""
-        with tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
+        # Python finds no folder for it, it says ENOENT, when the disk is full.
+        with on_disk(errno.ENOENT), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
             path = Path(scratch_folder) / "report.jsonl"
             await self._folder.worker(_write_lines, path, self._scratch.lines())
             for name in (f"runs/{self._run}/report.jsonl", "report.jsonl"):

@@ -14,6 +14,7 @@ from prefect_eachlabs.batches.outcomes import BatchResult, Outcome, RowState, To
 from prefect_eachlabs.batches.progress import Show
 from prefect_eachlabs.batches.reports import BatchFolder, Worker
 from prefect_eachlabs.batches.run import Batch, BatchOptions
+from prefect_eachlabs.batches.scratch import on_disk
 from prefect_eachlabs.batches.sources import Defaults, open_source
 from prefect_eachlabs.batches.tables import BadRow, base_name
 from prefect_eachlabs.engine import Engine
@@ -38,7 +39,8 @@ class ThreadWorker:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="eachlabs-batch")
 
     async def __call__(self, work: Callable[..., T], /, *args: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+        with on_disk():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False)

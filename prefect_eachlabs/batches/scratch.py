@@ -7,11 +7,13 @@ worker's thread: each query gives the interpreter's lock away, and the loop wait
 from __future__ import annotations
 
 import contextlib
+import errno
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from prefect_eachlabs.batches.outcomes import Outcome, RowState
+from prefect_eachlabs.errors import SetupError
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -23,6 +25,27 @@ CREATE TABLE recorded (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE rows (row INTEGER PRIMARY KEY, state TEXT, unsettled TEXT, line BLOB);
 CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
 """
+
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+
+@contextlib.contextmanager
+def on_disk(*errors: int) -> Iterator[None]:
+    """Whatever the disk refuses inside comes out as a SetupError that says what to do.
+
+    Args:
+        errors: Further numbers of an OSError that mean the disk here.
+    """
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS.union(errors):
+            raise
+        raise SetupError(
+            f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "
+            "in TMPDIR, then run again; what was bought is in the bucket or known there, and not bought again."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,244 @@
+"""The soak's servers, sources and buyers: what they are, not what befalls them."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import signal
+import struct
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+from processes import Emulator, Process, clean_environment, python
+from servers import PrefectServer
+from soak_faults import ACCOUNT, EMULATOR_FLAGS
+
+BUCKET = "soak"
+DESTINATION = f"s3://{BUCKET}/pictures"
+SOURCES = 60
+ROWS, STEADY_ROWS = 150, 50
+TWIN_EVERY = 20
+"""So often a row wants the same picture as the row before it: two items with one input, which are two purchases."""
+WIDE_ROWS, WIDE_CHARACTERS = 60, 60_000
+"""A label of so many characters, and the rows of a batch do not fit into memory: they go to the disk."""
+LARGEST_FILE_BYTES = 65_536
+
+
+class Wanted(NamedTuple):
+    """A picture that a source asks for."""
+
+    item_id: str
+    prompt: str
+
+
+class Group:
+    """Sources of one kind, one after the other, and the buyers that go through them."""
+
+    def __init__(self, folder: Path, name: str, rows: int, *, label_characters: int = 0) -> None:
+        self.name, self._folder, self._rows = name, folder, rows
+        for number in range(1, SOURCES + 1):
+            with self.source(number).open("w", newline="") as file:
+                write = csv.writer(file).writerow
+                write(["id", "prompt", *(["notes"] if label_characters else [])])
+                for wanted in self.wanted_of(number):
+                    write([*wanted, *(["x" * label_characters] if label_characters else [])])
+
+    @property
+    def sources(self) -> str:
+        return str(self._folder / f"{self.name}-{{:03}}.csv")
+
+    def source(self, number: int) -> Path:
+        return Path(self.sources.format(number))
+
+    def wanted_of(self, number: int) -> Iterator[Wanted]:
+        for row in range(1, self._rows + 1):
+            prompt_row = row - 1 if row % TWIN_EVERY == 0 else row
+            yield Wanted(f"{self.name}-{number:03}-{row:03}", f"{self.name} {number}, picture {prompt_row}")
+
+
+class Buyer:
+    """A process that runs batches, in one life after another.
+
+    Args:
+        world: Where it buys.
+        name: What it is called.
+        group: Its sources.
+        disk_is_full: No file of its may grow beyond 64 KiB, and a life is one batch.
+    """
+
+    def __init__(self, world: World, name: str, group: Group, *, disk_is_full: bool = False) -> None:
+        self.name, self.group, self.lives = name, group, 0
+        self._world, self._disk_is_full = world, disk_is_full
+        self._clock = world.folder / f"{name}.clock"
+        self._state = world.folder / f"{name}.state"
+        self.is_frozen = False
+        self.process: Process | None = None
+        self.clock_hours(0.0)
+
+    def clock_hours(self, hours: float) -> None:
+        """Its wall clock is off by so much from now on."""
+        if not self._clock.exists():
+            self._clock.write_bytes(bytes(8))
+        with self._clock.open("r+b") as file:
+            file.write(struct.pack("d", hours * 3_600))
+
+    @property
+    def at_source(self) -> int:
+        """The number of the source that it is at."""
+        return int(self._state.read_text()) if self._state.exists() else 1
+
+    def begin_at(self, source: int) -> None:
+        self._state.write_text(str(source))
+
+    @property
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.is_running()
+
+    def start(self, *, source: str | None = None, flags: tuple[str, ...] = ()) -> None:
+        """Its next life."""
+        self.reap()
+        self.lives += 1
+        folder = self._world.folder / f"{self.name}-{self.lives}"
+        folder.mkdir()
+        told = {
+            "name": self.name,
+            "sources": self.group.sources if source is None else source,
+            "to": DESTINATION,
+            "state": str(self._state),
+            "stop": str(self._world.stop),
+            "results": str(self._world.results),
+            "clock": str(self._clock),
+            "largest_file_bytes": LARGEST_FILE_BYTES if self._disk_is_full else None,
+            "once": self._disk_is_full or source is not None,
+            "flags": list(flags),
+        }
+        environment = clean_environment(**self._world.environment, PREFECT_HOME=str(folder), TMPDIR=str(folder))
+        command = python("soak_buyer.py", json.dumps(told))
+        self.process = Process(command, folder, "log", environment=environment, is_read=False)
+        self.is_frozen = False
+
+    def kill(self) -> None:
+        """SIGKILL, in the middle of whatever it does."""
+        if self.process is not None:
+            self.process.send(signal.SIGKILL)
+        self.reap()
+
+    def freeze(self, frozen: bool) -> None:
+        if self.process is not None and frozen != self.is_frozen:
+            self.process.send(signal.SIGSTOP if frozen else signal.SIGCONT)
+            self.is_frozen = frozen
+
+    def reap(self) -> None:
+        if self.process is not None:
+            self.freeze(False)
+            self.process.end()
+
+    def memory_mb(self) -> float:
+        return 0.0 if self.process is None else self.process.memory_mb()
+
+    def logs(self) -> Iterator[str]:
+        """What each of its lives wrote."""
+        for life in range(1, self.lives + 1):
+            path = self._world.folder / f"{self.name}-{life}" / "log.log"
+            yield path.read_text(errors="replace") if path.exists() else ""
+
+
+class World:
+    """Emulator, S3 server, Prefect server and buyers, each a process, all ended with the `with` block.
+
+    Args:
+        folder: For all they write.
+        seed: Of all that is drawn.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.stop, self.results = folder / "stop", folder / "results.jsonl"
+        sources = folder / "sources"
+        sources.mkdir()
+        self._ending = contextlib.ExitStack()
+        with contextlib.ExitStack() as ending:
+            self.emulator = ending.enter_context(Emulator(folder, "soak", "--seed", str(seed), *EMULATOR_FLAGS))
+            self._s3 = ending.enter_context(
+                Process(python("soak_s3.py", "--bucket", BUCKET, "--seed", str(seed)), folder, "s3")
+            )
+            self.s3_url = self._s3.first_line()
+            self.prefect = ending.enter_context(PrefectServer(folder, "soak"))
+            self.prefect.wait()
+            self.environment = {
+                **ACCOUNT,
+                "EACHLABS_BASE_URL": self.emulator.url,
+                "PREFECT_API_URL": self.prefect.url,
+                "AWS_ENDPOINT_URL_S3": self.s3_url,
+                "AWS_ACCESS_KEY_ID": "local",
+                "AWS_SECRET_ACCESS_KEY": "local",
+                "AWS_REGION": "us-east-1",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+            pair, steady = Group(sources, "pair", ROWS), Group(sources, "steady", STEADY_ROWS)
+            wide = Group(sources, "wide", WIDE_ROWS, label_characters=WIDE_CHARACTERS)
+            self.pair = (Buyer(self, "A", pair), Buyer(self, "B", pair))
+            self.steady = Buyer(self, "steady", steady)
+            self.on_a_full_disk = Buyer(self, "full-disk", wide, disk_is_full=True)
+            self._last = Buyer(self, "calm", steady)
+            for buyer in (*self.buyers, self._last):
+                ending.callback(buyer.reap)
+            self._ending = ending.pop_all()
+
+    @property
+    def buyers(self) -> tuple[Buyer, ...]:
+        return (*self.pair, self.steady, self.on_a_full_disk)
+
+    def set_faults(self, api: tuple[str, ...], *, s3: bool) -> None:
+        httpx.post(f"{self.emulator.url}/_emulator/faults", json={"faults": api}, timeout=60).raise_for_status()
+        httpx.post(f"{self.s3_url}/_soak", json={"on": s3}, timeout=60).raise_for_status()
+
+    def s3_faults(self) -> dict[str, int]:
+        injected: dict[str, int] = httpx.get(f"{self.s3_url}/_soak", timeout=60).json()
+        return injected
+
+    def predictions(self) -> list[dict[str, Any]]:
+        """All that were ever accepted, whatever became of them."""
+        answer = httpx.get(f"{self.emulator.url}/_emulator/predictions", timeout=60)
+        found: list[dict[str, Any]] = answer.raise_for_status().json()
+        return found
+
+    def wanted(self) -> list[Wanted]:
+        """The rows of every source that some buyer has begun."""
+        begun = Counter[Group]()
+        for buyer in self.buyers:
+            if buyer.lives:
+                begun[buyer.group] = max(begun[buyer.group], buyer.at_source)
+        return [wanted for group, last in begun.items() for n in range(1, last + 1) for wanted in group.wanted_of(n)]
+
+    def start_the_last_run(self, wanted: list[Wanted]) -> Buyer:
+        """One more run of everything at once, with what failed for good tried again."""
+        source = self.folder / "everything.csv"
+        with source.open("w", newline="") as file:
+            csv.writer(file).writerows([("id", "prompt"), *wanted])
+        self._last.start(source=str(source), flags=("--retry-failed",))
+        return self._last
+
+    def ended_batches(self) -> list[dict[str, Any]]:
+        """Batches that came to an end: buyer, source, exit status, and the buyer's memory then."""
+        lines = self.results.read_text().splitlines() if self.results.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def tracebacks(self) -> list[str]:
+        """What buyers wrote that looks like an error of ours: each with who wrote it."""
+        found = []
+        for buyer in (*self.buyers, self._last):
+            for life, text in enumerate(buyer.logs(), start=1):
+                _, *rest = text.split("Traceback (most recent call last)")
+                found += [f"{buyer.name}, life {life}: {one[:4_000]}" for one in rest]
+        return found
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ending.close()
