@@ -23,10 +23,10 @@ demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real fl
 	@$(BIN)/prefect-eachlabs demo
 
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile
 
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's; having none is no failure (pytest says 5)
-	$(BIN)/python -m pytest -m slow -n 2 --ignore=tests/ui || [ $$? -eq 5 ]
+	$(BIN)/python -m pytest -m slow -n 4 --ignore=tests/ui || [ $$? -eq 5 ]
 
 # Servers, workers and a browser at a time: they wait for schedules and polls, and want a quiet machine.
 test-ui: $(STAMP)  ## the Prefect UI and workers, on PostgreSQL and in a browser

@@ -109,8 +109,9 @@ def hide(*secrets: str | None) -> None:
 
 def redacted(text: str) -> str:
     """A library's text (a message, a traceback) without secrets and signatures; URLs in it lose their queries."""
-    text = _PARAMETER.sub(rf"\1{HIDDEN}", _URL_QUERY.sub(rf"\1?{HIDDEN}", text))
-    return _secrets.hidden_in(_FIELD.sub(_without_value, text))
+    # Values first: a pattern that ends within one would leave the rest of it, which nobody knows any more.
+    text = _URL_QUERY.sub(rf"\1?{HIDDEN}", _secrets.hidden_in(text))
+    return _FIELD.sub(_without_value, _PARAMETER.sub(rf"\1{HIDDEN}", text))
 
 
 def _without_value(found: re.Match[str]) -> str:
@@ -121,7 +122,7 @@ def _cleaner(logger: str) -> Callable[[str], str]:
     """What cleans the messages of a logger."""
     package = logger.partition(".")[0]
     if package not in _LIBRARIES:
-        return lambda text: _secrets.hidden_in(_PARAMETER.sub(rf"\1{HIDDEN}", text))
+        return lambda text: _PARAMETER.sub(rf"\1{HIDDEN}", _secrets.hidden_in(text))
 
     def clean(text: str) -> str:
         cut = len(text) > LONGEST_CHARACTERS
@@ -135,7 +136,7 @@ def _cleaner(logger: str) -> Callable[[str], str]:
 
 
 def _clean(record: logging.LogRecord) -> None:
-    clean = _cleaner(record.name)
+    clean = _cleaner(record.name or "")  # `logging.makeLogRecord` fills in a nameless one afterwards
     try:
         message = record.getMessage()
     except Exception:
@@ -143,6 +144,8 @@ def _clean(record: logging.LogRecord) -> None:
         record.msg = clean(str(record.msg))
         if isinstance(record.args, tuple):
             record.args = tuple(clean(str(argument)) for argument in record.args)
+        elif record.args:
+            record.args = (clean(str(record.args)),)
         return
     cleaned = clean(message)
     if cleaned != message:

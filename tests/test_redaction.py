@@ -229,3 +229,11 @@ def test_botocores_own_debug_log_of_real_requests_holds_no_secret(
     assert len(made) == 2
     for secret in (*made, "secret-of-redaction", "token-of-redaction"):
         assert secret not in text
+
+
+def test_a_record_that_is_filled_in_afterwards_is_left_as_it_is() -> None:
+    """So are those that came from another process, as `logging.makeLogRecord` makes them."""
+    install()
+    record = logging.makeLogRecord({"name": "other", "msg": "%d pictures", "args": (7,)})
+    assert record.getMessage() == "7 pictures"
+    assert logging.makeLogRecord({"msg": "none"}).getMessage() == "none"
