@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow test-ui check format bench soak docs constraints clean
+.PHONY: help install demo test test-all test-slow test-ui check format bench soak fuzz docs constraints clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -25,15 +25,15 @@ demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real fl
 test: $(STAMP)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile
 
-test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's; having none is no failure (pytest says 5)
-	$(BIN)/python -m pytest -m slow -n 4 --ignore=tests/ui || [ $$? -eq 5 ]
+test-all: $(STAMP)  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked
+	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow test-ui
 
-# Servers, workers and a browser at a time: they wait for schedules and polls, and want a quiet machine.
-test-ui: $(STAMP)  ## the Prefect UI and workers, on PostgreSQL and in a browser
+test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
+	$(BIN)/python -m pytest -m slow -n 4 --ignore=tests/ui
+
+# One server, its workers and a browser: in one process.
+test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
 	$(BIN)/python -m pytest -m slow tests/ui
-
-test-all: $(STAMP)  ## every test
-	$(BIN)/python -m pytest
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -49,6 +49,9 @@ bench: $(STAMP)  ## measure, side by side with simpler ways
 
 soak: $(STAMP)  ## ten minutes of batches with everything failing, and then the books; writes docs/soak.md
 	$(BIN)/python benchmarks/soak.py --output docs/soak.md
+
+fuzz: $(STAMP)  ## ten minutes of hostile answers, pictures, records and tables, fresh each time
+	$(BIN)/python tools/fuzz.py --minutes 10
 
 # The variable silences a notice about the future of mkdocs, which is no warning about these pages.
 docs: $(STAMP)  ## the documentation site, into site/ (open site/index.html); any warning is an error

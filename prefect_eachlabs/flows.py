@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_eachlabs.credentials import S3Destination, load_block
+from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
 from prefect_eachlabs.tasks import await_prediction, create_prediction, shortened, store_image
 
@@ -25,6 +27,23 @@ def target(destination: str) -> S3Destination | str:
         block: S3Destination = load_block(text, S3Destination)
         return block
     return text
+
+
+def json_fields(text: str) -> dict[str, Any] | None:
+    """What a form's `input_json` means; None where it is empty.
+
+    Raises:
+        BadInput: It is no JSON object. Nothing was bought.
+    """
+    if not text.strip():
+        return None
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"input_json: it is no JSON ({str(error)[:200]}). Nothing was bought.") from None
+    if not isinstance(fields, dict):
+        raise BadInput('input_json: it is no JSON object, such as {"aspect_ratio": "16:9"}. Nothing was bought.')
+    return fields
 
 
 def named_for_its_item() -> str:
