@@ -23,6 +23,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from prefect_eachlabs.batch_artifacts import (
@@ -36,12 +37,14 @@ from prefect_eachlabs.batches.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.batches.run import Batch, BatchOptions, window_for
 from prefect_eachlabs.batches.runner import ThreadWorker, open_batch, plan_batch
 from prefect_eachlabs.batches.sources import Defaults, Wanted
+from prefect_eachlabs.batches.tables import base_name
 from prefect_eachlabs.credentials import S3Destination, gateway_of, load_block, where
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.events import batch_finished
 from prefect_eachlabs.gateway import Gateway
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
 from prefect_eachlabs.shards import MOST_SHARDS, other_shards
+from prefect_eachlabs.tasks import shortened
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +106,20 @@ def generate_chunk(chunk: Chunk) -> dict[str, int]:
     return counts
 
 
-@flow(name="generate-batch", description="A table of prompts becomes PNGs in S3 and a report, each bought once.")
+def _named_for_its_batch() -> str:
+    """Names a run for its batch, so that a person finds it in the UI."""
+    parameters = flow_run.parameters
+    try:
+        return f"batch {shortened(parameters.get('batch_id') or base_name(str(parameters.get('source')).strip()))}"
+    except BadInput:
+        return "batch"  # the flow says what is wrong
+
+
+@flow(
+    name="generate-batch",
+    description="A table of prompts becomes PNGs in S3 and a report, each bought once.",
+    flow_run_name=_named_for_its_batch,
+)
 def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     source: str,
     destination: str,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import IN_CI, ROOT
-from tests.ui.conftest import PLACE, Studio
+from tests.ui.conftest import BUCKET, PLACE, Studio
 from tests.ui.stage import until
 
 pytestmark = pytest.mark.slow
@@ -119,6 +119,40 @@ def test_the_blocks_forms_show_every_field(ui: str, base: str, studio: Studio, p
     page.goto(f"{studio.stage.ui}{base}/blocks/catalog/eachlabs-s3-destination/create")
     for title in ("Bucket", "Prefix", "Region", "Endpoint", "AWS Credentials block", "KMS key", "Storage class"):
         page.get_by_text(title, exact=False).first.wait_for()
+
+
+@pytest.fixture(scope="module")
+def batch_artifact(studio: Studio) -> str:
+    """The report of a batch with hostile prompts, one of which moderation refuses."""
+    prompts = [f"a boat on {sea}" for sea in ("the Baltic", "Lake Como", "the Nile", "a canal")]
+    rows = ["prompt", *prompts, "<b>bold</b> | [strokes](https://example.invalid) &#58;", "an indecent *figure*"]
+    s3 = studio.client()
+    try:
+        s3.put_object(Bucket=BUCKET, Key="tables/boats.csv", Body="\n".join(rows).encode())
+    finally:
+        s3.close()
+    studio.api.set_faults("prediction:fail_moderation,matching=indecent")
+    source, destination = f"s3://{BUCKET}/tables/boats.csv", f"s3://{BUCKET}/boats"
+    run_id = studio.stage.run("generate-batch/generate-batch", source=source, destination=destination)
+    run = studio.stage.ended(run_id)
+    studio.api.set_faults()
+    assert (run["state"]["type"], run["name"]) == ("FAILED", "batch boats"), run["state"]["message"]
+    (report,) = [one for one in studio.stage.artifacts(run_id) if one["key"] == "eachlabs-batch-boats"]
+    return str(report["id"])
+
+
+@UIS
+def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
+    ui: str, base: str, studio: Studio, batch_artifact: str, page: Any, tmp_path: Path
+) -> None:
+    page.goto(f"{studio.stage.ui}{base}/artifacts/artifact/{batch_artifact}")
+    gallery = page.locator('img[src^="data:image/jpeg"]')
+    gallery.wait_for()
+    assert gallery.evaluate("image => image.complete && image.naturalWidth > 300")
+    page.get_by_text("an indecent *figure*").first.wait_for()
+    photograph(page, f"{ui}-batch", tmp_path)
+    assert "&#" not in page.locator("body").inner_text(), "entities show as they are written"
+    assert page.locator('a[href*="example.invalid"]').count() == 0
 
 
 @UIS
