@@ -50,8 +50,8 @@ bench: $(STAMP)  ## measure, side by side with simpler ways
 soak: $(STAMP)  ## ten minutes of batches with everything failing, and then the books; writes docs/soak.md
 	$(BIN)/python benchmarks/soak.py --output docs/soak.md
 
-fuzz: $(STAMP)  ## ten minutes of hostile answers, pictures, records and tables, fresh each time
-	$(BIN)/python tools/fuzz.py --minutes 10
+fuzz: $(STAMP)  ## ten minutes of hostile answers, pictures, records and tables, fresh each time; writes docs/fuzzing.md
+	$(BIN)/python tools/fuzz.py --minutes 10 --output docs/fuzzing.md
 
 # The variable silences a notice about the future of mkdocs, which is no warning about these pages.
 docs: $(STAMP)  ## the documentation site, into site/ (open site/index.html); any warning is an error

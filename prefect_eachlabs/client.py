@@ -20,7 +20,8 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from prefect_eachlabs import redaction
+from prefect_eachlabs import redaction, safe_json
+from prefect_eachlabs.bodies import ACCEPTED_ENCODINGS, read_within
 from prefect_eachlabs.errors import (
     BODY_LIMIT_CHARACTERS,
     EachlabsError,
@@ -95,7 +96,7 @@ class Answer:
         self.is_json = False
         if whole:
             try:
-                self.json = json.loads(body)
+                self.json = safe_json.loads(body)
                 self.is_json = True
             except (ValueError, RecursionError):
                 pass
@@ -109,8 +110,6 @@ class Answer:
         if isinstance(self.json, Mapping):
             words = [self.json.get(name) for name in ("error", "message", "details")]
             said = "; ".join(w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in words if w)
-            # Half characters of a hostile body could be neither logged nor written down.
-            said = said.encode("utf-8", "replace").decode()
             return said.replace(self._secret, "***")[:BODY_LIMIT_CHARACTERS]
         if "<html" in self.text.lower() or "<!doctype" in self.text.lower():
             return "an HTML page"
@@ -156,7 +155,12 @@ class EachlabsClient:
         connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
-            headers={**auth, "User-Agent": user_agent(), "Accept": "application/json"},
+            headers={
+                **auth,
+                "User-Agent": user_agent(),
+                "Accept": "application/json",
+                "Accept-Encoding": ACCEPTED_ENCODINGS,
+            },
             timeout=httpx.Timeout(
                 READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS, write=30.0, pool=POOL_TIMEOUT_SECONDS
             ),
@@ -388,15 +392,8 @@ class EachlabsClient:
         if content is not None:
             headers["Content-Type"] = "application/json"
         async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
-            body = bytearray()
-            # Encoded twice, 64 kB inflate to gigabytes before the first of them is seen here.
-            whole = "," not in response.headers.get("Content-Encoding", "")
-            async for chunk in response.aiter_bytes(65_536) if whole else response.aiter_raw(65_536):
-                body += chunk
-                if len(body) > MAX_ANSWER_BYTES:
-                    whole = False
-                    break
-            answer = Answer(response, bytes(body), whole=whole, secret=self._key)
+            body, whole = await read_within(response, MAX_ANSWER_BYTES)
+            answer = Answer(response, body, whole=whole, secret=self._key)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
 

@@ -18,7 +18,10 @@ def normalised(value: Any) -> Any:
     if isinstance(value, bool):
         return f"\0{value}"  # to Python, True is 1
     if isinstance(value, (int, float)):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # JSON's numbers have no end
+            return value
     if isinstance(value, Mapping):
         return {str(name): normalised(inner) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -42,7 +42,8 @@ def without_query(url: str) -> str:
         host = parts.netloc.rpartition("@")[2]
     except ValueError:
         return "(unreadable URL)"
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+    shown = urlunsplit((parts.scheme, host, parts.path, "", ""))
+    return shown.encode("utf-8", "replace").decode()  # half characters could be neither logged nor written down
 
 
 def _rebuild(cls: type[EachlabsError], message: str, facts: dict[str, Any]) -> EachlabsError:

@@ -181,6 +181,9 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         Raises:
             HostRefused: It was not sent.
         """
+        if "%" in request.url.host and ":" not in request.url.host:
+            # A proxy may decode what was checked as it stands; only the zone of an IPv6 address is written so.
+            raise HostRefused(f"{request.url.host}, a host that is written in an odd way")
         others = self._way_out or self._proxy_for(request.url)
         if others is not None:
             await self._guard.check(request.url.host)

@@ -47,9 +47,10 @@ async def take_adoption_marker(ledger: Ledger, prediction_id: str, item_id: str)
 
 def _holder(marker: StoredObject) -> str:
     try:
-        return str(json.loads(marker.body)["item_id"])
-    except (ValueError, KeyError, TypeError):
-        return "(an unreadable marker)"
+        holder = json.loads(marker.body)["item_id"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        holder = None
+    return holder if isinstance(holder, str) else "(an unreadable marker)"
 
 
 async def _wants(ledger: Ledger, item_id: str, prediction_id: str) -> bool:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
+from prefect_eachlabs import safe_json
 from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
@@ -33,6 +34,8 @@ DEFAULT_VERSION = "2.0-flash-exp-image-generation"
 
 ITEM_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _PREDICTION_ID_PATTERN = re.compile(r"[!-~]{1,256}")
+MAX_INPUT_NESTING = 64
+"""pydantic reads JSON of less than 200 levels: a record that holds more could not be read any more."""
 _MAX_NESTING = 8
 _MAX_URLS = 64
 
@@ -115,7 +118,7 @@ def _unwrap_json(value: object) -> object:
     """JSON in a string is opened; any other string stays."""
     if isinstance(value, str) and value.lstrip()[:1] in ("{", "[", '"'):
         try:
-            return json.loads(value)
+            return safe_json.loads(value)
         except (ValueError, RecursionError):
             return value
     return value
@@ -318,7 +321,8 @@ def _time(value: object) -> datetime | None:
         parsed = datetime.fromisoformat(re.sub(r"(\.\d{1,6})\d*", r"\1", value.strip()).replace("Z", "+00:00"))
     except ValueError:
         return None
-    return parsed if parsed.tzinfo else None
+    # Dates are reckoned with: beyond these years that ends in an OverflowError.
+    return parsed if parsed.tzinfo and 1970 <= parsed.year < 9000 else None
 
 
 def parse_executions(answer: object) -> tuple[Execution, ...]:
@@ -469,6 +473,7 @@ class Item(BaseModel):
             check_image_url(picture)
         check_sample(sample)
         try:
+            _check_nesting(fields)
             for text in _leaves(fields):
                 text.encode()
             fingerprint = fingerprint_of(model, version, fields, sample=sample or 1)
@@ -492,6 +497,15 @@ class Item(BaseModel):
         sent = self.input if self.sent_input is None else self.sent_input
         body: dict[str, Any] = {"model": self.model, "input": sent}
         return body if self.version is None else {**body, "version": self.version}
+
+
+def _check_nesting(value: object, depth: int = 0) -> None:
+    """Raises BadInput for an input that a record could hold and nobody could read back."""
+    if depth > MAX_INPUT_NESTING:
+        raise BadInput(f"The input is nested more than {MAX_INPUT_NESTING} levels deep. Make it flatter.")
+    for inner in value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ():
+        if isinstance(inner, (Mapping, list, tuple)):
+            _check_nesting(inner, depth + 1)
 
 
 def _named(value: object, sources: dict[str, Picture | str]) -> object:

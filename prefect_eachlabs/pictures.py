@@ -195,7 +195,10 @@ class Roots:
                     raise ValueError(f"{part!r} must be s3://BUCKET or s3://BUCKET/PREFIX")
                 prefixes.append((bucket, prefix.strip("/")))
             elif part:
-                folder = Path(part).expanduser()
+                try:
+                    folder = Path(part).expanduser()
+                except RuntimeError:
+                    raise ValueError(f"{part!r} begins with the home folder of nobody here") from None
                 if not folder.is_absolute():
                     raise ValueError(f"{part!r} must be an absolute folder, or s3://BUCKET/PREFIX")
                 folders.append(folder)

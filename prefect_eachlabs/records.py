@@ -23,8 +23,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_eachlabs.errors import SetupError, StoreFailed
-from prefect_eachlabs.models import Destination, Item, Prediction
+from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
+from prefect_eachlabs.models import Destination, Item, Prediction, parse_prediction_id
 from prefect_eachlabs.object_store import ObjectStore, PreconditionFailed, StoredObject
 from prefect_eachlabs.s3_access import S3Access
 
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = "eachlabs-record/1"
 MAX_RECORD_BYTES = 1024 * 1024
+MAX_CLAIM_BYTES = MAX_RECORD_BYTES // 4
+"""Of a new record: it may come to hold the input a second time, and what became of it."""
 
 
 class RecordState(str, Enum):
@@ -151,8 +153,12 @@ class Record(BaseModel):
 
 
 def new_record(item: Item, *, run_id: str) -> Record:
-    """The first claim of an item."""
-    return Record(
+    """The first claim of an item.
+
+    Raises:
+        BadInput: Its input and labels are so large that no record could hold them and be read back.
+    """
+    record = Record(
         item_id=item.item_id,
         fingerprint=item.fingerprint,
         model=item.model,
@@ -164,6 +170,14 @@ def new_record(item: Item, *, run_id: str) -> Record:
         intent=Intent.POST,
         run_id=run_id,
     )
+    size_bytes = len(record.to_bytes())
+    if size_bytes > MAX_CLAIM_BYTES:
+        raise BadInput(
+            f"The input and its labels make a record of {size_bytes} bytes, and {MAX_CLAIM_BYTES} are the most. Name "
+            "pictures by their URL, file or object instead of writing them into the input; nothing was bought.",
+            item_id=item.item_id,
+        )
+    return record
 
 
 @dataclass(frozen=True)
@@ -238,6 +252,14 @@ class Ledger:
             record = Record.model_validate_json(found.body)
             if record.schema_ != SCHEMA:
                 raise ValueError(f"its schema is {record.schema_[:40]!r}, this version reads {SCHEMA!r}")
+            if self.destination.record_key(record.item_id) != found.key:
+                # A copied file: whoever changed it would write the other item's record.
+                raise ValueError(f"it is the record of another item, {record.item_id[:140]!r}")
+            bought = record.prediction_id
+            if (bought is None and record.state is RecordState.CREATED) or (
+                bought is not None and parse_prediction_id(bought) is None
+            ):
+                raise ValueError("its prediction_id is no prediction's id")
         except (ValidationError, ValueError) as error:
             reason = "it has no valid JSON of the schema" if isinstance(error, ValidationError) else str(error)
             raise StoreFailed(

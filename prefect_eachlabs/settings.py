@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
+import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from prefect_eachlabs.addresses import PrivateHosts
@@ -39,10 +40,14 @@ def check_base_url(url: str) -> str:
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port
-    except ValueError as error:
+        connected = httpx.URL(url.strip()).host
+    except (ValueError, httpx.InvalidURL) as error:
         raise ValueError(f"the base URL is no URL: {error}") from None
     if parts.scheme not in ("https", "http") or not host:
         raise ValueError("the base URL must be https://HOST (or http:// on loopback)")
+    if connected.lower() != host.lower():
+        # What is checked here must be the host that the key goes to.
+        raise ValueError("the base URL's host can be read in two ways: write it plainly")
     if parts.scheme == "http" and not is_loopback(host):
         raise ValueError("the base URL must be https: the key would travel in clear (http is for loopback only)")
     if parts.username or parts.password or parts.query or parts.fragment:

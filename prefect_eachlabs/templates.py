@@ -15,7 +15,8 @@ from prefect_eachlabs.errors import BadInput
 
 MOST_CHARACTERS = 20_000
 _PART = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]")
-_CODES = re.compile(r"(?:%[aAbBdHIjmMpSUwWyYGuVZ%]|[^%])*", re.DOTALL)
+_CODE = re.compile(r"%[aAbBdHIjmMpSUwWyYGuVZ%]")
+_CODES = re.compile(rf"(?:{_CODE.pattern}|[^%])*", re.DOTALL)
 """The codes of strftime that mean the same on every platform."""
 
 
@@ -42,7 +43,8 @@ def filled(template: str, date: datetime, *, name: str) -> str:
                 f"{name}: {'{' + field[:78] + '}'!r} is not known: write {{date}}, or {{date:%A}} with codes of "
                 "strftime such as %A %d %B %Y %H %M %j %V."
             )
-        return date.strftime(spec or "%Y-%m-%d")
+        # Code by code: what stands between them is no business of strftime's, which ends at a zero byte.
+        return _CODE.sub(lambda code: date.strftime(code.group()), spec or "%Y-%m-%d")
 
     return _filled(template, told, name=name)
 

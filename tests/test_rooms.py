@@ -11,10 +11,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "prefect_eachlabs"
 
 _ABOVE_THE_LINE = """
-    errors redaction consoles pictures addresses settings models png media typed_inputs
+    errors redaction consoles pictures addresses settings safe_json models png media typed_inputs
     object_store s3_access storage
     lots gate pacing
-    waking client once catalogue
+    waking bodies client once catalogue
     durations sweeping watched listing timing schedule answers watching
     hosts download probing
     records decisions references orders echoes markers sight looking settling finishing purchasing

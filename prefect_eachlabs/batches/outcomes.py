@@ -25,6 +25,8 @@ from prefect_eachlabs.models import Item, StoredImage
 
 MESSAGE_CHARACTERS = 600
 SLOWEST = 10
+MOST = 2**53
+"""Numbers of a report are less."""
 
 
 class RowState(str, Enum):
@@ -104,11 +106,12 @@ class Outcome:
             body = json.loads(line)
             if not isinstance(body, dict):
                 return None
-            known = {name: body[name] for name in _FIELDS if isinstance(body.get(name), _TYPES.get(name, str))}
+            known = {name: body[name] for name in _FIELDS if name in body and _is_fit(name, body[name])}
             for name in ("labels", "error"):
                 if name in known:
-                    known[name] = {word: text for word, text in known[name].items() if isinstance(text, str)}
-            return cls(**{**known, "row": int(body["row"]), "state": RowState(body["state"])})
+                    pairs = known[name].items()
+                    known[name] = {word: text for word, text in pairs if _is_text(word) and _is_text(text)}
+            return cls(**{**known, "row": known["row"], "state": RowState(body["state"])})
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
 
@@ -121,6 +124,21 @@ _TYPES: dict[str, Any] = {
     "final": bool,
 }
 """What a line of a report must hold where it is not text: reports are read back, and somebody may have edited them."""
+
+
+def _is_fit(name: str, value: object) -> bool:
+    kind = _TYPES.get(name, str)
+    if kind is str:
+        return _is_text(value)
+    if kind in (bool, dict):
+        return isinstance(value, kind)
+    # A cost that is no number, or below nothing, would spoil a budget.
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < MOST
+
+
+def _is_text(value: object) -> bool:
+    """Text that a file can hold: no half characters."""
+    return isinstance(value, str) and (value.isascii() or value.encode("utf-8", "ignore").decode() == value)
 
 
 def _wanted(wanted: Wanted) -> dict[str, Any]:

@@ -98,7 +98,11 @@ class Source:
                 version=version,
                 item_id=item_id,
                 input=self._input(values),
-                labels={name: _label(value) for name, value in values.items() if not name.startswith(INPUT_PREFIX)},
+                labels={
+                    _showable(name): _label(value)
+                    for name, value in values.items()
+                    if not name.startswith(INPUT_PREFIX)
+                },
             )
             # Rows of text were measured when they were read.
             if self.table.typed and _size_bytes(item) > MAX_ROW_BYTES:

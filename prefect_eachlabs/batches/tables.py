@@ -126,7 +126,9 @@ class CsvTable:
         self._lines = lines
         if lines.head() is None:
             no_table(source, "it is empty")
-        first = next(self._records())
+        first = next(self._records(), None)
+        if first is None:
+            no_table(source, "it has no line with a cell in it")
         if isinstance(first, BadRow):
             no_table(source, f"line 1: {first.reason}")
         self.columns = _columns(source, first[1])
@@ -269,9 +271,10 @@ class ParquetTable:
         except ImportError as error:
             raise SetupError("Parquet needs pyarrow: pip install 'prefect-eachlabs[parquet]'.") from error
         self._source, self._stream, self._broken = source, stream, arrow.ArrowException
+        self._is_time, self._time = arrow.types.is_timestamp, arrow.timestamp
         try:
             self._file = parquet.ParquetFile(stream, pre_buffer=False)
-        except (arrow.ArrowException, OSError) as error:
+        except (arrow.ArrowException, OSError, ValueError) as error:
             no_table(source, f"it is no Parquet file ({str(error)[:200]})")
         self.columns = _columns(source, list(self._file.schema_arrow.names))
         self._line = 0
@@ -279,11 +282,29 @@ class ParquetTable:
     def rows(self) -> Iterator[Cells | BadRow]:
         try:
             for batch in self._file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, use_threads=False):
-                for values in batch.to_pylist():
+                for values in self._values(batch):
                     self._line += 1
-                    yield Cells(self._line, values)
-        except (self._broken, OSError) as error:
+                    broken = isinstance(values, str)
+                    yield BadRow(self._line, f"broken row: {values}") if broken else Cells(self._line, values)
+        except (self._broken, OSError, ValueError) as error:
             raise BadInput(f"{self._source} is damaged after row {self._line} ({str(error)[:200]}).") from error
+
+    def _values(self, batch: Any) -> Iterator[Any]:
+        """Each row's values; of a row whose values Python has no words for, what is wrong with them."""
+        for number, column in enumerate(batch.columns):
+            # Data frames write times in nanoseconds, which Python's own have no place for.
+            if self._is_time(column.type) and column.type.unit == "ns":
+                in_microseconds = column.cast(self._time("us", column.type.tz), safe=False)
+                batch = batch.set_column(number, batch.schema.names[number], in_microseconds)
+        try:
+            yield from batch.to_pylist()
+        except Exception:  # dates beyond the year 9999, time zones nobody knows, text that is no UTF-8
+            for number in range(batch.num_rows):
+                try:
+                    (values,) = batch.slice(number, 1).to_pylist()
+                except Exception as error:
+                    values = f"a value cannot be read ({type(error).__name__}: {str(error)[:100]})"
+                yield values
 
     def fraction_read(self) -> float:
         count = self._file.metadata.num_rows
