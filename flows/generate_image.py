@@ -18,6 +18,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     item_id: str = "",
     credentials_block: str = "",
     input_json: str = "",
+    formats: str = "",
 ) -> StoredImage:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
@@ -33,9 +34,10 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         input_json: Further fields of the model's input, as JSON such as {"aspect_ratio": "16:9"}.
             `prefect-eachlabs model SLUG` shows what it takes. Optional.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
     """
     fields = json_fields(input_json)
-    return body.fn(prompt, destination, image_url, model, version, item_id, credentials_block, fields)
+    return body.fn(prompt, destination, image_url, model, version, item_id, credentials_block, fields, formats)
 
 
 if __name__ == "__main__":

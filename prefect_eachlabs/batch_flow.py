@@ -42,6 +42,7 @@ from prefect_eachlabs.credentials import S3Destination, gateway_of, load_block, 
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.events import batch_finished
 from prefect_eachlabs.gateway import Gateway
+from prefect_eachlabs.media import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
 from prefect_eachlabs.shards import MOST_SHARDS, other_shards
 from prefect_eachlabs.tasks import shortened
@@ -137,6 +138,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     presigned_days: float | None = None,
     credentials_block: str | None = None,
     shards: int = 1,
+    formats: str = "",
 ) -> State[dict[str, Any]]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
@@ -160,6 +162,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
             most. Empty: by paths beside the page.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
 
     Returns:
         The counts (stored, reused, failed, ambiguous, skipped), costs, and where the report is.
@@ -184,6 +187,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         retry_failed=retry_failed,
         on_ambiguous=on_ambiguous,
         presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
+        formats=check_formats(formats or None),
     )
     table = Table(source.strip(), destination, batch_id or None, model, version or None, credentials_block or None)
     if dry_run:
@@ -202,6 +206,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         "on_ambiguous": on_ambiguous,
         "chunk_size": chunk_size,
         "credentials_block": credentials_block,
+        "formats": formats,
     }
     with other_shards(shards, parameters) as others:
         table.drive(dataclasses.replace(options, shard=(0, shards)), chunk_size)
@@ -276,6 +281,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
     on_ambiguous: Literal["settle", "fail"] = "settle",
     chunk_size: int = CHUNK_SIZE,
     credentials_block: str | None = None,
+    formats: str = "",
 ) -> dict[str, Any]:
     """One share of a batch. Started by `generate-batch` with shards=N, not by people. **Costs money** once a row.
 
@@ -293,6 +299,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
         on_ambiguous: As for generate-batch.
         chunk_size: As for generate-batch.
         credentials_block: As for generate-batch.
+        formats: As for generate-batch.
 
     Returns:
         The counts of this share; the batch's own report has every row.
@@ -306,6 +313,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
         retry_failed=retry_failed,
         on_ambiguous=on_ambiguous,
         shard=(shard, shards),
+        formats=check_formats(formats or None),
     )
     table = Table(source.strip(), destination, batch_id or None, model, version or None, credentials_block or None)
     return table.drive(options, chunk_size).as_json()

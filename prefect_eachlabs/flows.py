@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.credentials import S3Destination, load_block
 from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.media import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
 from prefect_eachlabs.tasks import await_prediction, create_prediction, shortened, store_image
 
@@ -66,6 +67,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     item_id: str = "",
     credentials_block: str = "",
     input: dict[str, Any] | None = None,
+    formats: str = "",
 ) -> StoredImage:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
@@ -80,6 +82,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
             for each different input.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         input: Further fields of the model's input. `prefect-eachlabs model SLUG` shows what it takes.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
 
     Returns:
         Where the picture is.
@@ -94,6 +97,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         version=version or None,
         input=input,
         item_id=item_id or None,
+        formats=check_formats(formats or None),
         destination=place,
         credentials=credentials_block or None,
     )

@@ -9,6 +9,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.flows import target
+from prefect_eachlabs.media import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import generate_and_store
 from prefect_eachlabs.templates import filled, zone
@@ -46,6 +47,7 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     model: str = DEFAULT_MODEL,
     version: str = "",
     credentials_block: str = "",
+    formats: str = "",
 ) -> StoredImage:
     """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
 
@@ -61,6 +63,7 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
         model: The model's slug.
         version: The model's version. Empty: the default model has its own.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
 
     Returns:
         Where the picture is.
@@ -74,5 +77,6 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
         model=model,
         version=version or None,
         credentials=credentials_block or None,
+        formats=check_formats(formats or None),
         with_artifact=True,
     )
