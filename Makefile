@@ -31,9 +31,9 @@ test-all: $(STAMP)  ## the slow tests: processes killed, browser, workers, Postg
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 	$(BIN)/python -m pytest -m slow -n 4 --ignore=tests/ui
 
-# One server, its workers and a browser: in one process.
+# A file keeps to one process, which has a server, workers and a browser of its own.
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
-	$(BIN)/python -m pytest -m slow tests/ui
+	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
 
 check: $(STAMP)  ## lint, format and types
 	$(BIN)/ruff check .
