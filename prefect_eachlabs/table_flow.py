@@ -101,7 +101,9 @@ class _Tally:
         }
         said = f"{self.bought} bought, {self.found} there already; {self.cost_usd:.4f} USD"
         if self.changed:
-            said += f"; {self.changed} rows had changed meanwhile and were left as they are: `replace` buys their new text"
+            said += (
+                f"; {self.changed} rows had changed meanwhile and were left as they are: `replace` buys their new text"
+            )
         if not self.failures:
             return Completed(message=said, data=counts)
         key, first = self.failures[0]
