@@ -6,6 +6,7 @@ A page marks such a part by two comments, which readers do not see: `<!-- made: 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -32,9 +33,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 def described(kind: type[Any]) -> dict[str, str]:
     """Attribute → its words in the Google-style docstring."""
-    listed = str(kind.__doc__).partition("Attributes:\n")[2]
+    listed = inspect.cleandoc(str(kind.__doc__)).partition("Attributes:\n")[2]  # from 3.13 on it is clean already
     words = {}
-    for entry in re.split(r"\n {8}(?=\w)", "\n" + listed):
+    for entry in re.split(r"\n {4}(?=\w)", "\n" + listed):
         names, _, text = entry.partition(": ")
         for name in names.split(","):
             words[name.strip()] = " ".join(text.split())

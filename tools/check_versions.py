@@ -102,7 +102,7 @@ def main() -> int:
         build = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", folder]
         run(build, scratch / "log")
         (wheel,) = scratch.glob("*.whl")
-        constraints, extras = ROOT / "constraints.txt", "all"
+        constraints, extras = ROOT / "constraints.txt", "dev"
         if given.lowest:
             constraints = scratch / "lowest.txt"
             constraints.write_text(lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
