@@ -205,11 +205,12 @@ async def illustrate_table(  # noqa: PLR0917 - the UI's form has no keywords
                     one = asyncio.create_task(illustrate(rows, row))
                     working.add(one)
                     one.add_done_callback(working.discard)
-            await asyncio.gather(*working)
-        finally:
-            # Left here only by a cancel or an error of the database: predictions in flight are cancelled with it.
+        except asyncio.CancelledError:
             for one in working:
                 one.cancel()
+            raise
+        finally:
+            # When the database fails, what is in flight is paid for: it ends, and is written back if that can be.
             await asyncio.gather(*working, return_exceptions=True)
     await _show(table, tally)
     return tally.state()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,25 @@ def test_an_empty_balance_is_met_by_the_first_rows_alone(studio: Studio, sql: Sq
     state = illustrate(studio, tmp_path)
     assert (state.message or "").startswith("Stopped:")
     assert studio.api.tallies()["requests"] < 60
+
+
+def test_what_is_in_flight_when_the_database_fails_is_stored_and_written_back(
+    studio: Studio, sql: Sql, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shop(sql, ("chair", "red"), ("lamp", "blue"))
+    read = PictureTable.without_picture
+
+    async def then_fail(table: PictureTable, most: int) -> AsyncGenerator[Row, None]:
+        async for row in read(table, most):
+            yield row
+        raise SetupError("The next page could not be read.")
+
+    monkeypatch.setattr(PictureTable, "without_picture", then_fail)
+    state = illustrate(studio, tmp_path)
+    with pytest.raises(SetupError, match="next page"):
+        asyncio.run(state.aresult())
+    assert sql("SELECT count(*) FROM products WHERE picture_uri IS NOT NULL") == [(2,)]
+    assert [one["status"] for one in studio.api.predictions()] == ["success", "success"]
 
 
 def test_a_password_in_a_form_is_refused_unseen(studio: Studio, tmp_path: Path) -> None:
