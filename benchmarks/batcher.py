@@ -30,11 +30,11 @@ import boto3
 import httpx
 from botocore.config import Config
 
-import prefect_eachlabs.batches.runner
-import prefect_eachlabs.commands.batch
-import prefect_eachlabs.contact_sheet
-import prefect_eachlabs.gateway  # noqa: F401 - what the command imports when it runs is not what is measured
-from prefect_eachlabs import cli
+import prefect_eachlabs.batch.contact_sheet
+import prefect_eachlabs.batch.plan
+import prefect_eachlabs.cli.batch
+import prefect_eachlabs.engine.runtime  # noqa: F401 - what the command imports when it runs is not what is measured
+from prefect_eachlabs.cli import main as cli
 from prefect_eachlabs.models import Destination
 
 KEY = "a-benchmark-key"

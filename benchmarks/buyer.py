@@ -24,9 +24,9 @@ from contextlib import suppress
 import httpx
 from pydantic import SecretStr
 
-from prefect_eachlabs.decisions import PurchaseOptions
+from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 from prefect_eachlabs.errors import EachlabsError
-from prefect_eachlabs.gateway import close_gateways, gateway_for
+from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Item, Prediction
 from prefect_eachlabs.settings import AccountSettings
 

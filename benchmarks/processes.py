@@ -238,7 +238,7 @@ class S3:
     BUCKET = "benchmarks"
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "prefect_eachlabs.local_s3", "--bucket", self.BUCKET]
+        command = [sys.executable, "-m", "prefect_eachlabs.testing.s3", "--bucket", self.BUCKET]
         self.process = Process(command, folder, "s3")
         self.url = self.process.first_line()
 

@@ -32,10 +32,10 @@ IMPORTED_BEFORE = (
     "boto3.session",
     "botocore.auth",
     "botocore.signers",
-    "prefect_eachlabs.batches.runner",
-    "prefect_eachlabs.commands.batch",
-    "prefect_eachlabs.contact_sheet",
-    "prefect_eachlabs.gateway",
+    "prefect_eachlabs.batch.plan",
+    "prefect_eachlabs.cli.batch",
+    "prefect_eachlabs.batch.contact_sheet",
+    "prefect_eachlabs.engine.runtime",
     "prefect_eachlabs.limits",
 )
 
@@ -103,7 +103,7 @@ def fill_the_disk(largest_bytes: int) -> None:
 
 def run(told: dict[str, Any]) -> int:
     """Batch after batch; each one's exit status goes into the file `results`."""
-    cli = importlib.import_module("prefect_eachlabs.cli")  # after the clock
+    cli = importlib.import_module("prefect_eachlabs.cli.main")  # after the clock
     state, stop, results = Path(told["state"]), Path(told["stop"]), Path(told["results"])
     while True:
         at = int(state.read_text()) if state.exists() else 1

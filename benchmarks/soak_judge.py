@@ -13,9 +13,9 @@ from botocore.config import Config
 from soak_faults import MAX_IN_FLIGHT, REQUESTS_PER_MINUTE
 from soak_world import BUCKET, DESTINATION, Wanted, World
 
+from prefect_eachlabs.images.png import verify_png
+from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.models import Destination
-from prefect_eachlabs.png import verify_png
-from prefect_eachlabs.records import Record, RecordState
 
 THREADS = 8
 OVER = ("over_requests_per_minute", "over_max_in_flight")

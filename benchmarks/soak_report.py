@@ -20,7 +20,7 @@ from soak_faults import (
 from soak_judge import Verdict
 from soak_s3 import KINDS
 
-from prefect_eachlabs.emulator.faults import Fault, kinds_of
+from prefect_eachlabs.testing.emulator.faults import Fault, kinds_of
 
 Row = tuple[str, str]
 

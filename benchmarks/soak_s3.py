@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-from prefect_eachlabs.local_s3 import LocalS3, _Answer, _error
+from prefect_eachlabs.testing.s3 import LocalS3, _Answer, _error
 
 
 class Rate(NamedTuple):

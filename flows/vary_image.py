@@ -4,7 +4,7 @@ from prefect import flow
 
 from prefect_eachlabs import StoredImage
 from prefect_eachlabs import vary_image as body
-from prefect_eachlabs.flows import json_fields
+from prefect_eachlabs.flows.generate_image import json_fields
 from prefect_eachlabs.models import DEFAULT_MODEL
 
 

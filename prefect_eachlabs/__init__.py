@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination
+    from prefect_eachlabs.api.typed_inputs import GeminiImageInput, TypedInput
+    from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination
     from prefect_eachlabs.errors import (
         BadInput,
         ContentRefused,
@@ -37,9 +38,10 @@ if TYPE_CHECKING:
         Unanswered,
     )
     from prefect_eachlabs.events import request_picture
-    from prefect_eachlabs.flows import generate_image
+    from prefect_eachlabs.flows.generate_image import generate_image
+    from prefect_eachlabs.flows.illustrate_table import illustrate_table
+    from prefect_eachlabs.flows.vary_image import vary_image
     from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
-    from prefect_eachlabs.table_flow import illustrate_table
     from prefect_eachlabs.tasks import (
         aawait_prediction,
         acancel_prediction,
@@ -52,11 +54,9 @@ if TYPE_CHECKING:
         generate_and_store,
         store_image,
     )
-    from prefect_eachlabs.typed_inputs import GeminiImageInput, TypedInput
-    from prefect_eachlabs.vary_flow import vary_image
 
 _ROOMS = {
-    "credentials": ("EachlabsCredentials", "S3Destination"),
+    "blocks": ("EachlabsCredentials", "S3Destination"),
     "errors": (
         "BadInput",
         "ContentRefused",
@@ -84,10 +84,10 @@ _ROOMS = {
         "Unanswered",
     ),
     "events": ("request_picture",),
-    "flows": ("generate_image",),
-    "typed_inputs": ("GeminiImageInput", "TypedInput"),
-    "table_flow": ("illustrate_table",),
-    "vary_flow": ("vary_image",),
+    "flows.generate_image": ("generate_image",),
+    "api.typed_inputs": ("GeminiImageInput", "TypedInput"),
+    "flows.illustrate_table": ("illustrate_table",),
+    "flows.vary_image": ("vary_image",),
     "models": ("Prediction", "PredictionStatus", "StoredImage"),
     "tasks": (
         "aawait_prediction",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefect_eachlabs.cli import main
+from prefect_eachlabs.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,10 +23,10 @@ from urllib.parse import quote, urlsplit
 
 from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifact
 
-from prefect_eachlabs.gateway import Gateway
-from prefect_eachlabs.janitor import SettleReport
+from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.models import Destination, StoredImage
-from prefect_eachlabs.s3_access import S3Access, client_of
+from prefect_eachlabs.storage.s3_client import S3Access, client_of
 
 logger = logging.getLogger(__name__)
 

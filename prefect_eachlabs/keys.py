@@ -13,7 +13,7 @@ from prefect.context import FlowRunContext, TaskRunContext
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import Item
-from prefect_eachlabs.pictures import Roots, opened
+from prefect_eachlabs.reference_images import Roots, opened
 
 MOST_REMEMBERED = 1_000
 

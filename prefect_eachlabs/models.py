@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from prefect_eachlabs import safe_json
+from prefect_eachlabs.api import safe_json
 from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
@@ -27,7 +27,7 @@ from prefect_eachlabs.errors import (
     PredictionCancelled,
     PredictionFailed,
 )
-from prefect_eachlabs.pictures import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
+from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 
 DEFAULT_MODEL = "gemini"
 DEFAULT_VERSION = "2.0-flash-exp-image-generation"

@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
-from prefect_eachlabs.addresses import PrivateHosts
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.pictures import ROOTS_VARIABLE, Roots
+from prefect_eachlabs.net.addresses import PrivateHosts
+from prefect_eachlabs.reference_images import ROOTS_VARIABLE, Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
 

@@ -23,17 +23,17 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from prefect_eachlabs import events
+from prefect_eachlabs.api.typed_inputs import TypedInput
 from prefect_eachlabs.artifacts import ashow_picture, show_picture
-from prefect_eachlabs.credentials import EachlabsCredentials, S3Destination, gateway_of, where
-from prefect_eachlabs.decisions import PurchaseOptions
+from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
+from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
-from prefect_eachlabs.gateway import Gateway
+from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.keys import OnceInAFlowRun
-from prefect_eachlabs.media import check_formats
+from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
-from prefect_eachlabs.pictures import Picture, Roots, opened
-from prefect_eachlabs.s3_access import S3Access
-from prefect_eachlabs.typed_inputs import TypedInput
+from prefect_eachlabs.reference_images import Picture, Roots, opened
+from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
 

@@ -166,4 +166,4 @@ def require_shared() -> Callable[[str], Path]:
     return require
 
 
-from tests.flow_fixtures import local_s3, prefect_server, studio  # noqa: E402, F401 - fixtures; after the environment is set
+from tests.flows.flow_fixtures import local_s3, prefect_server, studio  # noqa: E402, F401 - fixtures; after the environment is set

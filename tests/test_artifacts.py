@@ -30,8 +30,8 @@ from prefect_eachlabs import (
     generate_image,
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
-from prefect_eachlabs.janitor import SettleReport
-from tests.flow_fixtures import Studio
+from prefect_eachlabs.engine.cleanup import SettleReport
+from tests.flows.flow_fixtures import Studio
 
 HOSTILE = [
     "a | b | c\n| --- |",

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 import prefect_eachlabs
 from prefect_eachlabs import EachlabsCredentials, S3Destination, SetupError, generate_image
-from prefect_eachlabs.credentials import access_of_block, load_block, where
-from tests.flow_fixtures import Studio
+from prefect_eachlabs.blocks import access_of_block, load_block, where
+from tests.flows.flow_fixtures import Studio
 
 KEY = "key-that-nobody-may-see"
 SECRET = "secret-that-nobody-may-see"

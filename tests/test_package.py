@@ -76,7 +76,7 @@ def test_all_that_is_public_works_without_any_extra() -> None:
 def test_the_command_line_says_its_help_without_loading_prefect_or_boto3() -> None:
     """Prefect alone takes two seconds to import; help is to answer in less than one."""
     loaded = modules_after(
-        "import sys; from prefect_eachlabs.cli import main\n"
+        "import sys; from prefect_eachlabs.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
     )

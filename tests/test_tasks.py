@@ -38,7 +38,7 @@ from prefect_eachlabs import (
     store_image,
 )
 from prefect_eachlabs.tasks import may_be_repeated
-from tests.flow_fixtures import Studio
+from tests.flows.flow_fixtures import Studio
 
 TASKS = [
     create_prediction,

@@ -29,7 +29,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES
 
 from prefect_eachlabs.errors import without_query
-from prefect_eachlabs.pacing import Kind
+from prefect_eachlabs.limits.limiter import Kind
 
 T = TypeVar("T")
 

@@ -10,10 +10,10 @@ from uuid import UUID
 
 from prefect_eachlabs.limits.leak_watch import LeakWatch
 from prefect_eachlabs.limits.leases import Holding, Leases, LimitMissing, limit_name
+from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.limits.lot import Lot
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
-from prefect_eachlabs.pacing import Kind
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import random
 from uuid import UUID
 
 from prefect_eachlabs.limits.leases import LEASE_SECONDS
+from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.limits.lot import Lot, Step, Verb
 from prefect_eachlabs.limits.pool import UNUSED_SECONDS, LotPool
-from prefect_eachlabs.pacing import Kind
 
 ASK_AGAIN_SECONDS = 0.5
 """After a denial; grows to `ASK_AGAIN_MAX_SECONDS` while nothing comes free."""

@@ -9,8 +9,8 @@ import math
 from collections import deque
 from collections.abc import Callable
 
+from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.limits.lot import Lot, LotPlace, Verb, fair_share
-from prefect_eachlabs.pacing import Kind
 
 COOLING_SECONDS = 60.1
 """From the answer of a request until its place may be used again; the tenth is for clocks that differ."""

@@ -10,9 +10,9 @@ from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.limits.driver import LotDriver
 from prefect_eachlabs.limits.leases import Leases, PrefectLeases
+from prefect_eachlabs.limits.limiter import Kind, LocalLots, LotSource, Place
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
-from prefect_eachlabs.pacing import Kind, LocalLots, LotSource, Place
 from prefect_eachlabs.settings import AccountSettings
 
 

@@ -19,8 +19,8 @@ import httpcore
 import httpx
 from hypothesis import HealthCheck, given, settings
 
-from prefect_eachlabs.client import EachlabsClient
-from tests.client_answers import settings as account
+from prefect_eachlabs.api.client import EachlabsClient
+from tests.api.client_answers import settings as account
 from tests.virtual_time import run
 
 T = TypeVar("T")

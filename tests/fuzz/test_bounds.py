@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.client import CONNECT_TIMEOUT_SECONDS, MAX_ANSWER_BYTES, READ_TIMEOUT_SECONDS, EachlabsClient
-from prefect_eachlabs.download import Downloader
+from prefect_eachlabs.api.client import CONNECT_TIMEOUT_SECONDS, MAX_ANSWER_BYTES, READ_TIMEOUT_SECONDS, EachlabsClient
 from prefect_eachlabs.errors import DownloadFailed, EachlabsError, OutcomeUnknown, Unanswered
+from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import collect_urls, parse_prediction
-from tests.client_answers import ITEM
+from tests.api.client_answers import ITEM
 from tests.fuzz.kit import Wire, account
 from tests.virtual_time import run
 

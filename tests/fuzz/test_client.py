@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 from hypothesis import strategies as st
 
-from prefect_eachlabs.client import parse_retry_after
+from prefect_eachlabs.api.client import parse_retry_after
 from prefect_eachlabs.errors import EachlabsError, NotSent, OutcomeUnknown, Rejected, Throttled
 from prefect_eachlabs.models import Prediction
-from tests.client_answers import ITEM, KEY
+from tests.api.client_answers import ITEM, KEY
 from tests.fuzz import hostile
 from tests.fuzz.kit import Wire, asked, fuzzed
 

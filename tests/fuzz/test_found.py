@@ -17,13 +17,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from prefect_eachlabs import redaction
-from prefect_eachlabs.batches.outcomes import Outcome
-from prefect_eachlabs.batches.sources import Source, Wanted, open_source
-from prefect_eachlabs.batches.tables import BadRow, CsvTable, JsonLinesTable
-from prefect_eachlabs.batches.text_lines import Lines
-from prefect_eachlabs.download import Downloader
-from prefect_eachlabs.echoes import fit
+from prefect_eachlabs.batch.outcomes import Outcome
+from prefect_eachlabs.batch.source import Source, Wanted, open_source
+from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable
+from prefect_eachlabs.batch.text_lines import Lines
 from prefect_eachlabs.errors import (
     BadInput,
     DownloadFailed,
@@ -35,13 +32,16 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Unanswered,
 )
-from prefect_eachlabs.hosts import GuardedTransport, HostGuard
-from prefect_eachlabs.markers import take_adoption_marker
+from prefect_eachlabs.flows.templates import filled
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.echoes import fit
+from prefect_eachlabs.ledger.records import MAX_CLAIM_BYTES, Ledger, Record, RecordState, amended, new_record
 from prefect_eachlabs.models import MAX_INPUT_NESTING, Destination, Item, parse_executions
-from prefect_eachlabs.records import MAX_CLAIM_BYTES, Ledger, Record, RecordState, amended, new_record
+from prefect_eachlabs.net import redaction
+from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard
 from prefect_eachlabs.settings import settings_from_environment
-from prefect_eachlabs.templates import filled
-from tests.client_answers import answered, create, get
+from tests.api.client_answers import answered, create, get
 from tests.fuzz.kit import Wire, asked
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run

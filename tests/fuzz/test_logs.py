@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from hypothesis import strategies as st
 
-from prefect_eachlabs import redaction
 from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.net import redaction
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
 
@@ -63,7 +63,7 @@ around = (
 
 @fuzzed(
     st.lists(around | st.sampled_from((SECRET, quote(SECRET, safe=""))), max_size=6).map("".join),
-    st.sampled_from(("httpx", "httpcore.http11", "botocore.auth", "prefect_eachlabs.client", "others")),
+    st.sampled_from(("httpx", "httpcore.http11", "botocore.auth", "prefect_eachlabs.api.client", "others")),
     st.sampled_from(("message", "argument", "too many", "object", "raises", "traceback", "mapping", "stack")),
 )
 def test_no_logged_text_holds_a_secret(text: str, logger: str, how: str) -> None:

@@ -9,13 +9,13 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
-from prefect_eachlabs.media import FORMATS, MediaError, MediaReader
+from prefect_eachlabs.images.formats import FORMATS, MediaError, MediaReader
+from prefect_eachlabs.images.png import PngError
 from prefect_eachlabs.models import Media
-from prefect_eachlabs.pictures import content_type_of
-from prefect_eachlabs.png import PngError
+from prefect_eachlabs.reference_images import content_type_of
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
-from tests.test_png import SMALL
+from tests.images.test_png import SMALL
 
 
 def saved(format: str, **options: Any) -> bytes:

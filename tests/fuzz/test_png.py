@@ -9,11 +9,11 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
+from prefect_eachlabs.images.png import PngError, PngReader
 from prefect_eachlabs.models import Media
-from prefect_eachlabs.png import PngError, PngReader
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
-from tests.test_png import IEND, SIGNATURE, SMALL, chunk, drawn, header
+from tests.images.test_png import IEND, SIGNATURE, SMALL, chunk, drawn, header
 
 WHOLE = (SMALL, drawn("RGB", (9, 7)), drawn("P", (5, 3)), drawn("LA", (3, 5), optimize=True), drawn("1", (17, 2)))
 MOST_PIXELS = 1_000_000

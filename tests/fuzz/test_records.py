@@ -8,9 +8,9 @@ from typing import Any
 from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import EachlabsError, StoreFailed
-from prefect_eachlabs.markers import take_adoption_marker
+from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.records import Held, Ledger, RecordState, amended
 from prefect_eachlabs.models import Destination, parse_prediction_id
-from prefect_eachlabs.records import Held, Ledger, RecordState, amended
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed, says
 from tests.memory_store import MemoryStore

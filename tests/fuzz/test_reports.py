@@ -8,10 +8,10 @@ import math
 from contextlib import closing
 from typing import Any
 
-from prefect_eachlabs.batches.outcomes import Outcome, RowState, Totals
-from prefect_eachlabs.batches.pages import index_page
-from prefect_eachlabs.batches.reports import BatchFolder, EarlierRuns
-from prefect_eachlabs.batches.scratch import Scratch
+from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
+from prefect_eachlabs.batch.pages import index_page
+from prefect_eachlabs.batch.report import BatchFolder, EarlierRuns
+from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.models import Destination
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed

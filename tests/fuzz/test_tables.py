@@ -13,13 +13,13 @@ import pyarrow
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from prefect_eachlabs.batches.outcomes import Outcome, refused
-from prefect_eachlabs.batches.scratch import Scratch
-from prefect_eachlabs.batches.sources import Source, Wanted
-from prefect_eachlabs.batches.tables import BadRow, CsvTable, JsonLinesTable, ParquetTable, Table, TsvTable
-from prefect_eachlabs.batches.text_lines import Lines
+from prefect_eachlabs.batch.outcomes import Outcome, refused
+from prefect_eachlabs.batch.source import Source, Wanted
+from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, ParquetTable, Table, TsvTable
+from prefect_eachlabs.batch.text_lines import Lines
 from prefect_eachlabs.errors import EachlabsError
-from prefect_eachlabs.records import Record, new_record
+from prefect_eachlabs.ledger.records import Record, new_record
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
 

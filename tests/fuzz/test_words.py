@@ -10,15 +10,15 @@ from urllib.parse import urlsplit
 import httpx
 from hypothesis import strategies as st
 
-from prefect_eachlabs.addresses import PrivateHosts, address_in, host_as_written, kind_of, meant
-from prefect_eachlabs.client import EachlabsClient
-from prefect_eachlabs.download import Downloader
+from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import BadInput, HostNotAllowed, NotYetSafe, SetupError
-from prefect_eachlabs.hosts import GuardedTransport, HostGuard, HostRefused
+from prefect_eachlabs.flows.templates import columns_of, filled, filled_from, zone
+from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import Destination, is_http_url
-from prefect_eachlabs.pictures import Roots
+from prefect_eachlabs.net.addresses import PrivateHosts, address_in, host_as_written, kind_of, meant
+from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
+from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings, is_loopback, settings_from_environment
-from prefect_eachlabs.templates import columns_of, filled, filled_from, zone
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed, says
 from tests.virtual_time import run

@@ -18,16 +18,16 @@ from typing import Any, TypeVar
 
 import httpx
 
-from prefect_eachlabs.client import EachlabsClient
-from prefect_eachlabs.decisions import PurchaseOptions
-from prefect_eachlabs.download import Downloader
-from prefect_eachlabs.engine import Engine
+from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.limiter import LocalLots
 from prefect_eachlabs.models import Destination, Item
-from prefect_eachlabs.object_store import ListedObject, StoredObject
-from prefect_eachlabs.pacing import LocalLots
 from prefect_eachlabs.settings import AccountSettings
-from prefect_eachlabs.storage import S3Access, S3Store
+from prefect_eachlabs.storage.base import ListedObject, StoredObject
+from prefect_eachlabs.storage.s3 import S3Access, S3Store
 
 T = TypeVar("T")
 

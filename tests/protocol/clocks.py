@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import pytest
 
-from prefect_eachlabs import client as client_room
+from prefect_eachlabs.api import client as client_room
 
 T = TypeVar("T")
 

@@ -19,14 +19,14 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from prefect_eachlabs.decisions import PurchaseOptions
-from prefect_eachlabs.emulator import EmulatorOptions, InProcessTransport, LoopClock
-from prefect_eachlabs.emulator import Fault as EmulatorFault
-from prefect_eachlabs.emulator.ledger import Job
+from prefect_eachlabs.images.png import verify_png
+from prefect_eachlabs.ledger.records import Record, RecordState
+from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
-from prefect_eachlabs.png import verify_png
-from prefect_eachlabs.records import Record, RecordState
 from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport, LoopClock
+from prefect_eachlabs.testing.emulator import Fault as EmulatorFault
+from prefect_eachlabs.testing.emulator.ledger import Job
 from tests.memory_store import MemoryStore
 from tests.protocol.clocks import patched_clocks
 from tests.protocol.process import Fault, Process

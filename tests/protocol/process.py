@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import httpx
 
-from prefect_eachlabs.client import EachlabsClient
-from prefect_eachlabs.decisions import PurchaseOptions
-from prefect_eachlabs.download import Downloader
-from prefect_eachlabs.engine import Engine
+from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import StoreFailed
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.limiter import LocalLots
 from prefect_eachlabs.models import Item, StoredImage
-from prefect_eachlabs.object_store import ListedObject, PreconditionFailed, StoredObject
-from prefect_eachlabs.pacing import LocalLots
+from prefect_eachlabs.storage.base import ListedObject, PreconditionFailed, StoredObject
 from tests.protocol.clocks import here
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.records import RecordState
+from prefect_eachlabs.ledger.records import RecordState
 from tests.protocol.kit import Fault, World, play, wanted
 from tests.protocol.losses import A, C, abandoned, lost, others_buy
 

@@ -8,8 +8,8 @@ import contextlib
 import pytest
 
 from prefect_eachlabs.errors import PredictionTimedOut
+from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import StoredImage
-from prefect_eachlabs.records import RecordState
 from tests.protocol.kit import Process, World, options, play, wanted
 
 A = wanted(1)

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from prefect_eachlabs import looking
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.records import RecordState
+from prefect_eachlabs.ledger import looking
+from prefect_eachlabs.ledger.records import RecordState
 from tests.protocol.kit import World, play, wanted
 from tests.protocol.losses import A, B, C, abandoned, lost, others_buy
 

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from prefect_eachlabs.janitor import SettleReport
+from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
-from prefect_eachlabs.records import Intent, RecordState
 from tests.protocol.kit import Process, World, play, wanted
 
 A = wanted(1)

@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefect_eachlabs.emulator import Fault as EmulatorFault
+from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import Item
-from prefect_eachlabs.records import RecordState
+from prefect_eachlabs.testing.emulator import Fault as EmulatorFault
 from tests.protocol.kit import Process, World, let_go, patched_clocks, wanted
 from tests.virtual_time import VirtualTimeLoop, _cancel_what_is_left
 

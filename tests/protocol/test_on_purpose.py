@@ -17,7 +17,7 @@ from prefect_eachlabs.errors import (
     PredictionFailed,
     Rejected,
 )
-from prefect_eachlabs.records import RecordState
+from prefect_eachlabs.ledger.records import RecordState
 from tests.protocol.kit import World, play, wanted
 
 A = wanted(1)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.emulator import EmulatorOptions, EmulatorServer
-from prefect_eachlabs.local_s3 import LocalS3
-from prefect_eachlabs.records import Record, RecordState
-from prefect_eachlabs.s3_access import client_of
+from prefect_eachlabs.ledger.records import Record, RecordState
+from prefect_eachlabs.storage.s3_client import client_of
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from prefect_eachlabs.testing.s3 import LocalS3
 from tests.protocol.test_one_item import BEFORE_THE_POST, BOUNDARIES
 
 pytestmark = pytest.mark.slow

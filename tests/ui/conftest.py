@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.emulator import EmulatorOptions, EmulatorServer
-from prefect_eachlabs.local_s3 import LocalS3
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from prefect_eachlabs.testing.s3 import LocalS3
 from tests.ui.stage import PostgreSQL, Stage, opened
 
 BUCKET = "acme-pictures-of-workers"

@@ -1,0 +1,268 @@
+"""The catalogue of models: what each takes, asked for once a run; inputs are checked against it before they cost.
+
+A schema comes from afar and is trusted with nothing: it can refuse an input, and it says which field takes the
+reference picture. What it refers to elsewhere is not fetched; one that is no schema checks nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from prefect_eachlabs.api.once import Once
+from prefect_eachlabs.api.typed_inputs import BUILT_IN, faults_of
+from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected
+from prefect_eachlabs.limits.limiter import Places
+from prefect_eachlabs.models import Item
+from prefect_eachlabs.reference_images import REFERENCE_FIELDS
+
+logger = logging.getLogger(__name__)
+
+MOST_FAULTS = 8
+FAULT_CHARACTERS = 200
+ROWS_A_PAGE = 100
+MOST_PAGES = 50
+
+
+class Librarian(Protocol):
+    """Who knows the catalogue; EachlabsClient does."""
+
+    async def model(self, slug: str) -> Mapping[str, Any]: ...
+
+    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]: ...
+
+
+@dataclass(frozen=True)
+class ReferenceField:
+    """The field that takes the reference picture, and whether it takes a list of them."""
+
+    name: str
+    takes_list: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the catalogue, as far as it is described.
+
+    Attributes:
+        slug: What requests call it.
+        title: What people call it.
+        output_type: `string` or `array`, as the vendor says.
+        request_schema: The JSON Schema of its input; None: there is none.
+    """
+
+    slug: str
+    title: str
+    output_type: str
+    request_schema: Mapping[str, Any] | None = None
+
+    @classmethod
+    def parse(cls, answer: Mapping[str, Any], slug: str = "") -> Model:
+        """What the API says of a model; a field of the wrong shape counts as not sent."""
+        schema = answer.get("request_schema")
+        usable = isinstance(schema, Mapping) and isinstance(schema.get("properties", {}), Mapping) and schema
+        said = [answer.get(name) for name in ("slug", "title", "output_type")]
+        found, title, output_type = (text[:200] if isinstance(text, str) else "" for text in said)
+        return cls(found or slug, title or found or slug, output_type, dict(schema) if usable and schema else None)
+
+    @property
+    def properties(self) -> dict[str, Mapping[str, Any]]:
+        """Field → its schema."""
+        properties = (self.request_schema or {}).get("properties", {})
+        return {str(name): schema if isinstance(schema, Mapping) else {} for name, schema in properties.items()}
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The fields that must be there."""
+        required = (self.request_schema or {}).get("required")
+        return tuple(map(str, required)) if isinstance(required, list) else ()
+
+    @property
+    def reference_field(self) -> ReferenceField | None:
+        """Where the reference picture goes; None: it takes none, or nobody says."""
+        known = [name for name in REFERENCE_FIELDS if name in self.properties]
+        name = next((name for name in known if name in self.required), known[0] if known else None)
+        return None if name is None else ReferenceField(name, _takes_list(self.properties[name]))
+
+    def placed(self, input: Mapping[str, Any]) -> dict[str, Any]:
+        """The input with its reference picture (`image_url`) in the field that the model has for it.
+
+        Raises:
+            BadInput: The model has none, or it is filled already.
+        """
+        picture = input.get("image_url")
+        field = self.reference_field
+        if picture is None or self.request_schema is None:
+            return dict(input)
+        if field is None:
+            raise BadInput(
+                f"image_url: model {self.slug!r} takes no reference picture (its fields: {_listed(self.properties)}). "
+                "Leave it out, or take another model. Nothing was bought."
+            )
+        if field.name == "image_url":
+            return {**input, "image_url": [picture]} if field.takes_list else dict(input)
+        placed = {name: value for name, value in input.items() if name != "image_url"}
+        if not field.takes_list:
+            if field.name in placed:
+                raise BadInput(
+                    f"image_url: model {self.slug!r} takes one reference picture, in its field {field.name!r}, which "
+                    "the input fills already. Give one of the two. Nothing was bought."
+                )
+            return {**placed, field.name: picture}
+        others = placed.get(field.name, [])
+        return {**placed, field.name: [picture, *(others if isinstance(others, list) else [others])]}
+
+    def faults_of(self, input: Mapping[str, Any]) -> list[str]:
+        """What the model's schema has against an input, field by field; none where there is no schema to go by."""
+        if self.request_schema is None:
+            return []
+        # Half a second, which most runs need not pay.
+        from jsonschema.validators import Draft202012Validator, validator_for  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types
+        from referencing import Registry  # noqa: PLC0415
+
+        kind = validator_for(self.request_schema, default=Draft202012Validator)
+        try:
+            # An empty registry: what the schema refers to elsewhere is not fetched.
+            faults = sorted(
+                kind(self.request_schema, registry=Registry()).iter_errors(dict(input)),
+                key=lambda fault: [str(step) for step in fault.absolute_path],
+            )
+            return [line for fault in faults for line in self._worded(fault)]
+        except Exception as error:
+            logger.warning("Model %s: its schema cannot be used (%s): inputs go unchecked.", self.slug, error)
+            return []
+
+    def _worded(self, fault: Any) -> Iterator[str]:
+        path = ".".join(["input", *map(str, fault.absolute_path)])
+        if fault.validator == "required" and isinstance(fault.instance, Mapping):
+            missing = [name for name in fault.validator_value if name not in fault.instance]
+            yield from (f"{path}.{name}: missing" for name in missing if f"'{name}'" in fault.message)
+        elif fault.validator == "additionalProperties" and not fault.absolute_path:
+            unknown = [name for name in fault.instance if name not in self.properties]
+            yield f"{path}.{_listed(unknown)}: not known to this model, which takes {_listed(self.properties)}"
+        else:
+            said = fault.message
+            # It begins with the value, which may be long, and ends with what is wrong about it.
+            too_long = len(said) > FAULT_CHARACTERS
+            yield f"{path}: {said[:60]}…{said[-FAULT_CHARACTERS + 60 :]}" if too_long else f"{path}: {said}"
+
+
+def _takes_list(schema: Mapping[str, Any]) -> bool:
+    said = schema.get("type")
+    kinds = list(said) if isinstance(said, list) else [said]
+    for name in ("anyOf", "oneOf"):
+        choices = schema.get(name)
+        kinds += [c.get("type") for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
+    return "array" in kinds and "string" not in kinds
+
+
+def _listed(names: Any) -> str:
+    shown = [str(name)[:60] for name in names]
+    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") or "none"
+
+
+class Catalogue:
+    """The models, each asked for once a run.
+
+    Args:
+        librarian: Knows the catalogue.
+        places: The account's; each question takes a request place. None: nobody counts (no key is sent).
+    """
+
+    def __init__(self, librarian: Librarian, places: Places | None) -> None:
+        self._librarian = librarian
+        self._places = places
+        self._models: Once[str, Model | None] = Once()
+
+    async def model(self, slug: str) -> Model | None:
+        """A model of the catalogue; None: it is not there. Free; a request the first time.
+
+        Raises:
+            Unanswered, Throttled, NotSent: The catalogue gave no answer: ask again.
+            KeyRefused: The key is not accepted.
+        """
+        return await self._models.get(slug, lambda: self._ask(slug))
+
+    async def _ask(self, slug: str) -> Model | None:
+        try:
+            async with _Turn(self._places):
+                return Model.parse(await self._librarian.model(slug), slug)
+        except KeyRefused:
+            raise
+        except Rejected as error:
+            logger.warning("Model %s: the catalogue does not show it (%s): its inputs go unchecked.", slug, error)
+            return None
+
+    async def find(self, name: str = "") -> list[Model]:
+        """The models whose name contains `name`. Free; a request for each 100.
+
+        Raises:
+            EachlabsError: As for `model`.
+        """
+        found: list[Model] = []
+        for page in range(MOST_PAGES):
+            async with _Turn(self._places):
+                rows = await self._librarian.models(name, limit=ROWS_A_PAGE, offset=page * ROWS_A_PAGE)
+            found += [Model.parse(row) for row in rows if isinstance(row, Mapping) and row.get("slug")]
+            if len(rows) < ROWS_A_PAGE:
+                break
+        return found
+
+    async def checked(self, item: Item) -> dict[str, Any]:
+        """The item's input as its model takes it: its reference picture in the right field, all of it checked.
+
+        The first model's input is known without a request. A model that the catalogue does not know, or of which it
+        has no schema, gets what the user wrote.
+
+        Raises:
+            BadInput: The model would refuse it; says which fields and why. Nothing was bought.
+            EachlabsError: As for `model`.
+        """
+        typed = BUILT_IN.get(item.model)
+        if typed is not None:
+            input, faults = dict(item.input), faults_of(typed, item.input)
+        else:
+            model = await self.model(item.model)
+            if model is None:
+                return dict(item.input)
+            input = model.placed(item.input)
+            faults = model.faults_of(_with_urls(input))
+        if faults:
+            more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+            raise BadInput(
+                f"Model {item.model!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Mend it "
+                f"(`prefect-eachlabs model {item.model}` shows what it takes); nothing was bought.",
+                item_id=item.item_id,
+            )
+        return input
+
+    async def aclose(self) -> None:
+        await self._models.aclose()
+
+
+def _with_urls(input: Mapping[str, Any]) -> dict[str, Any]:
+    """The input with a URL wherever a picture of one's own will have one: schemas may ask for the form of a URL."""
+
+    def url(value: Any) -> Any:
+        if isinstance(value, list):
+            return [url(inner) for inner in value]
+        mine = isinstance(value, str) and value.startswith(("s3://", "sha256:"))
+        return "https://pictures.invalid/reference.png" if mine else value
+
+    return {name: url(value) if name in REFERENCE_FIELDS else value for name, value in input.items()}
+
+
+class _Turn:
+    """A request place for one question."""
+
+    def __init__(self, places: Places | None) -> None:
+        self._places = places
+
+    async def __aenter__(self) -> None:
+        self._place = None if self._places is None else await self._places.take_request(question=True)
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._place is not None:
+            self._place.done()

@@ -1,0 +1,406 @@
+"""Speaks the API's endpoints: one coroutine each, one request each; no retries, no sleeping, no limits.
+
+What an answer means for money is decided here, once: `NotSent` (repeat freely), `OutcomeUnknown` (never repeat),
+`Throttled` (nothing was created), `Rejected` (mend it), `Unanswered` (a question, ask again).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from prefect_eachlabs.api import safe_json
+from prefect_eachlabs.api.bodies import ACCEPTED_ENCODINGS, read_within
+from prefect_eachlabs.api.waking import within_waking_seconds
+from prefect_eachlabs.errors import (
+    BODY_LIMIT_CHARACTERS,
+    EachlabsError,
+    InsufficientBalance,
+    KeyRefused,
+    NotSent,
+    OutcomeUnknown,
+    Rejected,
+    Throttled,
+    Unanswered,
+)
+from prefect_eachlabs.models import (
+    Execution,
+    Item,
+    Prediction,
+    PredictionStatus,
+    created_id,
+    parse_executions,
+    parse_prediction,
+)
+from prefect_eachlabs.net import redaction
+from prefect_eachlabs.reference_images import UploadSlot
+from prefect_eachlabs.settings import AccountSettings, is_loopback
+
+logger = logging.getLogger(__name__)
+
+MAX_ANSWER_BYTES = 8 * 1024 * 1024
+"""A page of 100 executions is some 50 kB; more than this is not read."""
+
+CONNECT_TIMEOUT_SECONDS = 10.0
+READ_TIMEOUT_SECONDS = 75.0
+"""Long enough for a GET that the API holds open until the end ("long-polling")."""
+POOL_TIMEOUT_SECONDS = 30.0
+_LOST = (asyncio.TimeoutError, httpx.HTTPError, httpx.InvalidURL, UnicodeError)
+"""What a request that was sent may end in: httpx reads the Location of redirects that it does not follow, too."""
+
+
+@lru_cache(maxsize=1)
+def user_agent() -> str:
+    """`prefect-eachlabs/VERSION`, from the installed package."""
+    try:
+        return f"prefect-eachlabs/{metadata.version('prefect-eachlabs')}"
+    except metadata.PackageNotFoundError:
+        return "prefect-eachlabs"
+
+
+def parse_retry_after(value: str | None, *, now: datetime | None = None) -> float | None:
+    """Seconds to wait, from a `Retry-After` of seconds or an HTTP date (RFC 9110, 10.2.3); None when unreadable."""
+    text = (value or "").strip()
+    if not text:
+        return None
+    if text.replace(".", "", 1).isdigit() and text.isascii():
+        return float(text) if len(text) < 12 else None
+    try:
+        until = parsedate_to_datetime(text)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+    if until.tzinfo is None:
+        until = until.replace(tzinfo=timezone.utc)
+    return max(0.0, (until - (now or datetime.now(timezone.utc))).total_seconds())
+
+
+class Answer:
+    """One HTTP answer, read within bounds; `secret` is never shown, should the API repeat it."""
+
+    def __init__(self, response: httpx.Response, body: bytes, *, whole: bool, secret: str) -> None:
+        self.status_code = response.status_code
+        self.headers = response.headers
+        self._secret = secret
+        self.text = body[: 4 * BODY_LIMIT_CHARACTERS].decode("utf-8", "replace").replace(secret, "***")
+        self.json: object = None
+        self.is_json = False
+        if whole:
+            try:
+                self.json = safe_json.loads(body)
+                self.is_json = True
+            except (ValueError, RecursionError):
+                pass
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status_code < 300
+
+    def details(self) -> str:
+        """What the API says went wrong, in its own words; of a body that is no JSON, its start."""
+        if isinstance(self.json, Mapping):
+            words = [self.json.get(name) for name in ("error", "message", "details")]
+            said = "; ".join(w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in words if w)
+            return said.replace(self._secret, "***")[:BODY_LIMIT_CHARACTERS]
+        if "<html" in self.text.lower() or "<!doctype" in self.text.lower():
+            return "an HTML page"
+        return self.text.strip()[:BODY_LIMIT_CHARACTERS]
+
+    def retry_after_seconds(self) -> float | None:
+        """Counted from the answer's own `Date`, so that our clock's error does not matter."""
+        sent_at: datetime | None = None
+        try:
+            sent_at = parsedate_to_datetime(self.headers["date"]) if "date" in self.headers else None
+        except (TypeError, ValueError, IndexError, OverflowError):
+            sent_at = None
+        if sent_at is not None and sent_at.tzinfo is None:
+            sent_at = sent_at.replace(tzinfo=timezone.utc)
+        return parse_retry_after(self.headers.get("retry-after"), now=sent_at)
+
+
+class EachlabsClient:
+    """The API of one account, asynchronously, over one pool of connections.
+
+    Args:
+        settings: The account; its key goes to the host of `base_url` alone, redirects are never followed.
+        transport: Replaces the network (tests, recording); also gets the key, so hand in only what you trust.
+        anonymous: Send no key: the catalogue of models is public.
+    """
+
+    def __init__(
+        self,
+        settings: AccountSettings,
+        *,
+        transport: httpx.AsyncBaseTransport | None = None,
+        anonymous: bool = False,
+    ) -> None:
+        key = settings.api_key.get_secret_value()
+        self._key = key
+        redaction.install()
+        redaction.hide(key)
+        auth = {"X-API-Key": key} if settings.auth_scheme == "x-api-key" else {"Authorization": f"Bearer {key}"}
+        if anonymous:
+            auth = {}
+        self._post_seconds = settings.post_given_up_after_seconds
+        self._host = urlsplit(settings.base_url).hostname or ""
+        connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
+        self._http = httpx.AsyncClient(
+            base_url=settings.base_url,
+            headers={
+                **auth,
+                "User-Agent": user_agent(),
+                "Accept": "application/json",
+                "Accept-Encoding": ACCEPTED_ENCODINGS,
+            },
+            timeout=httpx.Timeout(
+                READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS, write=30.0, pool=POOL_TIMEOUT_SECONDS
+            ),
+            limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            follow_redirects=False,
+            transport=transport,
+            # A proxy from the environment must not see what goes to an emulator on this machine.
+            trust_env=not is_loopback(self._host),
+        )
+
+    def __repr__(self) -> str:
+        return f"EachlabsClient({str(self._http.base_url)!r})"
+
+    async def aclose(self) -> None:
+        """Closes the connections."""
+        await self._http.aclose()
+
+    async def create(self, item: Item) -> Prediction:
+        """POST /v1/prediction/: buys one prediction. **Costs money** and is not idempotent.
+
+        Raises:
+            NotSent: No connection came about; nothing was created.
+            Throttled, InsufficientBalance: 429, 402; nothing was created.
+            Rejected, KeyRefused: Another 3xx or 4xx; nothing was created.
+            OutcomeUnknown: Sent, and then a cut, a time-out, a 5xx, or a 2xx without an id. Never repeat it.
+        """
+        try:
+            order = self._send("POST", "/v1/prediction/", json_body=item.request_body())
+            answer = await within_waking_seconds(order, self._post_seconds)
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
+            raise NotSent(
+                f"The API at {self._host} could not be reached ({_reason(error)}); nothing was created.",
+                item_id=item.item_id,
+            ) from error
+        except _LOST as error:
+            raise OutcomeUnknown(
+                f"The order went out and its answer was lost ({_reason(error)}): it may have been billed. "
+                "It is not repeated before the account's executions have been searched.",
+                item_id=item.item_id,
+            ) from error
+        if answer.ok and (prediction_id := created_id(answer.json)) is not None:
+            return Prediction(
+                id=prediction_id,
+                status=PredictionStatus.PENDING,
+                status_word="created",
+                model=item.model,
+                version=item.version,
+                input=item.input,
+                created_at=datetime.now(timezone.utc),
+                item_id=item.item_id,
+            )
+        error_now = self._refusal(answer, to_an_order=True)
+        if error_now is None:
+            raise OutcomeUnknown(
+                f"The order was answered with HTTP {answer.status_code} and no id: it may have been billed. "
+                "It is not repeated before the account's executions have been searched.",
+                item_id=item.item_id,
+                status_code=answer.status_code,
+                details=answer.details(),
+            )
+        error_now.item_id = item.item_id
+        raise error_now
+
+    async def get(self, prediction_id: str) -> Prediction:
+        """GET /v1/prediction/{id}: what has become of it. Free; the API may hold the answer back until the end.
+
+        Raises:
+            Unanswered: No readable answer: ask again.
+            Throttled: 429: ask later.
+            Rejected, KeyRefused: Another 4xx; 404: the API does not know the id (yet).
+        """
+        answer = await self._ask(f"/v1/prediction/{quote(prediction_id, safe='')}", prediction_id=prediction_id)
+        if not isinstance(answer.json, Mapping):
+            raise Unanswered("The API's answer is no JSON object.", prediction_id=prediction_id)
+        return parse_prediction(answer.json, prediction_id=prediction_id)
+
+    async def cancel(self, prediction_id: str) -> None:
+        """POST /v1/prediction/{id}/cancel: asks for a stop, best effort; only GET tells how it ended. Free.
+
+        Raises:
+            Unanswered: No readable answer; asking again is safe.
+            Throttled, Rejected, KeyRefused: As for `get`.
+        """
+        path = f"/v1/prediction/{quote(prediction_id, safe='')}/cancel"
+        await self._ask(path, prediction_id=prediction_id, method="POST", needs_json=False)
+
+    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
+        """GET /v1/executions: one page, newest first, of all keys of the organization. Free.
+
+        Args:
+            limit: Rows wanted, 1 to 100; fewer come only on the last page.
+            offset: Rows to pass over.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
+        """
+        answer = await self._ask("/v1/executions", params={"limit": limit, "offset": offset})
+        rows = answer.json.get("executions") if isinstance(answer.json, Mapping) else answer.json
+        if not isinstance(rows, list):
+            raise Unanswered("The API's list of executions is unreadable.")
+        return parse_executions(rows)
+
+    async def model(self, slug: str) -> Mapping[str, Any]:
+        """GET /v1/model: one model of the catalogue, as the API describes it. Free; public.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: there is no such model.
+        """
+        answer = await self._ask("/v1/model", params={"slug": slug})
+        if not isinstance(answer.json, Mapping):
+            raise Unanswered(f"The API's description of model {slug!r} is unreadable; ask again.")
+        return answer.json
+
+    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]:
+        """GET /v1/models: one page of the catalogue, of models whose name contains `name`. Free; public.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`.
+        """
+        params: dict[str, int | str] = {"limit": limit, "offset": offset}
+        answer = await self._ask("/v1/models", params={**params, "name": name} if name else params)
+        rows = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
+        if not isinstance(rows, list):
+            raise Unanswered("The API's catalogue of models is unreadable; ask again.")
+        return rows
+
+    async def presign(self, *, content_type: str, expires_in_seconds: int) -> UploadSlot:
+        """POST /v1/upload/presign: where a picture may be put, and where it is public then. Free.
+
+        Args:
+            content_type: The picture's media type.
+            expires_in_seconds: How long the vendor keeps it: 60 s to 365 days.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; asking again is safe.
+        """
+        body = {"content_type": content_type, "file_type": "image", "expires_in_seconds": expires_in_seconds}
+        answer = await self._ask("/v1/upload/presign", method="POST", json_body=body)
+        slot = UploadSlot.parse(answer.json, may_be_http=is_loopback(self._host))
+        if slot is None:
+            raise Unanswered("The API's answer to an upload's request names no URL to put the picture; ask again.")
+        return slot
+
+    async def _ask(
+        self,
+        path: str,
+        *,
+        prediction_id: str | None = None,
+        method: str = "GET",
+        params: Mapping[str, int | str] | None = None,
+        json_body: Mapping[str, Any] | None = None,
+        needs_json: bool = True,
+    ) -> Answer:
+        try:
+            answer = await asyncio.wait_for(
+                self._send(method, path, params=params, json_body=json_body),
+                timeout=READ_TIMEOUT_SECONDS + CONNECT_TIMEOUT_SECONDS,
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise NotSent(
+                f"The API at {self._host} could not be reached ({_reason(error)}); ask again.",
+                prediction_id=prediction_id,
+            ) from error
+        except _LOST as error:
+            raise Unanswered(
+                f"The API's answer was lost ({_reason(error)}); ask again.", prediction_id=prediction_id
+            ) from error
+        refusal = None if answer.ok else self._refusal(answer)
+        if refusal is not None:
+            refusal.prediction_id = prediction_id
+            raise refusal
+        if not answer.ok or (needs_json and not answer.is_json):
+            raise Unanswered(
+                f"The API answered HTTP {answer.status_code} without a readable result; ask again.",
+                prediction_id=prediction_id,
+                status_code=answer.status_code,
+                details=answer.details(),
+            )
+        return answer
+
+    def _refusal(self, answer: Answer, *, to_an_order: bool = False) -> EachlabsError | None:
+        """The error of an answer that says for sure that nothing was done; None when it does not say so."""
+        status, details = answer.status_code, answer.details()
+        said = f": {details}" if details else ""
+        nothing = " Nothing was created or billed." if to_an_order else ""
+        kind: type[EachlabsError] = Rejected
+        retry_after_seconds = None
+        if status == 429:
+            kind = Throttled
+            message = f"The account is at its limit (HTTP 429){said}."
+        elif status == 402:
+            kind = InsufficientBalance
+            message = (
+                f"The balance does not cover what is in flight (HTTP 402){said}. Top it up at the vendor's dashboard, "
+                "then run again."
+            )
+        elif status in (401, 403):
+            kind = KeyRefused
+            message = (
+                f"The API at {self._host} does not accept the key (HTTP {status}){said}. Check EACHLABS_API_KEY "
+                "(or the credentials block) and EACHLABS_AUTH_SCHEME."
+            )
+        elif 300 <= status < 400:
+            details = ""
+            message = (
+                f"The API at {self._host} answers with a redirect (HTTP {status}), which is never followed with a "
+                "key in hand. Set EACHLABS_BASE_URL to where the API really is."
+            )
+        elif 400 <= status < 500 and status != 408:
+            advice = "Mend it." if to_an_order else "Check what was asked for."
+            message = f"The API refused the request (HTTP {status}){said}. {advice}"
+        else:
+            return None
+        if issubclass(kind, Throttled):
+            retry_after_seconds = answer.retry_after_seconds()
+        return kind(message + nothing, status_code=status, details=details, retry_after_seconds=retry_after_seconds)
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        json_body: Mapping[str, Any] | None = None,
+        params: Mapping[str, int | str] | None = None,
+    ) -> Answer:
+        request_id = str(uuid.uuid4())
+        content = None if json_body is None else json.dumps(json_body, ensure_ascii=False, allow_nan=False).encode()
+        headers = {"X-Request-Id": request_id}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
+            body, whole = await read_within(response, MAX_ANSWER_BYTES)
+            answer = Answer(response, body, whole=whole, secret=self._key)
+        logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
+        return answer
+
+
+def _reason(error: BaseException) -> str:
+    """A short reason that holds no URL."""
+    if isinstance(error, (asyncio.TimeoutError, httpx.TimeoutException)):
+        return "time-out"
+    return (str(error).split("http", 1)[0].strip() or type(error).__name__)[:200]

@@ -1,0 +1,92 @@
+"""From an item to what its POST sends: the input as the model takes it, its reference pictures under URLs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from prefect_eachlabs.api.catalogue import Catalogue
+from prefect_eachlabs.api.references import References, Url
+from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.ledger.records import Ledger
+from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.models import Item, without_signature
+from prefect_eachlabs.reference_images import REFERENCE_FIELDS
+
+
+class Order:
+    """An item that may be bought: `sent` is asked right before the POST, so that signed URLs are fresh."""
+
+    def __init__(self, item: Item, input: Mapping[str, Any], urls: Mapping[str, Url]) -> None:
+        self._item = item
+        self._input = input
+        self._urls = urls
+
+    async def sent(self) -> Item:
+        """The item with the input that is sent; signs URLs, which sends nothing in most cases."""
+        if not self._urls and self._input == self._item.input:
+            return self._item
+        urls = {name: await give() for name, give in self._urls.items()}
+        sent = {
+            field: _replaced(value, urls) if field in REFERENCE_FIELDS else value
+            for field, value in self._input.items()
+        }
+        return self._item.model_copy(update={"sent_input": sent})
+
+
+class Orders:
+    """Checks what is wanted, and makes its reference pictures ready; nothing is bought when that fails."""
+
+    def __init__(self, catalogue: Catalogue, references: References) -> None:
+        self._catalogue = catalogue
+        self._references = references
+
+    async def prepare(self, item: Item, ledger: Ledger | None, options: PurchaseOptions | None = None) -> Order:
+        """An order for the item. For the first model without a reference picture this asks nobody.
+
+        Raises:
+            BadInput: Model or vendor would refuse it; says which field and why.
+            EachlabsError: What must be known first could not be learned, or not be uploaded.
+        """
+        try:
+            input = await self._catalogue.checked(item)
+            urls: dict[str, Url] = {}
+            for field in REFERENCE_FIELDS:
+                for name in _names(input.get(field)):
+                    url = await self._references.ready(
+                        name, item.sources.get(name), ledger, anywhere=options is not None and options.any_reference
+                    )
+                    if url is not None:
+                        urls[name] = url
+        except EachlabsError as error:
+            error.item_id = error.item_id or item.item_id
+            raise
+        return Order(item, input, urls)
+
+    async def aclose(self) -> None:
+        await self._catalogue.aclose()
+        await self._references.aclose()
+
+
+def recorded(item: Item) -> dict[str, Any] | None:
+    """What a record keeps of what was sent: without signatures, and only where it is not the input itself."""
+    if item.sent_input is None:
+        return None
+    kept = {field: _unsigned(value) if field in REFERENCE_FIELDS else value for field, value in item.sent_input.items()}
+    return None if kept == item.input else kept
+
+
+def _names(value: object) -> list[str]:
+    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
+
+
+def _replaced(value: Any, urls: Mapping[str, str]) -> Any:
+    if isinstance(value, list):
+        return [_replaced(inner, urls) for inner in value]
+    return urls.get(value, value) if isinstance(value, str) else value
+
+
+def _unsigned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unsigned(inner) for inner in value]
+    return without_signature(value) if isinstance(value, str) else value

@@ -1,0 +1,354 @@
+"""What became of each row of a batch, and what it all comes to; pure."""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+from prefect_eachlabs.batch.source import Wanted
+from prefect_eachlabs.batch.tables import BadRow
+from prefect_eachlabs.errors import (
+    EachlabsError,
+    ItemConflict,
+    OutcomeUnknown,
+    PredictionFailed,
+    Rejected,
+    SetupError,
+    Skipped,
+)
+from prefect_eachlabs.models import Item, StoredImage
+
+MESSAGE_CHARACTERS = 600
+SLOWEST = 10
+MOST = 2**53
+"""Numbers of a report are less."""
+
+
+class RowState(str, Enum):
+    """The five ends that a row can come to."""
+
+    STORED = "stored"
+    """Bought in this run, safe in the bucket."""
+    REUSED = "reused"
+    """Safe in the bucket; this run bought nothing for it."""
+    FAILED = "failed"
+    AMBIGUOUS = "ambiguous"
+    """Nobody can tell whether it was bought; it is not repeated."""
+    SKIPPED = "skipped"
+    """Left out on purpose; nothing was bought."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A row of the report.
+
+    Attributes:
+        row: The line of the source.
+        state: What became of it.
+        item_id, fingerprint, model, version, prompt, image_url, labels: What was wanted, as far as it could be read.
+        uri: Where its picture is.
+        prediction_id: What was bought for it.
+        bought_by: The id of the run that bought it, where that is known.
+        cost_usd: What the API said it cost; 0 until the vendor has settled it.
+        seconds: From its begin (places included) until its picture was safe.
+        predict_time_seconds: The model's own time.
+        error: Kind, message and the API's code, when there is no picture.
+        final: It failed for good: it is tried again only when asked.
+    """
+
+    row: int
+    state: RowState
+    item_id: str | None = None
+    fingerprint: str | None = None
+    model: str | None = None
+    version: str | None = None
+    prompt: str | None = None
+    image_url: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    uri: str | None = None
+    prediction_id: str | None = None
+    bought_by: str | None = None
+    sha256: str | None = None
+    size_bytes: int | None = None
+    width_px: int | None = None
+    height_px: int | None = None
+    cost_usd: float | None = None
+    seconds: float | None = None
+    predict_time_seconds: float | None = None
+    error: dict[str, str | None] | None = None
+    final: bool = False
+
+    @property
+    def kind(self) -> str:
+        """The word by which reports count what is not there."""
+        return (self.error or {}).get("kind") or self.state.value
+
+    @property
+    def file_name(self) -> str:
+        """Its picture's name in the folder of pictures."""
+        return (self.uri or "").rpartition("/")[2] or f"{self.item_id}.png"
+
+    def to_line(self) -> bytes:
+        """One line of JSON, with its end."""
+        # `asdict` copies deeply, ten times as slowly.
+        body = {name: getattr(self, name) for name in _FIELDS}
+        return json.dumps({**body, "state": self.state.value}, ensure_ascii=False).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes | str) -> Outcome | None:
+        """The row that a line of a report holds; None when it holds none."""
+        try:
+            body = json.loads(line)
+            if not isinstance(body, dict):
+                return None
+            known = {name: body[name] for name in _FIELDS if name in body and _is_fit(name, body[name])}
+            for name in ("labels", "error"):
+                if name in known:
+                    pairs = known[name].items()
+                    known[name] = {word: text for word, text in pairs if _is_text(word) and _is_text(text)}
+            return cls(**{**known, "row": known["row"], "state": RowState(body["state"])})
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+
+_FIELDS = tuple(one.name for one in fields(Outcome))
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("labels", "error"), dict),
+    **dict.fromkeys(("row", "size_bytes", "width_px", "height_px"), int),
+    **dict.fromkeys(("cost_usd", "seconds", "predict_time_seconds"), (int, float)),
+    "final": bool,
+}
+"""What a line of a report must hold where it is not text: reports are read back, and somebody may have edited them."""
+
+
+def _is_fit(name: str, value: object) -> bool:
+    kind = _TYPES.get(name, str)
+    if kind is str:
+        return _is_text(value)
+    if kind in (bool, dict):
+        return isinstance(value, kind)
+    # A cost that is no number, or below nothing, would spoil a budget.
+    return isinstance(value, kind) and not isinstance(value, bool) and 0 <= value < MOST
+
+
+def _is_text(value: object) -> bool:
+    """Text that a file can hold: no half characters."""
+    return isinstance(value, str) and (value.isascii() or value.encode("utf-8", "ignore").decode() == value)
+
+
+def _wanted(wanted: Wanted) -> dict[str, Any]:
+    item: Item = wanted.item
+    prompt, image_url = item.input.get("prompt"), item.input.get("image_url")
+    return {
+        "row": wanted.line,
+        "item_id": item.item_id,
+        "fingerprint": item.fingerprint,
+        "model": item.model,
+        "version": item.version,
+        "prompt": prompt if isinstance(prompt, str) else None,
+        "image_url": image_url if isinstance(image_url, str) else None,
+        "labels": item.labels,
+    }
+
+
+def stored(wanted: Wanted, image: StoredImage, *, seconds: float, run_id: str) -> Outcome:
+    """It is in the bucket: bought just now, or found."""
+    return Outcome(
+        **_wanted(wanted),
+        state=RowState.REUSED if image.reused else RowState.STORED,
+        uri=image.uri,
+        prediction_id=image.prediction_id,
+        bought_by=None if image.reused else run_id,
+        sha256=image.sha256,
+        size_bytes=image.size_bytes,
+        width_px=image.width_px,
+        height_px=image.height_px,
+        cost_usd=image.cost_usd,
+        seconds=round(seconds, 3),
+        predict_time_seconds=image.predict_time_seconds,
+    )
+
+
+def not_there(wanted: Wanted, error: EachlabsError, *, seconds: float | None = None) -> Outcome:
+    """It is not in the bucket, and why."""
+    state = RowState.FAILED
+    if isinstance(error, Skipped):
+        state = RowState.SKIPPED
+    elif isinstance(error, OutcomeUnknown):
+        state = RowState.AMBIGUOUS
+    for_good = isinstance(error, (PredictionFailed, Rejected)) and not isinstance(error, (SetupError, ItemConflict))
+    said = {"kind": error.kind, "message": error.message[:MESSAGE_CHARACTERS], "code": error.code}
+    return Outcome(
+        **_wanted(wanted),
+        state=state,
+        prediction_id=error.prediction_id,
+        seconds=None if seconds is None else round(seconds, 3),
+        error=said,
+        final=for_good,
+    )
+
+
+def refused(row: BadRow) -> Outcome:
+    """The row is no item."""
+    said: dict[str, str | None] = {"kind": "bad input", "message": row.reason[:MESSAGE_CHARACTERS], "code": None}
+    return Outcome(row=row.line, state=RowState.FAILED, item_id=row.item_id, prompt=row.prompt, error=said)
+
+
+@dataclass
+class ModelTotals:
+    """What one model's pictures cost."""
+
+    pictures: int = 0
+    cost_usd: float = 0.0
+
+
+class Totals:
+    """Counts outcomes as they come, in constant memory."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[RowState] = Counter()
+        self.kinds: dict[RowState, Counter[str]] = {state: Counter() for state in RowState}
+        self.cost_usd = 0.0
+        self.pictures_cost_usd = 0.0
+        self.by_model: dict[str, ModelTotals] = {}
+        self.without_cost = 0
+        self._slowest: list[tuple[float, int, str]] = []
+
+    def add(self, outcome: Outcome) -> None:
+        self.counts[outcome.state] += 1
+        if outcome.state in (RowState.STORED, RowState.REUSED):
+            self._add_picture(outcome)
+        else:
+            self.kinds[outcome.state][outcome.kind] += 1
+
+    def _add_picture(self, outcome: Outcome) -> None:
+        cost_usd = outcome.cost_usd or 0.0
+        self.pictures_cost_usd += cost_usd
+        if outcome.state is not RowState.STORED:
+            return
+        self.cost_usd += cost_usd
+        self.without_cost += not cost_usd
+        of_model = self.by_model.setdefault(outcome.model or "", ModelTotals())
+        of_model.pictures += 1
+        of_model.cost_usd += cost_usd
+        if outcome.seconds is not None:
+            heapq.heappush(self._slowest, (outcome.seconds, outcome.row, outcome.item_id or ""))
+            if len(self._slowest) > SLOWEST:
+                heapq.heappop(self._slowest)
+
+    def cost_was_told(self, model: str, cost_usd: float) -> None:
+        """A stored picture's cost, which had not been settled when it was counted."""
+        self.cost_usd += cost_usd
+        self.pictures_cost_usd += cost_usd
+        self.without_cost -= 1
+        self.by_model[model].cost_usd += cost_usd
+
+    @property
+    def items(self) -> int:
+        return self.counts.total()
+
+    @property
+    def not_there(self) -> int:
+        """Rows without a picture."""
+        return self.items - self.counts[RowState.STORED] - self.counts[RowState.REUSED]
+
+    def count(self, state: RowState) -> int:
+        return self.counts[state]
+
+    def why(self) -> str:
+        """`3 failed (2 bad input, 1 timed out), 5 skipped (5 budget)`; empty when every row has its picture."""
+        parts = []
+        for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED):
+            if self.counts[state]:
+                kinds = ", ".join(f"{count} {kind}" for kind, count in _commonest(self.kinds[state])[:8])
+                parts.append(f"{self.counts[state]} {state.value} ({kinds})")
+        return ", ".join(parts)
+
+    def as_json(self) -> dict[str, Any]:
+        """The totals of `report.json`."""
+        return {
+            "items": self.items,
+            **{state.value: self.counts[state] for state in RowState},
+            "cost_usd": money(self.cost_usd),
+            "pictures_cost_usd": money(self.pictures_cost_usd),
+            "cost_by_model": {
+                name: {
+                    "pictures": one.pictures,
+                    "cost_usd": money(one.cost_usd),
+                    "mean_usd": money(one.cost_usd / one.pictures),
+                }
+                for name, one in sorted(self.by_model.items())
+            },
+            "pictures_without_a_told_cost": self.without_cost,
+            "failures_by_kind": {
+                state.value: dict(_commonest(self.kinds[state]))
+                for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED)
+                if self.kinds[state]
+            },
+            "slowest": [
+                {"seconds": seconds, "row": row, "item_id": item_id}
+                for seconds, row, item_id in sorted(self._slowest, reverse=True)
+            ],
+        }
+
+
+def _commonest(kinds: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(kinds.items(), key=lambda one: (-one[1], one[0]))
+
+
+def money(usd: float) -> float:
+    """Dollars without the dust of floating point."""
+    return round(usd, 6)
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a batch came to. `items` is the sum of the five counts; `not_there` of the last three.
+
+    Attributes:
+        cost_usd: What this run's pictures cost, as far as the vendor has told.
+        pictures_cost_usd: What all its pictures cost, those of earlier runs included.
+        cost_by_model: Of this run: model → pictures, cost_usd, mean_usd.
+        report_uri: The totals (`report.json`); the rows, the page and the sheet lie beside it.
+        index_uri: The page; None when the source could not be read to its end.
+        state: `completed`, or `stopped` by what `stopped_by` says.
+        why: What is not there, by kind; empty when every row has its picture.
+    """
+
+    batch_id: str
+    run: str
+    state: str
+    items: int
+    stored: int
+    reused: int
+    failed: int
+    ambiguous: int
+    skipped: int
+    cost_usd: float
+    pictures_cost_usd: float
+    seconds: float
+    report_uri: str
+    index_uri: str | None
+    cost_by_model: Mapping[str, Any] = field(default_factory=dict)
+    failures_by_kind: Mapping[str, Any] = field(default_factory=dict)
+    why: str = ""
+    stopped_by: str | None = None
+    set_up_wrong: bool = False
+
+    @property
+    def not_there(self) -> int:
+        return self.failed + self.ambiguous + self.skipped
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row has its picture."""
+        return not self.not_there and self.stopped_by is None
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        return asdict(self)

@@ -1,0 +1,239 @@
+"""The doors to batches: run one, or only look what it would do."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from prefect_eachlabs.batch.buying import EngineShop
+from prefect_eachlabs.batch.byte_streams import S3Files
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
+from prefect_eachlabs.batch.progress import Show
+from prefect_eachlabs.batch.report import BatchFolder, Worker
+from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.batch.source import Defaults, open_source
+from prefect_eachlabs.batch.state import on_disk
+from prefect_eachlabs.batch.tables import BadRow, base_name
+from prefect_eachlabs.engine.engine import Engine
+from prefect_eachlabs.models import Destination
+from prefect_eachlabs.reference_images import Roots
+from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.storage.s3_client import S3Access
+
+T = TypeVar("T")
+"""What a worker's work returns."""
+
+EXPECTED_PREDICTION_SECONDS = 5.0
+"""What the model's page says, until a report tells better."""
+SHARE_OF_REQUESTS_FOR_BUYING = 0.9
+"""Of the account's requests; the rest are questions."""
+
+
+class ThreadWorker:
+    """One thread of its own, for what blocks."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="eachlabs-batch")
+
+    async def __call__(self, work: Callable[..., T], /, *args: Any) -> T:
+        with on_disk():
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
+
+async def open_batch(
+    engine: Engine,
+    source: str,
+    destination: Destination,
+    options: BatchOptions,
+    *,
+    batch_id: str | None = None,
+    access: S3Access | None = None,
+    defaults: Defaults | None = None,
+    worker: Worker,
+    show: Show | None = None,
+    show_seconds: float = 30.0,
+) -> Batch:
+    """Opens a source and makes a batch of it; nothing is bought yet. On the gateway's loop.
+
+    Args:
+        engine: Buys for the account.
+        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet.
+        destination: Where pictures, records and reports go.
+        options: What this run may do.
+        batch_id: Names the batch's folder of reports; the source's base name when None.
+        access: How to reach the bucket; boto3's own chain when None.
+        defaults: The model of rows that name none.
+        worker: Runs what blocks; the caller closes it.
+        show: Told the progress every `show_seconds`.
+
+    Raises:
+        BadInput: The source is no table, or has no prompt column; says which columns it has.
+        SetupError: It may not be read.
+    """
+    name = base_name(source) if batch_id is None else batch_id
+    store = engine.shop.books(destination, access).ledger.store
+    folder = BatchFolder(store, S3Files(destination.bucket, access), destination, name, worker)
+    roots = Roots.parse(engine.settings.reference_roots)
+    opened = await worker(open_source, source, access, defaults, roots)
+    return Batch(
+        EngineShop(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
+    )
+
+
+async def run_batch(batch: Batch, *, window: int) -> BatchResult:
+    """Runs a batch to its end: every row comes to one of five ends. **Costs money.**
+
+    Cancelled, it cancels what is in flight and leaves the report's parts; run again, it goes on from there.
+
+    Args:
+        batch: As `open_batch` made it; closed in the end.
+        window: How many items are in the air at most.
+
+    Raises:
+        SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
+    """
+    try:
+        await batch.begin()
+        await _obtain_all(batch, window)
+        return await batch.finish()
+    finally:
+        await batch.close()
+
+
+async def _obtain_all(batch: Batch, window: int) -> None:
+    in_the_air: set[asyncio.Task[Outcome]] = set()
+    free = asyncio.Semaphore(window)
+
+    def landed(task: asyncio.Task[Outcome]) -> None:
+        in_the_air.discard(task)
+        free.release()
+
+    try:
+        while True:
+            await free.acquire()
+            wanted = await batch.next_wanted()
+            if wanted is None:
+                break
+            task = asyncio.ensure_future(batch.obtain(wanted))
+            in_the_air.add(task)
+            task.add_done_callback(landed)
+        await asyncio.gather(*in_the_air)
+    except BaseException:
+        await batch.abandon()
+        await asyncio.gather(*in_the_air, return_exceptions=True)
+        raise
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; nothing was bought or written.
+
+    Attributes:
+        items: Rows of the source.
+        new: Rows that would be bought (or found: a record may know them).
+        reused: Rows whose picture is there.
+        failed: Rows that cannot be bought: bad rows, and what failed for good before.
+        why: The failed ones by kind.
+        cost_usd: What the new ones would cost, by learned prices; None while nobody knows a price.
+        seconds: How long it would take; None while nobody can tell.
+    """
+
+    batch_id: str
+    items: int
+    new: int
+    reused: int
+    failed: int
+    why: str
+    cost_usd: float | None
+    seconds: float | None
+    bad_rows: tuple[Outcome, ...] = ()
+    set_up_wrong: bool = False
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row can have its picture."""
+        return not self.failed
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--dry-run --json` prints: the counts of a run that bought nothing."""
+        return {
+            "batch_id": self.batch_id,
+            "dry_run": True,
+            "items": self.items,
+            "stored": 0,
+            "reused": self.reused,
+            "failed": self.failed,
+            "ambiguous": 0,
+            "skipped": self.new,
+            "new": self.new,
+            "cost_usd": 0.0,
+            "estimated_cost_usd": self.cost_usd,
+            "estimated_seconds": self.seconds,
+            "why": self.why,
+            "report_uri": None,
+        }
+
+
+SHOWN_BAD_ROWS = 20
+
+
+async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
+    """Reads everything and buys nothing: what is new, what is there, what is wrong, what it would cost.
+
+    Args:
+        batch: As `open_batch` made it; closed in the end.
+        settings: The account, whose limits say how long it would take.
+
+    Raises:
+        EachlabsError: The source or the bucket cannot be read.
+    """
+    try:
+        await batch.history.load(batch.options.run_id)
+        totals, new, bad = Totals(), dict[str, int](), list[Outcome]()
+        while (row := await batch.rows.next()) is not None:
+            if isinstance(row.row, BadRow):
+                outcome: Outcome | None = refused(row.row)
+            else:
+                outcome, _ = await batch.history.settled(row.row, row.earlier)
+                if outcome is None:
+                    model = row.row.item.model
+                    new[model] = new.get(model, 0) + 1
+            if outcome is not None:
+                totals.add(outcome)
+                if outcome.state is RowState.FAILED and len(bad) < SHOWN_BAD_ROWS:
+                    bad.append(outcome)
+    finally:
+        await batch.close()
+    prices = {model: batch.purse.mean_usd(model) for model in new}
+    cost_usd = sum(count * (prices[model] or 0.0) for model, count in new.items())
+    count = sum(new.values())
+    return Plan(
+        batch_id=batch.folder.batch_id,
+        items=totals.items + count,
+        new=count,
+        reused=totals.count(RowState.REUSED),
+        failed=totals.count(RowState.FAILED),
+        why=totals.why(),
+        cost_usd=None if None in prices.values() else money(cost_usd),
+        seconds=estimated_seconds(count, settings, batch.history.mean_seconds),
+        bad_rows=tuple(bad),
+    )
+
+
+def estimated_seconds(count: int, settings: AccountSettings, prediction_seconds: float | None) -> float | None:
+    """How long so many pictures take within the account's limits; None without limits, where machines decide."""
+    each = prediction_seconds or EXPECTED_PREDICTION_SECONDS
+    rates = []
+    if settings.requests_per_minute is not None:
+        rates.append(settings.requests_per_minute * SHARE_OF_REQUESTS_FOR_BUYING / 60)
+    if settings.max_in_flight is not None:
+        rates.append(settings.max_in_flight / each)
+    if not count:
+        return 0.0
+    return round(count / min(rates) + each, 1) if rates else None

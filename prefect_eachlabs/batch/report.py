@@ -1,0 +1,262 @@
+"""A batch's report in the bucket: parts as it goes, merged at the end; every run keeps its own.
+
+    PREFIX/batches/BATCH_ID/report.json, report.jsonl, index.html, contact-sheet.png    of the last run that ended
+    PREFIX/batches/BATCH_ID/runs/RUN/part-00001.jsonl ...    up to 1,000 rows, or what 60 s brought; of every run
+    PREFIX/batches/BATCH_ID/runs/RUN/report.json             its totals, while it runs and afterwards
+    PREFIX/batches/BATCH_ID/runs/RUN/report.jsonl            all its rows; a run without it was killed
+
+A row that is as the last report has it is in no part: it is written once, at the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import re
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from prefect_eachlabs.batch.byte_streams import Files
+from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.batch.state import Scratch, on_disk
+from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.models import Destination
+from prefect_eachlabs.storage.base import ObjectStore
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCHEMA = "eachlabs-batch-report/1"
+PART_ROWS = 1_000
+PART_SECONDS = 60.0
+LOADED_AT_A_TIME = 1_000
+BATCH_ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+class Worker(Protocol):
+    """Runs what blocks, one after the other, beside the loop."""
+
+    def __call__(self, work: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
+
+
+def check_batch_id(batch_id: str) -> str:
+    """The id itself. Raises BadInput when it cannot name a folder."""
+    if not BATCH_ID_PATTERN.fullmatch(batch_id):
+        raise BadInput(
+            f"batch_id: {batch_id[:140]!r} must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with none of . and -."
+        )
+    return batch_id
+
+
+def run_name(run_id: str, at: datetime) -> str:
+    """Names a run so that names sort by time."""
+    return f"{at.astimezone(timezone.utc):%Y%m%dT%H%M%S}Z-{re.sub('[^A-Za-z0-9]', '', run_id)[:12]}"
+
+
+@dataclass
+class Run:
+    """What the bucket holds of a run."""
+
+    parts: list[str] = field(default_factory=list)
+    report: str | None = None
+
+
+@dataclass
+class EarlierRuns:
+    """What the reports of earlier runs add up to.
+
+    Attributes:
+        rows: How many they hold.
+        spent_usd: What earlier attempts of this very run have spent.
+        costs: Model → pictures whose cost was told, and their cost in USD.
+    """
+
+    rows: int = 0
+    spent_usd: float = 0.0
+    costs: dict[str, tuple[int, float]] = field(default_factory=dict)
+    _seconds: float = 0.0
+    _timed: int = 0
+
+    @property
+    def mean_seconds(self) -> float | None:
+        """The models' own time for a picture."""
+        return self._seconds / self._timed if self._timed else None
+
+    def add(self, outcome: Outcome, run_id: str) -> None:
+        self.rows += 1
+        if outcome.state not in (RowState.STORED, RowState.REUSED):
+            return
+        if outcome.predict_time_seconds:
+            self._seconds += outcome.predict_time_seconds
+            self._timed += 1
+        if outcome.cost_usd:
+            count, cost_usd = self.costs.get(outcome.model or "", (0, 0.0))
+            self.costs[outcome.model or ""] = (count + 1, cost_usd + outcome.cost_usd)
+            self.spent_usd += outcome.cost_usd if outcome.bought_by == run_id else 0.0
+
+
+class BatchFolder:
+    """Where a batch's reports are.
+
+    Args:
+        store: The destination's bucket.
+        files: The same bucket, for what is too large for one piece.
+        destination: Bucket and prefix.
+        batch_id: Names the folder.
+        worker: Runs what blocks.
+    """
+
+    def __init__(
+        self, store: ObjectStore, files: Files, destination: Destination, batch_id: str, worker: Worker
+    ) -> None:
+        self.store = store
+        self.files = files
+        self.destination = destination
+        self.batch_id = check_batch_id(batch_id)
+        self.worker = worker
+        self.has_sheet = False
+
+    def key(self, name: str) -> str:
+        return self.destination.key(f"batches/{self.batch_id}/{name}")
+
+    def uri(self, name: str) -> str:
+        return self.store.uri(self.key(name))
+
+    async def runs(self) -> dict[str, Run]:
+        """The runs there were, by name; one request for each 1,000 objects."""
+        runs: dict[str, Run] = {}
+        self.has_sheet = False
+        async for row in self.store.list(self.key("")):
+            name = row.key.removeprefix(self.key(""))
+            self.has_sheet = self.has_sheet or name == "contact-sheet.png"
+            match = re.fullmatch(r"runs/([^/]+)/(part-\d+\.jsonl|report\.jsonl)", name)
+            if match is not None:
+                run = runs.setdefault(match[1], Run())
+                if match[2] == "report.jsonl":
+                    run.report = row.key
+                else:
+                    run.parts.append(row.key)
+        return runs
+
+    async def load_earlier(self, scratch: Scratch, run_id: str) -> EarlierRuns:
+        """Reads the last report, and the parts of runs that were killed since, into the scratch file."""
+        runs = await self.runs()
+        last = max((name for name, run in runs.items() if run.report), default="")
+        keys = [runs[last].report or ""] if last else []
+        for name in sorted(runs):
+            # An older one that was killed is in the last report: that run had read its parts.
+            if name > last:
+                keys += sorted(runs[name].parts)
+        earlier = EarlierRuns()
+        for key in keys:
+            await self.worker(self._load, key, scratch, earlier, run_id)
+        return earlier
+
+    def _load(self, key: str, scratch: Scratch, earlier: EarlierRuns, run_id: str) -> None:
+        bad = 0
+        with self.files.open(key) as stream:
+            several: list[Outcome] = []
+            for line in stream:
+                outcome = Outcome.from_line(line)
+                if outcome is None:
+                    bad += 1
+                    continue
+                earlier.add(outcome, run_id)
+                several.append(outcome)
+                if len(several) == LOADED_AT_A_TIME:
+                    scratch.remember(several)
+                    several.clear()
+            scratch.remember(several)
+        if bad:
+            logger.warning("%s: %d lines are none of a report; their items are looked up one by one.", key, bad)
+
+
+class ReportWriter:
+    """Writes a run's report as it goes.
+
+    Args:
+        folder: Where it goes.
+        run: The run's name.
+        scratch: Keeps every row until the end.
+        totals: Says what `report.json` holds now.
+    """
+
+    def __init__(self, folder: BatchFolder, run: str, scratch: Scratch, totals: Callable[[], dict[str, Any]]) -> None:
+        self._folder = folder
+        self._run = run
+        self._scratch = scratch
+        self._totals = totals
+        self._part: list[bytes] = []
+        self._parts = 0
+        self._writing = asyncio.Lock()
+        self._under_way: set[asyncio.Task[None]] = set()
+
+    def add(self, outcome: Outcome, *, is_news: bool) -> None:
+        """A row came to its end."""
+        line = outcome.to_line()
+        self._scratch.add(outcome, line)
+        if is_news:
+            self._part.append(line)
+            if len(self._part) % PART_ROWS == 0:
+                self.begin_part()
+
+    def begin_part(self) -> None:
+        """Writes a part beside whoever asks: a write that was begun goes on, also when its caller is cancelled."""
+        task = asyncio.ensure_future(self.write_part())
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def write_part(self) -> None:
+        """Writes what has come since the last part. A bucket that does not take it now gets it with the next one."""
+        async with self._writing:
+            lines = self._part[:PART_ROWS]
+            if not lines:
+                return
+            name = f"runs/{self._run}/part-{self._parts + 1:05d}.jsonl"
+            try:
+                await self._folder.store.put(self._folder.key(name), b"".join(lines), content_type=_JSON_LINES)
+                self._parts += 1
+                del self._part[: len(lines)]
+                await self.write_totals(f"runs/{self._run}/report.json")
+            except EachlabsError as error:
+                logger.warning("A part of the report could not be written yet: %s", error)
+
+    async def write_rest(self) -> None:
+        """Writes parts until none is left, or the bucket refuses."""
+        while self._part:
+            left = len(self._part)
+            await self.write_part()
+            if len(self._part) == left:
+                return
+
+    async def write_totals(self, *names: str) -> None:
+        body = json.dumps({"schema": SCHEMA, **self._totals()}, ensure_ascii=False, indent=1).encode()
+        for name in names:
+            await self._folder.store.put(self._folder.key(name), body, content_type="application/json")
+
+    async def merge(self) -> None:
+        """Writes the whole report, in the order of the source: the run's own first, which marks it as ended."""
+        # Python finds no folder for it, it says ENOENT, when the disk is full.
+        with on_disk(errno.ENOENT), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
+            path = Path(scratch_folder) / "report.jsonl"
+            await self._folder.worker(_write_lines, path, self._scratch.lines())
+            for name in (f"runs/{self._run}/report.jsonl", "report.jsonl"):
+                await self._folder.worker(self._upload, name, path)
+        await self.write_totals(f"runs/{self._run}/report.json", "report.json")
+
+    def _upload(self, name: str, path: Path) -> None:
+        self._folder.files.upload(self._folder.key(name), path, content_type=_JSON_LINES)
+
+
+_JSON_LINES = "application/x-ndjson"
+
+
+def _write_lines(path: Path, lines: Iterator[bytes]) -> None:
+    with path.open("wb") as file:
+        file.writelines(lines)

@@ -1,0 +1,371 @@
+"""A run of a batch, from its first row to its report."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import zlib
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any, Literal
+
+from prefect_eachlabs.batch.budget import Purse
+from prefect_eachlabs.batch.buying import Buying, Shop
+from prefect_eachlabs.batch.closing import tell_late_costs, write_page, write_sheet
+from prefect_eachlabs.batch.history import History
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, refused
+from prefect_eachlabs.batch.progress import Pace, Progress, Show
+from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, Worker, run_name
+from prefect_eachlabs.batch.rows import Row, Rows
+from prefect_eachlabs.batch.source import Source, Wanted
+from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.batch.tables import BadRow
+from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.storage.s3_client import S3Access
+
+logger = logging.getLogger(__name__)
+
+WINDOW_WITHOUT_LIMIT = 200
+WINDOW_BEYOND_THE_LIMIT = 30
+"""So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
+TICK_SECONDS = 1.0
+KEPT_FAILURES = 50
+"""Rows without a picture that are at hand for whoever shows them; the report has all."""
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """What a run of a batch may do; the defaults never buy anything twice.
+
+    Attributes:
+        run_id: Names the run in records and reports. The same id again is the same run (a flow that Prefect runs
+            again), whose budget is one.
+        budget_usd: At most so much is spent by this run; None: no budget.
+        replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats: As for a single picture.
+        shard: Only the rows of this share are seen to: its number from 0 on, and how many there are. Such a run
+            leaves parts of a report, and no report.
+        bought_here: Runs whose purchases count as this one's: those of its shares.
+        presigned_seconds: The page shows pictures by presigned URLs that last so long; None: by relative paths.
+    """
+
+    run_id: str
+    budget_usd: float | None = None
+    replace: bool = False
+    rebuy_missing: bool = False
+    retry_failed: bool = False
+    on_ambiguous: Literal["settle", "fail"] = "settle"
+    deadline_seconds: float | None = None
+    presigned_seconds: int | None = None
+    formats: tuple[str, ...] | None = None
+    shard: tuple[int, int] | None = None
+    bought_here: frozenset[str] = frozenset()
+
+
+def shard_of(item_id: str, shards: int) -> int:
+    """Whose an item is: the same on every machine, whatever the order of the rows."""
+    return zlib.crc32(item_id.encode()) % shards
+
+
+def window_for(max_in_flight: int | None) -> int:
+    """How many items are in the air at most: enough that downloads and uploads never hold up buying."""
+    return WINDOW_WITHOUT_LIMIT if max_in_flight is None else max_in_flight + WINDOW_BEYOND_THE_LIMIT
+
+
+class Batch:
+    """One run over a source: `begin`, then `next_wanted` and `obtain` until there is no more, then `finish`.
+
+    Lives on one loop; several rows may be obtained at a time. `close` it in the end, whatever happened.
+
+    Args:
+        shop: Buys and stores a picture.
+        source: The rows.
+        folder: Where the report goes.
+        options: What this run may do.
+        worker: Runs what blocks.
+        access: How to reach the bucket.
+        show: Told the progress every `show_seconds`.
+    """
+
+    def __init__(
+        self,
+        shop: Shop,
+        source: Source,
+        folder: BatchFolder,
+        options: BatchOptions,
+        *,
+        worker: Worker,
+        access: S3Access | None = None,
+        show: Show | None = None,
+        show_seconds: float = 30.0,
+    ) -> None:
+        self.folder = folder
+        self.options = options
+        self.totals = Totals()
+        self.run = run_name(options.run_id, datetime.now(timezone.utc))
+        self.purse = Purse(options.budget_usd)
+        self.scratch = Scratch()
+        self.rows = Rows(source, self.scratch, worker)
+        self.history = History(
+            folder, self.scratch, self.purse, retry_failed=options.retry_failed, bought_here=options.bought_here
+        )
+        self._shop = shop
+        self._source = source
+        self._access = access
+        self._show = show
+        self._show_seconds = show_seconds
+        self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
+        self._buying = Buying(shop, folder.destination, access, PurchaseOptions(), self.purse)
+        self.first_not_there: list[Outcome] = []
+        self._obtaining: set[asyncio.Task[Any]] = set()
+        self._pace = Pace()
+        self._news = 0
+        self._has_sheet = False
+        self._state = "running"
+        self._stopped_by: EachlabsError | None = None
+        self._began = 0.0
+        self._started_at = datetime.now(timezone.utc)
+        self._ended_at: datetime | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def begin(self) -> None:
+        """Learns what earlier runs left. Free.
+
+        Raises:
+            SetupError: The bucket is missing or refuses us.
+            StoreFailed: The bucket does not answer.
+        """
+        self._began = asyncio.get_running_loop().time()
+        await self.history.load(self.options.run_id)
+        self._has_sheet = self.folder.has_sheet
+        self._buying.options = PurchaseOptions(
+            run_id=self.options.run_id,
+            replace=self.options.replace,
+            rebuy_missing=self.options.rebuy_missing,
+            retry_failed=self.options.retry_failed,
+            on_ambiguous=self.options.on_ambiguous,
+            deadline_seconds=self.options.deadline_seconds,
+            formats=self.options.formats,
+            # With a budget an item that was bought already must not be asked whether it may be.
+            presume_new=self.history.is_empty and self.options.budget_usd is None,
+            purse=self.purse,
+        )
+        self._ticker = asyncio.ensure_future(self._tick())
+
+    async def next_wanted(self) -> Wanted | None:
+        """The next row that is to be obtained; those that are settled already are reported on the way.
+
+        None at the end, and where the source cannot be read on: then what is in the air ends, and the result says why
+        the rest is missing.
+        """
+        while (row := await self._next_row()) is not None:
+            if not self._is_mine(row.row):
+                continue
+            if isinstance(row.row, BadRow):
+                self._add(refused(row.row))
+                continue
+            outcome, is_news = await self.history.settled(row.row, row.earlier)
+            if outcome is None:
+                return row.row
+            self._add(outcome, is_news=is_news)
+        return None
+
+    def _is_mine(self, row: Wanted | BadRow) -> bool:
+        """Rows that are no items are told by whoever goes through all of them."""
+        if self.options.shard is None:
+            return True
+        number, shards = self.options.shard
+        return isinstance(row, Wanted) and shard_of(row.item.item_id, shards) == number
+
+    async def _next_row(self) -> Row | None:
+        if self._stopped_by is not None:
+            return None
+        try:
+            return await self.rows.next()
+        except EachlabsError as error:
+            logger.error("The source cannot be read on: %s", error)
+            self._stopped_by = error
+            return None
+
+    async def next_chunk(self, size: int) -> list[Wanted]:
+        """Up to `size` rows that are to be obtained; an empty list at the end."""
+        chunk: list[Wanted] = []
+        while len(chunk) < size and (wanted := await self.next_wanted()) is not None:
+            chunk.append(wanted)
+        return chunk
+
+    async def obtain(self, wanted: Wanted) -> Outcome:
+        """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
+        task = asyncio.current_task()
+        assert task is not None, "a coroutine runs in a task"
+        self._obtaining.add(task)
+        try:
+            outcome = await self._buying.obtain(wanted)
+        finally:
+            self._obtaining.discard(task)
+        self._add(outcome)
+        return outcome
+
+    async def obtain_all(self, chunk: Sequence[Wanted]) -> list[Outcome]:
+        """Several at a time; a cancel reaches each."""
+        return list(await asyncio.gather(*(self.obtain(wanted) for wanted in chunk)))
+
+    async def abandon(self) -> None:
+        """Cancels what is in the air: what was bought is cancelled where it can be, and noted."""
+        tasks = list(self._obtaining)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def finish(self) -> BatchResult:
+        """Merges the report and writes page and sheet; returns what it all came to.
+
+        Raises:
+            StoreFailed, SetupError: The report could not be written; its parts stand as far as they were taken.
+        """
+        await self._end_ticker()
+        if self._show is not None:
+            self._show(self.progress())
+        self._stopped_by = self._stopped_by or self._buying.stopped_by
+        await self._writer.write_rest()
+        await self.folder.worker(self.scratch.flush)
+        if self._stopped_by is None:
+            await tell_late_costs(self._shop, self.scratch, self.totals, self.folder.worker)
+        self._state = "completed" if self._stopped_by is None else "stopped"
+        self._ended_at = datetime.now(timezone.utc)
+        if not self.rows.all_read:
+            # It lacks rows, so it must not take the place of the last report; the next run reads its parts.
+            await persevere(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
+            return self.result()
+        if self.totals.items != self.rows.total:
+            raise RuntimeError(
+                f"{self.rows.total} rows were read and {self.totals.items} came to an end: a fault of ours."
+            )
+        if self._news or not self._has_sheet:
+            self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
+        await persevere(lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds))
+        await persevere(self._writer.merge)
+        return self.result()
+
+    async def finish_shard(self) -> BatchResult:
+        """Ends a share: its parts are written, which whoever goes through all rows reads."""
+        await self._end_ticker()
+        await self._writer.write_rest()
+        self._state = "completed" if self._buying.stopped_by is None else "stopped"
+        self._stopped_by = self._stopped_by or self._buying.stopped_by
+        return self.result()
+
+    async def close(self) -> None:
+        """Ends what is left; a run that was cancelled leaves its parts, which are true."""
+        if self._ticker is not None:
+            await self._end_ticker()
+            await self._writer.write_rest()
+        # In the worker, which may still be reading for whoever was cancelled.
+        await self.folder.worker(self._source.close)
+        await self.folder.worker(self.scratch.close)
+
+    async def _end_ticker(self) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._ticker
+            self._ticker = None
+
+    def _add(self, outcome: Outcome, *, is_news: bool = True) -> None:
+        self.totals.add(outcome)
+        self._news += is_news
+        is_there = outcome.state in (RowState.STORED, RowState.REUSED)
+        if not is_there and len(self.first_not_there) < KEPT_FAILURES:
+            self.first_not_there.append(outcome)
+        self._writer.add(outcome, is_news=is_news)
+
+    # While it runs.
+
+    async def _tick(self) -> None:
+        loop = asyncio.get_running_loop()
+        shown_at = part_at = loop.time()
+        while True:
+            await asyncio.sleep(min(TICK_SECONDS, self._show_seconds))
+            now = loop.time()
+            self._pace.see(now, self.totals.count(RowState.STORED))
+            if self._show is not None and now - shown_at >= self._show_seconds:
+                shown_at = now
+                self._show(self.progress())
+            if now - part_at >= PART_SECONDS:
+                part_at = now
+                self._writer.begin_part()
+
+    def progress(self) -> Progress:
+        """How far it is."""
+        now = asyncio.get_running_loop().time()
+        totals, total = self.totals, self.rows.total
+        if total is not None and self.options.shard is not None:
+            total = max(totals.items, total // self.options.shard[1])
+        stored = totals.count(RowState.STORED)
+        per_minute = self._pace.per_minute(now, stored)
+        left = None if total is None or not per_minute else max(0, total - totals.items) * 60 / per_minute
+        return Progress(
+            done=totals.items,
+            total=total,
+            total_is_known=self.rows.all_read,
+            stored=stored,
+            reused=totals.count(RowState.REUSED),
+            not_there=totals.not_there,
+            in_the_air=self._buying.in_the_air,
+            cost_usd=totals.cost_usd,
+            seconds=now - self._began,
+            per_minute=per_minute,
+            left_seconds=left,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """What `report.json` holds now."""
+        seconds = asyncio.get_running_loop().time() - self._began
+        return {
+            "batch_id": self.folder.batch_id,
+            "run": self.run,
+            "run_id": self.options.run_id,
+            "state": self._state,
+            "stopped_by": str(self._stopped_by) if self._stopped_by else None,
+            "source": self._source.name,
+            "destination": str(self.folder.destination),
+            "started_at": self._started_at.isoformat(timespec="seconds"),
+            "ended_at": self._ended_at.isoformat(timespec="seconds") if self._ended_at else None,
+            "seconds": round(seconds, 3),
+            "pictures_per_minute": round(self.totals.count(RowState.STORED) * 60 / seconds, 1) if seconds else 0.0,
+            "budget_usd": self.options.budget_usd,
+            **self.totals.as_json(),
+            "report": self.folder.uri("report.jsonl"),
+            "index": self.folder.uri("index.html"),
+            "contact_sheet": self.folder.uri("contact-sheet.png") if self._has_sheet else None,
+        }
+
+    def result(self) -> BatchResult:
+        """What it came to."""
+        report: Mapping[str, Any] = self.report()
+        count = self.totals.count
+        home = "" if self._state == "completed" or self.rows.all_read else f"runs/{self.run}/"
+        return BatchResult(
+            batch_id=self.folder.batch_id,
+            run=self.run,
+            state=self._state,
+            items=self.totals.items,
+            stored=count(RowState.STORED),
+            reused=count(RowState.REUSED),
+            failed=count(RowState.FAILED),
+            ambiguous=count(RowState.AMBIGUOUS),
+            skipped=count(RowState.SKIPPED),
+            cost_usd=report["cost_usd"],
+            pictures_cost_usd=report["pictures_cost_usd"],
+            seconds=report["seconds"],
+            report_uri=self.folder.uri(f"{home}report.json"),
+            index_uri=None if home else self.folder.uri("index.html"),
+            cost_by_model=report["cost_by_model"],
+            failures_by_kind=report["failures_by_kind"],
+            why=self.totals.why(),
+            stopped_by=report["stopped_by"],
+            set_up_wrong=isinstance(self._stopped_by, SetupError),
+        )

@@ -1,0 +1,206 @@
+"""From a table's rows to items: what the columns mean, and why a row is refused; nothing is bought here."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefect_eachlabs.batch.tables import BadRow, Cells, Table, open_table
+from prefect_eachlabs.batch.text_lines import MAX_ROW_BYTES
+from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
+from prefect_eachlabs.reference_images import Roots, opened
+from prefect_eachlabs.storage.s3_client import S3Access
+
+PROMPTS = ("prompt", "Prompt")
+KNOWN_COLUMNS = ("id", "image_url", "model", "version")
+INPUT_PREFIX = "input."
+SHOWN_CHARACTERS = 400
+"""Of a refused row's prompt, in the report."""
+
+_JSON_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})(\.[0-9]+)?([eE][+-]?[0-9]{1,3})?")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A row that is an item.
+
+    Attributes:
+        line: Where it stands in the source.
+        item: Named by the row, or by its fingerprint when `named` is False.
+        named: Whether the row has an id.
+    """
+
+    line: int
+    item: Item
+    named: bool
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """The model of rows that name none."""
+
+    model: str = DEFAULT_MODEL
+    version: str | None = None
+
+
+class Source:
+    """An opened source: its items, and the rows that are none.
+
+    Args:
+        table: The opened table.
+        name: What it is called in messages.
+        defaults: The model of rows that name none.
+        roots: Where the reference pictures may be that rows name by their files.
+
+    Raises:
+        BadInput: It has no prompt column; says which columns it has.
+    """
+
+    def __init__(self, table: Table, name: str, defaults: Defaults | None = None, roots: Roots | None = None) -> None:
+        self.table = table
+        self._roots = roots or Roots()
+        self.name = name
+        self._defaults = defaults or Defaults()
+        prompt = next((column for column in PROMPTS if column in table.columns), None)
+        if prompt is None and (table.columns or not table.typed):
+            seen = ", ".join(repr(column) for column in table.columns if column)[:500] or "none"
+            hint = " Is it separated by something else than its name says?" if len(table.columns) == 1 else ""
+            raise BadInput(f"{name} has no column 'prompt' (or 'Prompt'); its columns are: {seen}.{hint}")
+        self._prompt = prompt or PROMPTS[0]
+
+    def rows(self) -> Iterator[Wanted | BadRow]:
+        """Every row, in order; reads as it goes, and blocks."""
+        for row in self.table.rows():
+            yield row if isinstance(row, BadRow) else self._wanted(row)
+
+    def fraction_read(self) -> float:
+        return self.table.fraction_read()
+
+    def close(self) -> None:
+        self.table.close()
+
+    def _wanted(self, row: Cells) -> Wanted | BadRow:
+        values = {name: value for name, value in row.values.items() if not _is_missing(value)}
+        prompt = values.pop(self._prompt, None)
+        item_id, image_url, model, version = (_plain(values.pop(name, None)) for name in KNOWN_COLUMNS)
+        try:
+            if model is None:
+                model, version = self._defaults.model, version or self._defaults.version
+            item = Item.wanted(
+                prompt,
+                image_url=self._reference(image_url),
+                model=model,
+                version=version,
+                item_id=item_id,
+                input=self._input(values),
+                labels={
+                    _showable(name): _label(value)
+                    for name, value in values.items()
+                    if not name.startswith(INPUT_PREFIX)
+                },
+            )
+            # Rows of text were measured when they were read.
+            if self.table.typed and _size_bytes(item) > MAX_ROW_BYTES:
+                raise BadInput(f"The row is larger than {MAX_ROW_BYTES // 1024} KiB.")
+        except BadInput as error:
+            shown = _showable(prompt)[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
+            return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown)
+        return Wanted(row.line, item, item_id is not None)
+
+    def _reference(self, image_url: Any) -> object:
+        if isinstance(image_url, bytes):
+            # Rows are read ahead: pictures of 100 MB each would fill the memory.
+            raise BadInput("image_url: bytes. Name the picture's file, object or URL instead.")
+        return opened(image_url, self._roots)
+
+    def _input(self, values: dict[str, Any]) -> dict[str, Any]:
+        given: dict[str, Any] = {}
+        if self.table.typed and isinstance(values.get("input"), Mapping):
+            given.update(values.pop("input"))
+        for name, value in values.items():
+            if name.startswith(INPUT_PREFIX) and name != INPUT_PREFIX:
+                given[name.removeprefix(INPUT_PREFIX)] = value if self.table.typed else _typed(value)
+        return given
+
+
+def open_source(
+    source: str, access: S3Access | None = None, defaults: Defaults | None = None, roots: Roots | None = None
+) -> Source:
+    """Opens a source of prompts and reads its head. Blocks.
+
+    Args:
+        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet.
+        access: How to reach a bucket; boto3's own chain when None.
+        defaults: The model of rows that name none.
+        roots: Where the reference pictures may be that rows name by their files; None: nowhere.
+
+    Raises:
+        BadInput: It is not there, no table, or has no prompt column.
+        SetupError: It may not be read, or pyarrow is missing.
+
+    Example:
+        >>> source = open_source("prompts.csv")             # doctest: +SKIP
+        >>> for row in source.rows(): print(row.line)       # doctest: +SKIP
+    """
+    table = open_table(source, access)
+    try:
+        return Source(table, source, defaults, roots)
+    except BaseException:
+        table.close()
+        raise
+
+
+def _is_missing(value: object) -> bool:
+    """An empty cell; data frames write missing text as NaN."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _plain(value: Any) -> Any:
+    """An id, a URL, a model or a version: without the blanks around it; a number as people write it."""
+    if isinstance(value, str):
+        return value.strip() or None
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _typed(text: str) -> Any:
+    """A text cell of the input as JSON has it: numbers, true, false, lists, objects, text in quotes; else as it is.
+
+    Models refuse the text "42" where they want the number 42.
+    """
+    word = text.strip()
+    if word in ("true", "false"):
+        return word == "true"
+    if _JSON_NUMBER.fullmatch(word) or word[:1] in ("[", "{", '"'):
+        try:
+            value = json.loads(word, parse_constant=_refuse)
+        except (ValueError, RecursionError):
+            return text
+        return text if isinstance(value, float) and math.isinf(value) else value
+    return text
+
+
+def _refuse(word: str) -> Any:
+    raise ValueError(word)
+
+
+def _label(value: object) -> str:
+    if isinstance(value, str):
+        return _showable(value)
+    try:
+        return _showable(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str))
+    except (ValueError, RecursionError):
+        return "(unreadable)"
+
+
+def _size_bytes(item: Item) -> int:
+    return len(canonical_json([item.input, item.labels]))
+
+
+def _showable(text: str) -> str:
+    """Text that every file can hold: half a character becomes a question mark."""
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,175 @@
+"""What a batch has to remember of each row, on disk: the memory stays flat from a hundred rows to a million.
+
+A private SQLite file, gone with the process. What a killed run knew is in its report, never here. It belongs to the
+worker's thread: each query gives the interpreter's lock away, and the loop waits milliseconds to get it back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.errors import SetupError
+
+_TABLES = """
+PRAGMA journal_mode = OFF;
+PRAGMA synchronous = OFF;
+CREATE TABLE earlier (item_id TEXT PRIMARY KEY, state TEXT, has_picture INTEGER DEFAULT 0, line BLOB) WITHOUT ROWID;
+CREATE TABLE ids (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE counts (fingerprint TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID;
+CREATE TABLE recorded (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE rows (row INTEGER PRIMARY KEY, state TEXT, unsettled TEXT, line BLOB);
+CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
+"""
+
+
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+
+
+@contextlib.contextmanager
+def on_disk(*errors: int) -> Iterator[None]:
+    """Whatever the disk refuses inside comes out as a SetupError that says what to do.
+
+    Args:
+        errors: Further numbers of an OSError that mean the disk here.
+    """
+    try:
+        yield
+    except (sqlite3.OperationalError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS.union(errors):
+            raise
+        raise SetupError(
+            f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "
+            "in TMPDIR, then run again; what was bought is in the bucket or known there, and not bought again."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the last report says about an item, and whether the listing shows its picture."""
+
+    outcome: Outcome
+    has_picture: bool
+
+
+def _lacks_cost(outcome: Outcome) -> bool:
+    return outcome.state is RowState.STORED and not outcome.cost_usd
+
+
+class Scratch:
+    """Facts by item id, and this run's rows in the order of the source.
+
+    `add` is for the loop; everything else is called in the worker, one call at a time.
+    """
+
+    def __init__(self) -> None:
+        # The empty name is a temporary file of its own, which SQLite deletes itself.
+        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+        self._db.executescript(_TABLES)
+        self._db.execute("BEGIN")
+        self._added: list[tuple[Outcome, bytes]] = []
+
+    # What earlier runs left.
+
+    def remember(self, outcomes: Iterable[Outcome]) -> None:
+        """Rows of an earlier report; a later one of the same item takes the place of the former."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO earlier (item_id, state, line) VALUES (?, ?, ?)",
+            ((one.item_id, one.state.value, one.to_line()) for one in outcomes if one.item_id),
+        )
+
+    def has_pictures(self, item_ids: Iterable[str]) -> None:
+        """These items' pictures are in the bucket."""
+        self._db.executemany("UPDATE earlier SET has_picture = 1 WHERE item_id = ?", ((one,) for one in item_ids))
+
+    def count_earlier(self) -> int:
+        """How many items an earlier report says are stored."""
+        words = (RowState.STORED.value, RowState.REUSED.value)
+        found = self._db.execute("SELECT count(*) FROM earlier WHERE state IN (?, ?)", words).fetchone()
+        return int(found[0])
+
+    def earlier(self, item_id: str) -> Earlier | None:
+        found = self._db.execute("SELECT has_picture, line FROM earlier WHERE item_id = ?", (item_id,)).fetchone()
+        outcome = Outcome.from_line(found[1]) if found else None
+        return None if outcome is None else Earlier(outcome, bool(found[0]))
+
+    def have_records(self, item_ids: Iterable[str]) -> None:
+        """These items have a record in the bucket."""
+        self._db.executemany("INSERT OR IGNORE INTO recorded VALUES (?)", ((one,) for one in item_ids))
+
+    def has_record(self, item_id: str) -> bool:
+        return self._db.execute("SELECT 1 FROM recorded WHERE item_id = ?", (item_id,)).fetchone() is not None
+
+    # Which ids this run's rows have.
+
+    def take_id(self, item_id: str) -> bool:
+        """Takes a row's own id; False when an earlier row has it."""
+        return self._db.execute("INSERT OR IGNORE INTO ids VALUES (?)", (item_id,)).rowcount == 1
+
+    def take_fingerprint(self, fingerprint: str) -> str:
+        """The id of a row without one: its fingerprint, for the second equal row `FINGERPRINT-2`, and so on."""
+        found = self._db.execute("SELECT count FROM counts WHERE fingerprint = ?", (fingerprint,)).fetchone()
+        count = found[0] if found else 0
+        while True:
+            count += 1
+            item_id = fingerprint if count == 1 else f"{fingerprint}-{count}"
+            if self.take_id(item_id):
+                if count > 1:
+                    # Nearly all prompts are different: only those that are not need a count.
+                    self._db.execute("INSERT OR REPLACE INTO counts VALUES (?, ?)", (fingerprint, count))
+                return item_id
+
+    # This run's rows.
+
+    def add(self, outcome: Outcome, line: bytes) -> None:
+        """A row came to its end; written down by the next `flush`."""
+        self._added.append((outcome, line))
+
+    def flush(self) -> None:
+        added, self._added = self._added, []
+        self._db.executemany(
+            "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)",
+            ((one.row, one.state.value, one.prediction_id if _lacks_cost(one) else None, line) for one, line in added),
+        )
+
+    def lines(self, *states: RowState, most: int = -1, skip: int = 0) -> Iterator[bytes]:
+        """The report's lines in the order of the source; only those of some states, when given."""
+        words = [state.value for state in states or RowState]
+        marks = ", ".join("?" * len(words))
+        query = f"SELECT line FROM rows WHERE state IN ({marks}) ORDER BY row LIMIT ? OFFSET ?"
+        for (line,) in self._db.execute(query, (*words, most, skip)):
+            yield line
+
+    def pictures(self, count: int) -> list[Outcome]:
+        """About `count` of the rows with a picture, spread evenly over the source."""
+        words = (RowState.STORED.value, RowState.REUSED.value)
+        rows = [row for (row,) in self._db.execute("SELECT row FROM rows WHERE state IN (?, ?) ORDER BY row", words)]
+        chosen = [rows[number * len(rows) // count] for number in range(count)] if len(rows) > count else rows
+        found = (self._db.execute("SELECT line FROM rows WHERE row = ?", (row,)).fetchone() for row in chosen)
+        return [outcome for (line,) in found if (outcome := Outcome.from_line(line)) is not None]
+
+    def count_unsettled(self) -> int:
+        """How many pictures were stored before the vendor told what they cost."""
+        return int(self._db.execute("SELECT count(*) FROM rows WHERE unsettled IS NOT NULL").fetchone()[0])
+
+    def settle(self, costs: Mapping[str, float]) -> list[Outcome]:
+        """Writes costs that the vendor told later, by prediction, into their rows; returns those."""
+        marks = ", ".join("?" * len(costs))
+        query = f"SELECT row, line FROM rows WHERE unsettled IN ({marks})"
+        settled = []
+        for row, line in self._db.execute(query, tuple(costs)).fetchall():
+            outcome = Outcome.from_line(line)
+            if outcome is not None and outcome.prediction_id is not None:
+                outcome = replace(outcome, cost_usd=costs[outcome.prediction_id])
+                told = (outcome.to_line(), row)
+                self._db.execute("UPDATE rows SET unsettled = NULL, line = ? WHERE row = ?", told)
+                settled.append(outcome)
+        return settled
+
+    def close(self) -> None:
+        with contextlib.suppress(sqlite3.Error):
+            self._db.close()

@@ -1,0 +1,279 @@
+"""Blocks: who buys (`EachlabsCredentials`) and where pictures go (`S3Destination`)."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from dataclasses import replace
+from typing import Annotated, Any, ClassVar, Literal
+
+from prefect.blocks.abstract import CredentialsBlock
+from prefect.blocks.core import Block
+from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
+
+from prefect_eachlabs.engine.runtime import Gateway, gateway_for
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.limits import lot_source_for
+from prefect_eachlabs.models import Destination
+from prefect_eachlabs.settings import AccountSettings, check_base_url, settings_from_environment
+from prefect_eachlabs.storage.s3_client import S3Access
+
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""A field that may be left empty. The UI shows `str | None` as a choice between two forms; this is one text field."""
+
+
+class EachlabsCredentials(CredentialsBlock):
+    """An account at Eachlabs: its API key and its limits.
+
+    What is left empty comes from the environment (`EACHLABS_...`), then from the model's page.
+
+    Example:
+        Tasks and flows take the block, or its name:
+
+        ```python
+        from prefect_eachlabs import EachlabsCredentials, create_prediction
+
+        credentials = EachlabsCredentials.load("BLOCK_NAME")
+        create_prediction("a red fox", credentials=credentials)
+        ```
+    """
+
+    _block_type_name: ClassVar[str] = "Eachlabs Credentials"
+    _block_type_slug: ClassVar[str] = "eachlabs-credentials"
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl("https://docs.eachlabs.ai")
+    # No logo: Prefect takes http(s) URLs alone, which the browser of whoever opens the page would load.
+
+    api_key: SecretStr = Field(title="API key", description="The key from eachlabs.ai; sent to the API's host alone.")
+    base_url: Text = Field(
+        default="",
+        title="Base URL",
+        description="Where the API is: https, or http on loopback. Empty: EACHLABS_BASE_URL, then https://api.eachlabs.ai.",
+    )
+    auth_scheme: Literal["x-api-key", "bearer"] | None = Field(
+        default=None, title="Authentication", description="The header that carries the key. Empty: x-api-key."
+    )
+    account: Text = Field(
+        default="",
+        title="Account",
+        description="Names the limits that workers share on this server. Empty: default.",
+        pattern=r"^[A-Za-z0-9_-]{0,64}$",
+    )
+    requests_per_minute: int | None = Field(
+        default=None,
+        ge=0,
+        le=100_000,
+        title="Requests a minute",
+        description="At most so many requests in any 60 s; 0: no limit. Empty: 60, as the model's page says.",
+    )
+    max_in_flight: int | None = Field(
+        default=None,
+        ge=0,
+        le=10_000,
+        title="Predictions in flight",
+        description="At most so many predictions at a time; 0: no limit. Empty: 10, as the model's page says.",
+    )
+
+    @field_validator("base_url")
+    @classmethod
+    def _a_safe_base_url(cls, url: str) -> str:
+        return check_base_url(url) if url else ""
+
+    def account_settings(self) -> AccountSettings:
+        """The account: these fields, then the environment, then the defaults.
+
+        Raises:
+            SetupError: A setting is out of bounds.
+        """
+        given: dict[str, Any] = {"api_key": self.api_key}
+        for name in ("base_url", "auth_scheme", "account"):
+            if getattr(self, name):
+                given[name] = getattr(self, name)
+        for name in ("requests_per_minute", "max_in_flight"):
+            number = getattr(self, name)
+            if number is not None:
+                given[name] = number or None
+        return settings_from_environment(**given)
+
+    def get_client(self, *args: Any, **kwargs: Any) -> Gateway:
+        """The process's gateway of this account."""
+        return gateway_of(self)
+
+
+class S3Destination(Block):
+    """Where pictures, records and reports go: a bucket, a prefix, and how to get in.
+
+    What is left empty is boto3's own: `AWS_*`, shared profiles, instance roles.
+
+    Example:
+        Tasks take the block; a flow's form takes `eachlabs-s3-destination/BLOCK_NAME`:
+
+        ```python
+        from prefect_eachlabs import S3Destination, generate_and_store
+
+        destination = S3Destination.load("BLOCK_NAME")
+        generate_and_store("a red fox", destination=destination)
+        ```
+    """
+
+    _block_type_name: ClassVar[str] = "Eachlabs S3 Destination"
+    _block_type_slug: ClassVar[str] = "eachlabs-s3-destination"
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl(
+        "https://boto3.amazonaws.com/v1/documentation/api/latest/guide/credentials.html"
+    )
+
+    bucket: str = Field(title="Bucket", description="The bucket's name; it must exist.", min_length=3, max_length=255)
+    prefix: str = Field(default="", title="Prefix", description="Folder in the bucket.", max_length=700)
+    region: Text = Field(default="", title="Region", description="Such as eu-central-1. Empty: boto3's own.")
+    endpoint_url: Text = Field(
+        default="",
+        title="Endpoint",
+        description="For stores that are not AWS. Empty: AWS_ENDPOINT_URL_S3, then AWS.",
+    )
+    aws_credentials_block: Text = Field(
+        default="",
+        title="AWS Credentials block",
+        description="The name of an AWS Credentials block, or minio-credentials/NAME (prefect-aws must be installed "
+        "where runs run). Empty: the access key below, then boto3's own chain.",
+    )
+    access_key_id: Text = Field(default="", title="Access key id", description="Empty: boto3's own chain.")
+    secret_access_key: SecretStr | None = Field(
+        default=None, title="Secret access key", description="Goes with the access key id."
+    )
+    session_token: SecretStr | None = Field(
+        default=None, title="Session token", description="For temporary credentials, which end."
+    )
+    kms_key_id: Text = Field(default="", title="KMS key", description="Encrypts every object with this key (SSE-KMS).")
+    storage_class: Text = Field(
+        default="", title="Storage class", description="For the pictures alone, such as STANDARD_IA."
+    )
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _an_endpoint(cls, url: str) -> str:
+        # http is allowed: stores within a private network have it, and S3's signatures do not carry the secret.
+        if url and not url.startswith(("https://", "http://")):
+            raise ValueError("the endpoint must be https://HOST or http://HOST")
+        return url
+
+    @model_validator(mode="after")
+    def _one_way_in(self) -> S3Destination:
+        if bool(self.access_key_id) != bool(self.secret_access_key):
+            raise ValueError("access key id and secret access key go together: give both, or neither")
+        if self.aws_credentials_block and self.access_key_id:
+            raise ValueError("give an AWS Credentials block or an access key, not both")
+        return self
+
+    def destination(self) -> Destination:
+        """The place it names.
+
+        Raises:
+            BadInput: The bucket's name or the prefix is not one.
+        """
+        return Destination.parse(f"s3://{self.bucket}/{self.prefix}")
+
+    def access(self) -> S3Access:
+        """How to get in.
+
+        Raises:
+            SetupError: It names a block that is not there, or prefect-aws is not installed here.
+        """
+        secret, token = self.secret_access_key, self.session_token
+        if self.aws_credentials_block:
+            found = access_of_block(self.aws_credentials_block)
+            return replace(
+                found,
+                endpoint_url=self.endpoint_url or found.endpoint_url,
+                region=self.region or found.region,
+                kms_key_id=self.kms_key_id or None,
+                storage_class=self.storage_class or None,
+            )
+        return S3Access(
+            endpoint_url=self.endpoint_url or None,
+            region=self.region or None,
+            access_key_id=self.access_key_id or None,
+            secret_access_key=secret.get_secret_value() if secret else None,
+            session_token=token.get_secret_value() if token else None,
+            kms_key_id=self.kms_key_id or None,
+            storage_class=self.storage_class or None,
+        )
+
+
+def access_of_block(name: str) -> S3Access:
+    """What a block of prefect-aws gives: keys, region, endpoint. Of a profile or a role, the keys of this moment.
+
+    Args:
+        name: Of an `AwsCredentials` block; or `minio-credentials/NAME`.
+
+    Raises:
+        SetupError: prefect-aws is not installed, or there is no such block.
+    """
+    try:
+        aws = importlib.import_module("prefect_aws.credentials")
+    except ImportError as error:
+        raise SetupError(
+            f"The S3 destination names the block {name!r}, which needs prefect-aws here: "
+            "pip install 'prefect-eachlabs[aws]', or give the access key in the destination's block."
+        ) from error
+    kind = aws.MinIOCredentials if name.startswith("minio-credentials/") else aws.AwsCredentials
+    block = load_block(name, kind)
+    session = block.get_boto3_session()
+    keys = session.get_credentials()
+    frozen = keys.get_frozen_credentials() if keys is not None else None
+    return S3Access(
+        endpoint_url=block.aws_client_parameters.endpoint_url or None,
+        region=session.region_name,
+        access_key_id=frozen.access_key if frozen else None,
+        secret_access_key=frozen.secret_key if frozen else None,
+        session_token=frozen.token if frozen else None,
+    )
+
+
+LOADED_FOR_SECONDS = 60.0
+_loaded: dict[str, tuple[float, Block]] = {}
+
+
+def load_block(name: str, kind: type[Block]) -> Any:
+    """A saved block by its name; asked of the server at most once a minute, for each call emits events.
+
+    Raises:
+        SetupError: There is no such block; says how to make one.
+    """
+    key = f"{kind.__name__}/{name}"
+    found = _loaded.get(key)
+    if found is not None and time.monotonic() - found[0] < LOADED_FOR_SECONDS:
+        return found[1]
+    try:
+        block = kind.load(name.removeprefix(f"{kind.get_block_type_slug()}/"), _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+    except ValueError as error:
+        raise SetupError(
+            f"There is no block {kind.get_block_type_slug()}/{name} on the Prefect server: save one in the UI under "
+            "Blocks, or run `prefect-eachlabs setup`. Nothing was bought."
+        ) from error
+    assert isinstance(block, kind)
+    _loaded[key] = (time.monotonic(), block)
+    return block
+
+
+def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
+    """The process's gateway of an account: of a block, of a block's name, or of the environment.
+
+    Its places are leased from the Prefect server's global limits where one is configured.
+
+    Raises:
+        SetupError: No key, no such block, or a setting out of bounds.
+    """
+    if isinstance(credentials, str) and credentials:
+        credentials = load_block(credentials, EachlabsCredentials)
+    settings = credentials.account_settings() if isinstance(credentials, EachlabsCredentials) else None
+    return gateway_for(settings or settings_from_environment(), make_source=lot_source_for)
+
+
+def where(destination: S3Destination | Destination | str) -> tuple[Destination, S3Access | None]:
+    """A destination and how to get in, from a block or from `s3://bucket/prefix`.
+
+    Raises:
+        BadInput: It is neither.
+    """
+    if isinstance(destination, S3Destination):
+        return destination.destination(), destination.access()
+    return Destination.parse(destination), None

@@ -1,0 +1,171 @@
+"""`prefect-eachlabs generate`: one prompt becomes one PNG in the bucket, without a flow run."""
+
+# ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+from prefect_eachlabs.cli.options import add_purchase_flags, named_value
+from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.retry import persevere
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.engine.runtime import MakeSource
+    from prefect_eachlabs.models import Destination, Item, StoredImage
+
+FIRST_PAUSE_SECONDS = 1.0
+
+EPILOG = """\
+Running the same again buys nothing: the record in the bucket knows the item by its id, which is the
+fingerprint of model, version and input unless you name it with --item-id.
+
+A reference picture may be a public URL, an object in a bucket, or a file, which is uploaded through the API and
+then public to whoever has its link. Another model gets it under the name it has for it; what a model takes shows
+`prefect-eachlabs model SLUG`.
+
+examples:
+  prefect-eachlabs generate "a red fox in the snow, watercolour" --to s3://acme/daily
+  prefect-eachlabs generate "the same in winter" --to s3://acme/daily --image-url fox.jpg
+  prefect-eachlabs generate "a red fox" --to s3://acme/daily --model imagen-4 --input num_images=2
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "prompt",
+        metavar="PROMPT",
+        nargs="?",
+        help="what the picture shows: subject, action, surroundings, style (some models take none)",
+    )
+    parser.add_argument("--image-url", metavar="URL|s3://B/K|FILE", help="a reference picture, 100 MB at most")
+    parser.add_argument(
+        "--input",
+        metavar="NAME=JSON",
+        type=named_value,
+        action="append",
+        default=[],
+        help="a further field of the model's input; may be repeated",
+    )
+    parser.add_argument("--item-id", metavar="ID", help="names the item: 1 to 128 of A-Z a-z 0-9 _ -")
+    add_purchase_flags(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item
+    from prefect_eachlabs.reference_images import Roots, opened
+
+    item = Item.wanted(
+        arguments.prompt,
+        # Whoever is at the command line may publish what they may read.
+        image_url=opened(arguments.image_url, Roots(anywhere=True)),
+        model=DEFAULT_MODEL if arguments.model is None else arguments.model,
+        version=arguments.version,
+        item_id=arguments.item_id,
+        input=dict(arguments.input),
+    )
+    destination = Destination.parse(arguments.to)
+    try:
+        image = _generate(item, destination, arguments)
+    except EachlabsError as error:
+        if not isinstance(error, SetupError):  # that is about every item
+            error.item_id = error.item_id or item.item_id
+        raise
+    print(json.dumps(_as_json(image)) if arguments.json else _as_line(image), flush=True)
+    return 0
+
+
+def _generate(item: Item, destination: Destination, arguments: argparse.Namespace) -> StoredImage:
+    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+    from prefect_eachlabs.images.formats import check_formats
+    from prefect_eachlabs.ledger.rules import PurchaseOptions
+
+    options = PurchaseOptions(
+        run_id=uuid4().hex,
+        replace=arguments.replace,
+        rebuy_missing=arguments.rebuy_missing,
+        retry_failed=arguments.retry_failed,
+        on_ambiguous=arguments.on_ambiguous,
+        deadline_seconds=arguments.deadline_seconds,
+        formats=check_formats(arguments.formats),
+        any_reference=True,
+    )
+    try:
+        gateway = gateway_for(make_source=source_of_places())
+        return gateway.call(
+            persevere(
+                lambda: gateway.engine.generate_and_store(item, destination, options=options),
+                first_pause_seconds=FIRST_PAUSE_SECONDS,
+            )
+        )
+    except asyncio.CancelledError:  # the gateway was closed under it
+        raise KeyboardInterrupt from None
+    finally:
+        close_gateways()
+
+
+def source_of_places() -> MakeSource | None:
+    """Where places come from: the Prefect server's limits where one may be configured, else this process alone."""
+    if not may_have_prefect_server(os.environ, Path.cwd()):
+        return None
+    from prefect_eachlabs.limits import lot_source_for
+
+    return lot_source_for
+
+
+def may_have_prefect_server(environ: Mapping[str, str], folder: Path) -> bool:
+    """Whether Prefect's settings may name a server; only Prefect can tell, and asking it takes two seconds."""
+    if environ.get("PREFECT_API_URL"):
+        return True
+    home = Path(environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
+    if Path(environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").exists():
+        return True
+    # Prefect reads these files of the working directory, too.
+    for name, sign in ((".env", "PREFECT_"), ("prefect.toml", ""), ("pyproject.toml", "tool.prefect")):
+        try:
+            if sign in (folder / name).read_text(encoding="utf-8", errors="replace"):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def _as_json(image: StoredImage) -> dict[str, object]:
+    return {
+        "item_id": image.item_id,
+        "prediction_id": image.prediction_id,
+        "status": "stored",
+        "uri": image.uri,
+        "sha256": image.sha256,
+        "width_px": image.width_px,
+        "height_px": image.height_px,
+        "cost_usd": image.cost_usd,
+        "predict_time_seconds": image.predict_time_seconds,
+        "reused": image.reused,
+        **({"more_uris": list(image.more_uris)} if image.more_uris else {}),
+        **({"format": image.format} if image.format != "png" else {}),
+    }
+
+
+def _as_line(image: StoredImage) -> str:
+    facts = [f"{image.width_px} x {image.height_px} px"]
+    if image.predict_time_seconds is not None:
+        facts.append(f"{image.predict_time_seconds:.1f} s")
+    if image.cost_usd is not None:
+        facts.append(f"${image.cost_usd:.4f}")
+    if image.more_uris:
+        facts.append(f"and {len(image.more_uris)} more: {', '.join(image.more_uris)}")
+    if image.reused:
+        facts.append("bought earlier, nothing was bought now")
+    return f"{image.uri}  ({', '.join(facts)})"

@@ -1,0 +1,198 @@
+"""`prefect-eachlabs setup`: work pool, limits and blocks on the Prefect server, from the environment."""
+
+# ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from prefect_eachlabs.cli.options import account_for_the_server
+from prefect_eachlabs.errors import SetupError
+
+if TYPE_CHECKING:
+    from prefect.blocks.core import Block
+
+WORK_POOL = "eachlabs"
+
+EPILOG = """\
+Makes what is missing, and writes what the environment says over what is there; the rest stays as it is:
+  the work pool `eachlabs` (processes)
+  the account's two limits (EACHLABS_REQUESTS_PER_MINUTE, EACHLABS_MAX_IN_FLIGHT)
+  the block types, and the block eachlabs-credentials/default when EACHLABS_API_KEY is set
+  the block eachlabs-s3-destination/default with --destination; AWS_REGION and AWS_ENDPOINT_URL_S3 go into it, AWS
+  keys do not: workers find them by boto3's own chain
+
+example:
+  prefect-eachlabs setup --destination s3://acme-pictures/daily
+"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument("--destination", metavar="s3://BUCKET/PREFIX", help="also make the block of a destination")
+    parser.add_argument("--block", default="default", metavar="NAME", help="the blocks' name (default)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    from prefect_eachlabs.cli.limits import as_json
+    from prefect_eachlabs.limits import admin as limits_admin
+    from prefect_eachlabs.models import Destination
+
+    place = Destination.parse(arguments.destination) if arguments.destination else None
+    settings = account_for_the_server()
+    with server_errors():
+        pool = make_work_pool()
+        limits = asyncio.run(limits_admin.apply(settings))
+        blocks = make_blocks(os.environ, arguments.block, place)
+    if arguments.json:
+        print(json.dumps({"work_pool": {WORK_POOL: pool}, "limits": as_json(limits), "blocks": blocks}), flush=True)
+        return 0
+    print(f"work pool {WORK_POOL}: {pool}")
+    for status in limits:
+        print(f"limit {status.name}: {status.limit if status.setting is not None else 'none wanted'}")
+    for name, done in blocks.items():
+        print(f"block {name}: {done}")
+    print(
+        "Next: prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml, then prefect worker start "
+        f"--pool {WORK_POOL}; prefect-eachlabs doctor says what is missing."
+    )
+    return 0
+
+
+@contextmanager
+def server_errors() -> Iterator[None]:
+    """What a server that is missing, away or closed raises, as an error that says what to do."""
+    import httpx
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_API_URL
+
+    if not PREFECT_API_URL.value():
+        raise SetupError(
+            "No Prefect server is configured, so there is nothing to set up. Start one with `prefect server start` "
+            "and set PREFECT_API_URL, e.g. to http://127.0.0.1:4200/api."
+        )
+    try:
+        yield
+    except PrefectHTTPStatusError as error:
+        raise SetupError(
+            f"The Prefect server refused a request (HTTP {error.response.status_code}): check PREFECT_API_URL and "
+            "PREFECT_API_AUTH_STRING (or the API key).",
+            url=str(error.request.url),
+            status_code=error.response.status_code,
+        ) from error
+    except (httpx.TransportError, RuntimeError) as error:
+        raise SetupError(
+            f"The Prefect server gives no usable answer ({type(error).__name__}): start it with `prefect server "
+            "start`, or correct PREFECT_API_URL.",
+            url=str(PREFECT_API_URL.value()),
+        ) from error
+
+
+def make_work_pool() -> str:
+    """`made`, or `there`.
+
+    Raises:
+        SetupError: There is one of that name which runs something else than processes.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    with get_client(sync_client=True) as client:
+        try:
+            pool = client.read_work_pool(WORK_POOL)
+        except ObjectNotFound:
+            wanted = WorkPoolCreate(
+                name=WORK_POOL,
+                type="process",
+                description="Pictures from Eachlabs: `prefect worker start --pool eachlabs` on each machine.",
+                base_job_template=ProcessWorker.get_default_base_job_template(),
+            )
+            try:
+                client.create_work_pool(wanted)
+            except ObjectAlreadyExists:  # made by another process at this moment
+                return "there"
+            return "made"
+    if pool.type != "process":
+        raise SetupError(
+            f"The server's work pool {WORK_POOL!r} is of type {pool.type!r}, and this project's is of processes: "
+            "rename or delete it, or name your own pool in deployments/prefect.yaml."
+        )
+    return "there"
+
+
+def make_blocks(environ: Mapping[str, str], name: str, place: Any) -> dict[str, str]:
+    """Registers both types; makes or updates the blocks that the environment and the flags describe."""
+    from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination
+
+    done = {}
+    for kind, given in (
+        (EachlabsCredentials, credentials_given(environ)),
+        (S3Destination, destination_given(environ, place)),
+    ):
+        slug = f"{kind.get_block_type_slug()}/{name}"
+        if given is None:
+            kind.register_type_and_schema()
+            done[kind.get_block_type_slug()] = "type registered; the environment describes no block"
+        else:
+            done[slug] = save(kind, name, given)
+    return done
+
+
+def credentials_given(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """The fields of `EachlabsCredentials` that the environment gives; None without a key."""
+    from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment
+
+    if not environ.get(ENVIRONMENT["api_key"], "").strip():
+        return None
+    settings = settings_from_environment(environ)
+    given: dict[str, Any] = {"api_key": settings.api_key}
+    for field in ("base_url", "auth_scheme", "account", "requests_per_minute", "max_in_flight"):
+        if environ.get(ENVIRONMENT[field], "").strip():
+            value = getattr(settings, field)
+            given[field] = 0 if value is None else value
+    return given
+
+
+def destination_given(environ: Mapping[str, str], place: Any) -> dict[str, Any] | None:
+    """The fields of `S3Destination` that the flag and the environment give; None without a destination."""
+    if place is None:
+        return None
+    given = {"bucket": place.bucket, "prefix": place.prefix}
+    region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
+    endpoint = environ.get("AWS_ENDPOINT_URL_S3")
+    return {**given, **({"region": region} if region else {}), **({"endpoint_url": endpoint} if endpoint else {})}
+
+
+def save(kind: type[Block], name: str, given: Mapping[str, Any]) -> str:
+    """`made`, `updated` or `there`: fields that are not given keep what a person has put into them."""
+    from pydantic import ValidationError
+
+    try:
+        found = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+    except ValueError:
+        found = None
+    before = {field: getattr(found, field) for field in kind.model_fields} if isinstance(found, kind) else {}
+    if before and all(before[field] == value for field, value in given.items()):
+        return "there"
+    try:
+        block = kind(**{**before, **given})
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{fault['loc'][0] if fault['loc'] else 'block'}: {fault['msg']}"
+            for fault in error.errors(include_input=False, include_url=False)
+        )
+        raise SetupError(f"The block {kind.get_block_type_slug()}/{name} cannot be made: {faults}.") from None
+    block.save(name, overwrite=True)
+    return "updated" if before else "made"

@@ -1,0 +1,222 @@
+"""What all work of one account shares: its places, its client, its ledgers, and what it remembers of its purchases."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+import httpx
+
+from prefect_eachlabs.api.catalogue import Catalogue
+from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.api.orders import Orders
+from prefect_eachlabs.api.references import References
+from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.store import Finisher
+from prefect_eachlabs.ledger.purchase import Job, Purchaser
+from prefect_eachlabs.ledger.reconcile import Settler
+from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, RecordState, amended
+from prefect_eachlabs.limits.limiter import LotSource, Places
+from prefect_eachlabs.models import Destination, Prediction
+from prefect_eachlabs.net.public_only import HostGuard
+from prefect_eachlabs.polling.poller import Watcher
+from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.storage.base import ObjectStore
+from prefect_eachlabs.storage.s3_client import S3Access
+
+logger = logging.getLogger(__name__)
+
+LAST_WAIT_SECONDS = 45.0
+"""A prediction that is found after its deadline gets so long to be asked about once more; an id that the API does
+not know counts as unknown after 30 s."""
+LAST_QUESTION_SECONDS = 5.0
+"""So long before its deadline a prediction is asked about once more."""
+CLEAN_UP_SECONDS = 8.0
+"""How long a cancelled run may take to learn how its cancelled prediction ended (Prefect waits some 30 s)."""
+REMEMBERED_PURCHASES = 10_000
+
+StoreFor = Callable[[Destination, "S3Access | None"], ObjectStore]
+
+
+@dataclass
+class Books:
+    """A destination's ledger, and who settles it."""
+
+    ledger: Ledger
+    settler: Settler
+
+
+@dataclass
+class Bought:
+    """What this process remembers of a prediction that it bought."""
+
+    at: float
+    books: Books | None = None
+    item_id: str | None = None
+    run_id: str = ""
+
+
+class Shop:
+    """Client, places, watcher, purchaser and finisher of one account, wired; and the account's books."""
+
+    def __init__(
+        self,
+        settings: AccountSettings,
+        source: LotSource,
+        store_for: StoreFor,
+        client: EachlabsClient | None = None,
+        downloader: Downloader | None = None,
+        outside: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.settings = settings
+        self.places = Places(source)
+        self.client = client or EachlabsClient(settings)
+        self.watcher = Watcher(self.client, self.places)
+        self.catalogue = Catalogue(self.client, self.places)
+        self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for, outside))
+        self.purchaser = Purchaser(self.client, self.places, self.watcher, settings, self.orders)
+        self.finisher = Finisher(downloader or Downloader(hosts=HostGuard.of(settings)))
+        self._source = source
+        self._store_for = store_for
+        self._books: dict[tuple[Destination, S3Access | None], Books] = {}
+        self._bought: OrderedDict[str, Bought] = OrderedDict()
+
+    def books(self, destination: Destination, access: S3Access | None = None) -> Books:
+        """The ledger of a destination, made once."""
+        key = (destination, access)
+        if key not in self._books:
+            conditional = self.settings.conditional_writes == "require"
+            store = self._store_for(destination, access)
+            ledger = Ledger(store, destination, conditional=conditional, access=access)
+            settler = Settler(self.client, self.places, ledger, self.settings, known=self.known)
+            self._books[key] = Books(ledger, settler)
+        return self._books[key]
+
+    def known(self) -> Mapping[str, float]:
+        now = asyncio.get_running_loop().time()
+        return {prediction_id: now - bought.at for prediction_id, bought in self._bought.items()}
+
+    def remember(self, job: Job, books: Books | None, item_id: str) -> None:
+        if job.prediction_id is not None and job.prediction_id not in self._bought:
+            now = asyncio.get_running_loop().time()
+            self._bought[job.prediction_id] = Bought(now, books, item_id, job.run_id)
+            while len(self._bought) > REMEMBERED_PURCHASES:
+                self._bought.popitem(last=False)
+
+    def bought_here(self, prediction_id: str) -> Bought | None:
+        """What is remembered of a prediction that this process bought."""
+        return self._bought.get(prediction_id)
+
+    async def end_within(
+        self, future: asyncio.Future[Prediction], prediction: Prediction, deadline_seconds: float | None
+    ) -> Prediction:
+        deadline_seconds = self.settings.deadline_seconds if deadline_seconds is None else deadline_seconds
+        age_seconds = 0.0
+        if prediction.created_at is not None:
+            age_seconds = max(0.0, (datetime.now(timezone.utc) - prediction.created_at).total_seconds())
+        remaining = max(deadline_seconds - age_seconds, min(LAST_WAIT_SECONDS, deadline_seconds))
+        last_seconds = min(LAST_QUESTION_SECONDS, remaining / 10)
+        with suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
+        # Nobody may have asked about it for long, where requests are scarce.
+        self.watcher.hurry(prediction.id)
+        try:
+            return await asyncio.wait_for(asyncio.shield(future), timeout=last_seconds)
+        except asyncio.TimeoutError:
+            raise PredictionTimedOut(
+                f"The prediction had not ended {deadline_seconds:g} s after its POST. It is paid for if it still ends: "
+                "run the same again (or `prefect-eachlabs settle`) and it is stored.",
+                item_id=prediction.item_id,
+                prediction_id=prediction.id,
+            ) from None
+
+    async def cancel(self, prediction_id: str) -> Prediction:
+        """Asks the API to cancel, best effort, and returns what GET says then (it may have succeeded). Free."""
+        try:
+            await self._ask_to_cancel(prediction_id)
+        except (Unanswered, NotSent, Throttled) as error:
+            # Its answer may be all that was lost: only GET tells.
+            logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
+        self.watcher.watch(Prediction(id=prediction_id), place=None)
+        self.watcher.hurry(prediction_id)
+        future = self.watcher.watch(Prediction(id=prediction_id), place=None)
+        with suppress(asyncio.TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(future), timeout=CLEAN_UP_SECONDS)
+        return await self._ask_once(prediction_id)
+
+    async def _ask_once(self, prediction_id: str) -> Prediction:
+        request = await self.places.take_request(question=True)
+        try:
+            return await self.client.get(prediction_id)
+        finally:
+            request.done()
+
+    async def _ask_to_cancel(self, prediction_id: str) -> None:
+        for attempt in range(3):
+            request = await self.places.take_request(question=True)
+            try:
+                await self.client.cancel(prediction_id)
+                return
+            except (Unanswered, NotSent, Throttled) as error:
+                if attempt == 2:
+                    raise
+                logger.info("Cancelling prediction %s: %s", prediction_id, error)
+                await asyncio.sleep(0.5)
+            finally:
+                request.done()
+
+    async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books | None, item_id: str) -> None:
+        """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""
+        await job.until_it_may_be_interrupted()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+        if job.prediction_id is not None:
+            self.remember(job, books, item_id)
+            await self.cancel_and_note(job.prediction_id, self._bought[job.prediction_id])
+
+    async def cancel_and_note(self, prediction_id: str, bought: Bought) -> None:
+        """Cancels what a cancelled run has in flight, looks again and writes down the truth; a success is stored."""
+        try:
+            ledger = bought.books.ledger if bought.books is not None else None
+            held = await ledger.read(bought.item_id) if ledger is not None and bought.item_id else None
+            mine = (
+                held is not None
+                and held.record.state is RecordState.CREATED
+                and held.record.prediction_id == prediction_id
+                and held.record.run_id == bought.run_id
+            )
+            if held is not None and not mine:
+                return
+            if ledger is not None and held is not None:
+                held = await ledger.write(amended(held.record, cancel_requested=True), replacing=held)
+            end = await self.cancel(prediction_id)
+            logger.info("Prediction %s was cancelled with its run; it ended as %s.", prediction_id, end.status.value)
+            if ledger is not None and held is not None and end.status.ended:
+                await self.finisher.finish(ledger, held, end, fresh=False)
+        except (EachlabsError, Overtaken) as error:
+            logger.warning("Prediction %s could not be cancelled cleanly: %s", prediction_id, error)
+
+    async def aclose(self) -> None:
+        """Ends cleanly: connections closed, leased places given back."""
+        for books in self._books.values():
+            await books.settler.aclose()
+        await self.watcher.close()
+        await self.orders.aclose()
+        await self.client.aclose()
+        await self.finisher.aclose()
+        await self._source.close()
+
+
+def named(held: Held, books: Books) -> Prediction:
+    """The prediction that a record names, with where the record is."""
+    prediction = held.record.prediction()
+    assert prediction is not None, "a created or stored record names its prediction"
+    return prediction.model_copy(update={"destination": str(books.ledger.destination)})

@@ -1,0 +1,276 @@
+"""What the gateway runs on its loop: each item's way from the record to the picture."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from dataclasses import dataclass, replace
+from typing import Any
+
+import httpx
+
+from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Books, Shop, StoreFor
+from prefect_eachlabs.engine.cleanup import Janitor
+from prefect_eachlabs.engine.steps import LOOK_AGAIN_SECONDS, Steps
+from prefect_eachlabs.errors import (
+    DownloadFailed,
+    EachlabsError,
+    PictureMissing,
+    PredictionFailed,
+    PredictionTimedOut,
+    Rejected,
+)
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.store import stored_image
+from prefect_eachlabs.ledger.purchase import Job
+from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, RecordError, RecordState, amended
+from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
+from prefect_eachlabs.limits.limiter import LotSource
+from prefect_eachlabs.models import Destination, Item, Prediction, StoredImage
+from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.storage.s3_client import S3Access
+
+__all__ = ["CLEAN_UP_SECONDS", "Engine"]
+
+logger = logging.getLogger(__name__)
+
+MOST_RESUBMISSIONS = 2
+
+
+@dataclass
+class Running:
+    """A job under way, and how many callers wait for it."""
+
+    job: Job
+    fingerprint: str
+    task: asyncio.Task[StoredImage]
+    callers: int = 0
+    interrupted: asyncio.Event | None = None
+    """Set when what its last caller's cancel began has come to its end; None before."""
+
+
+class Engine:
+    """Buys, waits and stores for one account, on one loop.
+
+    Args:
+        settings: The account.
+        source: Where the places of the account come from.
+        store_for: Opens the bucket of a destination.
+        client: Speaks to the API; replaced in tests.
+        downloader: Fetches pictures; replaced in tests.
+        outside: Carries looks at reference pictures and their uploads; replaced in tests.
+    """
+
+    def __init__(
+        self,
+        settings: AccountSettings,
+        source: LotSource,
+        store_for: StoreFor,
+        *,
+        client: EachlabsClient | None = None,
+        downloader: Downloader | None = None,
+        outside: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.settings = settings
+        self.shop = Shop(settings, source, store_for, client, downloader, outside)
+        steps = Steps(self.shop)
+        self.create = steps.create
+        self.wait = steps.wait
+        self.store = steps.store
+        self.cancel = self.shop.cancel
+        self.settle = Janitor(self.shop).settle
+        self._running: dict[tuple[int, str], Running] = {}
+        self._late: set[asyncio.Task[None]] = set()
+
+    async def generate_and_store(
+        self,
+        item: Item,
+        destination: Destination,
+        *,
+        options: PurchaseOptions,
+        access: S3Access | None = None,
+    ) -> StoredImage:
+        """The item's picture, safe in the bucket; bought only where the record allows. **Costs money.**
+
+        The same item asked for twice in one process is one job. A caller that is cancelled cancels the prediction in
+        flight, unless another caller waits for it.
+
+        Raises:
+            EachlabsError: As `errors.py` draws them; each says what to do next.
+        """
+        books = self.shop.books(destination, access)
+        key = (id(books), item.item_id)
+        while (running := self._running.get(key)) is not None and running.interrupted is not None:
+            # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
+            await running.interrupted.wait()
+        if running is None or running.task.done() or running.fingerprint != item.fingerprint:
+            running = self._begin(key, item, books, options)
+        running.callers += 1
+        try:
+            return await asyncio.shield(running.task)
+        except asyncio.CancelledError:
+            # A job that is done was ended by `aclose`, or has come to its end in this very moment.
+            if running.callers == 1 and not running.task.done():
+                await self._interrupt(key, running, books, item.item_id)
+            raise
+        finally:
+            running.callers -= 1
+
+    def _begin(self, key: tuple[int, str], item: Item, books: Books, options: PurchaseOptions) -> Running:
+        job = Job(options.run_id)
+        running = Running(job, item.fingerprint, asyncio.ensure_future(self._obtain(item, books, options, job)))
+        self._running[key] = running
+
+        def ended(_: asyncio.Task[StoredImage]) -> None:
+            if running.interrupted is None:
+                self._forget(key, running)
+
+        running.task.add_done_callback(ended)
+        return running
+
+    def _forget(self, key: tuple[int, str], running: Running) -> None:
+        if self._running.get(key) is running:
+            del self._running[key]
+
+    async def _interrupt(self, key: tuple[int, str], running: Running, books: Books, item_id: str) -> None:
+        running.interrupted = asyncio.Event()
+        try:
+            await self.shop.interrupt(running.task, running.job, books, item_id)
+        finally:
+            self._forget(key, running)
+            running.interrupted.set()
+
+    async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
+        """Follows the record's next step until the picture is stored, or until there is a reason why not."""
+        allowed = options
+        # A store that ignores conditions would lose the record that is there.
+        presumed_new = options.presume_new and books.ledger.is_proven
+        while True:
+            held = None if presumed_new else await books.ledger.read(item.item_id)
+            presumed_new = False
+            step = next_step(held, item, allowed, claim_seconds=self.settings.claim_seconds)
+            if step is Step.LOOK_AGAIN:
+                await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self.settings.claim_seconds / 4))
+                continue
+            try:
+                if step is Step.REUSE and held is not None and await self._is_there(books.ledger, held, options):
+                    return stored_image(held.record, reused=True)
+                if step is Step.FINISH and held is not None:
+                    recovered = await self.shop.finisher.recover(books.ledger, held, formats=options.formats)
+                    if recovered is not None:
+                        return stored_image(recovered.record, reused=True)
+                    bought = False
+                else:
+                    held = await self.shop.purchaser.buy(item, books.ledger, books.settler, held, allowed, job)
+                    self.shop.remember(job, books, item.item_id)
+                    bought = True
+                    if held.record.state is not RecordState.CREATED:
+                        continue
+                done, end = await self._finish(books, held, options, fresh=bought)
+            except Overtaken:
+                continue
+            if done.record.state is RecordState.STORED:
+                return stored_image(done.record, reused=not bought)
+            if done.record.state is RecordState.CANCELLED and not bought:
+                # The run that bought it was cancelled; this one wants the picture.
+                allowed = options
+            elif _may_be_resubmitted(end, done) or (
+                end.picture_is_gone and options.rebuy_missing and not allowed.retry_failed
+            ):
+                logger.info("Item %s: prediction %s gave no picture; it is bought again.", item.item_id, end.id)
+                allowed = replace(options, retry_failed=True)
+            else:
+                end.model_copy(update={"item_id": item.item_id}).raise_for_end()
+                raise PredictionFailed(
+                    f"The item stands as {done.record.state.value}.", item_id=item.item_id, prediction_id=end.id
+                )
+
+    async def _is_there(self, ledger: Ledger, held: Held, options: PurchaseOptions) -> bool:
+        """Whether a stored picture still is in the bucket; False: it is to be bought again, on purpose."""
+        if await self.shop.finisher.find(ledger, held.record) is not None:
+            return True
+        if options.rebuy_missing:
+            return False
+        raise PictureMissing(
+            f"{held.record.uri} was stored and is gone from the bucket. Restore it, or buy it again on purpose "
+            "(--rebuy-missing, rebuy_missing=True).",
+            item_id=held.record.item_id,
+            prediction_id=held.record.prediction_id,
+        )
+
+    async def _finish(
+        self, books: Books, held: Held, options: PurchaseOptions, *, fresh: bool
+    ) -> tuple[Held, Prediction]:
+        """Waits for the record's prediction and stores it; when its deadline passes, goes on in the background."""
+        prediction = held.record.prediction()
+        assert prediction is not None, "a created record names its prediction"
+        future = self.shop.watcher.watch(prediction, place=None)
+        try:
+            end = await self.shop.end_within(future, prediction, options.deadline_seconds)
+        except PredictionTimedOut:
+            self._keep(self._finish_late(books, held, future, options))
+            raise
+        except Rejected as error:
+            if error.status_code != 404:
+                raise
+            lost = PictureMissing(
+                f"The API does not know prediction {prediction.id} any more, and its picture was never stored. Buy it "
+                "again on purpose (--rebuy-missing, rebuy_missing=True).",
+                item_id=held.record.item_id,
+                prediction_id=prediction.id,
+            )
+            return await self._picture_is_gone(books, held, options, prediction, lost)
+        try:
+            done = await self.shop.finisher.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
+            return done, end
+        except DownloadFailed as error:
+            if error.status_code not in (403, 404, 410):
+                raise
+            return await self._picture_is_gone(books, held, options, end, error)
+
+    async def _picture_is_gone(
+        self, books: Books, held: Held, options: PurchaseOptions, end: Prediction, error: EachlabsError
+    ) -> tuple[Held, Prediction]:
+        """Writes down that a picture cannot be had any more, when it may be bought again; else raises the error."""
+        if not options.rebuy_missing:
+            raise error
+        said = RecordError(kind=PictureMissing.default_kind, message=error.message)
+        gone = amended(held.record, state=RecordState.FAILED, error=said)
+        return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
+
+    async def _finish_late(
+        self, books: Books, held: Held, future: asyncio.Future[Prediction], options: PurchaseOptions
+    ) -> None:
+        """It is paid for: as long as the process lives, it is stored when it ends."""
+        try:
+            end = await asyncio.shield(future)
+            await self.shop.finisher.finish(books.ledger, held, end, fresh=False, formats=options.formats)
+            logger.info("Item %s: its prediction ended after its deadline and is stored.", held.record.item_id)
+        except (EachlabsError, Overtaken) as error:
+            logger.warning("Item %s: %s", held.record.item_id, error)
+
+    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._late.add(task)
+        task.add_done_callback(self._late.discard)
+
+    async def aclose(self) -> None:
+        """Ends cleanly: jobs are interrupted where they may be, connections closed, leased places given back."""
+        tasks: list[asyncio.Task[Any]] = [*self._late]
+        for running in list(self._running.values()):
+            await running.job.until_it_may_be_interrupted()
+            running.task.cancel()
+            tasks.append(running.task)
+        for late in self._late:
+            late.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.shop.aclose()
+
+
+def _may_be_resubmitted(end: Prediction, done: Held) -> bool:
+    """A failure that the API calls retryable is bought again twice, one of the provider's once; both cost nothing."""
+    if end.failure is None or not end.failure.may_be_resubmitted:
+        return False
+    return done.record.resubmissions < (MOST_RESUBMISSIONS if end.failure.retryable else 1)

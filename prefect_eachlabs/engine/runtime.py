@@ -1,0 +1,246 @@
+"""One event loop thread for this process, and the two doors to it: `call` for threads, `acall` for other loops.
+
+Tasks in Prefect's thread pool run in threads and loops of their own, and neither a connection pool nor an asyncio
+primitive can be shared between loops. So one daemon thread owns one loop with everything that must be common to a
+process: connections, places, the watcher, the purchases. A forked process starts anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, TypeVar
+
+from prefect_eachlabs.engine import consoles
+from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.limits.limiter import LocalLots, LotSource
+from prefect_eachlabs.models import Destination
+from prefect_eachlabs.net import redaction
+from prefect_eachlabs.settings import AccountSettings, settings_from_environment
+from prefect_eachlabs.storage.base import ObjectStore
+from prefect_eachlabs.storage.s3 import S3Store
+from prefect_eachlabs.storage.s3_client import S3Access
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CLOSE_SECONDS = 10.0
+
+MakeSource = Callable[[AccountSettings], LotSource]
+
+
+class LoopThread:
+    """A daemon thread that runs one event loop for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._stopped = False
+        started = threading.Event()
+
+        def run() -> None:
+            asyncio.set_event_loop(self.loop)
+            self.loop.call_soon(started.set)
+            while not self._stopped:
+                try:
+                    self.loop.run_forever()
+                except (SystemExit, KeyboardInterrupt):
+                    # Whoever's work raised it is told; everybody else's goes on.
+                    logger.exception("Something on the gateway's thread asked the process to end; it goes on.")
+            self.loop.close()
+
+        self._thread = threading.Thread(target=run, name="eachlabs-gateway", daemon=True)
+        self._thread.start()
+        started.wait()
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs it on the loop and blocks. If this thread is interrupted, the work is cancelled and may clean up."""
+        return _Handed(self.loop, work).wait()
+
+    async def acall(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs it on the loop and awaits it. If the caller is cancelled, the work is cancelled and may clean up."""
+        return await _Handed(self.loop, work).wait_async()
+
+    def stop(self) -> None:
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._stopped = True
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout=CLOSE_SECONDS)
+
+
+class _Handed(Generic[T]):
+    """Work that was handed to the loop thread."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
+        self._loop = loop
+        self._ended = threading.Event()
+        self._listener: Callable[[], None] | None = None
+        self._lock = threading.Lock()
+        self._task: asyncio.Task[T] | None = None
+        loop.call_soon_threadsafe(self._start, work)
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._end)
+
+    def _end(self, _: asyncio.Task[T]) -> None:
+        with self._lock:
+            self._ended.set()
+            listener = self._listener
+        if listener is not None:
+            listener()
+
+    def _cancel(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    def _result(self) -> T:
+        assert self._task is not None
+        if self._task.cancelled():
+            raise asyncio.CancelledError
+        error = self._task.exception()
+        if error is not None:
+            # The traceback grows each time an exception object is raised; it is raised once.
+            raise error
+        return self._task.result()
+
+    def wait(self) -> T:
+        try:
+            self._ended.wait()
+        except BaseException:
+            self._loop.call_soon_threadsafe(self._cancel)
+            self._ended.wait(CLEAN_UP_SECONDS + 2)
+            raise
+        return self._result()
+
+    async def wait_async(self) -> T:
+        here = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def tell() -> None:
+            # The caller's loop may be closed by now; then nobody waits.
+            if not here.is_closed():
+                here.call_soon_threadsafe(ended.set)
+
+        with self._lock:
+            self._listener = tell
+            if self._ended.is_set():
+                ended.set()
+        try:
+            await ended.wait()
+        except asyncio.CancelledError:
+            self._loop.call_soon_threadsafe(self._cancel)
+            clean_up = asyncio.ensure_future(asyncio.wait_for(ended.wait(), CLEAN_UP_SECONDS + 2))
+            await asyncio.wait({clean_up})
+            raise
+        return self._result()
+
+
+class Gateway:
+    """An account's engine on the process's loop; made by `gateway_for`, shared by all tasks of the process."""
+
+    def __init__(
+        self,
+        settings: AccountSettings,
+        thread: LoopThread,
+        *,
+        make_source: MakeSource,
+        store_for: Callable[[Destination, S3Access | None], ObjectStore] | None = None,
+        downloader: Downloader | None = None,
+    ) -> None:
+        redaction.install()
+        consoles.outlive_their_readers()
+        self.settings = settings
+        self._thread = thread
+
+        async def make() -> Engine:
+            return Engine(settings, make_source(settings), store_for or open_store, downloader=downloader)
+
+        self.engine = thread.call(make())
+
+    def __repr__(self) -> str:
+        return f"Gateway({self.settings.base_url!r}, account={self.settings.account!r})"
+
+    def call(self, work: Coroutine[Any, Any, T]) -> T:
+        """Runs a coroutine of `engine` and blocks until its end; from any thread."""
+        return self._thread.call(work)
+
+    async def acall(self, work: Coroutine[Any, Any, T]) -> T:
+        """Awaits a coroutine of `engine`; from any loop."""
+        return await self._thread.acall(work)
+
+    def close(self) -> None:
+        """Ends the engine: what waits is cancelled, connections and leased places go back."""
+        self._thread.call(asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS))
+
+
+def open_store(destination: Destination, access: S3Access | None) -> ObjectStore:
+    """The destination's bucket through boto3."""
+    return S3Store(destination.bucket, access)
+
+
+def local_source(settings: AccountSettings) -> LotSource:
+    """The account's limits, of this process alone."""
+    return LocalLots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
+
+
+class _Process:
+    """What this process has: one loop thread, one gateway an account."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.thread: LoopThread | None = None
+        self.gateways: dict[AccountSettings, Gateway] = {}
+
+
+_process = _Process()
+
+
+def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSource | None = None) -> Gateway:
+    """The process's gateway of an account, made at the first call.
+
+    Args:
+        settings: The account; the environment's when None.
+        make_source: Where an account's places come from, heeded by the call that makes the gateway; the limits are
+            this process's alone when None.
+
+    Raises:
+        SetupError: No key, or a setting out of bounds.
+    """
+    settings = settings or settings_from_environment()
+    process = _process
+    with process.lock:
+        if process.thread is None:
+            process.thread = LoopThread()
+        if settings not in process.gateways:
+            process.gateways[settings] = Gateway(settings, process.thread, make_source=make_source or local_source)
+        return process.gateways[settings]
+
+
+def close_gateways() -> None:
+    """Ends all gateways of this process and its loop; the next `gateway_for` begins anew."""
+    process = _process
+    with process.lock:
+        gateways, process.gateways = list(process.gateways.values()), {}
+        thread, process.thread = process.thread, None
+    for gateway in gateways:
+        try:
+            gateway.close()
+        except Exception as error:
+            logger.debug("A gateway did not close cleanly: %s", error)
+    if thread is not None:
+        thread.stop()
+
+
+def _begin_anew() -> None:
+    """A forked child has neither the thread nor the right to the parent's connections."""
+    global _process  # noqa: PLW0603 - one process, one state
+    _process = _Process()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+atexit.register(close_gateways)

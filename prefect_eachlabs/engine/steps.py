@@ -1,0 +1,176 @@
+"""The steps one by one: create, await, store, as the tasks of the same names do them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from prefect_eachlabs.engine.account import Books, Bought, Shop, named
+from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, PictureMissing
+from prefect_eachlabs.images.store import stored_image
+from prefect_eachlabs.ledger.purchase import Job
+from prefect_eachlabs.ledger.records import Held, Overtaken, RecordState
+from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
+from prefect_eachlabs.models import Destination, Item, Prediction, PredictionStatus, StoredImage
+from prefect_eachlabs.storage.s3_client import S3Access
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_SECONDS = 2.0
+
+
+class Steps:
+    """Buying, awaiting and storing apart from each other."""
+
+    def __init__(self, shop: Shop) -> None:
+        self._shop = shop
+
+    async def create(
+        self,
+        item: Item,
+        destination: Destination | None = None,
+        *,
+        options: PurchaseOptions,
+        access: S3Access | None = None,
+    ) -> Prediction:
+        """Buys the item's prediction, or finds the one its record names. **Costs money.**
+
+        Without a destination there is no record, and each call buys.
+        """
+        books = None if destination is None else self._shop.books(destination, access)
+        job = Job(options.run_id)
+        task = asyncio.ensure_future(self._create(item, books, options, job))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await self._shop.interrupt(task, job, books, item.item_id)
+            raise
+
+    async def _create(self, item: Item, books: Books | None, options: PurchaseOptions, job: Job) -> Prediction:
+        if books is None:
+            prediction = await self._shop.purchaser.buy_bare(item, options, job)
+            self._shop.remember(job, None, item.item_id)
+            return prediction
+        while True:
+            held = await books.ledger.read(item.item_id)
+            step = next_step(held, item, options, claim_seconds=self._shop.settings.claim_seconds)
+            if step is Step.LOOK_AGAIN:
+                await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self._shop.settings.claim_seconds / 4))
+                continue
+            if step is Step.REUSE and held is not None:
+                there = await self._shop.finisher.find(books.ledger, held.record) is not None
+                if there or not options.rebuy_missing:
+                    return self._stored_prediction(held, books)
+            if step is Step.FINISH and held is not None:
+                return named(held, books)
+            try:
+                held = await self._shop.purchaser.buy(item, books.ledger, books.settler, held, options, job)
+            except Overtaken:
+                continue
+            self._shop.remember(job, books, item.item_id)
+            if held.record.state is RecordState.CREATED:
+                return named(held, books)
+
+    def _stored_prediction(self, held: Held, books: Books) -> Prediction:
+        stored = {
+            "status": PredictionStatus.SUCCEEDED,
+            "status_word": "stored",
+            "output_urls": (held.record.uri or "",),
+            "cost_usd": held.record.cost_usd,
+        }
+        return named(held, books).model_copy(update=stored)
+
+    async def wait(self, prediction: Prediction | str, *, deadline_seconds: float | None = None) -> Prediction:
+        """The prediction at its end, with its pictures' URLs. Free.
+
+        Raises:
+            PredictionTimedOut: Not ended by its deadline, counted from the POST (from now, for a bare id).
+            PredictionFailed, PredictionCancelled: It ended otherwise.
+            Rejected: The API does not know it.
+        """
+        if isinstance(prediction, str):
+            prediction = Prediction(id=prediction)
+        if prediction.status.ended:
+            return prediction.raise_for_end()
+        future = self._shop.watcher.watch(prediction, place=None)
+        bought = self._shop.bought_here(prediction.id) or self._bought_under_a_record(prediction)
+        try:
+            end = await self._shop.end_within(future, prediction, deadline_seconds)
+        except asyncio.CancelledError:
+            if self._shop.bought_here(prediction.id) is not None:
+                await self._shop.cancel_and_note(prediction.id, bought)
+            raise
+        ours = ("item_id", "created_at", "destination", "model", "version", "input")
+        end = end.model_copy(update={name: value for name in ours if (value := getattr(prediction, name)) is not None})
+        try:
+            return end.raise_for_end()
+        except EachlabsError:
+            # Nobody will store it, so its record is closed here.
+            await self._note_end(end, bought)
+            raise
+
+    def _bought_under_a_record(self, prediction: Prediction) -> Bought:
+        if prediction.destination is None:
+            return Bought(0.0)
+        return Bought(0.0, self._shop.books(Destination.parse(prediction.destination)), prediction.item_id)
+
+    async def _note_end(self, end: Prediction, bought: Bought) -> None:
+        if bought.books is None or bought.item_id is None:
+            return
+        ledger = bought.books.ledger
+        try:
+            held = await ledger.read(bought.item_id)
+            if held is not None and held.record.state is RecordState.CREATED and held.record.prediction_id == end.id:
+                await self._shop.finisher.finish(ledger, held, end, fresh=False)
+        except (EachlabsError, Overtaken) as error:
+            logger.warning("Item %s: its end could not be written down: %s", bought.item_id, error)
+
+    async def store(
+        self,
+        prediction: Prediction,
+        destination: Destination,
+        *,
+        access: S3Access | None = None,
+        formats: Sequence[str] | None = None,
+    ) -> StoredImage:
+        """Downloads, verifies and uploads a finished prediction's pictures; its record, if it has one, says so then.
+
+        `formats` is what they may be; None: what the record says, PNG alone without one.
+
+        Raises:
+            NotYetSafe: The picture is paid for and could not be stored: run again.
+            BadInput: The prediction has not ended.
+            ItemConflict: The item's record names another prediction.
+        """
+        if not prediction.status.ended:
+            raise BadInput("store_image wants a finished prediction: await it first.", prediction_id=prediction.id)
+        books = self._shop.books(destination, access)
+        if prediction.item_id is None:
+            return await self._shop.finisher.store_bare(books.ledger.store, destination, prediction, formats=formats)
+        while True:
+            held = await books.ledger.read(prediction.item_id)
+            if held is None:
+                bare = self._shop.finisher.store_bare
+                return await bare(books.ledger.store, destination, prediction, formats=formats)
+            if held.record.prediction_id != prediction.id:
+                raise ItemConflict(
+                    f"{destination} holds a record of item {prediction.item_id!r} that names another prediction "
+                    f"({held.record.prediction_id}): choose another item id or destination.",
+                    item_id=prediction.item_id,
+                    prediction_id=prediction.id,
+                )
+            if held.record.state is RecordState.STORED:
+                if await self._shop.finisher.find(books.ledger, held.record) is not None:
+                    return stored_image(held.record, reused=True)
+                if not any(url.startswith("http") for url in prediction.output_urls):
+                    raise PictureMissing(
+                        f"{held.record.uri} was stored and is gone from the bucket.", item_id=prediction.item_id
+                    )
+            try:
+                done = await self._shop.finisher.finish(books.ledger, held, prediction, fresh=False, formats=formats)
+            except Overtaken:
+                continue
+            if done.record.state is RecordState.STORED:
+                return stored_image(done.record, reused=False)
+            prediction.raise_for_end()

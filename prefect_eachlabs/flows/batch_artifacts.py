@@ -1,0 +1,137 @@
+"""What a person sees of a batch in the Prefect UI: its progress, its chunks, its report."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from prefect_eachlabs.artifacts import escaped, table
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
+from prefect_eachlabs.batch.run import Batch
+from prefect_eachlabs.engine.runtime import Gateway
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+PROGRESS_SECONDS = 5.0
+LOG_EVERY = 6
+"""Every sixth look at the progress is a line in the log."""
+SHEET_WIDTH_PX = 900
+SHEET_PX = 1_400
+JPEG_QUALITY = 75
+
+
+class ProgressShown:
+    """The progress artifact, and a line in the run's log every now and then."""
+
+    def __init__(self, batch: Batch, gateway: Gateway) -> None:
+        self._batch = batch
+        self._gateway = gateway
+        self._artifact: UUID | None = None
+        self._at: float | None = None
+        self._times = 0
+
+    def show(self, *, at_the_end: bool = False) -> None:
+        """Now and then, however often it is called; for certain at the end."""
+
+        async def look() -> tuple[float, Any]:
+            return asyncio.get_running_loop().time(), self._batch.progress()
+
+        now, progress = self._gateway.call(look())
+        if self._at is not None and now - self._at < PROGRESS_SECONDS and not at_the_end:
+            return
+        self._at = now
+        percent, line = round(100 * progress.share, 1), progress.line()
+        if self._artifact is None:
+            self._artifact = quietly(lambda: _made(create_progress_artifact(percent, description=line)))
+        else:
+            artifact = self._artifact
+            quietly(lambda: update_progress_artifact(artifact, percent, description=line))
+        if self._times % LOG_EVERY == 0 or at_the_end:
+            get_run_logger().info(line)
+        self._times += 1
+
+
+def _made(artifact: object) -> UUID:
+    """Prefect types its artifacts for sync and async callers at once."""
+    assert isinstance(artifact, UUID), "made from sync code"
+    return artifact
+
+
+def quietly(show: Callable[[], T]) -> T | None:
+    """An artifact that cannot be made is no reason to stop buying, or to call pictures lost."""
+    try:
+        return show()
+    except Exception as error:
+        logger.warning("An artifact could not be made: %s: %s", type(error).__name__, str(error)[:200])
+        return None
+
+
+def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
+    """A chunk's rows, each with its picture's name, or why it has none."""
+    rows = [
+        (
+            str(one.row),
+            one.state.value,
+            escaped(one.prompt, 120),
+            escaped(one.file_name if one.uri else _why(one), 200),
+            "" if one.cost_usd is None else f"{one.cost_usd:.4f}",
+        )
+        for one in outcomes
+    ]
+    return table(rows, head=("row", "state", "prompt", "picture, or why not", "USD"))
+
+
+def _why(outcome: Outcome) -> str:
+    return f"{outcome.kind}: {(outcome.error or {}).get('message') or ''}"
+
+
+def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: bytes | None) -> str:
+    """The totals, the first rows without a picture, and the contact sheet.
+
+    Args:
+        result: What the batch came to.
+        not_there: Rows without a picture.
+        sheet: The contact sheet as a PNG.
+    """
+    counts = (result.items, result.stored, result.reused, result.failed, result.ambiguous, result.skipped)
+    cells = [*map(str, counts), f"{result.cost_usd:.4f}", f"{result.pictures_cost_usd:.4f}"]
+    head = ("items", "stored", "reused", "failed", "ambiguous", "skipped", "USD in this run", "USD of all pictures")
+    blocks = [
+        f"<h1>Batch {escaped(result.batch_id)}</h1>",
+        table([cells], head=head),
+        f"<p>Report: <code>{escaped(result.index_uri or result.report_uri)}</code></p>",
+    ]
+    if result.stopped_by:
+        blocks.append(f"<p><b>Stopped:</b> {escaped(result.stopped_by, 500)}</p>")
+    if not_there:
+        shown = f", the first {len(not_there)}" if len(not_there) < result.not_there else ""
+        blocks.append(f"<h2>Not there: {escaped(result.why, 400)}{shown}</h2>")
+        rows = [(str(one.row), one.state.value, escaped(_why(one), 300), escaped(one.prompt, 120)) for one in not_there]
+        blocks.append(table(rows, head=("row", "state", "why", "prompt")))
+    if sheet is not None and (url := _sheet_url(sheet)) is not None:
+        blocks.append(f'<p><img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}"></p>')
+    return "\n".join(blocks)
+
+
+def _sheet_url(sheet: bytes) -> str | None:
+    """The sheet as a small JPEG in a `data:` URL: an artifact travels with every look at the run's page."""
+    try:
+        from PIL import Image  # noqa: PLC0415 - an extra
+
+        with Image.open(io.BytesIO(sheet)) as opened:
+            picture = opened.convert("RGB")
+    except (ImportError, OSError, ValueError, SyntaxError):
+        return None
+    picture.thumbnail((SHEET_PX, 2 * SHEET_PX))
+    out = io.BytesIO()
+    picture.save(out, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

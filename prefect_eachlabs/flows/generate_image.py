@@ -1,0 +1,105 @@
+"""The bodies of the flows that deployments run; `flows/` holds their entry points."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from prefect_eachlabs.blocks import S3Destination, load_block
+from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.images.formats import check_formats
+from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
+from prefect_eachlabs.tasks import await_prediction, create_prediction, shortened, store_image
+
+__all__ = ["generate_image"]
+
+
+def target(destination: str) -> S3Destination | str:
+    """What a form's `destination` means: `s3://bucket/prefix`, or the name of an `S3Destination` block.
+
+    Raises:
+        SetupError: No block has that name.
+    """
+    text = destination.strip()
+    if text.startswith("eachlabs-s3-destination/"):
+        block: S3Destination = load_block(text, S3Destination)
+        return block
+    return text
+
+
+def json_fields(text: str) -> dict[str, Any] | None:
+    """What a form's `input_json` means; None where it is empty.
+
+    Raises:
+        BadInput: It is no JSON object. Nothing was bought.
+    """
+    if not text.strip():
+        return None
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"input_json: it is no JSON ({str(error)[:200]}). Nothing was bought.") from None
+    if not isinstance(fields, dict):
+        raise BadInput('input_json: it is no JSON object, such as {"aspect_ratio": "16:9"}. Nothing was bought.')
+    return fields
+
+
+def named_for_its_item() -> str:
+    """Names a flow run for what it makes, so that a person finds it in the UI."""
+    parameters = flow_run.parameters
+    return shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
+
+
+@flow(
+    name="generate-image",
+    description="One prompt becomes one PNG in S3, bought once.",
+    flow_run_name=named_for_its_item,
+)
+def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
+    prompt: str,
+    destination: str,
+    image_url: str = "",
+    model: str = DEFAULT_MODEL,
+    version: str = DEFAULT_VERSION,
+    item_id: str = "",
+    credentials_block: str = "",
+    input: dict[str, Any] | None = None,
+    formats: str = "",
+) -> StoredImage:
+    """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
+
+    Args:
+        prompt: What the picture shows: subject, action, surroundings, style.
+        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+        image_url: A reference picture: its public https URL, s3://bucket/key, or a file in a folder that the worker's
+            setting EACHLABS_REFERENCE_ROOTS names. Optional.
+        model: The model's slug.
+        version: The model's version; empty for models that have none.
+        item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
+            for each different input.
+        credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        input: Further fields of the model's input. `prefect-eachlabs model SLUG` shows what it takes.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
+
+    Returns:
+        Where the picture is.
+    """
+    place = target(destination)
+    if model != DEFAULT_MODEL and version == DEFAULT_VERSION:
+        version = ""  # the form's default is the first model's
+    prediction = create_prediction(
+        prompt,
+        image_url=image_url or None,
+        model=model,
+        version=version or None,
+        input=input,
+        item_id=item_id or None,
+        formats=check_formats(formats or None),
+        destination=place,
+        credentials=credentials_block or None,
+    )
+    finished = await_prediction(prediction, credentials=credentials_block or None)
+    return store_image(finished, place, credentials=credentials_block or None, with_artifact=True)

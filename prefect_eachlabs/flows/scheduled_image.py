@@ -1,0 +1,82 @@
+"""The flow for schedules: a prompt with the run's date in it, bought once a date."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.flows.generate_image import target
+from prefect_eachlabs.flows.templates import filled, zone
+from prefect_eachlabs.images.formats import check_formats
+from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
+from prefect_eachlabs.tasks import generate_and_store
+
+__all__ = ["scheduled_image"]
+
+
+def _scheduled_for(time_zone: str) -> datetime:
+    """The date it was scheduled for, not the one it started on: a run that is late, or retried, means the same."""
+    scheduled: datetime = flow_run.scheduled_start_time or datetime.now(timezone.utc)
+    return scheduled.astimezone(zone(time_zone))
+
+
+def named_for_its_date() -> str:
+    """Names a flow run for the item it makes."""
+    parameters = flow_run.parameters
+    try:
+        date = _scheduled_for(parameters["time_zone"])
+        return filled(parameters["item_id_template"], date, name="item_id_template")[:128] or "picture"
+    except (BadInput, KeyError):
+        return "picture"  # the flow says what is wrong
+
+
+@flow(
+    name="scheduled-image",
+    description="A prompt with the run's date becomes one PNG in S3, bought once a date.",
+    flow_run_name=named_for_its_date,
+)
+def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
+    prompt_template: str,
+    destination: str,
+    item_id_template: str = "{date:%Y-%m-%d}",
+    time_zone: str = "UTC",
+    image_url: str = "",
+    model: str = DEFAULT_MODEL,
+    version: str = "",
+    credentials_block: str = "",
+    formats: str = "",
+) -> StoredImage:
+    """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
+
+    Args:
+        prompt_template: What the picture shows, with the date the run was scheduled for: {date:%A} is the weekday,
+            {date:%d %B %Y} the day; any code of strftime.
+        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block. A
+            prefix for each schedule keeps their dates apart.
+        item_id_template: Names the picture. Runs with the same name buy once: with %Y-%m-%d once a day, with
+            %Y-%m-%d-%H once an hour.
+        time_zone: In which the date is told, such as Europe/Berlin. Give the schedule the same.
+        image_url: A reference picture: its public https URL. Optional.
+        model: The model's slug.
+        version: The model's version. Empty: the default model has its own.
+        credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
+
+    Returns:
+        Where the picture is.
+    """
+    date = _scheduled_for(time_zone)
+    return generate_and_store(
+        filled(prompt_template, date, name="prompt_template"),
+        destination=target(destination),
+        item_id=filled(item_id_template, date, name="item_id_template"),
+        image_url=image_url or None,
+        model=model,
+        version=version or None,
+        credentials=credentials_block or None,
+        formats=check_formats(formats or None),
+        with_artifact=True,
+    )

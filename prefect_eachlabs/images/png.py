@@ -1,0 +1,299 @@
+"""Verifies bytes as one whole PNG (W3C PNG specification, third edition) while they stream in; pure.
+
+What is checked: the signature, every chunk's place, length and CRC, IHDR's values, the palette, that the image data
+decompress to exactly the bytes that IHDR announces (interlaced or not) with legal filter types, IEND, and that nothing
+follows. Decompressed bytes are counted and dropped block by block, so a zlib bomb costs no memory and ends at the
+announced size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from prefect_eachlabs.models import Png
+
+MAX_BYTES = 64 * 1024 * 1024
+MAX_PIXELS = 100_000_000
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SNIFFED_BYTES = 64
+_BLOCK_BYTES = 64 * 1024
+_FILTER_TYPES = bytes(range(5))
+_SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+_BIT_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+"""Each pass's first column and row, and its steps in both."""
+
+_OTHER_FILES = {b"\xff\xd8\xff": "JPEG", b"GIF8": "GIF", b"\x1f\x8b": "gzip"}
+_TEXTS = {b"<!doctype html": "HTML", b"<html": "HTML", b"<head": "HTML", b"<": "XML", b"{": "JSON", b"[": "JSON"}
+
+
+class PngError(ValueError):
+    """The bytes are no whole PNG; the message says why."""
+
+
+class _Header(NamedTuple):
+    width_px: int
+    height_px: int
+    bit_depth: int
+    color_type: int
+    interlaced: bool
+
+    def passes(self) -> Iterator[tuple[int, int]]:
+        """Bytes and number of the scanlines of each pass; a scanline begins with its filter type."""
+        bits = self.bit_depth * _SAMPLES[self.color_type]
+        for left, top, right, down in _ADAM7 if self.interlaced else ((0, 0, 1, 1),):
+            columns, rows = -(-(self.width_px - left) // right), -(-(self.height_px - top) // down)
+            if columns > 0 and rows > 0:
+                yield 1 + (columns * bits + 7) // 8, rows
+
+
+class _ImageData:
+    """The zlib stream that all IDAT chunks together are."""
+
+    def __init__(self, header: _Header) -> None:
+        self._passes = [(scanline_bytes, rows * scanline_bytes) for scanline_bytes, rows in header.passes()]
+        self._expected_bytes = sum(pass_bytes for _, pass_bytes in self._passes)
+        self._seen_bytes = self._offset = 0  # in all, and within the current pass
+        self._stream = zlib.decompressobj()
+
+    def feed(self, data: bytes) -> None:
+        # In small slices: at each call zlib copies what it has not consumed yet.
+        for start in range(0, len(data), _BLOCK_BYTES):
+            rest = data[start : start + _BLOCK_BYTES]
+            if self._stream.eof:
+                raise PngError("bytes follow its image data inside IDAT")
+            while True:
+                try:
+                    block = self._stream.decompress(rest, _BLOCK_BYTES)
+                except zlib.error as error:
+                    raise PngError(f"its image data are damaged ({error})") from error
+                self._take(block)
+                rest = self._stream.unconsumed_tail
+                if not rest and len(block) < _BLOCK_BYTES:
+                    break
+            if self._stream.unused_data:
+                raise PngError("bytes follow its image data inside IDAT")
+
+    def finish(self) -> None:
+        if not self._stream.eof or self._seen_bytes != self._expected_bytes:
+            there = f"{self._seen_bytes} of {self._expected_bytes}"
+            raise PngError(f"its image data end early: {there} decompressed bytes are there")
+
+    def _take(self, block: bytes) -> None:
+        self._seen_bytes += len(block)
+        if self._seen_bytes > self._expected_bytes:
+            raise PngError(f"its image data decompress to more than the {self._expected_bytes} bytes of its size")
+        position = 0
+        while position < len(block):
+            scanline_bytes, pass_bytes = self._passes[0]
+            end = min(len(block), position + pass_bytes - self._offset)
+            first = position + -self._offset % scanline_bytes
+            if block[first:end:scanline_bytes].translate(None, _FILTER_TYPES):
+                raise PngError("its image data name a filter type that does not exist")
+            self._offset += end - position
+            position = end
+            if self._offset == pass_bytes:
+                self._passes.pop(0)
+                self._offset = 0
+
+
+class PngReader:
+    """Takes a PNG in pieces of any size and refuses it at the first fault.
+
+    Args:
+        max_bytes: The largest file that is taken.
+        max_pixels: The largest width times height.
+
+    `size_bytes` counts what has been fed.
+
+    >>> reader = PngReader()
+    >>> reader.feed(b"<!DOCTYPE html><title>Not found</title>")
+    >>> reader.finish()
+    Traceback (most recent call last):
+    prefect_eachlabs.images.png.PngError: it begins like HTML, not like a PNG
+    """
+
+    def __init__(self, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> None:
+        self._max_bytes = max_bytes
+        self._max_pixels = max_pixels
+        self._pieces: list[bytes] = []
+        self.size_bytes = 0
+        self._hash = hashlib.sha256()
+        self._pending = b""  # what came and is too short to be understood yet
+        self._step = self._read_signature
+        self._fault: PngError | None = None
+        self._chunk = b""
+        self._chunk_rest_bytes = self._chunk_crc = 0
+        self._chunk_data = bytearray()
+        self._header: _Header | None = None
+        self._has_palette = False
+        self._image: _ImageData | None = None
+        self._image_ended = False
+
+    def feed(self, data: bytes) -> None:
+        """Takes the next piece.
+
+        Raises:
+            PngError: It can be no PNG any more.
+        """
+        if self._fault:
+            raise self._fault
+        try:
+            self.size_bytes += len(data)
+            if self.size_bytes > self._max_bytes:
+                raise PngError(f"it is larger than {self._max_bytes} bytes")
+            self._hash.update(data)
+            self._pieces.append(bytes(data))
+            self._pending += data
+            position = 0
+            while used := self._step(position):
+                position += used
+            self._pending = self._pending[position:]
+        except PngError as fault:
+            self._fault = fault
+            raise
+
+    def finish(self) -> Png:
+        """The verified picture, when all its bytes have been fed.
+
+        Raises:
+            PngError: Something is missing.
+        """
+        if self._fault:
+            raise self._fault
+        if self._step == self._read_signature and not (self._pending and SIGNATURE.startswith(self._pending)):
+            raise PngError(_what_it_is(self._pending) if self._pending else "it is empty (0 bytes)")
+        if self._step != self._refuse_more or self._header is None:
+            raise PngError(f"it is truncated: it ends after {self.size_bytes} bytes, before its last chunk (IEND)")
+        width_px, height_px, *_ = self._header
+        data, sha256 = b"".join(self._pieces), self._hash.hexdigest()
+        return Png(data=data, sha256=sha256, width_px=width_px, height_px=height_px)
+
+    # Each step reads what is pending from a position on, and returns how much it used; 0 when it needs more.
+
+    def _read_signature(self, position: int) -> int:
+        if self._pending.startswith(SIGNATURE):
+            self._step = self._read_chunk_head
+            return len(SIGNATURE)
+        if len(self._pending) >= _SNIFFED_BYTES:
+            raise PngError(_what_it_is(self._pending))
+        return 0
+
+    def _read_chunk_head(self, position: int) -> int:
+        head = self._pending[position : position + 8]
+        if len(head) < 8:
+            return 0
+        length_bytes, self._chunk = int.from_bytes(head[:4], "big"), head[4:]
+        if not (self._chunk.isalpha() and self._chunk.isascii()):
+            raise PngError(f"{self._chunk!r} stands where a chunk's name belongs")
+        if length_bytes > min(2**31 - 1, self._max_bytes):
+            raise PngError(f"its chunk {self._chunk.decode()} announces {length_bytes} bytes, which is too much")
+        self._check_place(length_bytes)
+        self._chunk_rest_bytes = length_bytes
+        self._chunk_crc = zlib.crc32(self._chunk)
+        self._chunk_data.clear()
+        self._step = self._read_chunk_data if length_bytes else self._read_chunk_crc
+        return 8
+
+    def _read_chunk_data(self, position: int) -> int:
+        data = self._pending[position : position + self._chunk_rest_bytes]
+        self._chunk_crc = zlib.crc32(data, self._chunk_crc)
+        self._chunk_rest_bytes -= len(data)
+        if self._chunk == b"IDAT" and self._image:
+            self._image.feed(data)
+        elif self._chunk == b"IHDR":
+            self._chunk_data += data
+        if not self._chunk_rest_bytes:
+            self._step = self._read_chunk_crc
+        return len(data)
+
+    def _read_chunk_crc(self, position: int) -> int:
+        crc = self._pending[position : position + 4]
+        if len(crc) < 4:
+            return 0
+        if int.from_bytes(crc, "big") != self._chunk_crc:
+            raise PngError(f"its chunk {self._chunk.decode()} is damaged (the CRC does not fit)")
+        if self._chunk == b"IHDR":
+            self._header = self._parsed_header(bytes(self._chunk_data))
+        self._step = self._refuse_more if self._chunk == b"IEND" else self._read_chunk_head
+        return 4
+
+    def _refuse_more(self, position: int) -> int:
+        if len(self._pending) > position:
+            raise PngError("bytes follow its end (IEND)")
+        return 0
+
+    def _check_place(self, length_bytes: int) -> None:
+        """Whether this chunk may stand here."""
+        chunk, header = self._chunk, self._header
+        if header is None:
+            if chunk != b"IHDR" or length_bytes != 13:
+                raise PngError(
+                    f"it begins with a chunk {self._chunk.decode()} of {length_bytes} bytes instead of IHDR with 13"
+                )
+            return
+        if chunk == b"IDAT":
+            if header.color_type == 3 and not self._has_palette:
+                raise PngError("its palette (PLTE) is missing")
+            if self._image_ended:
+                raise PngError("other chunks stand between its image data (IDAT)")
+            self._image = self._image or _ImageData(header)
+            return
+        self._image_ended = self._image is not None
+        if chunk == b"IEND":
+            if self._image is None:
+                raise PngError("it holds no image data (IDAT)")
+            if length_bytes:
+                raise PngError("its last chunk (IEND) is not empty")
+            self._image.finish()
+        elif chunk == b"PLTE":
+            entries, odd = divmod(length_bytes, 3)
+            most = 2**header.bit_depth if header.color_type == 3 else 256
+            if self._has_palette or self._image or header.color_type in (0, 4) or odd or not 1 <= entries <= most:
+                raise PngError("its palette (PLTE) is out of place or of a wrong size")
+            self._has_palette = True
+        elif chunk == b"IHDR":
+            raise PngError("it holds a second IHDR")
+        elif chunk[:1].isupper():
+            raise PngError(f"it holds a critical chunk that is not known: {self._chunk.decode()}")
+
+    def _parsed_header(self, data: bytes) -> _Header:
+        width_px, height_px = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
+        bit_depth, color_type, compression, filtering, interlace = data[8:]
+        if not (1 <= width_px < 2**31 and 1 <= height_px < 2**31):
+            raise PngError(f"its size of {width_px} x {height_px} pixels is not allowed")
+        if width_px * height_px > self._max_pixels:
+            raise PngError(f"its {width_px} x {height_px} pixels are more than {self._max_pixels}")
+        if bit_depth not in _BIT_DEPTHS.get(color_type, ()):
+            raise PngError(f"its bit depth {bit_depth} does not go with its colour type {color_type}")
+        if compression or filtering or interlace > 1:
+            raise PngError("its compression, filter or interlace method does not exist")
+        return _Header(width_px, height_px, bit_depth, color_type, interlace == 1)
+
+
+def _what_it_is(head: bytes) -> str:
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "it is a WebP file, not a PNG"
+    for beginning, kind in _OTHER_FILES.items():
+        if head.startswith(beginning):
+            return f"it is a {kind} file, not a PNG"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for beginning, kind in _TEXTS.items():
+        if text.startswith(beginning):
+            return f"it begins like {kind}, not like a PNG"
+    return f"it does not begin like a PNG (its first bytes are {head[:8].hex(' ')})"
+
+
+def verify_png(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Png:
+    """The bytes as a verified picture.
+
+    Raises:
+        PngError: They are no whole PNG, or too large.
+    """
+    reader = PngReader(max_bytes=max_bytes, max_pixels=max_pixels)
+    reader.feed(data)
+    return reader.finish()

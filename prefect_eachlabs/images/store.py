@@ -1,0 +1,363 @@
+"""From a finished prediction to a picture that is safe in the bucket, and a record that says so."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from prefect_eachlabs.errors import (
+    DownloadFailed,
+    EachlabsError,
+    NotYetSafe,
+    StoreFailed,
+)
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify
+from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, Record, RecordError, RecordState, amended
+from prefect_eachlabs.models import (
+    Destination,
+    Media,
+    Prediction,
+    PredictionStatus,
+    StoredImage,
+    fingerprint_of,
+)
+from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
+
+logger = logging.getLogger(__name__)
+
+DOWNLOADS_AT_A_TIME = 8
+"""Each picture is in memory while it is on its way: 8 of at most 64 MiB."""
+ATTEMPTS = 4
+FIRST_PAUSE_SECONDS = 0.5
+
+
+def _prompt(input: dict[str, Any] | None) -> str | None:
+    prompt = (input or {}).get("prompt")
+    return prompt if isinstance(prompt, str) else None
+
+
+def stored_image(record: Record, *, reused: bool) -> StoredImage:
+    """What callers are told about a record in state `stored`."""
+    return StoredImage(
+        item_id=record.item_id,
+        prediction_id=record.prediction_id or "",
+        uri=record.uri or "",
+        sha256=record.sha256 or "",
+        size_bytes=record.size_bytes or 0,
+        width_px=record.width_px or 0,
+        height_px=record.height_px or 0,
+        cost_usd=record.cost_usd,
+        predict_time_seconds=record.predict_time_seconds,
+        model=record.model,
+        prompt=_prompt(record.input),
+        more_uris=tuple(record.more_uris),
+        format=_format_of_key(record.uri or ""),
+        reused=reused,
+    )
+
+
+class Finisher:
+    """Downloads, verifies and stores what predictions gave; repeats what may be repeated, for it is paid for.
+
+    Args:
+        downloader: Fetches and verifies a picture.
+    """
+
+    def __init__(self, downloader: Downloader) -> None:
+        self._downloader = downloader
+        self._at_a_time = asyncio.Semaphore(DOWNLOADS_AT_A_TIME)
+
+    async def finish(
+        self, ledger: Ledger, held: Held, end: Prediction, *, fresh: bool, formats: Sequence[str] | None = None
+    ) -> Held:
+        """Stores the pictures of a prediction that has ended and changes its record.
+
+        Args:
+            ledger: Where the record is.
+            held: The record, in state `created`, that names the prediction.
+            end: How it ended.
+            fresh: It was bought just now: no picture of it can be in the bucket yet.
+            formats: What may be stored; None: what the record says.
+
+        Returns:
+            The record in state `stored`, `failed` or `cancelled`.
+
+        Raises:
+            NotYetSafe: The picture is paid for and could not be stored: run again.
+            Overtaken: Another writer changed the record: look again.
+        """
+        while True:
+            try:
+                ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats)
+                return await ledger.write(ended, replacing=held)
+            except Overtaken as overtaken:
+                current = overtaken.current
+                if current is None or current.record.prediction_id != end.id:
+                    raise
+                if current.record.state is not RecordState.CREATED:
+                    return current
+                held, fresh = current, False
+
+    async def _ended_record(
+        self, ledger: Ledger, held: Held, end: Prediction, *, fresh: bool, formats: Sequence[str] | None
+    ) -> Record:
+        record = held.record
+        if end.status is PredictionStatus.CANCELLED:
+            return amended(record, state=RecordState.CANCELLED, cost_usd=end.cost_usd or 0.0)
+        try:
+            end.raise_for_end()
+        except EachlabsError as error:
+            said = RecordError(kind=error.kind, message=error.message, code=error.code)
+            return amended(record, state=RecordState.FAILED, error=said, cost_usd=end.cost_usd)
+        may_be = tuple(formats or record.formats or PNG_ALONE)
+        # The first picture goes last: where it is, the others are.
+        found: list[str] = []
+        media: Media | None = None
+        for number in range(len(end.output_urls), 0, -1):
+            media = await self._store_one(ledger, number, record, end, found, fresh=fresh, formats=may_be)
+            found.insert(0, media.format)
+        assert media is not None, "a prediction that succeeded has a picture"
+        return _stored(ledger, record, media, found, cost_usd=end.cost_usd, seconds=end.predict_time_seconds)
+
+    async def recover(self, ledger: Ledger, held: Held, *, formats: Sequence[str] | None = None) -> Held | None:
+        """The record of a prediction whose picture is in the bucket already (a run died in between), made `stored`.
+
+        Asks the API nothing. None when the picture is not there.
+        """
+        found = await self.find(ledger, held.record, formats=formats)
+        whole = found and await ledger.store.get(found.key)
+        if not whole or not _is_of(whole, held.record.prediction_id):
+            return None
+        try:
+            # A PNG is verified as quickly as it is read; decoding is not for the loop.
+            is_png = _format_of_key(whole.key) == "png"
+            media = verify(whole.body) if is_png else await asyncio.to_thread(verify, whole.body)
+        except MediaError:
+            return None
+        said = whole.metadata
+        more = [name for name in said.get("more-formats", "").split(",") if name in FORMATS]
+        count = int(_number(said.get("outputs")) or 1)
+        record = _stored(
+            ledger,
+            held.record,
+            media,
+            [media.format, *(more or ["png"] * (count - 1))],
+            cost_usd=_number(said.get("cost-usd")),
+            seconds=_number(said.get("predict-time-seconds")),
+        )
+        return await ledger.write(record, replacing=held)
+
+    async def _store_one(
+        self,
+        ledger: Ledger,
+        number: int,
+        record: Record,
+        end: Prediction,
+        later: Sequence[str],
+        *,
+        fresh: bool,
+        formats: Sequence[str],
+    ) -> Media:
+        """Puts one picture, over none or over one of another prediction that its record no longer names.
+
+        `later` are the formats of the pictures after it, which are in the bucket already.
+        """
+        url = end.output_urls[number - 1]
+        async with self._at_a_time:
+            media = await self._fetch(url, end, record.item_id, formats)
+            key = ledger.destination.image_key(record.item_id, number, FORMATS[media.format].suffix)
+            metadata = _metadata(end, record.model, record.fingerprint, later)
+            present = None if fresh else await ledger.store.head(key)
+            pause_seconds = FIRST_PAUSE_SECONDS
+            attempt = 0
+            while True:
+                if present is not None:
+                    if _is_of(present, end.id) and present.size_bytes == len(media.data):
+                        return media
+                    # A picture of another prediction stands there; only who is named in the record may replace it.
+                    current = await ledger.read(record.item_id)
+                    if current is None or current.record.prediction_id != end.id:
+                        raise Overtaken(current)
+                try:
+                    await put_image(ledger.store, key, media, metadata, present, conditional=ledger.conditional)
+                    return media
+                except PreconditionFailed:
+                    present = await ledger.store.head(key)
+                except StoreFailed as error:
+                    attempt += 1
+                    if attempt == ATTEMPTS:
+                        raise self._not_safe(error, end, record.item_id, url) from error
+                    await asyncio.sleep(pause_seconds * (0.5 + random.random()))
+                    pause_seconds *= 2
+                    present = await ledger.store.head(key)
+
+    async def store_bare(
+        self, store: ObjectStore, destination: Destination, end: Prediction, *, formats: Sequence[str] | None = None
+    ) -> StoredImage:
+        """Stores a finished prediction's pictures without a record, under the item's id or the prediction's.
+
+        Raises:
+            NotYetSafe: As for `finish`.
+            PredictionFailed, PredictionCancelled: There is no picture.
+        """
+        end.raise_for_end()
+        item_id = end.item_id or end.id
+        known = end.input is not None and end.model is not None
+        fingerprint = fingerprint_of(end.model or "", end.version, end.input or {}) if known else ""
+        uris: list[str] = []
+        found: list[str] = []
+        media: Media | None = None
+        async with self._at_a_time:
+            # The first picture goes last: where it is, the others are.
+            for number, url in reversed(list(enumerate(end.output_urls, start=1))):
+                media = await self._fetch(url, end, item_id, formats or PNG_ALONE)
+                key = destination.image_key(item_id, number, FORMATS[media.format].suffix)
+                metadata = _metadata(end, end.model or "", fingerprint, found)
+                try:
+                    await put_image(store, key, media, metadata, None, conditional=False)
+                except StoreFailed as error:
+                    raise self._not_safe(error, end, item_id, url) from error
+                uris.insert(0, store.uri(key))
+                found.insert(0, media.format)
+        assert media is not None, "a prediction that succeeded has a picture"
+        return StoredImage(
+            item_id=item_id,
+            prediction_id=end.id,
+            uri=uris[0],
+            sha256=media.sha256,
+            size_bytes=len(media.data),
+            width_px=media.width_px,
+            height_px=media.height_px,
+            cost_usd=end.cost_usd,
+            predict_time_seconds=end.predict_time_seconds,
+            model=end.model,
+            prompt=_prompt(end.input),
+            more_uris=tuple(uris[1:]),
+            format=media.format,
+        )
+
+    async def _fetch(self, url: str, end: Prediction, item_id: str, formats: Sequence[str]) -> Media:
+        """Downloads until it is whole: a cut or a hiccup is no reason to lose what was paid for."""
+        pause_seconds = FIRST_PAUSE_SECONDS
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return await self._downloader.fetch(url, formats=formats, prediction_id=end.id, item_id=item_id)
+            except NotYetSafe as error:
+                gone = isinstance(error, DownloadFailed) and error.status_code in (403, 404, 410)
+                # Another format comes again; but once more, for a proxy may have sent another file.
+                if gone or attempt == ATTEMPTS or (attempt > 1 and not error.retryable):
+                    raise
+                logger.info("Item %s: %s Trying again.", item_id, error.message)
+            await asyncio.sleep(pause_seconds * (0.5 + random.random()))
+            pause_seconds *= 2
+        raise AssertionError("unreachable")
+
+    def _not_safe(self, error: StoreFailed, end: Prediction, item_id: str, url: str) -> StoreFailed:
+        return StoreFailed(error.message, item_id=item_id, prediction_id=end.id, url=url)
+
+    async def find(
+        self, ledger: Ledger, record: Record, *, formats: Sequence[str] | None = None
+    ) -> StoredObject | None:
+        """The item's picture in the bucket, if it is of the prediction that the record names; the first of several.
+
+        Of a stored item's several pictures all must be there.
+        """
+        if record.uri is not None and record.state is RecordState.STORED:
+            named = [_format_of_key(record.uri)]
+            for number, uri in enumerate(record.more_uris, start=2):
+                key = ledger.destination.image_key(record.item_id, number, FORMATS[_format_of_key(uri)].suffix)
+                if not _is_of(await ledger.store.head(key), record.prediction_id):
+                    return None
+        else:
+            named = [name for name in formats or record.formats or PNG_ALONE if name in FORMATS]
+        for name in named:
+            key = ledger.destination.image_key(record.item_id, suffix=FORMATS[name].suffix)
+            found = await ledger.store.head(key)
+            if _is_of(found, record.prediction_id):
+                return found
+        return None
+
+    async def aclose(self) -> None:
+        await self._downloader.aclose()
+
+
+def _format_of_key(key: str) -> str:
+    ending = key.rpartition(".")[2]
+    return next((name for name, one in FORMATS.items() if one.suffix == ending), "png")
+
+
+def _metadata(end: Prediction, model: str, fingerprint: str, later: Sequence[str] = ()) -> dict[str, str]:
+    """What a picture in the bucket says about itself: enough to write its record again."""
+    said = {"prediction-id": end.id, "model": model, "fingerprint": fingerprint, "outputs": str(len(end.output_urls))}
+    if set(later) - {"png"}:
+        said["more-formats"] = ",".join(later)
+    if end.cost_usd is not None:
+        said["cost-usd"] = repr(end.cost_usd)
+    if end.predict_time_seconds is not None:
+        said["predict-time-seconds"] = repr(end.predict_time_seconds)
+    return said
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text) if text else None
+    except ValueError:
+        return None
+
+
+def _stored(
+    ledger: Ledger,
+    record: Record,
+    media: Media,
+    formats: Sequence[str],
+    *,
+    cost_usd: float | None,
+    seconds: float | None,
+) -> Record:
+    """The record of an item whose pictures, of these formats, are in the bucket; `media` is the first."""
+    keys = [
+        ledger.destination.image_key(record.item_id, number, FORMATS[name].suffix)
+        for number, name in enumerate(formats, start=1)
+    ]
+    return amended(
+        record,
+        state=RecordState.STORED,
+        error=None,
+        uri=ledger.store.uri(keys[0]),
+        more_uris=[ledger.store.uri(key) for key in keys[1:]],
+        sha256=media.sha256,
+        size_bytes=len(media.data),
+        width_px=media.width_px,
+        height_px=media.height_px,
+        cost_usd=cost_usd,
+        predict_time_seconds=seconds,
+    )
+
+
+def _is_of(found: StoredObject | None, prediction_id: str | None) -> bool:
+    return found is not None and prediction_id is not None and found.metadata.get("prediction-id") == prediction_id
+
+
+async def put_image(
+    store: ObjectStore,
+    key: str,
+    media: Media,
+    metadata: dict[str, str],
+    present: StoredObject | None,
+    *,
+    conditional: bool,
+) -> None:
+    """One conditional put of a picture, unchanged, with its checksum and where it came from."""
+    await store.put(
+        key,
+        media.data,
+        content_type=FORMATS[media.format].content_type,
+        if_match=present.etag if conditional and present is not None else None,
+        if_absent=conditional and present is None,
+        metadata=metadata,
+        sha256=media.sha256,
+    )

@@ -1,0 +1,116 @@
+"""What a record asks for: the rules of the purchase protocol that need no network; pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, Protocol
+
+from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
+from prefect_eachlabs.ledger.records import Held, Intent, Record, RecordError, RecordState
+from prefect_eachlabs.models import Item
+
+
+class Purse(Protocol):
+    """Who is asked before money is spent; both raise Skipped when it must not be."""
+
+    async def approve(self, item: Item) -> None:
+        """Asked before places are waited for; may wait itself. Once for each item that is approved, and again."""
+        ...
+
+    def check(self) -> None:
+        """Asked once more with the places at hand, right before the claim of a POST."""
+        ...
+
+
+@dataclass(frozen=True)
+class PurchaseOptions:
+    """What may be done about an item beyond the first purchase; the defaults never buy anything twice.
+
+    Attributes:
+        run_id: Names the run in records; only the run named there cancels.
+        replace: Buy although the item id stands for another input (its picture is replaced).
+        rebuy_missing: Buy again when a stored picture is gone from the bucket.
+        retry_failed: Buy again what failed for good.
+        on_ambiguous: `settle`: find out through the API's executions what a lost answer bought; `fail`: report it.
+        deadline_seconds: From the POST; None: the account's.
+        presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
+        purse: Asked before each POST; None: nobody is.
+        formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, PNG alone at first.
+        any_reference: A person at the command line named the reference pictures: every bucket will do.
+    """
+
+    run_id: str = ""
+    replace: bool = False
+    rebuy_missing: bool = False
+    retry_failed: bool = False
+    on_ambiguous: Literal["settle", "fail"] = "settle"
+    deadline_seconds: float | None = None
+    presume_new: bool = False
+    purse: Purse | None = None
+    formats: tuple[str, ...] | None = None
+    any_reference: bool = False
+
+
+class Step(str, Enum):
+    """What a record asks for."""
+
+    BUY = "buy"
+    SETTLE = "settle"
+    LOOK_AGAIN = "look again"
+    FINISH = "finish"
+    REUSE = "reuse"
+
+
+def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:
+    """What is to be done about an item whose record says `held`; pure.
+
+    Raises:
+        ItemConflict: The id stands for another input, for which money may have been spent.
+        PredictionFailed: It failed for good, and nobody asked to try again.
+    """
+    if held is None:
+        return Step.BUY
+    record = held.record
+    live_claim = (
+        record.state is RecordState.CLAIMED
+        and record.intent is not Intent.IDLE
+        # Both times have a resolution of 1 s.
+        and held.age_seconds <= claim_seconds + 1
+    )
+    if record.fingerprint != item.fingerprint:
+        if record.may_have_bought and not options.replace:
+            raise ItemConflict(
+                f"item_id {item.item_id!r} already stands for another input (fingerprint {record.fingerprint}, now "
+                f"{item.fingerprint}). Choose another item id, or replace it on purpose (--replace, replace=True).",
+                item_id=item.item_id,
+                prediction_id=record.prediction_id,
+            )
+        return Step.LOOK_AGAIN if live_claim else Step.BUY
+    if record.state is RecordState.CLAIMED:
+        if live_claim:
+            return Step.LOOK_AGAIN
+        return Step.SETTLE if record.may_have_bought else Step.BUY
+    if record.state is RecordState.AMBIGUOUS:
+        return Step.SETTLE
+    if record.state is RecordState.CREATED:
+        return Step.FINISH
+    if record.state is RecordState.STORED:
+        return Step.REUSE
+    if record.state is RecordState.FAILED and not _may_try_again(record, options):
+        said = record.error or RecordError(kind="error", message="the record gives no reason")
+        failed = ContentRefused if said.kind == ContentRefused.default_kind else PredictionFailed
+        raise failed(
+            f"It failed in an earlier run: {said.message} It is tried again only when asked (--retry-failed).",
+            item_id=item.item_id,
+            prediction_id=record.prediction_id,
+            code=said.code,
+            kind=said.kind,
+        )
+    return Step.BUY
+
+
+def _may_try_again(record: Record, options: PurchaseOptions) -> bool:
+    """Whether a failure is one that was asked to be bought again; a run may have died right before it did."""
+    is_gone = record.error is not None and record.error.kind == PictureMissing.default_kind
+    return options.retry_failed or (options.rebuy_missing and is_gone)

@@ -1,0 +1,185 @@
+"""The places of an account: not more than its limits allow in any 60 s, and not less than that by much.
+
+A *place* is the right to one request in the window, or to one prediction in flight. `Places` is the line of those
+who wait for one; where places come from is a `LotSource` (see `lots`), and the clock is the loop's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+
+from prefect_eachlabs.limits.breaker import PostGate
+from prefect_eachlabs.limits.window import Kind, LocalLots, LotSource, Place, SlidingWindow
+
+__all__ = ["Kind", "LocalLots", "LotSource", "Place", "Places", "PostGate", "SlidingWindow"]
+
+QUESTIONS_IN_A_ROW = 3
+"""So many questions may go before a create that waits; then the create has its turn."""
+
+
+class _TakenPlace:
+    """A source's place, so that the line moves on when it ends, whatever the source says of it."""
+
+    def __init__(self, place: Place, places: Places) -> None:
+        self._place = place
+        self._places = places
+
+    def done(self) -> None:
+        self._place.done()
+        self._places.look_if_anybody_waits()
+
+    def unused(self) -> None:
+        self._place.unused()
+        self._places.look_if_anybody_waits()
+
+
+_Line = OrderedDict["asyncio.Future[Place]", None]
+
+
+class Places:
+    """The line of those who wait for places: first come, first served; questions before creates.
+
+    A question (a poll, a sweep) frees places in flight, so it goes before the creates; but after three in a row a
+    create that waits has its turn, so neither starves.
+
+    Args:
+        source: Where the places come from.
+    """
+
+    def __init__(self, source: LotSource) -> None:
+        self._source = source
+        self._questions: _Line = OrderedDict()
+        self._creates: _Line = OrderedDict()
+        self._in_flight: _Line = OrderedDict()
+        self._questions_in_a_row = 0
+        self._told = {Kind.REQUESTS: 0, Kind.IN_FLIGHT: 0}
+        self._timer: asyncio.TimerHandle | None = None
+        self._looking = False
+        self._look_again = False
+        self.gate = PostGate()
+        source.on_change(self.look_if_anybody_waits)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Places of {self._source!r}; waiting: {len(self._questions)} questions, {len(self._creates)} creates, "
+            f"{len(self._in_flight)} for a place in flight>"
+        )
+
+    @property
+    def requests_waiting(self) -> int:
+        """Creates that wait for a request place."""
+        return len(self._creates)
+
+    @property
+    def in_flight_waiting(self) -> int:
+        """Callers that wait for a place in flight."""
+        return len(self._in_flight)
+
+    def pressure(self, kind: Kind) -> float:
+        """From 0.0 (free, or no limit) to 1.0 (every place is taken)."""
+        return self._source.pressure(kind)
+
+    def limit(self, kind: Kind) -> int | None:
+        """The account's limit; None: there is none."""
+        return self._source.limit(kind)
+
+    async def take_in_flight(self) -> Place:
+        """Waits for a place in flight: `done` when the prediction's end was seen, `unused` when it was not made."""
+        return await self._take(Kind.IN_FLIGHT, self._in_flight)
+
+    async def take_request(self, *, question: bool = False) -> Place:
+        """Waits for a request place: `done` when the answer came or was lost, `unused` when nothing was sent.
+
+        Args:
+            question: It is about a prediction that exists; goes before creates.
+        """
+        return await self._take(Kind.REQUESTS, self._questions if question else self._creates)
+
+    async def _take(self, kind: Kind, line: _Line) -> Place:
+        if not self._waiting(kind):
+            place = self._source.try_take(kind)
+            if place is not None:
+                return _TakenPlace(place, self)
+        mine: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+        line[mine] = None
+        self._look()
+        try:
+            return await mine
+        except asyncio.CancelledError:
+            if mine in line:
+                del line[mine]
+                self._look()
+            elif not mine.cancelled():  # granted and cancelled in the same turn of the loop
+                mine.result().unused()
+            raise
+
+    def look_if_anybody_waits(self) -> None:
+        """Something has changed: the line may move on."""
+        if self._questions or self._creates or self._in_flight:
+            self._look()
+
+    def _look(self) -> None:
+        """Hands out what there is, tells the source who still waits, and sets the one timer."""
+        if self._looking:  # a source may call its listener from within try_take
+            self._look_again = True
+            return
+        self._looking = True
+        try:
+            for kind in Kind:
+                while (line := self._next_line(kind)) is not None:
+                    place = self._source.try_take(kind)
+                    if place is None:
+                        break
+                    self._count_turns(line)
+                    waiter, _ = line.popitem(last=False)
+                    waiter.set_result(_TakenPlace(place, self))
+                count = self._waiting(kind)
+                if count != self._told[kind]:
+                    self._told[kind] = count
+                    self._source.wanted(kind, count)
+            self._set_timer()
+        finally:
+            self._looking = False
+        if self._look_again:
+            self._look_again = False
+            asyncio.get_running_loop().call_soon(self.look_if_anybody_waits)
+
+    def _lines(self, kind: Kind) -> tuple[_Line, ...]:
+        return (self._in_flight,) if kind is Kind.IN_FLIGHT else (self._questions, self._creates)
+
+    def _waiting(self, kind: Kind) -> int:
+        return sum(len(line) for line in self._lines(kind))
+
+    def _next_line(self, kind: Kind) -> _Line | None:
+        """The line whose turn it is, a caller that still waits at its head; None when nobody waits."""
+        lines = self._lines(kind)
+        for line in lines:
+            while line and next(iter(line)).done():  # cancelled, its task has not run since
+                line.popitem(last=False)
+        if kind is Kind.REQUESTS and self._creates and self._questions_in_a_row >= QUESTIONS_IN_A_ROW:
+            return self._creates
+        return next((line for line in lines if line), None)
+
+    def _count_turns(self, line: _Line) -> None:
+        if line is self._creates:
+            self._questions_in_a_row = 0
+        elif line is self._questions:
+            self._questions_in_a_row = self._questions_in_a_row + 1 if self._creates else 0
+
+    def _set_timer(self) -> None:
+        times = [at for kind in Kind if self._waiting(kind) and (at := self._source.next_change_at(kind)) is not None]
+        at = min(times, default=None)
+        if self._timer is not None:
+            if self._timer.when() == at:
+                return
+            self._timer.cancel()
+            self._timer = None
+        if at is not None:
+            loop = asyncio.get_running_loop()
+            now = loop.time()  # a source that names a time gone by is asked again soon, not at once for ever
+            self._timer = loop.call_at(at if at > now else now + 0.01, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        self._look()

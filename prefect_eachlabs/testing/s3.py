@@ -1,0 +1,316 @@
+"""A local S3 server for the demo and the tests: moto's S3 behind a keep-alive HTTP server, with faults on demand.
+
+    with LocalS3(buckets=["pictures"]) as s3:
+        store = S3Store("pictures", s3.access)
+
+or as a process of its own: `python -m prefect_eachlabs.testing.s3 --port 9000 --bucket pictures`. Needs the extra `demo`.
+
+It differs from moto's own server where that matters here: every request takes effect under one lock, so that
+conditional puts are atomic (moto checks, then puts, without one); SHA-256 checksums are checked; connections are kept
+alive; nothing is logged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import logging
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, cast
+from urllib.parse import parse_qs
+
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.storage.s3 import S3Access
+
+try:
+    from moto.moto_server.werkzeug_app import create_backend_app
+    from moto.s3.models import s3_backends
+    from werkzeug.serving import WSGIRequestHandler, make_server
+    from werkzeug.test import run_wsgi_app
+except ImportError as error:
+    raise SetupError(f"The local S3 server needs {error.name}: pip install 'prefect-eachlabs[demo]'.") from error
+
+ACCOUNT = "123456789012"
+REGION = "us-east-1"
+CONTROL = "/_local_s3/"
+_JSON = [("Content-Type", "application/json")]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong, and at which requests.
+
+    Attributes:
+        action: `refuse` answers an error before anything is applied; `lose` applies it and closes the connection
+            without an answer; `cut` applies it and closes the connection halfway through the answer's body.
+        method: PUT, GET, HEAD or LIST.
+        nth: The first request it strikes, counted from 1 at the moment it is set; boto3's own repetitions count.
+        times: How many requests in a row it strikes.
+        key_contains: Only requests whose `bucket/key` contains this are counted and struck.
+        status: The HTTP status of a refusal.
+        code: S3's error code of a refusal.
+    """
+
+    action: Literal["refuse", "lose", "cut"]
+    method: str = "PUT"
+    nth: int = 1
+    times: int = 1
+    key_contains: str = ""
+    status: int = 503
+    code: str = "SlowDown"
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: Sequence[tuple[str, str]]
+    body: bytes
+    sent_bytes: int | None = None
+    """How much of the body is sent before the connection is closed; None: all of it, and it stays open."""
+
+
+def _error(status: int, code: str, message: str) -> _Answer:
+    body = f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    return _Answer(status, [("Content-Type", "application/xml")], body.encode())
+
+
+class LocalS3:
+    """S3 on 127.0.0.1, in a thread of this process. Credentials are not checked.
+
+    moto's state belongs to the process: servers that run side by side hold the same objects (each has its own faults
+    and counts), the first to start finds nothing, and the last to stop leaves nothing.
+
+    Args:
+        port: 0 takes a free one.
+        buckets: Made at the start.
+    """
+
+    _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
+    _running: ClassVar[set[LocalS3]] = set()
+
+    def __init__(self, *, port: int = 0, buckets: Iterable[str] = ()) -> None:
+        self._wanted_port = port
+        self._buckets = tuple(buckets)
+        self._plan_lock = threading.Lock()
+        self._faults: list[Fault] = []
+        self._met: list[int] = []
+        self._latency_seconds = 0.0
+        self._counts: Counter[str] = Counter()
+        self._app: Any = None
+        self._server: Any = None
+        self._thread: threading.Thread | None = None
+        self.connections: dict[socket.socket, threading.Thread] = {}
+        self.url = ""
+
+    def __enter__(self) -> LocalS3:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Serves until `stop`. Raises OSError when the port is taken."""
+        with socket.create_server(("127.0.0.1", self._wanted_port), backlog=128) as listening:
+            # The server gets our own socket: by itself it would end the process when the port is taken.
+            number = listening.fileno()
+            app = cast(Any, self)  # the handler calls `answer` instead
+            self._server = make_server("127.0.0.1", 0, app, threaded=True, request_handler=_Handler, fd=number)
+        try:
+            with self._one_at_a_time:
+                if not self._running:
+                    _forget_everything()
+                self._running.add(self)
+                self._app = create_backend_app("s3")
+            for name in self._buckets:
+                self.create_bucket(name)
+        except BaseException:
+            self._server.server_close()
+            self._running.discard(self)
+            raise
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), name="local-s3", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Closes the port and every connection, and waits for their threads."""
+        if self._thread is None:
+            return
+        self._server.shutdown()
+        self._thread.join()
+        self._thread = None
+        for connection, thread in list(self.connections.items()):
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                connection.shutdown(socket.SHUT_RDWR)
+            thread.join(timeout=5)
+        with self._one_at_a_time:
+            self._running.discard(self)
+            if not self._running:
+                _forget_everything()
+
+    @property
+    def access(self) -> S3Access:
+        """Endpoint and (arbitrary) keys for `S3Store`."""
+        return S3Access(endpoint_url=self.url, region=REGION, access_key_id="local", secret_access_key="local")
+
+    def environment(self) -> dict[str, str]:
+        """What makes boto3 in another process use this server."""
+        return {
+            "AWS_ENDPOINT_URL_S3": self.url,
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_REGION": REGION,
+            "AWS_DEFAULT_REGION": REGION,
+        }
+
+    def create_bucket(self, name: str) -> None:
+        """Makes the bucket; well when it is there."""
+        with self._one_at_a_time:
+            backend = s3_backends[ACCOUNT]["aws"]
+            if name not in backend.buckets:
+                backend.create_bucket(name, REGION)
+
+    def set_faults(self, *faults: Fault, latency_seconds: float = 0.0) -> None:
+        """Replaces the faults; each begins to count now. Without arguments everything is well again."""
+        with self._plan_lock:
+            self._faults, self._met = list(faults), [0] * len(faults)
+            self._latency_seconds = latency_seconds
+
+    def counts(self) -> dict[str, int]:
+        """Requests since the start, refused ones too, by method and folder: `{"PUT pictures/daily/records": 3}`."""
+        with self._plan_lock:
+            return dict(self._counts)
+
+    def answer(self, environ: dict[str, Any], body: bytes) -> _Answer:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
+        if path.startswith(CONTROL):
+            return self._control(method, path[len(CONTROL) :], body)
+        query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
+        if method == "GET" and "list-type" in query:
+            method, path = "LIST", f"{path.rstrip('/')}/{query.get('prefix', [''])[0]}"
+        fault, latency_seconds = self._meet(method, path.lstrip("/"))
+        if latency_seconds:
+            time.sleep(latency_seconds)
+        if fault and fault.action == "refuse":
+            return _error(fault.status, fault.code, "A fault that was asked for.")
+        if (checksum := environ.get("HTTP_X_AMZ_CHECKSUM_SHA256")) is not None:
+            if base64.b64encode(hashlib.sha256(body).digest()).decode() != checksum:
+                return _error(400, "BadDigest", "The SHA-256 checksum does not match the body.")
+            environ["HTTP_X_AMZ_SDK_CHECKSUM_ALGORITHM"] = "SHA256"  # without it moto forgets the checksum
+        answer = self._ask_moto(environ, body)
+        if fault:
+            return answer._replace(sent_bytes=0 if fault.action == "lose" else len(answer.body) // 2)
+        return answer
+
+    def _ask_moto(self, environ: dict[str, Any], body: bytes) -> _Answer:
+        # The body has been read before: a slow upload holds nobody up.
+        environ.update(
+            {"wsgi.input": io.BytesIO(body), "wsgi.input_terminated": True, "CONTENT_LENGTH": str(len(body))}
+        )
+        environ.pop("HTTP_TRANSFER_ENCODING", None)
+        with self._one_at_a_time:
+            chunks, status, headers = run_wsgi_app(self._app, environ, buffered=True)
+            return _Answer(int(status.split()[0]), list(headers), b"".join(chunks))
+
+    def _meet(self, method: str, path: str) -> tuple[Fault | None, float]:
+        with self._plan_lock:
+            self._counts[f"{method} {path.rpartition('/')[0] or path}"] += 1
+            struck = None
+            for index, fault in enumerate(self._faults):
+                if fault.method == method and fault.key_contains in path:
+                    self._met[index] += 1
+                    if fault.nth <= self._met[index] < fault.nth + fault.times:
+                        struck = struck or fault
+            return struck, self._latency_seconds
+
+    def _control(self, method: str, name: str, body: bytes) -> _Answer:
+        if (method, name) == ("GET", "counts"):
+            return _Answer(200, _JSON, json.dumps(self.counts()).encode())
+        if (method, name) == ("POST", "faults"):
+            try:
+                wanted = json.loads(body)
+                faults = [Fault(**fault) for fault in wanted.get("faults", [])]
+                self.set_faults(*faults, latency_seconds=float(wanted.get("latency_seconds", 0.0)))
+            except (AttributeError, TypeError, ValueError) as error:
+                return _Answer(400, _JSON, json.dumps({"error": str(error)}).encode())
+            return _Answer(200, _JSON, b"{}")
+        return _Answer(404, _JSON, b'{"error": "there are GET counts and POST faults"}')
+
+
+def _forget_everything() -> None:
+    for account in list(s3_backends.values()):
+        for backend in list(account.values()):
+            backend.reset()
+
+
+class _Handler(WSGIRequestHandler):
+    """One connection, kept alive: werkzeug's own way of answering closes it after each request."""
+
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
+
+    def setup(self) -> None:
+        super().setup()
+        self._owner = cast(LocalS3, self.server.app)
+        self._owner.connections[self.connection] = threading.current_thread()
+
+    def finish(self) -> None:
+        self._owner.connections.pop(self.connection, None)
+        super().finish()
+
+    def run_wsgi(self) -> None:
+        environ = self.make_environ()
+        size = -1 if "wsgi.input_terminated" in environ else int(environ.get("CONTENT_LENGTH") or 0)
+        body = environ["wsgi.input"].read(size)
+        try:
+            answer = self._owner.answer(environ, body)
+        except Exception:
+            logger.exception("The local S3 server failed at %s %s.", self.command, self.path.partition("?")[0])
+            answer = _error(500, "InternalError", "See the log of the local S3 server.")
+        if answer.sent_bytes is not None:
+            self.close_connection = True
+        if answer.sent_bytes == 0:
+            return
+        self.send_response(answer.status)
+        names = {name.lower() for name, _ in answer.headers}
+        for name, value in answer.headers:
+            if name.lower() not in ("date", "server", "connection", "transfer-encoding"):
+                self.send_header(name, value)
+        if "content-length" not in names and answer.status not in (204, 304):
+            self.send_header("Content-Length", str(len(answer.body)))
+        sent = b"" if self.command == "HEAD" else answer.body[: answer.sent_bytes]
+        # In one piece: two small writes on a kept connection can wait 40 ms for each other's acknowledgement.
+        self._headers_buffer.append(b"\r\n" + sent)
+        self.flush_headers()
+
+    def log(self, type: str, message: str, *args: Any) -> None:
+        pass
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Serves until SIGINT or SIGTERM; the first line on stdout is the URL."""
+    parser = argparse.ArgumentParser(prog="python -m prefect_eachlabs.testing.s3", description="A local S3 server.")
+    parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free one")
+    parser.add_argument("--bucket", action="append", default=[], help="made at the start; may be repeated")
+    options = parser.parse_args(arguments)
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
+    with LocalS3(port=options.port, buckets=options.bucket) as server:
+        print(server.url, flush=True)
+        ended.wait()
+
+
+if __name__ == "__main__":
+    main()

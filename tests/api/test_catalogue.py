@@ -1,0 +1,384 @@
+"""The catalogue of models: what each takes is asked for once a run, and what it would refuse costs nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+import pytest
+from pydantic import Field
+
+from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
+from prefect_eachlabs.api.once import Once
+from prefect_eachlabs.api.typed_inputs import GeminiImageInput, TypedInput
+from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered
+from prefect_eachlabs.models import Item
+from prefect_eachlabs.tasks import generate_and_store
+from prefect_eachlabs.testing.emulator.catalogue import CATALOGUE
+from tests.api.reference_kit import Shop, buy, picture_bytes, play
+from tests.flows.flow_fixtures import Studio
+from tests.virtual_time import run
+
+Printed = pytest.CaptureFixture[str]
+URL = "https://cdn.example.org/a.png"
+
+
+def model_of(**properties: Mapping[str, Any]) -> Model:
+    required = [name for name, schema in properties.items() if schema.get("needed")]
+    schema = {"type": "object", "required": required, "properties": properties}
+    return Model.parse({"slug": "m", "request_schema": schema})
+
+
+# ------------------------------------------------------------------------------------ where the picture goes
+
+
+@pytest.mark.parametrize(
+    ("properties", "field"),
+    [
+        ({"prompt": {}, "image_url": {"type": "string"}}, ReferenceField("image_url", False)),
+        ({"image": {"type": "string"}}, ReferenceField("image", False)),
+        ({"image_urls": {"type": "array"}}, ReferenceField("image_urls", True)),
+        ({"input_image": {"type": ["string", "null"]}}, ReferenceField("input_image", False)),
+        ({"images": {"anyOf": [{"type": "array"}, {"type": "null"}]}}, ReferenceField("images", True)),
+        ({"images": {"anyOf": [{"type": "array"}, {"type": "string"}]}}, ReferenceField("images", False)),
+        (
+            {"image": {"type": "string"}, "image_urls": {"type": "array", "needed": 1}},
+            ReferenceField("image_urls", True),
+        ),
+        ({"image": {}, "image_url": {}}, ReferenceField("image_url", False)),
+        ({"prompt": {}, "mask": {}}, None),
+        ({}, None),
+    ],
+)
+def test_the_schema_says_which_field_takes_the_reference_picture(
+    properties: dict[str, Any], field: ReferenceField | None
+) -> None:
+    assert model_of(**properties).reference_field == field
+
+
+def test_the_picture_is_put_where_the_model_wants_it_and_nowhere_else() -> None:
+    given = {"prompt": "x", "image_url": URL}
+    assert model_of(image_url={"type": "string"}).placed(given) == given
+    assert model_of(image_url={"type": "array"}).placed(given) == {"prompt": "x", "image_url": [URL]}
+    assert model_of(input_image={}).placed(given) == {"prompt": "x", "input_image": URL}
+    assert model_of(images={"type": "array"}).placed(given) == {"prompt": "x", "images": [URL]}
+    assert model_of(images={"type": "array"}).placed({**given, "images": ["b"]})["images"] == [URL, "b"]
+    assert model_of(image={}).placed({"prompt": "x", "image": URL}) == {"prompt": "x", "image": URL}
+    assert Model.parse({}, "m").placed(given) == given, "without a schema: what the user wrote"
+
+
+def test_a_picture_that_the_model_would_ignore_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"model 'm' takes no reference picture \(its fields: prompt, seed\)"):
+        model_of(prompt={}, seed={}).placed({"image_url": URL})
+    with pytest.raises(BadInput, match="takes one reference picture, in its field 'image', which the input fills"):
+        model_of(image={}).placed({"image_url": URL, "image": "https://cdn.example.org/b.png"})
+
+
+# -------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize(
+    ("slug", "input", "faults"),
+    [
+        ("imagen-4", {"prompt": "x", "num_images": 2}, []),
+        ("imagen-4", {"prompt": "x", "num_images": 9}, ["input.num_images: 9 is greater than the maximum of 4"]),
+        ("imagen-4", {"prompt": "x", "num_images": "2"}, ["input.num_images: '2' is not of type 'integer'"]),
+        ("imagen-4", {}, ["input.prompt: missing"]),
+        ("imagen-4", {"prompt": "x", "sed": 1}, ["input.sed: not known to this model, which takes prompt, num_images"]),
+        ("flux-1-1-pro", {"prompt": "x", "aspect_ratio": "2:1"}, ["input.aspect_ratio: '2:1' is not one of"]),
+        ("nano-banana-pro-edit", {"prompt": "x", "image_urls": [1]}, ["input.image_urls.0: 1 is not of type 'string'"]),
+        ("upscaler", {"image": URL, "anything": "else"}, []),
+        ("schemaless", {"what": "ever"}, []),
+    ],
+)
+def test_faults_are_told_field_by_field(slug: str, input: dict[str, Any], faults: list[str]) -> None:
+    found = Model.parse(CATALOGUE[slug].view()).faults_of(input)
+    assert len(found) == len(faults)
+    for said, wanted in zip(found, faults, strict=True):
+        assert said.startswith(wanted)
+
+
+def test_many_faults_are_all_counted_and_some_are_told() -> None:
+    async def story() -> None:
+        engine, wrong = Shop().process(), {**dict.fromkeys("abc", 1), "seed": -1}
+        with pytest.raises(BadInput, match=r"input.a, b, c: not known.*input.prompt: .* too long.*input.seed") as info:
+            await buy(engine, "x" * 10_001, model="flux-1-1-pro", input=wrong)
+        assert "`prefect-eachlabs model flux-1-1-pro` shows what it takes" in info.value.message
+        assert "nothing was bought" in info.value.message
+        assert len(info.value.message) < 1_500
+        assert info.value.item_id
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": 7},
+        {"properties": {"prompt": {"$ref": "https://schemas.example.org/x.json"}}},
+        {"properties": {"prompt": {"$ref": "#/nowhere"}}},
+        {"properties": {"prompt": {"pattern": "("}}},
+        {"properties": 7},
+        "text",
+        None,
+    ],
+)
+def test_a_schema_that_is_none_checks_nothing_and_fetches_nothing(schema: object) -> None:
+    model = Model.parse({"slug": "m", "request_schema": schema, "title": 7, "output_type": ["x"]})
+    assert model.faults_of({"prompt": "x"}) == []
+    assert (model.title, model.output_type) == ("m", "")
+
+
+# --------------------------------------------------------------------------------------------------- asked
+
+
+def test_the_first_model_is_known_without_a_request() -> None:
+    async def story() -> None:
+        shop = Shop()
+        engine = shop.process()
+        await asyncio.gather(*(buy(engine, f"fox {n}", "https://cdn.example.org/a.png") for n in range(5)))
+        assert set(shop.requests()) == {"create", "get", "executions", "picture"} & set(shop.requests())
+
+    play(story)
+
+
+def test_another_model_is_asked_for_once_a_run_and_its_question_takes_a_request_place() -> None:
+    async def story() -> None:
+        shop = Shop()
+        engine = shop.process()
+        await asyncio.gather(*(buy(engine, f"fox {n}", model="imagen-4") for n in range(5)))
+        assert (shop.requests()["model"], shop.requests()["create"]) == (1, 5)
+        await buy(shop.process(), "one more", model="imagen-4")
+        assert shop.requests()["model"] == 2
+
+    play(story)
+
+
+@pytest.mark.parametrize("fault", ["models:error,next=1", "models:malformed,next=1", "models:throttled,next=1"])
+def test_a_catalogue_that_stumbles_is_asked_again_and_nothing_is_bought_meanwhile(fault: str) -> None:
+    async def story() -> None:
+        shop = Shop(fault)
+        engine = shop.process()
+        with pytest.raises(EachlabsError) as info:
+            await buy(engine, "a fox", model="imagen-4")
+        assert info.value.retryable
+        assert shop.requests()["create"] == 0
+        await buy(engine, "a fox", model="imagen-4")
+
+    play(story)
+
+
+class Librarian:
+    """Answers every question with one error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.asked = 0
+
+    async def model(self, slug: str) -> Mapping[str, Any]:
+        self.asked += 1
+        raise self.error
+
+    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]:
+        raise self.error
+
+
+def test_a_model_that_the_catalogue_does_not_show_gets_what_the_user_wrote() -> None:
+    async def story() -> None:
+        librarian = Librarian(Rejected("no", status_code=404))
+        catalogue = Catalogue(librarian, None)
+        item = Item.wanted(model="secret-model", image_url=URL, input={"size": 7})
+        for _ in range(3):
+            assert await catalogue.checked(item) == {"size": 7, "image_url": URL}
+        assert librarian.asked == 1
+
+    run(story())
+
+
+def test_a_key_that_is_refused_is_no_missing_model() -> None:
+    with pytest.raises(KeyRefused):
+        run(Catalogue(Librarian(KeyRefused("no", status_code=401)), None).model("m"))
+
+
+def test_once_is_once_for_all_who_ask_and_each_gets_an_error_of_its_own() -> None:
+    async def story() -> None:
+        once: Once[str, int] = Once(most=2)
+        asked: list[str] = []
+
+        async def answer() -> int:
+            asked.append("x")
+            await asyncio.sleep(1)
+            return len(asked)
+
+        async def fail() -> int:
+            asked.append("f")
+            raise BadInput("no")
+
+        async def stumble() -> int:
+            asked.append("s")
+            raise Unanswered("again")
+
+        impatient = asyncio.ensure_future(once.get("a", answer))
+        waiting = [asyncio.ensure_future(once.get("a", answer)) for _ in range(5)]
+        await asyncio.sleep(0.5)
+        impatient.cancel()
+        assert [await each for each in waiting] == [1] * 5
+        for key, ask, times in (("b", fail, 1), ("c", stumble, 2)):
+            errors = await asyncio.gather(*(once.get(key, ask) for _ in range(2)), return_exceptions=True)
+            errors += await asyncio.gather(once.get(key, ask), return_exceptions=True)
+            assert len({id(error) for error in errors}) == 3
+            assert asked.count(key.translate({98: "f", 99: "s"})) == times
+        await asyncio.sleep(61)
+        with pytest.raises(BadInput):
+            await once.get("b", fail)
+        assert asked.count("f") == 2, "a minute later somebody may have mended it"
+        await once.aclose()
+
+    run(story())
+
+
+# -------------------------------------------------------------------------------------------- typed inputs
+
+
+class FluxProInput(TypedInput):
+    """Ten lines, as the documentation shows them."""
+
+    eachlabs_model: ClassVar[str] = "flux-1-1-pro"
+
+    prompt: str = Field(min_length=1)
+    aspect_ratio: Literal["1:1", "16:9", "9:16"] = "1:1"
+    seed: int | None = Field(default=None, ge=0)
+
+
+def test_a_typed_input_names_its_model_and_sends_what_is_set() -> None:
+    item = Item.wanted(input=FluxProInput(prompt="a fox", seed=7))
+    assert item.request_body() == {
+        "model": "flux-1-1-pro",
+        "input": {"prompt": "a fox", "aspect_ratio": "1:1", "seed": 7},
+    }
+    with pytest.raises(ValueError, match="greater than or equal to 0"):
+        FluxProInput(prompt="a fox", seed=-1)
+    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
+        FluxProInput(prompt="a fox", sede=1)  # type: ignore[call-arg]  # that is the point
+
+
+def test_the_typed_input_of_the_first_model_is_the_same_item_as_its_words() -> None:
+    typed = Item.wanted(input=GeminiImageInput(prompt="a fox", image_url=URL))
+    assert typed == Item.wanted("a fox", image_url=URL)
+
+
+def test_a_typed_input_of_another_model_than_the_one_that_is_named_is_refused() -> None:
+    with pytest.raises(BadInput, match="input: a FluxProInput is for flux-1-1-pro model, and the model is 'imagen-4'"):
+        Item.wanted(model="imagen-4", input=FluxProInput(prompt="x"))
+
+
+def test_the_first_models_fields_are_checked_by_its_type() -> None:
+    async def story() -> None:
+        shop = Shop()
+        wrong = Item.wanted("x").model_copy(update={"input": {"prompt": 7}})
+        with pytest.raises(BadInput, match=r"Model 'gemini' does not take this input: input.prompt: Input should be"):
+            await shop.process().shop.catalogue.checked(wrong)
+        assert not shop.requests()
+
+    play(story)
+
+
+# ------------------------------------------------------------------------------- three models, all the way
+
+
+def test_three_models_with_different_schemas_are_bought_by_the_same_call(studio: Studio) -> None:
+    place = studio.destination
+    closed = generate_and_store.fn(input=FluxProInput(prompt="a fox", aspect_ratio="16:9"), destination=place)
+    listed = generate_and_store.fn("a fox", model="nano-banana-pro-edit", image_url=picture_bytes(1), destination=place)
+    several = generate_and_store.fn("a fox", model="imagen-4", input={"num_images": 3}, destination=place)
+    renamed = generate_and_store.fn(model="upscaler", image_url=picture_bytes(1), input={"scale": 4}, destination=place)
+    assert [len(image.more_uris) for image in (closed, listed, several, renamed)] == [0, 0, 2, 0]
+    sent = {one["model"]: one["input"] for one in studio.api.predictions()}
+    url = sent["upscaler"]["image"]
+    assert url.startswith(f"{studio.api.url}/uploads/")
+    assert sent["nano-banana-pro-edit"] == {"prompt": "a fox", "image_urls": [url]}
+    assert sent["upscaler"] == {"image": url, "scale": 4}
+    tallies = studio.api.tallies()
+    assert (tallies["billed"], tallies["requests_by_endpoint"]["model"], tallies["uploads"]) == (4, 4, 1)
+
+
+def test_what_a_model_would_refuse_is_refused_before_the_first_post(studio: Studio) -> None:
+    place = studio.destination
+    with pytest.raises(BadInput, match=r"input.sede: not known to this model, which takes prompt, aspect_ratio"):
+        generate_and_store.fn("a fox", model="flux-1-1-pro", input={"sede": 1}, destination=place)
+    with pytest.raises(BadInput, match=r"input.image_urls: missing"):
+        generate_and_store.fn("a fox", model="nano-banana-pro-edit", destination=place)
+    with pytest.raises(BadInput, match="takes no reference picture"):
+        generate_and_store.fn("a fox", model="imagen-4", image_url=picture_bytes(1), destination=place)
+    tallies = studio.api.tallies()
+    assert (tallies["billed"], tallies["uploads"], studio.keys("records/")) == (0, 0, [])
+
+
+# ---------------------------------------------------------------------------------------- the command line
+
+
+def test_models_lists_the_catalogue_without_a_key(
+    studio: Studio, capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EACHLABS_API_KEY")
+    assert main(["models"]) == 0
+    shown = capsys.readouterr().out
+    for slug in CATALOGUE:
+        assert f"\n {slug} " in shown
+    assert "image_urls (several)" in shown
+    assert studio.api.tallies()["unauthorized"] == 0
+
+
+def test_models_finds_by_name_and_speaks_json(studio: Studio, capsys: Printed) -> None:
+    assert main(["models", "FLUX", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert [(one["slug"], one["reference_field"]) for one in found] == [
+        ("flux-1-1-pro", None),
+        ("flux-kontext-pro", "input_image"),
+    ]
+    assert main(["models", "none-such"]) == 0
+    assert capsys.readouterr().out == "No model's name contains 'none-such'.\n"
+    assert studio.api.tallies()["requests_by_endpoint"] == {"models": 2}
+
+
+def test_model_shows_a_schema_as_a_table(studio: Studio, capsys: Printed) -> None:
+    assert main(["model", "nano-banana-pro-edit"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Nano Banana Pro Edit (nano-banana-pro-edit) puts out a list of pictures." in shown
+    assert "image_urls list of string yes 1 items or more, 8 items at most the reference picture" in shown
+    assert "num_images integer 1 at least 1, at most 4" in shown
+    assert main(["model", "flux-1-1-pro"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert 'aspect_ratio string "1:1" 1:1, 16:9, 9:16, 4:3, 3:4' in shown
+    assert "It takes no other field." in shown
+    assert main(["model", "schemaless"]) == 0
+    assert "no schema of it: its inputs go unchecked" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_ends_with_2(studio: Studio, capsys: Printed) -> None:
+    assert main(["model", "none-such", "--json"]) == 2
+    assert "the catalogue has no 'none-such'" in json.loads(capsys.readouterr().out)["error"]
+    assert main(["model", "../x"]) == 2
+    assert "must be a model's slug" in capsys.readouterr().err
+
+
+def test_fields_of_the_input_come_from_the_command_line(studio: Studio, capsys: Printed) -> None:
+    words = ["generate", "a fox", "--to", studio.destination, "--model", "flux-1-1-pro", "--json"]
+    assert main([*words, "--input", "seed=7", "--input", "aspect_ratio=16:9"]) == 0
+    assert main([*words, "--input", "seed=NaN"]) == 2
+    assert "input.seed: 'NaN' is not of type 'integer'" in capsys.readouterr().out.splitlines()[-1]
+    (sent,) = studio.api.predictions()
+    assert sent["input"] == {"prompt": "a fox", "seed": 7, "aspect_ratio": "16:9"}
+
+
+def test_a_model_that_needs_no_prompt_gets_none(studio: Studio, tmp_path: Any, capsys: Printed) -> None:
+    file = tmp_path / "fox.jpg"
+    file.write_bytes(picture_bytes(1, "JPEG"))
+    assert main(["generate", "--to", studio.destination, "--model", "upscaler", "--image-url", str(file)]) == 0
+    assert main(["generate", "--to", studio.destination]) == 2
+    assert "prompt: missing" in capsys.readouterr().err
+    (sent,) = studio.api.predictions()
+    assert set(sent["input"]) == {"image"}

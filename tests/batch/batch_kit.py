@@ -1,0 +1,219 @@
+"""What tests of batches share: a shop that counts, a bucket in memory, and a batch in virtual time."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import json
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from prefect_eachlabs.batch.outcomes import BatchResult
+from prefect_eachlabs.batch.plan import run_batch
+from prefect_eachlabs.batch.progress import Show
+from prefect_eachlabs.batch.report import BatchFolder
+from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.batch.source import Source
+from prefect_eachlabs.batch.tables import CsvTable
+from prefect_eachlabs.batch.text_lines import Lines
+from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.models import Destination, Execution, Item, Prediction, PredictionStatus, StoredImage
+from prefect_eachlabs.storage.s3_client import S3Access
+from tests.memory_store import MemoryStore
+
+T = TypeVar("T")
+DESTINATION = Destination(bucket="bucket", prefix="p")
+PRICE_USD = 0.04
+Ending = Callable[[Item], EachlabsError | None]
+
+
+def tiny_png(shade: int = 0) -> bytes:
+    """A whole picture of four pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    rows = b"".join(b"\0" + bytes([shade, 80, 160] * 2) for _ in range(2))
+    header = struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+class CountingShop:
+    """Buys as the engine does, as far as a batch can tell: once an item, in limited places, asking the purse.
+
+    Args:
+        store: Where pictures go.
+        service_seconds: How long a prediction takes.
+        max_in_flight: Places.
+        ending: What a purchase of an item ends with; None: its picture.
+        told_usd: What the API says a picture costs when it has ended.
+    """
+
+    def __init__(
+        self,
+        store: MemoryStore,
+        *,
+        service_seconds: float = 5.0,
+        max_in_flight: int = 10,
+        ending: Ending = lambda item: None,
+        told_usd: float | None = PRICE_USD,
+        settled_usd: float | None = PRICE_USD,
+    ) -> None:
+        self.store = store
+        self.service_seconds = service_seconds
+        self.ending = ending
+        self.told_usd = told_usd
+        self.settled_usd = settled_usd
+        self.asked: list[str] = []
+        self.bought: list[str] = []
+        self.cancelled: list[str] = []
+        self.price_questions = 0
+        self.pages_of_executions = 0
+        self.in_the_air = 0
+        self.worst_in_the_air = 0
+        self.records: dict[str, StoredImage] = {}
+        self._places = asyncio.Semaphore(max_in_flight)
+
+    async def generate_and_store(
+        self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None
+    ) -> StoredImage:
+        self.asked.append(item.item_id)
+        self.in_the_air += 1
+        self.worst_in_the_air = max(self.worst_in_the_air, self.in_the_air)
+        try:
+            known = self.records.get(item.item_id)
+            if known is not None and known.prompt == item.input["prompt"]:
+                return known.model_copy(update={"reused": True})
+            assert options.purse is not None
+            await options.purse.approve(item)
+            async with self._places:
+                options.purse.check()
+                self.bought.append(item.item_id)
+                await asyncio.sleep(self.service_seconds)
+            error = self.ending(item)
+            if error is not None:
+                raise error
+            return await self._stored(item, destination)
+        except asyncio.CancelledError:
+            self.cancelled.append(item.item_id)
+            raise
+        finally:
+            self.in_the_air -= 1
+
+    async def _stored(self, item: Item, destination: Destination) -> StoredImage:
+        key = destination.image_key(item.item_id)
+        await self.store.put(key, tiny_png(len(self.bought) % 256), content_type="image/png")
+        image = StoredImage(
+            item_id=item.item_id,
+            prediction_id=f"prediction-{item.item_id}",
+            uri=self.store.uri(key),
+            sha256="0" * 64,
+            size_bytes=75,
+            width_px=2,
+            height_px=2,
+            cost_usd=self.told_usd,
+            predict_time_seconds=self.service_seconds,
+            model=item.model,
+            prompt=item.input["prompt"],
+        )
+        self.records[item.item_id] = image
+        return image
+
+    async def ask(self, prediction_id: str) -> Prediction:
+        self.price_questions += 1
+        return Prediction(id=prediction_id, status=PredictionStatus.SUCCEEDED, cost_usd=self.settled_usd)
+
+    async def executions(self, offset: int) -> tuple[Execution, ...]:
+        self.pages_of_executions += 1
+        rows = [
+            Execution(id=image.prediction_id, status=PredictionStatus.SUCCEEDED, cost_usd=self.settled_usd)
+            for image in reversed(self.records.values())
+        ]
+        return tuple(rows[offset : offset + 100])
+
+
+class MemoryFiles:
+    """Large objects of a bucket in memory."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.opened: list[str] = []
+
+    def open(self, key: str) -> BinaryIO:
+        self.opened.append(key)
+        if key not in self._store.objects:
+            raise BadInput(f"{key} is not there.")
+        return io.BytesIO(self._store.objects[key].body)
+
+    def upload(self, key: str, path: Path, *, content_type: str) -> None:
+        # What `put` does when it is not asked for anything special; it waits for nothing.
+        put = self._store.put(key, path.read_bytes(), content_type=content_type)
+        try:
+            while True:
+                put.send(None)
+        except StopIteration:
+            pass
+
+
+async def inline(work: Callable[..., T], /, *args: Any) -> T:
+    """A worker without a thread: virtual time has one."""
+    return work(*args)
+
+
+def source_of(rows: Iterable[Mapping[str, str]] | str, name: str = "prompts.csv") -> Source:
+    """A source of these rows, or of CSV text."""
+    if not isinstance(rows, str):
+        listed = list(rows)
+        columns = list(listed[0]) if listed else ["prompt"]
+        quoted = [",".join('"' + row[column].replace('"', '""') + '"' for column in columns) for row in listed]
+        rows = "\n".join([",".join(columns), *quoted]) + "\n"
+    raw = rows.encode()
+    return Source(CsvTable(name, Lines(name, io.BytesIO(raw), len(raw), zipped=False)), name)
+
+
+def prompts(count: int) -> list[dict[str, str]]:
+    return [{"id": f"item-{number:05d}", "prompt": f"fox number {number}"} for number in range(count)]
+
+
+def batch_of(
+    shop: CountingShop,
+    source: Source,
+    *,
+    show: Show | None = None,
+    show_seconds: float = 30.0,
+    batch_id: str = "spring",
+    **options: Any,
+) -> Batch:
+    folder = BatchFolder(shop.store, MemoryFiles(shop.store), DESTINATION, batch_id, inline)
+    given = BatchOptions(**{"run_id": "run-1", **options})
+    return Batch(shop, source, folder, given, worker=inline, show=show, show_seconds=show_seconds)
+
+
+async def run(shop: CountingShop, source: Source, *, window: int = 40, **options: Any) -> BatchResult:
+    """A whole batch."""
+    return await run_batch(batch_of(shop, source, **options), window=window)
+
+
+def lines_of(store: MemoryStore, name: str = "report.jsonl", batch_id: str = "spring") -> list[dict[str, Any]]:
+    """The rows of a report in the bucket."""
+    body = store.objects[f"p/batches/{batch_id}/{name}"].body
+    return [json.loads(line) for line in body.splitlines()]
+
+
+def totals_of(store: MemoryStore, batch_id: str = "spring") -> dict[str, Any]:
+    found: dict[str, Any] = store.json(f"p/batches/{batch_id}/report.json")
+    return found
+
+
+def as_it_was(shop: CountingShop) -> CountingShop:
+    """Bucket and records at this moment, for a run after this one was killed."""
+    store = MemoryStore()
+    store.objects = copy.copy(shop.store.objects)
+    other = CountingShop(store, service_seconds=shop.service_seconds, ending=shop.ending)
+    other.records = dict(shop.records)
+    return other

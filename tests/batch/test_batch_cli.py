@@ -1,0 +1,218 @@
+"""`prefect-eachlabs batch`: from words to pictures, a report and an exit status."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from prefect_eachlabs.batch import state
+from prefect_eachlabs.batch.progress import Progress, TerminalBar, duration
+from prefect_eachlabs.cli import batch as command
+from prefect_eachlabs.cli.main import main
+from tests.flows.flow_fixtures import BUCKET, Studio
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """The command sets logging up for its process, and looks for Prefect's settings around it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(command, "source_of_places", lambda: None)
+    root, ours = logging.getLogger(), logging.getLogger("prefect_eachlabs.batch")
+    before = root.handlers[:], root.level, ours.level
+    yield
+    root.handlers[:], root.level, ours.level = before
+
+
+def write(path: Path, *lines: str) -> str:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read(studio: Studio, name: str) -> bytes:
+    key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/{name}"
+    with closing(boto3.client("s3")) as s3, s3.get_object(Bucket=BUCKET, Key=key)["Body"] as body:
+        found: bytes = body.read()
+        return found
+
+
+def test_a_table_becomes_pictures_and_a_report(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.csv", "id,prompt,shelf", *(f"i{number},fox {number},A" for number in range(12)))
+    assert main(["batch", source, "--to", studio.destination, "--json"]) == 0
+    out, err = capsys.readouterr()
+    answer: dict[str, Any] = json.loads(out)
+    assert err == ""
+    assert answer["items"] == 12
+    assert answer["stored"] == 12 == studio.billed
+    assert answer["cost_usd"] == pytest.approx(12 * 0.039)
+    assert answer["report_uri"] == f"{studio.destination}/batches/spring/report.json"
+    assert sorted(studio.keys()) == sorted(f"i{number}.png" for number in range(12))
+    report = [json.loads(line) for line in read(studio, "batches/spring/report.jsonl").splitlines()]
+    assert {row["state"] for row in report} == {"stored"}
+    assert {row["labels"]["shelf"] for row in report} == {"A"}
+    assert json.loads(read(studio, "batches/spring/report.json"))["stored"] == 12
+    assert b"fox 11" in read(studio, "batches/spring/index.html")
+    assert read(studio, "batches/spring/contact-sheet.png").startswith(b"\x89PNG")
+
+
+def test_running_it_again_buys_nothing_and_asks_the_api_nothing(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.tsv", "Prompt", "fox", "dog", "fox")
+    assert main(["batch", source, "--to", studio.destination]) == 0
+    asked = len(studio.api.journal())
+    capsys.readouterr()
+    assert main(["batch", source, "--to", studio.destination, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["reused"], answer["stored"], answer["cost_usd"]) == (3, 0, 0)
+    assert len(studio.api.journal()) == asked
+    assert studio.billed == 3
+
+
+def test_bad_rows_and_failed_predictions_are_told_with_status_1(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studio.api.set_faults("prediction:fail_moderation,matching=naked")
+    source = write(tmp_path / "spring.csv", "id,prompt", "a,fox", "a,dog", "b,a naked fox", "c,", 'd,"open', "e,cat")
+    assert main(["batch", source, "--to", studio.destination]) == 1
+    out = capsys.readouterr().out
+    assert "6 rows: 2 stored, 0 reused, 4 failed, 0 ambiguous, 0 skipped" in out
+    assert "3 bad input" in out
+    assert "1 content refused" in out
+    report = [json.loads(line) for line in read(studio, "batches/spring/report.jsonl").splitlines()]
+    assert [(row["row"], row["state"]) for row in report] == [
+        (2, "stored"),
+        (3, "failed"),
+        (4, "failed"),
+        (5, "failed"),
+        (6, "failed"),
+        (7, "stored"),
+    ]
+
+
+def test_a_dry_run_buys_and_writes_nothing(studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "spring.csv", "prompt", "fox", "dog")
+    assert main(["batch", source, "--to", studio.destination, "--dry-run"]) == 0
+    assert "2 new, 0 there already, 0 that cannot be bought. Nothing was bought." in capsys.readouterr().out
+    assert main(["batch", source, "--to", studio.destination, "--dry-run", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["dry_run"], answer["new"], answer["items"]) == (True, 2, 2)
+    assert studio.billed == 0
+    assert studio.keys("") == []
+    bad = write(tmp_path / "bad.csv", "id,prompt", "no id,fox")
+    assert main(["batch", bad, "--to", studio.destination, "--dry-run"]) == 1
+    assert "row 2: item_id" in capsys.readouterr().out
+
+
+def test_a_budget_leaves_the_rest_out_with_status_1(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.csv", "prompt", *(f"fox {number}" for number in range(8)))
+    assert main(["batch", source, "--to", studio.destination, "--budget-usd", "0.1", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["stored"], answer["skipped"]) == (2, 6)
+    assert studio.billed == 2
+
+
+def test_a_wrong_key_ends_it_at_the_first_item_with_status_2(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    studio.api.set_faults("create:error,status=401")
+    source = write(tmp_path / "spring.csv", "prompt", *(f"fox {number}" for number in range(50)))
+    assert main(["batch", source, "--to", studio.destination, "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["items"], answer["failed"], answer["skipped"]) == (50, 1, 49)
+    assert "does not accept the key" in answer["stopped_by"]
+    assert sum(row["method"] == "POST" for row in studio.api.journal()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--to", "s3://no-such-bucket-here/p"], "NoSuchBucket"),
+        (["--to", "nowhere"], "must be s3://"),
+        (["--to", "s3://acme-pictures/p", "--batch-id", "a/b"], "batch_id"),
+        (["--to", "s3://acme-pictures/p", "--budget-usd", "0"], "must be greater than 0"),
+        (["--to", "s3://acme-pictures/p", "--presigned-days", "8"], "7 days at most"),
+        (["--to", "s3://acme-pictures/p", "--model", "no model"], "model"),
+        ([], "--to"),
+    ],
+)
+def test_a_wrong_set_up_is_said_at_once_with_status_2(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str
+) -> None:
+    source = write(tmp_path / "spring.csv", "prompt", "fox")
+    assert main(["batch", source, *words]) == 2
+    assert told in capsys.readouterr().err
+    assert studio.billed == 0
+
+
+def test_a_full_disk_ends_it_with_status_2_and_run_again_it_buys_nothing_twice(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite refuses a page more ("database or disk is full"), and then there is no room for the report."""
+    rows = (f"i{number},fox {number},{'x' * 4_000}" for number in range(12))
+    source = write(tmp_path / "spring.csv", "id,prompt,notes", *rows)
+    with monkeypatch.context() as patch:
+        patch.setattr(state, "_TABLES", state._TABLES + "PRAGMA max_page_count = 12;")
+        assert main(["batch", source, "--to", studio.destination, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert "TMPDIR" in json.loads(out)["error"]
+    assert "Traceback" not in err
+    assert studio.billed == 12
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+        assert main(["batch", source, "--to", studio.destination]) == 2
+    assert "TMPDIR" in capsys.readouterr().err
+    assert main(["batch", source, "--to", studio.destination]) == 0
+    assert studio.billed == 12
+
+
+def test_a_source_without_prompts_says_which_columns_it_has(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.csv", "text,id", "fox,1")
+    assert main(["batch", source, "--to", studio.destination, "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert "'text', 'id'" in json.loads(out)["error"]
+    assert "'text', 'id'" in err
+
+
+def test_a_log_tells_the_progress_where_no_terminal_is(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "LOG_SECONDS", 0.05)
+    logging.getLogger().handlers[:] = []
+    source = write(tmp_path / "spring.csv", "prompt", *(f"fox {number}" for number in range(40)))
+    assert main(["batch", source, "--to", studio.destination]) == 0
+    err = capsys.readouterr().err
+    assert "stored, 0 reused, 0 not there" in err
+    assert " of " in err
+
+
+def test_help_answers_without_importing_what_is_heavy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["batch", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--budget-usd" in out
+    assert "exit status: 0 every row has its picture" in out
+
+
+def test_the_bar_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
+    with (tmp_path / "bar").open("w+", encoding="utf-8") as stream:
+        with TerminalBar(stream) as bar:
+            bar(Progress(412, 1_632, False, 400, 10, 2, 40, 15.6, 60.0, 52.1, 1_400.0))
+        stream.seek(0)
+        assert "412 of ~1,632, 2 not there, 52 a minute, $15.60, 23 min left" in " ".join(stream.read().split())
+
+
+def test_durations_are_short() -> None:
+    assert [duration(seconds) for seconds in (0, 89, 90, 3_600, 90_000)] == ["0 s", "89 s", "2 min", "60 min", "25.0 h"]

@@ -1,0 +1,237 @@
+"""Batches on the real engine, against the emulator, in virtual time: killed anywhere, billed once."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+
+from prefect_eachlabs.batch.budget import Purse
+from prefect_eachlabs.batch.buying import EngineShop
+from prefect_eachlabs.batch.outcomes import BatchResult
+from prefect_eachlabs.batch.plan import run_batch
+from prefect_eachlabs.batch.report import BatchFolder
+from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.errors import Skipped
+from prefect_eachlabs.ledger.records import Intent, RecordState
+from prefect_eachlabs.models import Item
+from tests.batch.batch_kit import MemoryFiles, inline, prompts, source_of
+from tests.protocol.kit import DESTINATION, Process, World, patched_clocks, play, wanted
+
+__all__ = ["patched_clocks"]
+
+PRICE_USD = 0.039
+ITEM = wanted()
+
+
+def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, BatchResult]:
+    """A run over so many prompts, as a process makes it."""
+
+    async def run() -> BatchResult:
+        store = process.engine.shop.books(DESTINATION).ledger.store
+        folder = BatchFolder(store, MemoryFiles(process.world.store), DESTINATION, "spring", inline)
+        given = BatchOptions(**{"run_id": process.run_id, **options})
+        made = Batch(EngineShop(process.engine), source_of(prompts(count)), folder, given, worker=inline)
+        return await run_batch(made, window=12)
+
+    return process.run(run())
+
+
+def items(count: int) -> list[Item]:
+    return [Item.wanted(row["prompt"], item_id=row["id"]) for row in prompts(count)]
+
+
+class Refusing:
+    """A purse that says no."""
+
+    def __init__(self, *, at: str) -> None:
+        self.at = at
+        self.asked = 0
+
+    async def approve(self, item: Item) -> None:
+        self.asked += 1
+        if self.at == "approve":
+            raise Skipped("no")
+
+    def check(self) -> None:
+        if self.at == "check":
+            raise Skipped("no")
+
+
+# What a batch may ask of the engine.
+
+
+def test_an_item_presumed_new_is_claimed_without_a_read() -> None:
+    async def story() -> None:
+        world = World()
+        process = world.process()
+        await process.obtain(ITEM, presume_new=True)
+        read = process.count("S3 GET")  # what the first claim of a process looks at
+        await process.obtain(wanted(2), presume_new=True)
+        assert process.count("S3 GET") == read
+        world.check([ITEM, wanted(2)])
+
+    play(story)
+
+
+def test_an_item_wrongly_presumed_new_is_found_and_not_bought_again() -> None:
+    async def story() -> None:
+        world = World()
+        await world.process().obtain(ITEM)
+        process = world.process()
+        image = await process.obtain(ITEM, presume_new=True)
+        assert image.reused
+        assert process.count("POST") == 0
+        world.check([ITEM])
+
+    play(story)
+
+
+@pytest.mark.parametrize("at", ["approve", "check"])
+def test_a_purse_that_says_no_leaves_no_trace_and_no_place_taken(at: str) -> None:
+    async def story() -> None:
+        world = World(settings={"requests_per_minute": 60, "max_in_flight": 1})
+        process = world.process()
+        for number in range(3):
+            with pytest.raises(Skipped):
+                await process.obtain(wanted(number), purse=Refusing(at=at), presume_new=True)
+        assert world.records() == []
+        assert process.count("S3 PUT") == process.count("POST") == 0
+        await process.obtain(ITEM)
+        world.check([ITEM])
+
+    play(story)
+
+
+def test_what_was_bought_already_is_stored_although_the_purse_is_empty() -> None:
+    async def story() -> None:
+        world = World()
+        first = world.process(die_at="after POST")
+        await first.dies(first.obtain(ITEM))
+        purse = Refusing(at="approve")
+        image = await world.process().obtain(ITEM, purse=purse)
+        assert not image.reused or image.prediction_id
+        assert purse.asked == 0
+        world.check([ITEM])
+
+    play(story)
+
+
+def test_a_dead_claim_that_bought_nothing_is_free_again_when_the_purse_says_no() -> None:
+    async def story() -> None:
+        world = World()
+        first = world.process(die_at="before POST")
+        await first.dies(first.obtain(ITEM))
+        with pytest.raises(Skipped):
+            await world.process().obtain(ITEM, purse=Refusing(at="approve"))
+        record = world.record(ITEM)
+        assert (record.state, record.intent, record.unsettled_since) == (RecordState.CLAIMED, Intent.IDLE, None)
+        before = world.now()
+        await world.process().obtain(ITEM)
+        assert world.now() - before < 10
+        world.check([ITEM])
+
+    play(story)
+
+
+# Whole batches.
+
+
+def test_a_batch_buys_each_row_once() -> None:
+    async def story() -> None:
+        world = World()
+        result = await batch(world.process(), 40)
+        assert result.stored == 40
+        assert result.cost_usd == pytest.approx(40 * PRICE_USD)
+        world.check(items(40))
+
+    play(story)
+
+
+@pytest.mark.parametrize("die_at", range(20, 330, 31))
+def test_a_batch_killed_anywhere_and_run_again_bills_each_row_once(die_at: int) -> None:
+    async def story() -> None:
+        world = World()
+        first = world.process(die_at=die_at)
+        await first.dies(batch(first, 30))
+        result = await batch(world.process(), 30)
+        assert result.stored + result.reused == 30
+        world.check(items(30))
+
+    play(story)
+
+
+def test_a_batch_killed_twice_with_lost_answers_bills_each_row_once() -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.1", "create:error_after=0.05", "get:cut_body=0.05")
+        for die_at in (150, 190):
+            process = world.process(die_at=die_at)
+            await process.dies(batch(process, 40))
+        result = await batch(world.process(), 40)
+        assert result.stored + result.reused == 40
+        world.check(items(40))
+
+    play(story)
+
+
+def test_a_batch_with_a_budget_is_billed_no_more_than_that() -> None:
+    async def story() -> None:
+        world = World("prediction:fail=0.3", service_seconds=5.0)
+        result = await batch(world.process(), 60, budget_usd=10 * PRICE_USD + 0.001)
+        assert result.stored == 10
+        assert result.cost_usd <= 10 * PRICE_USD + 0.001
+        assert result.skipped > 0
+
+    play(story)
+
+
+def test_a_killed_run_with_a_budget_still_stores_what_it_has_in_flight() -> None:
+    async def story() -> None:
+        world = World(service_seconds=30.0)
+        first = world.process()
+        # The price is learned from an earlier picture, so that many are in flight when it dies.
+        await batch(first, 1)
+        second = world.process(die_at=120)
+        await second.dies(batch(second, 30, budget_usd=0.5))
+        in_flight = len(world.bought()) - 1
+        assert in_flight > 1
+        result = await batch(world.process(), 30, budget_usd=0.0001)
+        assert result.stored + result.reused == 1 + in_flight
+        assert len(world.bought()) == 1 + in_flight
+
+    play(story)
+
+
+def test_a_wrong_key_is_met_once() -> None:
+    async def story() -> None:
+        world = World("create:error,status=401")
+        process = world.process()
+        result = await batch(process, 50)
+        assert process.count("POST") == 1
+        assert (result.failed, result.skipped, result.set_up_wrong) == (1, 49, True)
+
+    play(story)
+
+
+def test_an_empty_balance_is_met_by_few_and_told() -> None:
+    async def story() -> None:
+        world = World(balance_usd=10 * PRICE_USD)
+        process = world.process()
+        result = await batch(process, 200)
+        assert result.stored == 10
+        assert result.failed <= 2
+        assert "insufficient balance" in str(result.failures_by_kind)
+        assert world.now() < 400
+
+    play(story)
+
+
+def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
+    purse = Purse(budget_usd=1.0)
+    purse.learn("flux", 0.02, count=3)
+    assert purse.mean_usd("flux") == pytest.approx(0.02)
+    assert purse.mean_usd("gemini") is None
+    assert not purse.is_exhausted("gemini")
+    purse.spent_usd = 0.99
+    assert purse.is_exhausted("flux")

@@ -1,0 +1,105 @@
+"""The whole path at size: 1,632 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from prefect_eachlabs.testing.s3 import LocalS3
+
+FAULTS = (
+    "create:lost_answer=0.02",
+    "create:error=0.01",
+    "create:error_after=0.01",
+    "get:cut_body=0.03",
+    "prediction:fail=0.01",
+    "prediction:fail_moderation=0.01",
+    "picture:truncated=0.01",
+)
+KILLED_AT = (400, 1_000)
+BUCKET = "killed-batches"
+DEADLINE_SECONDS = 600
+
+
+def stored(s3: LocalS3) -> int:
+    return s3.counts().get(f"PUT {BUCKET}/p/images", 0)
+
+
+def start(source: Path, api: EmulatorServer, s3: LocalS3, folder: Path, number: int) -> subprocess.Popen[bytes]:
+    environment = {
+        **os.environ,
+        "EACHLABS_API_KEY": "a-key-of-tests",
+        "EACHLABS_BASE_URL": api.url,
+        "EACHLABS_REQUESTS_PER_MINUTE": "none",
+        "EACHLABS_MAX_IN_FLIGHT": "none",
+        # Settling waits for the end of claims: shorter ones make a shorter test.
+        "EACHLABS_CLAIM_SECONDS": "12",
+        "EACHLABS_SETTLING_SECONDS": "4",
+        "AWS_ENDPOINT_URL_S3": s3.url,
+        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
+    }
+    with (folder / f"{number}.json").open("wb") as out, (folder / f"{number}.log").open("wb") as log:
+        command = [sys.executable, "-m", "prefect_eachlabs", "batch", str(source), "--to", f"s3://{BUCKET}/p", "--json"]
+        return subprocess.Popen(command, stdout=out, stderr=log, env=environment, cwd=folder)
+
+
+@pytest.mark.slow
+def test_a_batch_killed_twice_on_a_bad_day_is_finished_and_billed_once(
+    local_s3: LocalS3, require_shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = require_shared("PartiPrompts.tsv")
+    local_s3.create_bucket(BUCKET)
+    options = EmulatorOptions(
+        service_seconds=0.05, requests_per_minute=None, max_in_flight=None, image_size_px=64, pictures="plain"
+    )
+    with EmulatorServer(options) as api:
+        api.set_faults(*FAULTS)
+        for number, most in enumerate(KILLED_AT):
+            process = start(source, api, local_s3, tmp_path, number)
+            try:
+                deadline = time.monotonic() + DEADLINE_SECONDS
+                while stored(local_s3) < most:
+                    assert process.poll() is None, (tmp_path / f"{number}.log").read_text()
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            finally:
+                process.kill()
+                process.wait()
+        process = start(source, api, local_s3, tmp_path, 2)
+        try:
+            assert process.wait(DEADLINE_SECONDS) == 1, (tmp_path / "2.log").read_text()
+        finally:
+            process.kill()
+            process.wait()
+        tallies = api.tallies()
+
+    answer: dict[str, Any] = json.loads((tmp_path / "2.json").read_text())
+    assert answer["items"] == 1_632
+    assert sum(answer[state] for state in ("stored", "reused", "failed", "ambiguous", "skipped")) == 1_632
+    assert answer["ambiguous"] == answer["skipped"] == 0
+    assert set(answer["failures_by_kind"]["failed"]) <= {"prediction failed", "content refused", "not a PNG"}
+    assert tallies["billed_too_often"] == 0
+    assert tallies["billed"] == tallies["distinct_inputs"]
+
+    with closing(boto3.client("s3", endpoint_url=local_s3.url)) as s3:
+        with s3.get_object(Bucket=BUCKET, Key="p/batches/PartiPrompts/report.jsonl")["Body"] as body:
+            report = [json.loads(line) for line in body.read().splitlines()]
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="p/images/")
+        pictures = {row["Key"].rpartition("/")[2] for page in pages for row in page.get("Contents", [])}
+    states = Counter(row["state"] for row in report)
+    assert [row["row"] for row in report] == list(range(2, 1_634))
+    assert {f"{row['item_id']}.png" for row in report if row["state"] in ("stored", "reused")} == pictures
+    assert answer["stored"] == states["stored"]
+    assert answer["pictures_cost_usd"] == pytest.approx(len(pictures) * options.cost_usd)

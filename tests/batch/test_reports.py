@@ -1,0 +1,402 @@
+"""Reports: true at every moment, whole at the end, and nothing in them is trusted."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefect_eachlabs.batch.byte_streams import S3Files
+from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
+from prefect_eachlabs.batch.pages import MOST_PICTURES, index_page
+from prefect_eachlabs.batch.report import BatchFolder, ReportWriter, run_name
+from prefect_eachlabs.batch.sheet import MOST_FRAMES
+from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.errors import PredictionFailed
+from prefect_eachlabs.storage.s3 import S3Store
+from prefect_eachlabs.testing.s3 import LocalS3
+from tests import virtual_time
+from tests.batch.batch_kit import (
+    DESTINATION,
+    CountingShop,
+    MemoryFiles,
+    batch_of,
+    inline,
+    lines_of,
+    prompts,
+    run,
+    source_of,
+    tiny_png,
+    totals_of,
+)
+from tests.memory_store import MemoryStore
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</main></body><h1>free pictures</h1>",
+    "javascript:alert(1)",
+    "&lt;b&gt; &amp;",
+    "\u202egnp.exe",
+    "]]><!--",
+]
+
+
+def outcome(row: int, state: RowState = RowState.STORED, **more: Any) -> Outcome:
+    given: dict[str, Any] = {"item_id": f"i{row}", "fingerprint": "f", "model": "gemini", "prompt": f"fox {row}"}
+    return Outcome(row, state, **{**given, **more})
+
+
+# Lines.
+
+
+def test_a_line_comes_back_as_it_was() -> None:
+    whole = outcome(
+        7,
+        version="v",
+        image_url="https://a.invalid",
+        labels={"a": "\u2028é"},
+        uri="s3://b/k",
+        prediction_id="p",
+        bought_by="r",
+        sha256="0",
+        size_bytes=1,
+        width_px=2,
+        height_px=3,
+        cost_usd=0.04,
+        seconds=1.5,
+        predict_time_seconds=1,
+    )
+    assert Outcome.from_line(whole.to_line()) == whole
+    failed = outcome(8, RowState.FAILED, error={"kind": "k", "message": "m"}, final=True)
+    assert Outcome.from_line(failed.to_line()) == failed
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"", b"{}", b"[]", b'{"row": 1}', b'{"row": 1, "state": "odd"}', b'{"row": "x", "state": "stored"}', b"\xff"],
+)
+def test_a_line_that_is_none_of_a_report_is_none(line: bytes) -> None:
+    assert Outcome.from_line(line) is None
+
+
+def test_a_field_of_another_kind_counts_as_missing() -> None:
+    read = Outcome.from_line(b'{"row": 1, "state": "stored", "cost_usd": "free", "labels": [1], "item_id": 4}')
+    assert read == Outcome(1, RowState.STORED)
+    read = Outcome.from_line(b'{"row": 1, "state": "failed", "error": {"kind": ["x"], "message": "m"}}')
+    assert read is not None
+    assert (read.kind, read.error) == ("failed", {"message": "m"})
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
+    )
+)
+def test_no_json_makes_the_reading_of_a_report_fall(value: Any) -> None:
+    Outcome.from_line(json.dumps(value))
+    Outcome.from_line(json.dumps({"row": 1, "state": "stored", "labels": value, "error": value, "final": value}))
+
+
+# Parts.
+
+
+def folder_in(store: MemoryStore) -> BatchFolder:
+    return BatchFolder(store, MemoryFiles(store), DESTINATION, "spring", inline)
+
+
+def test_a_thousand_rows_make_a_part() -> None:
+    async def story() -> None:
+        store, scratch = MemoryStore(), Scratch()
+        writer = ReportWriter(folder_in(store), "RUN", scratch, dict)
+        for row in range(2_500):
+            writer.add(outcome(row), is_news=True)
+        await asyncio.sleep(0.1)
+        parts = [key for key in store.keys("p/") if "part-" in key]
+        assert [len(lines_of(store, part.removeprefix("p/batches/spring/"))) for part in parts] == [1_000, 1_000]
+        await writer.write_rest()
+        assert len(lines_of(store, "runs/RUN/part-00003.jsonl")) == 500
+        scratch.close()
+
+    virtual_time.run(story())
+
+
+def test_a_part_is_written_every_minute_however_few_rows_there_are() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore(), service_seconds=20, max_in_flight=1)
+        going = asyncio.ensure_future(run(shop, source_of(prompts(30))))
+        await asyncio.sleep(61)
+        (part,) = [key for key in shop.store.keys("p/") if "part-" in key]
+        assert len(lines_of(shop.store, part.removeprefix("p/batches/spring/"))) == 2
+        await going
+
+    virtual_time.run(story())
+
+
+def test_a_part_that_the_bucket_does_not_take_comes_with_the_next_one() -> None:
+    async def story() -> None:
+        store, scratch = MemoryStore(), Scratch()
+        writer = ReportWriter(folder_in(store), "RUN", scratch, dict)
+        writer.add(outcome(1), is_news=True)
+        store.fail_put()
+        await writer.write_part()
+        assert store.objects == {}
+        writer.add(outcome(2), is_news=True)
+        await writer.write_part()
+        assert [row["row"] for row in lines_of(store, "runs/RUN/part-00001.jsonl")] == [1, 2]
+        scratch.close()
+
+    virtual_time.run(story())
+
+
+def test_rows_that_the_last_report_has_are_in_no_part_and_in_the_whole() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(5)))
+        before = set(shop.store.keys())
+        await run(shop, source_of(prompts(5)), run_id="run-2")
+        new = set(shop.store.keys()) - before
+        assert not [key for key in new if "part-" in key]
+        assert len(lines_of(shop.store)) == 5
+
+    virtual_time.run(story())
+
+
+def test_earlier_reports_are_kept() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        for number in range(3):
+            await run(shop, source_of(prompts(number + 1)), run_id=f"run-{number}")
+            await asyncio.sleep(5)
+        kept = [key for key in shop.store.keys("p/batches/spring/runs/") if key.endswith("report.jsonl")]
+        assert sorted(len(shop.store.objects[key].body.splitlines()) for key in kept) == [1, 2, 3]
+        assert totals_of(shop.store)["run_id"] == "run-2"
+
+    virtual_time.run(story())
+
+
+def test_runs_are_named_so_that_they_sort_by_time() -> None:
+    times = [datetime(2026, 1, 1, tzinfo=timezone.utc), datetime(2026, 1, 2, tzinfo=timezone.utc)]
+    names = [run_name("0f" * 16, at) for at in times]
+    assert names == ["20260101T000000Z-0f0f0f0f0f0f", "20260102T000000Z-0f0f0f0f0f0f"]
+
+
+def test_the_totals_tell_rates_costs_the_slowest_and_failures_by_kind() -> None:
+    async def story() -> None:
+        shop = CountingShop(
+            MemoryStore(),
+            ending=lambda item: PredictionFailed("no") if item.item_id == "item-00003" else None,
+        )
+        await run(shop, source_of(prompts(30)))
+        totals = totals_of(shop.store)
+        assert totals["schema"] == "eachlabs-batch-report/1"
+        assert totals["state"] == "completed"
+        assert totals["items"] == 30
+        assert totals["cost_by_model"]["gemini"]["pictures"] == 29
+        assert totals["failures_by_kind"] == {"failed": {"prediction failed": 1}}
+        assert len(totals["slowest"]) == 10
+        assert totals["slowest"] == sorted(totals["slowest"], key=lambda one: -one["seconds"])
+        assert totals["pictures_per_minute"] > 0
+        assert totals["source"] == "prompts.csv"
+        assert totals["report"] == "s3://bucket/p/batches/spring/report.jsonl"
+
+    virtual_time.run(story())
+
+
+def test_totals_take_no_more_memory_for_more_rows() -> None:
+    totals = Totals()
+    for row in range(5_000):
+        totals.add(outcome(row, seconds=float(row % 97), cost_usd=0.04))
+    assert len(totals.as_json()["slowest"]) == 10
+    assert totals.as_json()["cost_usd"] == pytest.approx(200)
+
+
+# The page.
+
+
+class Seen(HTMLParser):
+    """Every tag with its attributes, and the text between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def seen(page: str) -> Seen:
+    parser = Seen()
+    parser.feed(page)
+    parser.close()
+    return parser
+
+
+ALLOWED = {
+    *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "br", "a", "dl", "div", "dt", "dd"),
+    *("main", "figure", "img", "figcaption", "small", "table", "tr", "th", "td", "b"),
+}
+
+
+def test_nothing_from_outside_becomes_markup_of_the_page() -> None:
+    pictures = [
+        outcome(row, prompt=text, labels={text: text}, item_id=f"i{row}") for row, text in enumerate(HOSTILE, start=1)
+    ]
+    failures = [
+        outcome(row, RowState.FAILED, prompt=text, item_id=text, error={"kind": text, "message": text, "code": text})
+        for row, text in enumerate(HOSTILE, start=50)
+    ]
+    counts = {"items": 16, "stored": 8, "failed": 8}
+    texts = dict.fromkeys(("batch_id", "source", "destination", "run", "ended_at", "stopped_by"), HOSTILE[1])
+    page = seen("".join(index_page({**counts, **texts}, pictures=pictures, not_there=failures)))
+    assert {tag for tag, _ in page.tags} <= ALLOWED
+    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
+    links = [attributes[name] for _, attributes in page.tags for name in ("href", "src") if name in attributes]
+    assert all(str(link).startswith(("../../images/i", "report.")) for link in links)
+    everything = "".join(page.words)
+    assert all(text in everything for text in HOSTILE)
+    assert sum(tag == "figure" for tag, _ in page.tags) == len(HOSTILE)
+
+
+def test_pictures_are_linked_beside_the_page_and_load_when_they_are_scrolled_to() -> None:
+    page = seen("".join(index_page({"stored": 1}, pictures=[outcome(2)], not_there=[])))
+    (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert image["src"] == "../../images/i2.png"
+    assert image["loading"] == "lazy"
+    assert image["width"]
+
+
+def test_a_page_of_thousands_shows_the_first_and_says_so() -> None:
+    pictures = (outcome(row) for row in range(5_000))
+    page = "".join(index_page({"stored": 5_000}, pictures=pictures, not_there=[]))
+    assert page.count("<figure>") == MOST_PICTURES
+    assert "the first 2,000 of 5,000" in page
+
+
+def test_presigned_links_come_only_when_asked_for_and_say_when_they_end() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(2)))
+        page = shop.store.objects["p/batches/spring/index.html"].body.decode()
+        assert "signature" not in page
+        assert "links to the pictures end" not in page
+        await run(shop, source_of(prompts(2)), run_id="run-2", presigned_seconds=3_600)
+        page = shop.store.objects["p/batches/spring/index.html"].body.decode()
+        assert page.count("expires=3600&amp;signature") == 4
+        assert "The links to the pictures end at 20" in page
+        for name in ("report.json", "report.jsonl"):
+            assert b"signature" not in shop.store.objects[f"p/batches/spring/{name}"].body
+
+    virtual_time.run(story())
+
+
+# The contact sheet.
+
+
+def test_a_contact_sheet_shows_some_pictures_from_all_over_the_batch() -> None:
+    image = pytest.importorskip("PIL.Image")
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(200)))
+        shown = sorted(key for name, key in shop.store.operations if name == "get" and "images/" in key)
+        assert len(shown) == MOST_FRAMES
+        assert shown[0] == "p/images/item-00000.png"
+        assert shown[-1] > "p/images/item-00190.png"
+        with image.open(io.BytesIO(shop.store.objects["p/batches/spring/contact-sheet.png"].body)) as sheet:
+            assert sheet.width > 1_000
+        assert totals_of(shop.store)["contact_sheet"].endswith("/contact-sheet.png")
+
+    virtual_time.run(story())
+
+
+def test_without_pillow_there_is_no_sheet_and_the_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.delitem(sys.modules, "prefect_eachlabs.batch.contact_sheet", raising=False)
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        result = await run(shop, source_of(prompts(2)))
+        assert result.stored == 2
+        assert "p/batches/spring/contact-sheet.png" not in shop.store.objects
+        assert totals_of(shop.store)["contact_sheet"] is None
+
+    with caplog.at_level(logging.INFO, logger="prefect_eachlabs.batch"):
+        virtual_time.run(story())
+    assert "No contact sheet" in caplog.text
+
+
+def test_a_batch_without_pictures_has_a_report_and_no_sheet() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        result = await run(shop, source_of("prompt\n"))
+        assert result.items == 0
+        assert lines_of(shop.store) == []
+        assert "p/batches/spring/index.html" in shop.store.objects
+        assert "p/batches/spring/contact-sheet.png" not in shop.store.objects
+
+    virtual_time.run(story())
+
+
+# The real bucket.
+
+
+def test_the_report_goes_through_boto3_and_comes_back_as_a_stream(local_s3: LocalS3, tmp_path: Path) -> None:
+    local_s3.create_bucket("reports")
+    files, store = S3Files("reports", local_s3.access), S3Store("reports", local_s3.access)
+    path = tmp_path / "report.jsonl"
+    path.write_bytes(b"".join(outcome(row).to_line() for row in range(300)))
+    files.upload("p/report.jsonl", path, content_type="application/x-ndjson")
+    with files.open("p/report.jsonl") as stream:
+        assert [Outcome.from_line(line) for line in stream] == [outcome(row) for row in range(300)]
+
+    async def listed() -> list[str]:
+        return [row.key async for row in store.list("p/")]
+
+    assert asyncio.run(listed()) == ["p/report.jsonl"]
+
+
+def test_a_part_with_strange_lines_is_read_as_far_as_it_goes(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        store, scratch = MemoryStore(), Scratch()
+        key = "p/batches/spring/runs/20260101T000000Z-a/part-00001.jsonl"
+        await store.put(key, outcome(1).to_line() + b"half a li", content_type="x")
+        earlier = await folder_in(store).load_earlier(scratch, "run")
+        assert earlier.rows == 1
+        assert scratch.earlier("i1") is not None
+        scratch.close()
+
+    virtual_time.run(story())
+    assert "1 lines are none of a report" in caplog.text
+
+
+def test_tiny_pictures_are_pictures() -> None:
+    image = pytest.importorskip("PIL.Image")
+    with image.open(io.BytesIO(tiny_png(9))) as picture:
+        assert picture.size == (2, 2)
+
+
+def test_a_batch_that_never_began_leaves_nothing() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await batch_of(shop, source_of(prompts(1))).close()
+        assert shop.store.objects == {}
+
+    virtual_time.run(story())

@@ -1,0 +1,162 @@
+"""The doctor: each line ok, or what to do; it costs nothing and says no secret."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_eachlabs.cli import doctor, doctor_server
+from prefect_eachlabs.cli.findings import Finding, State
+from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.limits.admin import LimitStatus
+from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.storage.base import PreconditionFailed
+from prefect_eachlabs.storage.s3 import S3Store
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from tests.flows.flow_fixtures import Studio
+
+
+@pytest.fixture(autouse=True)
+def _no_server() -> Iterator[None]:
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        yield
+
+
+def findings(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict[str, dict[str, Any]], str]:
+    status = main(["doctor", "--json", *words])
+    out = capsys.readouterr().out
+    return status, {one["about"]: one for one in json.loads(out)["findings"]}, out
+
+
+def test_what_is_right_is_ok_and_costs_nothing(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    status, found, out = findings(capsys, "--to", studio.destination)
+    assert {about for about, one in found.items() if one["state"] == "ok"} == {"versions", "account", "API", "bucket"}
+    assert (status, found["Prefect"]["state"]) == (1, "MEND")
+    assert [request["method"] for request in studio.api.journal()] == ["GET"]
+    assert studio.billed == 0
+    assert studio.keys("") == ["doctor.txt"]
+    assert "a-key-of-tests" not in out
+
+
+def test_the_lines_for_people_say_what_to_do(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    for words in ("ok      versions", "ok      API", "-       bucket", "MEND    Prefect", "→ Right for one process"):
+        assert words in out
+
+
+def test_without_a_key_it_says_so_and_asks_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    status, found, _ = findings(capsys)
+    assert (status, found["account"]["state"], found["API"]["state"]) == (2, "WRONG", "-")
+    assert "EACHLABS_API_KEY" in found["account"]["said"]
+
+
+def test_a_refused_key_is_told_apart_from_an_api_that_is_away(
+    studio: Studio, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with EmulatorServer(EmulatorOptions(api_keys=frozenset({"another-key"}))) as strict:
+        monkeypatch.setenv("EACHLABS_BASE_URL", strict.url)
+        status, found, _ = findings(capsys)
+    assert status == 2
+    assert "refuses the key" in found["API"]["said"]
+    monkeypatch.setenv("EACHLABS_BASE_URL", "http://127.0.0.1:9")
+    status, found, _ = findings(capsys)
+    assert (status, found["API"]["state"]) == (2, "WRONG")
+    assert "refuses" not in found["API"]["said"]
+
+
+def test_a_throttled_account_works_and_should_be_looked_at(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    studio.api.set_faults("executions:throttled,next=1")
+    status, found, _ = findings(capsys)
+    assert (status, found["API"]["state"]) == (1, "MEND")
+
+
+def test_a_bucket_that_is_not_there_is_named_with_what_to_do(
+    studio: Studio, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found, _ = findings(capsys, "--to", "s3://no-such-bucket/x")
+    assert (status, found["bucket"]["state"]) == (2, "WRONG")
+    assert "create it" in found["bucket"]["said"]
+
+
+def test_a_store_without_conditions_is_wrong(
+    studio: Studio, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = S3Store.put
+
+    async def put(self: S3Store, key: str, body: bytes, **how: Any) -> str:
+        how = {**how, "if_match": None, "if_absent": False}
+        try:
+            return await real(self, key, body, **how)
+        except PreconditionFailed:
+            raise AssertionError("it was unconditional") from None
+
+    monkeypatch.setattr(S3Store, "put", put)
+    status, found, _ = findings(capsys, "--to", studio.destination)
+    assert (status, found["bucket"]["state"]) == (2, "WRONG")
+    assert "ignores conditions" in found["bucket"]["said"]
+
+
+def test_versions_that_do_not_go_together_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor.metadata.version
+    monkeypatch.setattr(doctor.metadata, "version", lambda name: "0.155.0" if name == "fastapi" else real(name))
+    found = doctor.versions()
+    assert found.state is State.WRONG
+    assert "fastapi 0.155.0 is not" in found.said
+    assert "constraints.txt" in found.advice
+
+
+def limit(**facts: Any) -> Finding:
+    given: dict[str, Any] = {"name": "eachlabs-in-flight-default", "kind": Kind.IN_FLIGHT, "limit": 10, "setting": 10}
+    return doctor_server._limit(LimitStatus(**{**given, **facts}))
+
+
+def test_each_fault_of_a_limit_has_its_command() -> None:
+    assert limit(in_use=3, processes=2).state is State.OK
+    assert limit(setting=None, limit=None).state is State.OK
+    assert "setup" in limit(limit=None).advice
+    assert "reset" in limit(in_use=3, leaked=3).advice
+    assert "apply" in limit(limit=5).advice
+
+
+@pytest.mark.parametrize(
+    ("told", "workers", "state"),
+    [
+        ({}, 1, State.OK),
+        ({}, 2, State.MEND),
+        ({"connection_url": "**********"}, 2, State.OK),
+        ({"connection_url": "**********", "driver": "sqlite+aiosqlite"}, 2, State.MEND),
+        ({"connection_url": None, "driver": "postgresql+asyncpg"}, 2, State.OK),
+    ],
+)
+def test_sqlite_is_for_one_worker(told: dict[str, Any], workers: int, state: State) -> None:
+    assert doctor_server._database(told, workers).state is state
+
+
+def test_leases_in_memory_should_be_mended() -> None:
+    assert doctor_server._leases(doctor_server.MEMORY_LEASES).state is State.MEND
+    assert doctor_server._leases(doctor_server.FILE_LEASES) == Finding("leases", State.OK, "filesystem")
+
+
+def test_a_server_that_is_away_is_wrong(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"}):
+        status, found, _ = findings(capsys)
+    assert (status, found["Prefect"]["state"]) == (2, "WRONG")
+    assert "PREFECT_API_URL" in found["Prefect"]["advice"]
+
+
+def test_an_account_without_a_free_place_is_not_asked(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def busy(*_: object) -> float:
+        raise asyncio.TimeoutError
+
+    monkeypatch.setattr(doctor, "_ask", busy)
+    status, found, _ = findings(capsys)
+    assert (status, found["API"]["state"]) == (1, "MEND")
+    assert not studio.api.journal()

@@ -1,0 +1,72 @@
+"""README says what is: its examples run, its commands exist, its settings are the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import re
+from typing import Any
+
+import pytest
+
+from prefect_eachlabs.cli import main as cli
+from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings
+from tests.conftest import ROOT
+from tests.flows.flow_fixtures import Studio
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def names_of(example: str, file_name: str) -> dict[str, Any]:
+    names: dict[str, Any] = {"__name__": file_name}
+    exec(compile(example, file_name, "exec"), names)
+    return names
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_flow_of_the_first_screen_runs(studio: Studio) -> None:
+    flow = names_of(EXAMPLES[0], "README-1.py")["picture_of_the_day"]
+    assert flow("a red fox in the snow, watercolour", studio.destination).uri.startswith(studio.destination)
+    assert studio.billed == 1
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_composite_of_the_second_example_runs(studio: Studio) -> None:
+    flow = names_of(EXAMPLES[1], "README-2.py")["product_pictures"]
+    uris = flow({"mug": "a blue mug", "lamp": "a green lamp"}, studio.destination)
+    assert uris == [f"{studio.destination}/images/mug.png", f"{studio.destination}/images/lamp.png"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_async_example_runs(studio: Studio) -> None:
+    flow = names_of(EXAMPLES[2], "README-3.py")["sketches"]
+    assert inspect.iscoroutinefunction(flow.fn)
+    assert len(asyncio.run(flow(["a fox", "an owl"], studio.destination))) == 2
+
+
+def test_every_command_that_is_shown_exists() -> None:
+    shown = set(re.findall(r"^\$ prefect-eachlabs ([a-z]+)", README, re.MULTILINE))
+    assert shown
+    assert shown <= {command.name for command in cli.COMMANDS}
+
+
+def test_the_table_of_settings_is_the_settings() -> None:
+    rows = dict(re.findall(r"^\| `(EACHLABS_[A-Z_]+)` \|\s*`?([^|`]*?)`?\s*\|", README, re.MULTILINE))
+    assert set(rows) == set(ENVIRONMENT.values())
+    for field, variable in ENVIRONMENT.items():
+        default = AccountSettings.model_fields[field].default
+        if field != "api_key":
+            assert rows[variable].strip() == (f"{default:g}" if isinstance(default, float) else str(default))
+
+
+def test_every_link_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            assert (ROOT / path).exists(), target
+            if anchor:
+                headings = re.findall(r"^#+ (.+)$", (ROOT / path).read_text(encoding="utf-8"), re.MULTILINE)
+                assert anchor in {re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in headings}, (
+                    target
+                )

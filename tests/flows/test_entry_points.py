@@ -1,0 +1,81 @@
+"""The deployed entry points: flat parameters, and the same as the flows of the package."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from prefect import Flow
+from prefect.utilities.callables import parameter_schema
+
+from prefect_eachlabs import BadInput
+from prefect_eachlabs.flows.generate_image import json_fields
+from tests.api.reference_kit import picture_bytes
+from tests.conftest import ROOT
+from tests.flows.flow_fixtures import BUCKET, Studio
+
+FILES = sorted((ROOT / "flows").glob("*.py"))
+
+
+def flows_of(path: Path) -> list[Flow[..., Any]]:
+    """The flows that an entry point's file holds, found as Prefect finds them: by its attributes."""
+    spec = importlib.util.spec_from_file_location(f"entry_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = {thing.name: thing for name, thing in vars(module).items() if isinstance(thing, Flow) and name != "body"}
+    return list(found.values())
+
+
+def entry(name: str) -> Flow[..., Any]:
+    (found,) = flows_of(ROOT / "flows" / f"{name}.py")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_form_is_flat_and_each_field_described(path: Path) -> None:
+    flows = flows_of(path)
+    assert flows
+    for one in flows:
+        for field, facts in parameter_schema(one).properties.items():
+            kinds = {facts.get("type"), *(each.get("type") for each in facts.get("anyOf", ()))} - {None, "null"}
+            assert kinds <= {"string", "integer", "number", "boolean"}, f"{one.name}: {field}: {facts}"
+            assert facts["description"], f"{one.name}: {field}"
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_form_of_a_picture_takes_further_fields_as_json(studio: Studio) -> None:
+    image = entry("generate_image")(
+        "a fox", studio.destination, model="flux-1-1-pro", version="", input_json='{"aspect_ratio": "16:9"}'
+    )
+    (bought,) = studio.api.predictions()
+    assert bought["input"] == {"prompt": "a fox", "aspect_ratio": "16:9"}
+    assert image.uri.startswith(studio.destination)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_form_of_variations_takes_a_prompt_to_a_line(studio: Studio) -> None:
+    with closing(boto3.client("s3")) as s3:
+        key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/fox.jpg"
+        s3.put_object(Bucket=BUCKET, Key=key, Body=picture_bytes(7, "JPEG"))
+    images = asyncio.run(
+        entry("vary_image")(f"s3://{BUCKET}/{key}", "in snow\n\n in rain \n", studio.destination, name="fox")
+    )
+    assert [image.item_id for image in images] == ["fox-1-1", "fox-2-1"]
+    assert {one["input"]["prompt"] for one in studio.api.predictions()} == {"in snow", "in rain"}
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "7", '"text"', "[" * 100_000])
+def test_what_is_no_json_object_is_refused(text: str) -> None:
+    with pytest.raises(BadInput, match="input_json"):
+        json_fields(text)
+
+
+def test_an_empty_field_is_none() -> None:
+    assert json_fields("  ") is None

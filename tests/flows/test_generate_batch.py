@@ -1,0 +1,257 @@
+"""The flow over a table: chunks as task runs, artifacts, and a state that says what is not there."""
+
+from __future__ import annotations
+
+import asyncio
+import runpy
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
+from prefect.client.schemas.objects import State
+
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
+from prefect_eachlabs.errors import BadInput, SetupError
+from prefect_eachlabs.flows import generate_batch as batch_flow
+from prefect_eachlabs.flows.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
+from prefect_eachlabs.flows.generate_batch import generate_batch
+from prefect_eachlabs.testing.emulator import EmulatorOptions
+from tests.flows.flow_fixtures import BUCKET, Studio
+
+pytestmark = pytest.mark.usefixtures("prefect_server")
+
+
+def table(tmp_path: Path, prompts: Sequence[str]) -> str:
+    path = tmp_path / "spring.tsv"
+    path.write_text("\n".join(["prompt", *prompts]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def foxes(count: int) -> list[str]:
+    return [f"fox number {number}" for number in range(count)]
+
+
+def ended(source: str, studio: Studio, **more: Any) -> State[Any]:
+    state: State[Any] = generate_batch(source, studio.destination, **more, return_state=True)
+    return state
+
+
+def result_of(state: State[Any]) -> dict[str, Any]:
+    found: dict[str, Any] = asyncio.run(state.aresult(raise_on_failure=False))
+    return found
+
+
+def seen_of(state: State[Any]) -> tuple[list[Any], list[Any]]:
+    """The flow run's task runs and artifacts."""
+    run_id = state.state_details.flow_run_id
+    assert run_id is not None
+
+    async def read() -> tuple[list[Any], list[Any]]:
+        async with get_client() as client:
+            runs = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
+            mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+            return runs, await client.read_artifacts(artifact_filter=mine)
+
+    return asyncio.run(read())
+
+
+def test_a_task_run_stands_for_a_chunk_and_the_run_is_completed(studio: Studio, tmp_path: Path) -> None:
+    state = ended(table(tmp_path, foxes(25)), studio, chunk_size=10)
+    assert state.is_completed()
+    assert str(state.message).startswith("25 stored, 0 reused of 25; 0.9750 USD")
+    result = result_of(state)
+    assert (result["stored"], result["items"], result["cost_by_model"]["gemini"]["pictures"]) == (25, 25, 25)
+    assert result["report_uri"] == f"{studio.destination}/batches/spring/report.json"
+    assert studio.billed == 25
+
+    runs, artifacts = seen_of(state)
+    assert sorted(run.name for run in runs) == ["rows 12 to 21", "rows 2 to 11", "rows 22 to 26"]
+    assert {tag for run in runs for tag in run.tags} >= {"eachlabs", "eachlabs-generate"}
+    (progress,) = [one for one in artifacts if one.type == "progress"]
+    assert progress.data == 100
+    assert "25 of 25 (100%): 25 stored" in progress.description
+    (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
+    assert "data:image/jpeg;base64," in report.data
+    chunks = [one for one in artifacts if one.type == "markdown" and one.key is None]
+    assert len(chunks) == 3
+    assert any("fox number 24" in one.data for one in chunks)
+
+
+def test_running_it_again_needs_no_task_run(studio: Studio, tmp_path: Path) -> None:
+    source = table(tmp_path, foxes(5))
+    ended(source, studio)
+    state = ended(source, studio)
+    assert state.is_completed()
+    assert result_of(state)["reused"] == 5
+    assert seen_of(state)[0] == []
+    assert studio.billed == 5
+
+
+def test_a_row_without_a_picture_fails_the_run_with_the_reasons_by_kind(studio: Studio, tmp_path: Path) -> None:
+    studio.api.set_faults("prediction:fail_moderation,matching=naked")
+    source = table(tmp_path, [*foxes(6), "a naked fox", "  ", "two\tcells"])
+    state = ended(source, studio)
+    assert state.is_failed()
+    assert "2 failed (1 bad input, 1 content refused)" in str(state.message)
+    assert result_of(state)["stored"] == 6
+    _, artifacts = seen_of(state)
+    (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
+    assert "a naked fox" in report.data
+    assert "content refused" in report.data
+    assert ended(source, studio, fail_above=2).is_completed()
+    assert ended(source, studio, fail_above=0.5).is_completed()
+    assert ended(source, studio, fail_above=1).is_failed()
+
+
+def test_a_wrong_key_stops_the_run_at_the_first_item(studio: Studio, tmp_path: Path) -> None:
+    studio.api.set_faults("create:error,status=401")
+    state = ended(table(tmp_path, foxes(50)), studio, fail_above=1_000)
+    assert state.is_failed()
+    assert "Stopped: The API at 127.0.0.1 does not accept the key" in str(state.message)
+    assert sum(row["method"] == "POST" for row in studio.api.journal()) == 1
+
+
+def test_a_missing_bucket_fails_the_run_before_anything_is_bought(studio: Studio, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="NoSuchBucket"):
+        generate_batch(table(tmp_path, foxes(2)), "s3://no-such-bucket-here/p")
+    assert studio.billed == 0
+
+
+def test_a_dry_run_buys_nothing_and_says_what_it_would(studio: Studio, tmp_path: Path) -> None:
+    state = ended(table(tmp_path, foxes(7)), studio, dry_run=True)
+    assert state.is_completed()
+    assert state.message == "Nothing was bought: 7 new, 0 there, 0 that cannot be bought."
+    assert result_of(state)["new"] == 7
+    assert studio.billed == 0
+
+
+def test_a_budget_holds_for_the_flow_too(studio: Studio, tmp_path: Path) -> None:
+    state = ended(table(tmp_path, foxes(8)), studio, budget_usd=0.1, chunk_size=3)
+    assert state.is_failed()
+    assert "6 skipped (6 budget)" in str(state.message)
+    assert studio.billed == 2
+
+
+def test_a_source_may_stand_in_the_bucket(studio: Studio) -> None:
+    key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/in/foxes.csv"
+    with closing(boto3.client("s3")) as s3:
+        s3.put_object(Bucket=BUCKET, Key=key, Body=b"prompt,id\nfox,f1\ndog,d1\n")
+    state = ended(f"s3://{BUCKET}/{key}", studio, batch_id="zoo")
+    assert state.is_completed()
+    assert sorted(studio.keys()) == ["d1.png", "f1.png"]
+    assert sorted(studio.keys("batches/zoo/"))[:4] == [
+        "contact-sheet.png",
+        "index.html",
+        "report.json",
+        "report.jsonl",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"chunk_size": 0}, "chunk_size"),
+        ({"chunk_size": 101}, "chunk_size"),
+        ({"presigned_days": 8}, "presigned_days"),
+        ({"budget_usd": 0}, "budget_usd"),
+        ({"fail_above": -1}, "fail_above"),
+        ({"batch_id": "a/b"}, "batch_id"),
+        ({"model": "no model"}, "model"),
+    ],
+)
+def test_what_a_form_may_not_hold_is_refused(studio: Studio, tmp_path: Path, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        generate_batch(table(tmp_path, foxes(1)), studio.destination, **given)
+    assert studio.billed == 0
+
+
+def test_rows_of_a_task_run_that_prefect_lost_are_obtained_all_the_same(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @task(cache_policy=NO_CACHE)
+    def lost(chunk: batch_flow.Chunk) -> None:
+        raise ConnectionError("the Prefect server is away")
+
+    monkeypatch.setattr(batch_flow, "generate_chunk", lost)
+    state = ended(table(tmp_path, foxes(5)), studio)
+    assert state.is_completed()
+    assert result_of(state)["stored"] == 5 == studio.billed
+
+
+class Ended(BaseException):
+    """What Prefect's own signal is to a flow's body; that one ends the process, too."""
+
+
+def test_a_cancelled_run_cancels_what_its_chunks_have_in_flight(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio.api.emulator.options = EmulatorOptions(service_seconds=60, requests_per_minute=None)
+    monkeypatch.setattr(batch_flow, "PROGRESS_SECONDS", 0.2)
+    waits = 0
+
+    def terminated(self: ProgressShown, **_: Any) -> None:
+        nonlocal waits
+        waits += studio.api.tallies()["in_flight"] > 0
+        if waits > 2:
+            raise Ended
+
+    monkeypatch.setattr(ProgressShown, "show", terminated)
+    with pytest.raises(Ended):
+        generate_batch(table(tmp_path, foxes(60)), studio.destination)
+    tallies = studio.api.tallies()
+    assert tallies["in_flight"] == 0
+    assert tallies["cancelled"] == tallies["billed"] > 0
+
+
+HOSTILE = "<img src=x onerror=alert(1)> | [a](javascript:alert(1)) `code` **bold**"
+
+
+def test_nothing_from_outside_is_markup_in_an_artifact() -> None:
+    bad = Outcome(2, RowState.FAILED, prompt=HOSTILE, error={"kind": HOSTILE, "message": HOSTILE})
+    result = BatchResult(
+        HOSTILE,
+        "r",
+        "completed",
+        1,
+        0,
+        0,
+        1,
+        0,
+        0,
+        0.0,
+        0.0,
+        1.0,
+        "s3://b/r",
+        "s3://b/i",
+        why=HOSTILE,
+        stopped_by=HOSTILE,
+    )
+    for markdown in (chunk_markdown([bad]), report_markdown(result, [bad], b"no picture")):
+        for sign in ("<img", "](javascript", "**bold**", "`code`", "\n\n"):
+            assert sign not in markdown
+
+
+def test_the_deployed_entry_point_is_the_flow() -> None:
+    path = Path(__file__).resolve().parents[2] / "flows" / "generate_batch.py"
+    assert runpy.run_path(str(path))["generate_batch"] is generate_batch
+
+
+def test_other_formats_are_stored_where_the_form_allows_them(studio: Studio, tmp_path: Path) -> None:
+    source = tmp_path / "mixed.csv"
+    source.write_text("id,prompt,model,input.output_format\na,a fox,flux-1-1-pro,jpeg\nb,a hare,flux-1-1-pro,png\n")
+    assert "format not allowed" in str(ended(str(source), studio).message)
+    assert ended(str(source), studio, formats="png, jpeg").is_completed()
+    assert sorted(studio.keys()) == ["a.jpg", "b.png"]
+    assert studio.billed == 2

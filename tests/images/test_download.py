@@ -1,0 +1,356 @@
+"""`download.py` brings a whole picture or an error that keeps what was paid for."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+import pytest
+
+from prefect_eachlabs.errors import DownloadFailed, EachlabsError, HostNotAllowed, NotAPng, NotYetSafe
+from prefect_eachlabs.images.download import MAX_REDIRECTS, Downloader
+from prefect_eachlabs.models import Png
+from prefect_eachlabs.net.public_only import HostGuard
+from tests.images.test_png import IEND, SMALL, header, idat, png
+from tests.virtual_time import run
+
+URL = "https://pictures.invalid/out/1.png?X-Amz-Signature=secret"
+HERE = HostGuard(api_host="127.0.0.1")
+Answer = Callable[[httpx.Request], httpx.Response]
+
+
+class Host:
+    """A picture's host that keeps what it was asked."""
+
+    def __init__(self, answer: Answer | bytes) -> None:
+        self.requests: list[httpx.Request] = []
+        self._answer: Answer = answer if callable(answer) else lambda _: httpx.Response(200, content=answer)
+
+    def transport(self) -> httpx.MockTransport:
+        def handle(request: httpx.Request) -> httpx.Response:
+            self.requests.append(request)
+            return self._answer(request)
+
+        return httpx.MockTransport(handle)
+
+
+class Body(httpx.AsyncByteStream):
+    """A body that comes piece by piece, with a pause before each."""
+
+    def __init__(self, *pieces: bytes, pause_seconds: float = 0.0) -> None:
+        self.pieces = pieces
+        self.pause_seconds = pause_seconds
+        self.sent = 0
+        self.closed = False
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            await asyncio.sleep(self.pause_seconds)
+            self.sent += 1
+            yield piece
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+
+async def fetch(downloader: Downloader, url: str = URL) -> Png:
+    try:
+        return await downloader.fetch_png(url, prediction_id="pred-1", item_id="item-1")
+    finally:
+        await downloader.aclose()
+
+
+def failure(answer: Answer | bytes, url: str = URL) -> EachlabsError:
+    with pytest.raises(NotYetSafe) as caught:
+        run(fetch(Downloader(Host(answer).transport()), url))
+    error = caught.value
+    assert (error.prediction_id, error.item_id) == ("pred-1", "item-1")
+    assert error.retryable
+    assert "secret" not in str(error)
+    assert "pred-1" in str(error)
+    assert "run again" in str(error)
+    return error
+
+
+def answering(status_code: int, content: bytes = b"", **headers: str) -> Answer:
+    return lambda _: httpx.Response(
+        status_code, content=content, headers={k.replace("_", "-"): v for k, v in headers.items()}
+    )
+
+
+# ------------------------------------------------------------------------ a whole picture
+
+
+def test_a_picture_comes_unchanged_with_its_digest_and_size() -> None:
+    picture = run(fetch(Downloader(Host(SMALL).transport())))
+    assert picture.data == SMALL
+    assert picture.sha256 == hashlib.sha256(SMALL).hexdigest()
+    assert (picture.width_px, picture.height_px) == (2, 2)
+
+
+def test_the_bytes_decide_and_not_the_content_type() -> None:
+    assert run(fetch(Downloader(Host(answering(200, SMALL, Content_Type="image/jpeg")).transport()))).data == SMALL
+
+
+def test_no_key_no_cookie_and_no_encoding_goes_with_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EACHLABS_API_KEY", "k-secret")
+    host = Host(answering(200, SMALL, Set_Cookie="session=1; Path=/"))
+
+    async def twice() -> None:
+        downloader = Downloader(host.transport())
+        await downloader.fetch_png(URL, prediction_id="pred-1")
+        await fetch(downloader)
+
+    run(twice())
+    assert len(host.requests) == 2
+    for request in host.requests:
+        assert request.method == "GET"
+        assert request.headers["Accept-Encoding"] == "identity"
+        assert not {"cookie", "authorization", "x-api-key"} & set(request.headers)
+        assert "k-secret" not in repr(request.headers.raw)
+
+
+def test_a_downloader_that_was_closed_opens_again() -> None:
+    async def story() -> Png:
+        downloader = Downloader(Host(SMALL).transport())
+        await fetch(downloader)
+        return await fetch(downloader)
+
+    assert run(story()).data == SMALL
+
+
+# ------------------------------------------------------------------------------ redirects
+
+
+def redirecting(times: int, *, location: str | None = None) -> Host:
+    def answer(request: httpx.Request) -> httpx.Response:
+        hop = int(request.url.params.get("hop", 0))
+        if hop < times:
+            return httpx.Response(302, headers={"Location": location or f"/out/1.png?hop={hop + 1}&token=secret"})
+        return httpx.Response(200, content=SMALL)
+
+    return Host(answer)
+
+
+def test_as_many_redirects_as_allowed_are_followed() -> None:
+    host = redirecting(MAX_REDIRECTS)
+    assert run(fetch(Downloader(host.transport()))).data == SMALL
+    assert len(host.requests) == MAX_REDIRECTS + 1
+
+
+def test_one_redirect_more_is_refused() -> None:
+    host = redirecting(MAX_REDIRECTS + 1)
+    with pytest.raises(DownloadFailed, match="more than 5 redirects") as caught:
+        run(fetch(Downloader(host.transport())))
+    assert len(host.requests) == MAX_REDIRECTS + 1
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "location", ["file:///etc/passwd", "ftp://pictures.invalid/1.png", "data:image/png;base64,AAAA"]
+)
+def test_a_redirect_to_what_is_not_http_is_refused(location: str) -> None:
+    host = redirecting(1, location=location)
+    with pytest.raises(DownloadFailed, match=r"not http\(s\)|InvalidURL"):
+        run(fetch(Downloader(host.transport())))
+    assert len(host.requests) == 1
+
+
+def test_a_redirect_into_this_network_is_never_asked() -> None:
+    host = redirecting(1, location="http://169.254.169.254/latest/meta-data?token=secret")
+    with pytest.raises(HostNotAllowed, match=r"169\.254\.169\.254.*EACHLABS_PRIVATE_HOSTS") as caught:
+        run(fetch(Downloader(host.transport(), hosts=HostGuard(resolve=None))))
+    assert [request.url.host for request in host.requests] == ["pictures.invalid"]
+    assert (caught.value.prediction_id, caught.value.retryable) == ("pred-1", False)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "pictures.invalid/1.png", "ftp://pictures.invalid/1.png", "https://", "http://[::1", "http://a:b/"]
+)
+def test_a_url_that_cannot_be_asked_is_a_failed_download(url: str) -> None:
+    with pytest.raises(DownloadFailed, match="pred-1"):
+        run(fetch(Downloader(Host(SMALL).transport()), url))
+
+
+# ------------------------------------------------------------------------ what is no picture
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"<!doctype html><html><body>Sign in</body></html>", "it begins like HTML, not like a PNG"),
+        (SMALL[:-5], "it is truncated"),
+        (SMALL + b"\0", "bytes follow its end"),
+        (b"", "it is empty (0 bytes)"),
+        (png(header(2, 2), idat(bytes(50)), IEND), "decompress to more"),
+    ],
+)
+def test_what_is_no_whole_png_is_refused_with_its_reason_and_its_url(body: bytes, reason: str) -> None:
+    error = failure(body)
+    assert isinstance(error, NotAPng)
+    assert reason in error.message
+    assert "paid for" in error.message
+    assert error.url == "https://pictures.invalid/out/1.png"
+
+
+def test_a_picture_that_announces_too_much_is_refused_before_it_is_read() -> None:
+    body = Body(SMALL)
+    host = Host(lambda _: httpx.Response(200, stream=body, headers={"Content-Length": str(10**9)}))
+    with pytest.raises(NotAPng, match="larger than 67108864 bytes"):
+        run(fetch(Downloader(host.transport())))
+    assert body.sent == 0
+    assert body.closed
+
+
+def test_a_picture_that_grows_too_large_is_given_up_at_the_limit() -> None:
+    body = Body(SMALL[:-12], *[b"\0\0\0\x10tEXt"] * 100)
+    host = Host(lambda _: httpx.Response(200, stream=body))
+    with pytest.raises(NotAPng, match=f"larger than {len(SMALL)} bytes"):
+        run(fetch(Downloader(host.transport(), max_bytes=len(SMALL))))
+    assert body.sent < 10
+    assert body.closed
+
+
+# -------------------------------------------------------------------------- what does not come
+
+
+@pytest.mark.parametrize("status_code", [403, 404, 410])
+def test_a_picture_that_is_gone_says_how_long_the_vendor_keeps_it(status_code: int) -> None:
+    error = failure(answering(status_code, b"<Error><SecretKey>secret</SecretKey></Error>"))
+    assert isinstance(error, DownloadFailed)
+    assert error.status_code == status_code
+    assert "24 h" in error.message
+    assert f"HTTP {status_code}" in error.message
+
+
+@pytest.mark.parametrize("status_code", [201, 204, 206, 301, 304, 400, 429, 500, 503])
+def test_only_status_200_brings_a_picture(status_code: int) -> None:
+    error = failure(answering(status_code, b"" if status_code in (204, 304) else SMALL))
+    assert error.status_code == status_code
+
+
+@pytest.mark.parametrize("announced_bytes", [len(SMALL) - 1, len(SMALL) + 1])
+def test_a_length_that_does_not_match_is_refused_even_when_the_picture_is_whole(announced_bytes: int) -> None:
+    headers = {"Content-Length": str(announced_bytes)}
+    error = failure(lambda _: httpx.Response(200, stream=Body(SMALL), headers=headers))
+    assert f"{len(SMALL)} bytes instead of {announced_bytes}" in error.message
+
+
+def test_an_encoding_that_was_not_asked_for_is_refused() -> None:
+    error = failure(lambda _: httpx.Response(200, stream=Body(b"x"), headers={"Content-Encoding": "gzip"}))
+    assert "encoded (gzip)" in error.message
+
+
+@pytest.mark.parametrize(
+    "fault", [httpx.ReadTimeout, httpx.ConnectTimeout, httpx.ConnectError, httpx.RemoteProtocolError]
+)
+def test_what_the_network_does_is_a_failed_download(fault: type[httpx.TransportError]) -> None:
+    def answer(_: httpx.Request) -> httpx.Response:
+        raise fault("the cable")
+
+    assert isinstance(failure(answer), DownloadFailed)
+
+
+def test_a_dripping_body_ends_at_the_time_limit() -> None:
+    body = Body(*[SMALL[i : i + 1] for i in range(len(SMALL))], pause_seconds=1.0)
+    host = Host(lambda _: httpx.Response(200, stream=body))
+
+    async def story() -> float:
+        with pytest.raises(DownloadFailed, match=r"within 60 s \(59 bytes came\)"):
+            await fetch(Downloader(host.transport()))
+        return asyncio.get_running_loop().time()
+
+    assert len(SMALL) > 60
+    assert run(story()) == 60.0
+    assert body.closed
+
+
+def test_waiting_for_ones_turn_does_not_count_towards_the_time_limit() -> None:
+    host = Host(lambda _: httpx.Response(200, stream=Body(SMALL, pause_seconds=50.0)))
+
+    async def story() -> float:
+        downloader = Downloader(host.transport(), max_at_once=1)
+        pictures = await asyncio.gather(*(downloader.fetch_png(URL, prediction_id=str(n)) for n in range(3)))
+        await downloader.aclose()
+        assert [picture.data for picture in pictures] == [SMALL] * 3
+        return asyncio.get_running_loop().time()
+
+    assert run(story()) == 150.0
+
+
+def test_a_cancelled_download_closes_its_connection() -> None:
+    body = Body(SMALL, pause_seconds=30.0)
+    host = Host(lambda _: httpx.Response(200, stream=body))
+
+    async def story() -> None:
+        task = asyncio.ensure_future(fetch(Downloader(host.transport())))
+        await asyncio.sleep(5)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    run(story())
+    assert body.closed
+
+
+def test_the_log_of_httpx_shows_no_query_of_a_picture(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    run(fetch(Downloader(Host(SMALL).transport())))
+    assert "https://pictures.invalid/out/1.png" in caplog.text
+    assert "secret" not in caplog.text
+
+
+# ------------------------------------------------------------------------ with a real socket
+
+
+async def against_a_real_host(answer: bytes) -> Png:
+    """A host that sends these bytes and closes the connection."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        return await fetch(Downloader(hosts=HERE), f"http://127.0.0.1:{port}/1.png?token=secret")
+    finally:
+        server.close()
+        await server.wait_closed()
+
+
+def test_a_picture_comes_over_a_real_connection() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SMALL)
+    assert asyncio.run(against_a_real_host(head + SMALL)).data == SMALL
+
+
+def test_a_connection_cut_in_the_middle_is_a_failed_download_that_tells_how_far_it_came() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SMALL)
+    with pytest.raises(DownloadFailed, match="after 40 bytes") as caught:
+        asyncio.run(against_a_real_host(head + SMALL[:40]))
+    assert "secret" not in str(caught.value)
+
+
+def test_a_connection_cut_in_the_middle_of_a_body_without_length_is_no_whole_png() -> None:
+    with pytest.raises(NotAPng, match="truncated"):
+        asyncio.run(against_a_real_host(b"HTTP/1.1 200 OK\r\n\r\n" + SMALL[:40]))
+
+
+def test_an_answer_that_is_no_http_is_a_failed_download() -> None:
+    with pytest.raises(DownloadFailed, match="RemoteProtocolError"):
+        asyncio.run(against_a_real_host(SMALL))
+
+
+def test_a_host_where_nobody_listens_is_a_failed_download() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(DownloadFailed, match="ConnectError"):
+        asyncio.run(fetch(Downloader(hosts=HERE), f"http://127.0.0.1:{port}/1.png"))

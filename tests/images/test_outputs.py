@@ -1,0 +1,355 @@
+"""What a prediction puts out: one picture or several, of which formats, whole or not at all."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from contextlib import closing
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import boto3
+import httpx
+import pytest
+from PIL import Image
+
+from prefect_eachlabs.batch.outcomes import Totals, not_there
+from prefect_eachlabs.batch.source import Wanted
+from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.errors import BadInput, ContentRefused, FormatNotAllowed, NotAPng, PictureMissing, StoreFailed
+from prefect_eachlabs.images import formats as media
+from prefect_eachlabs.images import store as finishing
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.formats import MediaError, MediaReader, check_formats, format_of, verify
+from prefect_eachlabs.models import Item
+from prefect_eachlabs.tasks import await_prediction, create_prediction, generate_and_store, store_image
+from prefect_eachlabs.testing.s3 import Fault as S3Fault
+from tests.flows.flow_fixtures import BUCKET, Studio
+
+FORMATS = ("jpeg", "webp", "gif", "mp4")
+Printed = pytest.CaptureFixture[str]
+
+
+def picture(format: str, size_px: tuple[int, int] = (48, 32), frames: int = 1) -> bytes:
+    """A picture with enough in it that a cut is seen."""
+    if format == "mp4":
+        return video(size_px)
+    buffer = io.BytesIO()
+    images = [Image.effect_noise(size_px, 60 + number).convert("RGB") for number in range(frames)]
+    more: dict[str, Any] = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
+    images[0].save(buffer, format.upper(), **more)
+    return buffer.getvalue()
+
+
+def video(size_px: tuple[int, int]) -> bytes:
+    import av
+
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=Fraction(10))
+        stream.width, stream.height, stream.pix_fmt = *size_px, "yuv420p"
+        for number in range(5):
+            image = Image.effect_noise(size_px, 60 + number).convert("RGB")
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------ verified
+
+
+@pytest.mark.parametrize("format", ["png", *FORMATS])
+def test_a_whole_picture_of_each_format_is_known_and_measured(format: str) -> None:
+    data = picture(format)
+    assert format_of(data[:16]) == format
+    found = verify(data)
+    assert (found.format, found.width_px, found.height_px, found.data) == (format, 48, 32, data)
+
+
+@pytest.fixture(autouse=True)
+def _quick_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finishing, "FIRST_PAUSE_SECONDS", 0.01)
+
+
+@pytest.mark.parametrize("format", ["gif", "webp"])
+def test_every_frame_of_a_moving_picture_is_decoded(format: str) -> None:
+    data = picture(format, frames=3)
+    assert verify(data).format == format
+    with pytest.raises(MediaError):
+        verify(data[: len(data) * 2 // 3])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.9, 0.995])
+def test_a_picture_that_was_cut_off_is_refused(format: str, part: float) -> None:
+    data = picture(format, size_px=(160, 128))
+    with pytest.raises(MediaError, match=f"{media.FORMATS[format].title}"):
+        verify(data[: int(len(data) * part)])
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_head_without_a_body_is_refused(format: str) -> None:
+    with pytest.raises(MediaError):
+        verify(picture(format)[:40] + bytes(1_000))
+
+
+def test_a_picture_that_would_fill_the_memory_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "MAX_PIXELS", 1_000)
+    with pytest.raises(MediaError, match="48 x 32 px and 1 frames, which is too much"):
+        verify(picture("jpeg"))
+    monkeypatch.setattr(media, "MAX_PIXELS", 2_000)
+    monkeypatch.setattr(media, "MAX_PIXELS_OF_ALL_FRAMES", 4_000)
+    with pytest.raises(MediaError, match="3 frames of 48 x 32 px, which is too much"):
+        verify(picture("gif", frames=3))
+
+
+@pytest.mark.parametrize(("format", "package", "extra"), [("webp", "PIL", "demo"), ("mp4", "av", "video")])
+def test_what_cannot_be_verified_here_is_refused_and_says_what_to_install(
+    format: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = picture(format)
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(MediaError, match=rf"cannot be verified here: pip install 'prefect-eachlabs\[{extra}\]'"):
+        verify(data)
+
+
+def test_what_comes_in_single_bytes_is_read_as_well() -> None:
+    for format in ("png", "jpeg"):
+        reader = MediaReader(("png", "jpeg"))
+        for byte in picture(format):
+            reader.feed(bytes([byte]))
+        assert reader.finish().format == format
+
+
+def test_a_picture_that_is_too_long_is_not_read_to_its_end() -> None:
+    reader = MediaReader(("jpeg",), max_bytes=1_000)
+    reader.feed(picture("jpeg")[:900])
+    with pytest.raises(MediaError, match="larger than 1000 bytes"):
+        reader.feed(bytes(101))
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [(None, None), ("png,jpg", ("png", "jpeg")), (["PNG", "png", " webp "], ("png", "webp")), (("mp4",), ("mp4",))],
+)
+def test_formats_are_named_as_people_name_them(given: Any, names: tuple[str, ...] | None) -> None:
+    assert check_formats(given) == names
+
+
+@pytest.mark.parametrize("given", ["", "tiff", ["png", "exe"], []])
+def test_formats_that_are_none_are_refused(given: Any) -> None:
+    with pytest.raises(BadInput, match=r"formats: .* Name one or more of png, jpeg, webp, gif, mp4"):
+        check_formats(given)
+
+
+# ----------------------------------------------------------------------------------------------- downloaded
+
+
+def fetched(data: bytes, *formats: str) -> Any:
+    async def story() -> Any:
+        downloader = Downloader(httpx.MockTransport(lambda request: httpx.Response(200, content=data)))
+        try:
+            given = {"formats": formats} if formats else {}
+            return await downloader.fetch("https://cdn.example.org/1", prediction_id="p-1", item_id="fox", **given)
+        finally:
+            await downloader.aclose()
+
+    return asyncio.run(story())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_another_format_than_was_promised_is_refused_and_the_error_says_how_to_have_it(format: str) -> None:
+    title = media.FORMATS[format].title
+    said = rf"is paid for and not stored: it is a {title} where a PNG is promised.* --formats png,{format}"
+    with pytest.raises(FormatNotAllowed, match=said) as info:
+        fetched(picture(format))
+    assert (info.value.retryable, info.value.prediction_id, info.value.item_id) == (False, "p-1", "fox")
+    assert isinstance(info.value, NotAPng)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_format_that_is_allowed_is_taken_as_it_is(format: str) -> None:
+    data = picture(format)
+    assert fetched(data, "png", format).data == data
+    with pytest.raises(NotAPng, match=f"no whole PNG or {media.FORMATS[format].title}: .*") as info:
+        fetched(data[:-40], "png", format)
+    assert info.value.retryable, "it may come whole another time"
+
+
+def test_a_png_is_refused_where_it_is_not_what_was_asked_for() -> None:
+    with pytest.raises(FormatNotAllowed, match="it is a PNG where a JPEG or WebP is promised"):
+        fetched(picture("png"), "jpeg", "webp")
+
+
+# --------------------------------------------------------------------------------------------------- stored
+
+
+def objects_of(studio: Studio) -> dict[str, Any]:
+    with closing(boto3.client("s3")) as s3:
+        prefix = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/images/"
+        return {key: s3.head_object(Bucket=BUCKET, Key=prefix + key) for key in sorted(studio.keys())}
+
+
+def record_of(studio: Studio, item_id: str) -> dict[str, Any]:
+    with closing(boto3.client("s3")) as s3:
+        key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/records/{item_id}.json"
+        record: dict[str, Any] = json.loads(s3.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+        return record
+
+
+@pytest.mark.parametrize(
+    ("format", "suffix", "content_type"),
+    [("jpeg", "jpg", "image/jpeg"), ("webp", "webp", "image/webp"), ("gif", "gif", "image/gif")],
+)
+def test_a_picture_of_another_format_is_stored_as_what_it_is(
+    studio: Studio, format: str, suffix: str, content_type: str
+) -> None:
+    given: dict[str, Any] = {
+        "destination": studio.destination,
+        "item_id": "fox",
+        "model": "flux-1-1-pro",
+        "input": {"output_format": format},
+    }
+    with pytest.raises(FormatNotAllowed, match="Allow it and run the same again, which buys nothing"):
+        generate_and_store.fn("a fox", **given)
+    assert studio.keys() == []
+    assert record_of(studio, "fox")["state"] == "created"
+
+    image = generate_and_store.fn("a fox", formats=["png", format], **given)
+    assert (image.uri, image.format) == (f"{studio.destination}/images/fox.{suffix}", format)
+    stored = objects_of(studio)
+    assert {key: one["ContentType"] for key, one in stored.items()} == {f"fox.{suffix}": content_type}
+    again = generate_and_store.fn("a fox", **given)
+    assert (again.reused, again.uri, again.format) == (True, image.uri, format), "what is there needs no permission"
+    assert studio.billed == 1
+
+
+def test_what_may_be_stored_stands_in_the_record_for_whoever_finishes_it(studio: Studio) -> None:
+    """A run that dies leaves a record; the janitor asks nobody what was allowed."""
+    prediction = create_prediction.fn(
+        "a fox",
+        destination=studio.destination,
+        item_id="fox",
+        model="flux-1-1-pro",
+        input={"output_format": "webp"},
+        formats=["webp"],
+    )
+    assert record_of(studio, "fox")["formats"] == ["webp"]
+    image = store_image.fn(await_prediction.fn(prediction), studio.destination)
+    assert image.uri.endswith("/images/fox.webp")
+
+
+def test_a_step_may_be_told_what_it_may_store(studio: Studio) -> None:
+    bare = create_prediction.fn("a fox", model="flux-1-1-pro", input={"output_format": "gif"})
+    finished = await_prediction.fn(bare)
+    with pytest.raises(FormatNotAllowed):
+        store_image.fn(finished, studio.destination)
+    assert store_image.fn(finished, studio.destination, formats=["gif"]).uri.endswith(".gif")
+
+
+@pytest.mark.parametrize("format", ["png", "jpeg"])
+def test_a_run_that_died_before_its_last_note_is_finished_from_the_bucket(studio: Studio, format: str) -> None:
+    """The pictures are there, the record says `created`: nothing is fetched and nothing bought."""
+    studio.api.set_faults("prediction:output_several,value=3")
+    given: dict[str, Any] = {
+        "destination": studio.destination,
+        "item_id": f"fox-{format}",
+        "model": "flux-1-1-pro",
+        "input": {"output_format": format},
+        "formats": ["png", "jpeg"],
+    }
+    first = generate_and_store.fn("a fox", **given)
+    record = {name: value for name, value in record_of(studio, f"fox-{format}").items() if "uri" not in name}
+    with closing(boto3.client("s3")) as s3:
+        key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/records/fox-{format}.json"
+        s3.put_object(Bucket=BUCKET, Key=key, Body=json.dumps({**record, "state": "created"}))
+    again = generate_and_store.fn("a fox", **given)
+    assert (again.uri, again.more_uris, again.sha256) == (first.uri, first.more_uris, first.sha256)
+    assert (len(again.more_uris), studio.billed, studio.api.tallies()["downloads"]) == (2, 1, 3)
+
+
+# -------------------------------------------------------------------------------------------------- several
+
+
+@pytest.mark.parametrize(
+    "fault", ["output_list", "output_object", "output_images", "output_json", "output_several,value=3"]
+)
+def test_an_output_of_any_shape_is_stored(studio: Studio, fault: str) -> None:
+    studio.api.set_faults(f"prediction:{fault}")
+    image = generate_and_store.fn("a fox", destination=studio.destination, item_id="fox")
+    count = 3 if "several" in fault else 1
+    assert len(studio.keys()) == 1 + len(image.more_uris) == count
+
+
+def test_several_pictures_are_several_files_each_with_its_own_bytes(studio: Studio, capsys: Printed) -> None:
+    words = ["generate", "a fox", "--to", studio.destination, "--item-id", "fox", "--model", "imagen-4"]
+    assert main([*words, "--input", "num_images=4", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["uri"] == f"{studio.destination}/images/fox.png"
+    assert answer["more_uris"] == [f"{studio.destination}/images/fox.{number}.png" for number in (2, 3, 4)]
+    assert len({one["ETag"] for one in objects_of(studio).values()}) == 4
+    assert {one["Metadata"]["prediction-id"] for one in objects_of(studio).values()} == {answer["prediction_id"]}
+    assert studio.billed == 1
+
+
+def test_several_pictures_are_stored_all_or_none(studio: Studio) -> None:
+    """The first goes last: as long as one of them is missing, the item is not there, and nothing is bought again."""
+    given: dict[str, Any] = {
+        "destination": studio.destination,
+        "item_id": "fox",
+        "model": "imagen-4",
+        "input": {"num_images": 3},
+    }
+    studio.s3.set_faults(S3Fault("refuse", "PUT", times=99, key_contains="fox.2.png"))
+    with pytest.raises(StoreFailed):
+        generate_and_store.fn("a fox", **given)
+    assert studio.keys() == ["fox.3.png"]
+    assert record_of(studio, "fox")["state"] == "created"
+    studio.s3.set_faults()
+    image = generate_and_store.fn("a fox", **given)
+    assert len(image.more_uris) == 2
+    assert sorted(studio.keys()) == ["fox.2.png", "fox.3.png", "fox.png"]
+    assert studio.billed == 1
+
+
+def test_one_of_several_that_is_gone_is_missed(studio: Studio) -> None:
+    given: dict[str, Any] = {"destination": studio.destination, "item_id": "fox", "model": "imagen-4"}
+    image = generate_and_store.fn("a fox", **given)
+    with closing(boto3.client("s3")) as s3:
+        s3.delete_object(Bucket=BUCKET, Key=image.more_uris[0].removeprefix(f"s3://{BUCKET}/"))
+    with pytest.raises(PictureMissing, match="gone from the bucket"):
+        generate_and_store.fn("a fox", **given)
+    again = generate_and_store.fn("a fox", rebuy_missing=True, **given)
+    assert (len(studio.keys()), again.prediction_id != image.prediction_id, studio.billed) == (2, True, 2)
+
+
+# ----------------------------------------------------------------------------------------------- moderation
+
+
+def test_a_refusal_by_moderation_is_a_kind_of_its_own_and_is_not_repeated(studio: Studio, capsys: Printed) -> None:
+    studio.api.set_faults("prediction:fail_moderation")
+    said = r"CONTENT_MODERATION: The request was refused by the provider's safety system. Change the prompt"
+    with pytest.raises(ContentRefused, match=said) as info:
+        generate_and_store.fn("a fox", destination=studio.destination, item_id="fox")
+    assert (info.value.retryable, info.value.kind) == (False, "content refused")
+    record = record_of(studio, "fox")
+    assert (record["state"], record["error"]["kind"], record["resubmissions"]) == ("failed", "content refused", 0)
+
+    studio.api.set_faults()
+    with pytest.raises(ContentRefused, match=r"It failed in an earlier run: .*only when asked"):
+        generate_and_store.fn("a fox", destination=studio.destination, item_id="fox")
+    assert main(["generate", "a fox", "--to", studio.destination, "--item-id", "fox"]) == 1
+    assert "safety system" in capsys.readouterr().err
+    assert (studio.billed, studio.api.tallies()["cost_usd"]) == (1, 0.0)
+
+
+def test_reports_count_refusals_apart_from_other_failures(tmp_path: Path) -> None:
+    totals = Totals()
+    wanted = Wanted(1, Item.wanted("a fox"), named=False)
+    totals.add(not_there(wanted, ContentRefused("no")))
+    totals.add(not_there(wanted, ContentRefused("no")))
+    totals.add(not_there(wanted, BadInput("wrong")))
+    assert totals.why() == "3 failed (2 content refused, 1 bad input)"
+    assert totals.as_json()["failures_by_kind"]["failed"] == {"content refused": 2, "bad input": 1}

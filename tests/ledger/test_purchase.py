@@ -1,0 +1,289 @@
+"""The critical section, buying without a ledger, and buckets that are slow: what money depends on, by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from typing import Any
+
+import pytest
+
+from prefect_eachlabs.errors import InsufficientBalance, NotSent, OutcomeUnknown, Rejected, StoreFailed, Throttled
+from prefect_eachlabs.ledger.purchase import Job
+from prefect_eachlabs.ledger.records import RecordState
+from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.models import Prediction
+from tests.protocol.kit import Process, World, options, patched_clocks, play, wanted
+
+ITEM = wanted()
+
+
+@pytest.fixture(autouse=True)
+def _machine_clocks() -> Any:
+    undo = patched_clocks()
+    yield
+    undo()
+
+
+async def bare(process: Process, **given: Any) -> Prediction:
+    return await process.run(process.engine.create(ITEM, options=options(**given)))
+
+
+# ---------------------------------------------------------------------- the critical section
+
+
+def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:
+    async def story() -> list[str]:
+        job, said = Job("run"), []
+
+        async def work() -> None:
+            with job.critical():
+                await asyncio.sleep(5)
+                said.append("noted")
+            await asyncio.sleep(100)
+
+        task = asyncio.ensure_future(work())
+        await asyncio.sleep(1)
+        await job.until_it_may_be_interrupted()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return said
+
+    assert play(story) == ["noted"]
+
+
+def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> None:
+    """Between the end of the first and the turn of whoever waits for it, the second has begun."""
+
+    async def story() -> int:
+        job, interrupted = Job("run"), 0
+
+        async def work() -> None:
+            nonlocal interrupted
+            for _ in range(3):
+                with job.critical():
+                    try:
+                        await asyncio.sleep(1)
+                    except asyncio.CancelledError:
+                        interrupted += 1
+                        raise
+            await asyncio.sleep(100)
+
+        task = asyncio.ensure_future(work())
+        await asyncio.sleep(0.5)
+        await job.until_it_may_be_interrupted()
+        assert asyncio.get_running_loop().time() == 3
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return interrupted
+
+    assert play(story) == 0
+
+
+def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
+    async def story() -> float:
+        await Job("run").until_it_may_be_interrupted()
+        return asyncio.get_running_loop().time()
+
+    assert play(story) == 0
+
+
+# ------------------------------------------------------------------------ without a ledger
+
+
+def test_without_a_destination_each_call_buys_and_no_request_goes_to_the_bucket() -> None:
+    async def story() -> None:
+        world = World()
+        process = world.process()
+        one, two = await bare(process), await bare(process)
+        assert one.id != two.id
+        assert [operation.name for operation in process.operations if "POST" in operation.name] == [
+            "POST /v1/prediction"
+        ] * 2
+        assert process.count("S3") == 0
+        assert one.item_id == ITEM.item_id
+
+    play(story)
+
+
+@pytest.mark.parametrize("fault", ["create:lost_answer", "create:error_after", "create:no_id", "create:html_after"])
+def test_without_a_destination_a_lost_answer_is_never_repeated(fault: str) -> None:
+    async def story() -> None:
+        world = World(fault)
+        process = world.process()
+        with pytest.raises(OutcomeUnknown):
+            await bare(process)
+        assert len(world.bought()) == process.count("POST") == 1
+
+    play(story)
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("create:error,status=422", Rejected), ("create:cut", OutcomeUnknown)])
+def test_without_a_destination_a_refusal_gives_the_places_back(fault: str, kind: type[Exception]) -> None:
+    async def story() -> None:
+        world = World(f"{fault},next=30")
+        process = world.process(max_in_flight=1)
+        for _ in range(3):
+            with pytest.raises(kind):
+                await bare(process)
+        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
+
+    play(story)
+
+
+def test_a_throttled_order_waits_and_is_sent_again() -> None:
+    async def story() -> None:
+        world = World("create:throttled,next=3", retry_after="seconds")
+        process = world.process()
+        await bare(process)
+        assert len(world.bought()) == 1
+        assert process.count("POST") == 4
+
+    play(story)
+
+
+@pytest.mark.parametrize("destination", [True, False])
+def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(destination: bool) -> None:
+    async def story() -> None:
+        world = World("create:no_balance")
+        process = world.process()
+        with pytest.raises(InsufficientBalance, match="Top"):
+            await (process.obtain(ITEM) if destination else bare(process))
+        assert not world.bought()
+        assert process.count("POST") == 3
+        world.set_faults()
+        began = world.now()
+        await process.obtain(ITEM)
+        assert world.now() - began < 45, "its claim was given back"
+        world.check([ITEM])
+
+    play(story)
+
+
+def test_an_empty_balance_is_not_waited_for_by_one_item_after_the_other() -> None:
+    async def story() -> None:
+        world = World("create:no_balance")
+        process = world.process()
+        items = [wanted(number) for number in range(10)]
+        began = world.now()
+        ends = await asyncio.gather(*(process.obtain(item) for item in items), return_exceptions=True)
+        assert {type(end) for end in ends} == {InsufficientBalance}
+        assert world.now() - began < 15, "ten trials one after the other take minutes"
+        world.set_faults()
+        await asyncio.gather(*(process.obtain(item) for item in items))
+        world.check(items)
+
+    play(story)
+
+
+def test_a_cancelled_bare_order_is_cancelled_at_the_api() -> None:
+    async def story() -> None:
+        world = World(service_seconds=20.0)
+        process = world.process()
+        work = asyncio.ensure_future(bare(process))
+        while not process.count("POST"):
+            await asyncio.sleep(0.01)
+        work.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await work
+        (job,) = world.bought()
+        assert job.cancelled is not None
+
+    play(story)
+
+
+def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
+    async def story() -> None:
+        world = World()
+        process = world.process()
+
+        async def strange(_: object) -> Prediction:
+            raise ZeroDivisionError("a bug")
+
+        process.engine.shop.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
+        with pytest.raises(OutcomeUnknown, match="ZeroDivisionError"):
+            await bare(process)
+
+    play(story)
+
+
+# ---------------------------------------------------------------------------- slow buckets
+
+
+def test_a_claim_that_took_too_long_is_claimed_again_before_the_post() -> None:
+    async def story() -> None:
+        world = World()
+        process = world.process(freeze_at="after S3 PUT kit/records/item-1.json claimed")
+        work = asyncio.ensure_future(process.obtain(ITEM))
+        await process.froze.wait()
+        await asyncio.sleep(11)
+        process.thaw()
+        await work
+        world.check([ITEM])
+        names = [operation.name for operation in process.operations]
+        assert names.count("S3 PUT kit/records/item-1.json claimed post") == 2 + 2, "two claims and two probes"
+
+    play(story)
+
+
+def test_a_bucket_that_is_always_too_slow_buys_nothing_and_says_so() -> None:
+    async def story() -> None:
+        world = World(latency_seconds=12.0)
+        process = world.process()
+        with pytest.raises(StoreFailed, match="EACHLABS_CLAIM_SECONDS"):
+            await process.obtain(ITEM)
+        assert process.count("POST") == 0
+        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
+        assert process.engine.shop.places.pressure(Kind.REQUESTS) == 0
+
+    play(story)
+
+
+# ------------------------------------------------------------------- places always come back
+
+LEAKS = [
+    "create:lost_answer,next=1",
+    "create:error,status=422,next=1",
+    "create:error,status=401,next=1",
+    "create:throttled,next=2",
+    "create:redirect,next=1",
+    "create:cut,next=1",
+    "prediction:fail_text,next=1",
+    "prediction:stuck,next=1",
+    "picture:not_found,next=3",
+    "executions:missing",
+]
+
+
+@pytest.mark.parametrize("fault", LEAKS)
+def test_no_place_in_flight_is_lost_whatever_goes_wrong(fault: str) -> None:
+    async def story() -> None:
+        world = World(fault)
+        process = world.process(max_in_flight=1, requests_per_minute=None, deadline_seconds=60.0)
+        for number in range(1, 4):
+            with contextlib.suppress(OutcomeUnknown, NotSent, Throttled, Exception):
+                await process.obtain(wanted(number))
+            if "stuck" in fault:
+                for job in world.bought():
+                    world.emulator.cancel(job)
+            await asyncio.sleep(30)
+        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
+        await process.obtain(wanted(9))
+        assert world.record(wanted(9)).state is RecordState.STORED
+
+    play(story)
+
+
+def test_a_prediction_that_has_not_ended_keeps_its_place_though_nobody_waits_for_it() -> None:
+    async def story() -> None:
+        world = World("prediction:slow,seconds=500,next=1")
+        process = world.process(max_in_flight=1, deadline_seconds=10.0)
+        with contextlib.suppress(TimeoutError):
+            await process.obtain(ITEM)
+        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 1
+        await process.obtain(wanted(2))
+        assert world.emulator.tallies()["worst_in_flight"] == 1
+
+    play(story)

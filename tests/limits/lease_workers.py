@@ -1,0 +1,124 @@
+"""Processes that share an account: each takes places from a `LeaseServer`; an `Api` sees what all of them send."""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import random
+from collections.abc import Callable
+
+import pytest
+
+from prefect_eachlabs.limits import SharedLots
+from prefect_eachlabs.limits.limiter import Kind, Place, Places
+from prefect_eachlabs.settings import AccountSettings
+from tests.limits.lease_server import LeaseServer
+
+WINDOW_SECONDS = 60.0
+PREDICTION_SECONDS = 5.0
+
+
+def now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+class Api:
+    """What the API sees of all processes: requests between sending and answer, predictions in flight."""
+
+    def __init__(self) -> None:
+        self.requests: list[tuple[float, float, str]] = []
+        self.in_flight = 0
+        self.most_in_flight = 0
+
+    def worst_window(self) -> int:
+        """The most requests that can have arrived within 60 s, wherever each arrived between sending and answer."""
+        sent = sorted(request[0] for request in self.requests)
+        answered = sorted(request[1] for request in self.requests)
+        return max(
+            (bisect.bisect_right(sent, at) - bisect.bisect_right(answered, at - WINDOW_SECONDS) for at in sent),
+            default=0,
+        )
+
+    def sent(self, begin: float, end: float, name: str | None = None) -> int:
+        return sum(begin <= at < end for at, _, who in self.requests if name in (None, who))
+
+
+class Worker:
+    """A process with callers that each make one picture after the other: a place in flight, a POST, one question."""
+
+    def __init__(
+        self,
+        server: LeaseServer,
+        api: Api,
+        name: str = "a",
+        *,
+        requests_per_minute: int | None = 60,
+        max_in_flight: int | None = 10,
+        latency_seconds: Callable[[], float] = lambda: random.uniform(0.05, 0.3),
+    ) -> None:
+        settings = AccountSettings(
+            api_key="key", requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, account="acme"
+        )
+        self.client = server.client()
+        self.lots = SharedLots(settings, self.client)
+        self.places = Places(self.lots)
+        self.api = api
+        self.name = name
+        self.latency_seconds = latency_seconds
+        self.callers: list[asyncio.Task[None]] = []
+
+    def start(self, callers: int = 30, pictures: int = 1_000_000) -> Worker:
+        self.callers += [asyncio.ensure_future(self._make(pictures)) for _ in range(callers)]
+        return self
+
+    async def request(self, *, question: bool = False) -> None:
+        place = await self.places.take_request(question=question)
+        sent_at = now()
+        entry = (sent_at, float("inf"), self.name)
+        self.api.requests.append(entry)
+        try:
+            await asyncio.sleep(self.latency_seconds())
+        finally:  # a killed process's request was answered as well
+            self.api.requests[self.api.requests.index(entry)] = (sent_at, now(), self.name)
+        place.done()
+
+    async def _make(self, pictures: int) -> None:
+        for _ in range(pictures):
+            place = await self.places.take_in_flight()
+            await self.request()
+            self.api.in_flight += 1
+            self.api.most_in_flight = max(self.api.most_in_flight, self.api.in_flight)
+            asyncio.get_running_loop().call_later(PREDICTION_SECONDS, self._ended)
+            await asyncio.sleep(PREDICTION_SECONDS)
+            await self.request(question=True)
+            place.done()
+
+    def _ended(self) -> None:
+        self.api.in_flight -= 1
+
+    def kill(self) -> None:
+        """As SIGKILL does: nothing is given back."""
+        driver = self.lots._driver
+        driver._closed = True
+        for task in (*self.callers, *driver._calls, driver._task):
+            if task is not None:
+                task.cancel()
+
+    async def stop(self) -> None:
+        for task in self.callers:
+            task.cancel()
+        await asyncio.gather(*self.callers, return_exceptions=True)
+        await self.lots.close()
+
+
+async def takes(worker: Worker, kind: Kind, within_seconds: float) -> Place | None:
+    """A place for one caller, if it comes in time."""
+    take = worker.places.take_in_flight() if kind is Kind.IN_FLIGHT else worker.places.take_request()
+    try:
+        return await asyncio.wait_for(take, within_seconds)
+    except asyncio.TimeoutError:
+        return None
+
+
+def warnings(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    return [record.getMessage() for record in caplog.records if words in record.getMessage()]

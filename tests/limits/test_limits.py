@@ -1,0 +1,323 @@
+"""Several processes share an account's limits over one Prefect server: in virtual time, against a fake that counts."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+from collections.abc import Iterator
+
+import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_eachlabs.limits import SharedLots, lot_source_for
+from prefect_eachlabs.limits.leases import Holding
+from prefect_eachlabs.limits.limiter import Kind, LocalLots
+from prefect_eachlabs.limits.lot import fair_share
+from prefect_eachlabs.settings import AccountSettings
+from tests.limits.lease_server import LeaseServer
+from tests.limits.lease_workers import WINDOW_SECONDS, Api, Worker, now, takes
+from tests.virtual_time import run
+
+
+@pytest.fixture(autouse=True)
+def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(20261122)
+    serial = itertools.count(1)
+    monkeypatch.setattr("secrets.randbits", lambda bits: next(serial) * 7919 % 1000)
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    """No test may send more than the page's limits allow; tests with other numbers use an `Api` of their own."""
+    seen = Api()
+    yield seen
+    assert seen.worst_window() <= 60
+    assert seen.most_in_flight <= 10
+
+
+# -------------------------------------------------------------- where from
+
+
+def test_a_prefect_server_in_the_settings_shares_the_limits_and_nothing_else_does() -> None:
+    limited = AccountSettings(api_key="key")
+    unlimited = AccountSettings(api_key="key", requests_per_minute=None, max_in_flight=None)
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        assert isinstance(lot_source_for(limited), LocalLots)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
+        assert isinstance(lot_source_for(limited), SharedLots)
+        assert isinstance(lot_source_for(unlimited), LocalLots)
+
+
+# ------------------------------------------------------------------ fair share
+
+
+@pytest.mark.parametrize(
+    ("limit", "claims", "share"),
+    [
+        (60, {}, 60),
+        (60, {2: None}, 30),
+        (60, {2: None, 3: None, 4: None}, 15),
+        (60, {2: 6}, 54),
+        (60, {2: 60}, 30),
+        (60, {2: 6, 3: None}, 27),
+        (60, {2: 6, 3: 50}, 27),
+        (10, {2: None, 3: None, 4: None}, 3),
+        (10, {-1: None, -2: None, 4: None}, 2),
+    ],
+)
+def test_a_share_is_what_all_who_want_more_can_have_alike(
+    limit: int, claims: dict[int, int | None], share: int
+) -> None:
+    assert fair_share(limit, claims, 1) == (share, False)
+
+
+def test_more_processes_than_places_take_turns() -> None:
+    assert fair_share(2, {2: None, 3: None}, 1) == (1, True)
+
+
+@pytest.mark.parametrize("limit", range(1, 40))
+def test_the_shares_of_all_hungry_processes_are_the_limit(limit: int) -> None:
+    for count in range(1, limit + 1):
+        shares = [
+            fair_share(limit, {other: None for other in range(count) if other != me}, me)[0] for me in range(count)
+        ]
+        assert sum(shares) == limit
+        assert max(shares) - min(shares) <= 1
+
+
+def test_a_holding_survives_as_the_id_of_a_leases_holder() -> None:
+    for kind in Kind:
+        holding = Holding(process=2**48 - 1, kind=kind, slots=10_000)
+        assert Holding.from_uuid(holding.to_uuid()) == holding
+
+
+# ------------------------------------------------------------------------ pace
+
+
+def test_one_process_keeps_the_full_pace_and_is_never_over(api: Api) -> None:
+    async def story() -> None:
+        Worker(LeaseServer(), api).start()
+        await asyncio.sleep(600)
+
+    run(story())
+    assert api.sent(60, 600) >= 0.97 * 9 * 60
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_processes_share_evenly_and_waste_nothing(api: Api, count: int) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        for name in range(count):
+            Worker(server, api, str(name)).start()
+        await asyncio.sleep(420)
+
+    run(story())
+    sent = [api.sent(60, 420, str(name)) for name in range(count)]
+    assert sum(sent) >= 0.94 * 6 * 60
+    assert max(sent) <= 1.25 * min(sent)
+
+
+def test_a_process_with_little_to_do_leaves_the_rest_to_the_others(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api, "busy").start()
+        Worker(server, api, "modest").start(callers=1)
+        await asyncio.sleep(420)
+
+    run(story())
+    assert api.sent(60, 420) >= 0.94 * 6 * 60
+    assert api.sent(60, 420, "modest") >= 6 * 60 / 6.5  # two requests for each of its pictures, as fast as it can
+
+
+def test_few_calls_are_made_and_few_at_once(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api).start()
+        await asyncio.sleep(300)
+
+    run(story())
+    assert server.most_under_way <= 3
+    assert len(server.calls) <= 300 * 1.7
+
+
+def test_a_big_account_is_leased_in_big_lots() -> None:
+    server, api = LeaseServer(), Api()
+
+    async def story() -> None:
+        Worker(server, api, requests_per_minute=1200, max_in_flight=100).start(callers=120)
+        await asyncio.sleep(150)
+
+    run(story())
+    assert api.worst_window() <= 1200
+    assert api.most_in_flight <= 100
+    assert api.sent(60, 120) >= 0.9 * 1200
+    assert len(server.calls) <= 150 * 5
+
+
+# ------------------------------------------------------- who joins, who is killed
+
+
+def test_a_process_that_joins_gets_its_part_within_15_seconds(api: Api) -> None:
+    server = LeaseServer()
+    joined_at: list[float] = []
+
+    async def story() -> None:
+        Worker(server, api, "first").start()
+        for name, at in (("second", 150.0), ("third", 330.0)):
+            await asyncio.sleep(at - now())
+            Worker(server, api, name).start()
+            joined_at.append(now())
+        await asyncio.sleep(180)
+
+    run(story())
+    for name, at, part in (("second", joined_at[0], 30), ("third", joined_at[1], 20)):
+        assert api.sent(at, at + 15, name) >= 1
+        assert api.sent(at + 15, at + 75, name) >= 0.75 * part
+        assert api.sent(at + 75, at + 135, name) >= 0.9 * part
+
+
+def test_a_killed_process_gives_its_part_back_when_its_leases_end(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api, "survivor").start()
+        killed = Worker(server, api, "killed").start()
+        await asyncio.sleep(180)
+        killed.kill()
+        await asyncio.sleep(300)
+
+    run(story())
+    assert api.sent(180.5, 480, "killed") == 0
+    assert api.sent(180 + 75 + 15, 180 + 75 + 15 + 60, "survivor") >= 45
+    assert api.sent(360, 480, "survivor") >= 0.95 * 120
+
+
+def test_a_process_that_is_done_gives_everything_back_and_asks_nothing_more(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        worker = Worker(server, api).start(callers=10, pictures=2)
+        await asyncio.gather(*worker.callers)
+        await asyncio.sleep(80)
+        calls = len(server.calls)
+        assert not server.leases
+        assert server.active == {Kind.REQUESTS: 0, Kind.IN_FLIGHT: 0}
+        await asyncio.sleep(3600)
+        assert len(server.calls) == calls
+
+    run(story())
+
+
+def test_closing_gives_back_what_is_not_in_use(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        worker = Worker(server, api)
+        place = await takes(worker, Kind.IN_FLIGHT, 5)
+        assert place is not None
+        place.unused()
+        await worker.stop()
+        assert not server.leases
+        assert worker.client.closed
+
+    run(story())
+
+
+# ----------------------------------------------------------------- single places
+
+
+def test_an_in_flight_place_unused_for_ten_seconds_goes_back(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        worker = Worker(server, api)
+        place = await takes(worker, Kind.IN_FLIGHT, 5)
+        assert place is not None
+        await asyncio.sleep(200)
+        assert server.leased(Kind.IN_FLIGHT) == 1
+        place.done()
+        await asyncio.sleep(9.5)
+        assert server.leased(Kind.IN_FLIGHT) == 1
+        await asyncio.sleep(1)
+        assert server.leased(Kind.IN_FLIGHT) == 0
+
+    run(story())
+
+
+def test_a_request_place_that_was_not_used_is_free_at_once(api: Api) -> None:
+    async def story() -> None:
+        worker = Worker(LeaseServer(), api, requests_per_minute=1)
+        first = await takes(worker, Kind.REQUESTS, 5)
+        assert first is not None
+        first.unused()
+        first.unused()
+        second = await takes(worker, Kind.REQUESTS, 1)
+        assert second is not None
+        second.done()
+        second.unused()
+        assert await takes(worker, Kind.REQUESTS, 59) is None
+        assert await takes(worker, Kind.REQUESTS, 4) is not None
+
+    run(story())
+
+
+def test_the_lease_of_a_late_answer_lasts_until_it_has_cooled(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        worker = Worker(server, api, latency_seconds=lambda: 130.0)
+        await worker.request()
+        answered_at = now()
+        await asyncio.sleep(0.1)
+        worker.kill()
+        while server.leased(Kind.REQUESTS):
+            await asyncio.sleep(1)
+            server.reap()
+        assert now() >= answered_at + WINDOW_SECONDS
+
+    run(story())
+
+
+def test_without_limits_nothing_is_asked_of_the_server() -> None:
+    server, api = LeaseServer(), Api()
+
+    async def story() -> None:
+        worker = Worker(server, api, requests_per_minute=None, max_in_flight=None).start(callers=100)
+        await asyncio.sleep(20)
+        assert api.most_in_flight == 100
+        assert worker.lots.limit(Kind.REQUESTS) is None
+        assert worker.lots.pressure(Kind.REQUESTS) == 0.0
+        await worker.stop()
+
+    run(story())
+    assert not server.calls
+
+
+def test_one_limit_may_be_absent() -> None:
+    server, api = LeaseServer(), Api()
+
+    async def story() -> None:
+        Worker(server, api, requests_per_minute=None).start()
+        await asyncio.sleep(120)
+
+    run(story())
+    assert api.most_in_flight == 10
+    assert api.sent(60, 120) >= 200
+    assert set(server.limits) == {Kind.IN_FLIGHT}
+
+
+def test_processes_take_turns_when_there_are_fewer_places_than_processes() -> None:
+    server, api = LeaseServer(), Api()
+
+    async def story() -> None:
+        for name in "abc":
+            Worker(server, api, name, requests_per_minute=None, max_in_flight=1).start(callers=3)
+        await asyncio.sleep(300)
+
+    run(story())
+    assert api.most_in_flight == 1
+    assert all(api.sent(0, 300, name) >= 10 for name in "abc")

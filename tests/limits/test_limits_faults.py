@@ -1,0 +1,334 @@
+"""The limits stay limits, and work goes on, whatever happens to the Prefect server and to the processes."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from prefect_eachlabs.limits.limiter import Kind
+from tests.limits.lease_server import LeaseClient, LeaseServer
+from tests.limits.lease_workers import Api, Worker, warnings
+from tests.virtual_time import run
+
+
+@pytest.fixture(autouse=True)
+def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    random.seed(20261122)
+    serial = itertools.count(1)
+    monkeypatch.setattr("secrets.randbits", lambda bits: next(serial) * 7919 % 1000)
+
+
+@pytest.fixture
+def api() -> Iterator[Api]:
+    """No test may send more than the page's limits allow; tests with other numbers use an `Api` of their own."""
+    seen = Api()
+    yield seen
+    assert seen.worst_window() <= 60
+    assert seen.most_in_flight <= 10
+
+
+# -------------------------------------------------------- the server's own numbers
+
+
+@pytest.mark.parametrize("server_limit", [30, 90])
+def test_of_two_different_numbers_the_smaller_one_counts(caplog: pytest.LogCaptureFixture, server_limit: int) -> None:
+    server, api = LeaseServer(limits={Kind.REQUESTS: server_limit}, active={Kind.REQUESTS: 0}), Api()
+
+    async def story() -> None:
+        for name in "ab":
+            Worker(server, api, name).start()
+            await asyncio.sleep(90)
+        await asyncio.sleep(120)
+
+    run(story())
+    smaller = min(60, server_limit)
+    assert api.worst_window() <= smaller
+    assert api.sent(120, 300) >= 0.9 * 3 * smaller
+    assert server.limits[Kind.REQUESTS] == server_limit
+    assert sum(str(server_limit) in record.getMessage() for record in caplog.records) == 2  # once a process
+
+
+def test_a_limit_lowered_by_an_operator_counts_within_a_minute_and_a_half() -> None:
+    server, api = LeaseServer(), Api()
+
+    async def story() -> None:
+        Worker(server, api).start()
+        await asyncio.sleep(120)
+        server.limits[Kind.REQUESTS] = 20
+        await asyncio.sleep(90)
+        api.requests.clear()
+        await asyncio.sleep(180)
+
+    run(story())
+    assert api.worst_window() <= 20
+
+
+def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api).start()
+        await asyncio.sleep(100)
+        del server.limits[Kind.REQUESTS], server.active[Kind.REQUESTS]
+        await asyncio.sleep(100)
+
+    run(story())
+    assert server.limits[Kind.REQUESTS] == 60
+    assert api.sent(140, 200) >= 30
+
+
+# --------------------------------------------------------------- the server away
+
+
+def test_with_the_server_away_each_process_goes_on_with_its_share_and_says_so_once(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        for name in "ab":
+            Worker(server, api, name).start()
+        await asyncio.sleep(150)
+        server.down = True
+        await asyncio.sleep(300)
+        server.down = False
+        await asyncio.sleep(200)
+
+    run(story())
+    for name in "ab":
+        assert api.sent(210, 450, name) >= 0.85 * 4 * 30
+    assert api.sent(510, 630) >= 0.9 * 120
+    assert len(warnings(caplog, "gives no usable answer")) == 2
+    assert len(warnings(caplog, "answers again")) == 2
+
+
+def test_a_server_that_never_answered_leaves_the_whole_limit_to_the_process_after_a_minute(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = LeaseServer(down=True)
+
+    async def story() -> None:
+        worker = Worker(server, api).start()
+        await asyncio.sleep(70)
+        assert api.sent(0, 60) == 0
+        assert api.sent(60, 70) >= 10
+        await asyncio.sleep(180)
+        await worker.stop()
+
+    run(story())
+    assert api.sent(120, 240) >= 0.9 * 120
+    assert len(warnings(caplog, "it is waited for, for 60 s")) == 1
+    assert len(warnings(caplog, "60 requests and 10 in-flight")) == 1
+
+
+def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api: Api) -> None:
+    """It cannot know who else is there: what it took alone would come on top of the others' shares."""
+    server = LeaseServer()
+
+    async def story() -> None:
+        for name in "ab":
+            Worker(server, api, name).start()
+        await asyncio.sleep(150)
+        server.down = True
+        await asyncio.sleep(10)
+        Worker(server, api, "c").start()
+        await asyncio.sleep(20)
+        assert api.sent(150, 180, "c") == 0
+        server.down = False
+        await asyncio.sleep(180)
+
+    run(story())
+    assert api.sent(240, 360, "c") >= 0.7 * 40
+
+
+def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        worker = Worker(server, api).start()
+        for _ in range(20):
+            await asyncio.sleep(10)
+            worker.client.cut = True
+            await asyncio.sleep(0.1)
+            worker.client.cut = False
+
+    run(story())
+    assert api.sent(60, 180) >= 0.85 * 120
+    assert not warnings(caplog, "gives no usable answer")
+
+
+def test_leases_that_ended_while_the_server_was_away_are_made_up_for(api: Api) -> None:
+    """A server with leases on disk reaps them as it starts: their places are free there, but in use here."""
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api, "a").start()
+        await asyncio.sleep(100)
+        server.down = True
+        await asyncio.sleep(120)
+        server.down = False
+        await asyncio.sleep(5)
+        Worker(server, api, "b").start()
+        await asyncio.sleep(200)
+
+    run(story())
+
+
+# ------------------------------------------------------- restarts, leaked places
+
+
+def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_leak_is_named(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api).start()
+        await asyncio.sleep(100)
+        server.restart()
+        await asyncio.sleep(30)
+        assert warnings(caplog, "prefect-eachlabs limits reset")
+        assert api.sent(120, 130) == 0
+        for kind in Kind:
+            server.active[kind] = server.leased(kind)  # the reset
+        await asyncio.sleep(170)
+
+    run(story())
+    assert api.sent(200, 300) >= 80
+    assert len(warnings(caplog, "places of eachlabs-requests-acme are leaked")) == 1
+
+
+def test_a_process_that_finds_leaked_places_names_them_within_30_seconds_of_waiting(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = LeaseServer(limits={Kind.REQUESTS: 60, Kind.IN_FLIGHT: 10}, active={Kind.REQUESTS: 0, Kind.IN_FLIGHT: 10})
+
+    async def story() -> None:
+        worker = Worker(server, api).start()
+        await asyncio.sleep(30)
+        assert warnings(caplog, "10 of the 10 places of eachlabs-in-flight-acme are leaked")
+        await asyncio.sleep(200)
+        assert len(warnings(caplog, "are leaked")) == 1
+        await asyncio.sleep(200)
+        assert len(warnings(caplog, "are leaked")) == 2
+        server.active[Kind.IN_FLIGHT] = 0
+        await asyncio.sleep(10)
+        assert api.in_flight == 10
+        await worker.stop()
+
+    run(story())
+
+
+def test_work_goes_on_with_the_places_that_are_not_leaked(api: Api) -> None:
+    server = LeaseServer(limits={Kind.REQUESTS: 60}, active={Kind.REQUESTS: 24})
+
+    async def story() -> None:
+        Worker(server, api).start()
+        await asyncio.sleep(300)
+
+    run(story())
+    assert api.sent(60, 300) >= 0.93 * 4 * 36
+
+
+def test_the_places_of_a_killed_process_are_not_called_leaked(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    server = LeaseServer()
+
+    async def story() -> None:
+        Worker(server, api, "survivor").start()
+        killed = [Worker(server, api, str(number)).start() for number in range(2)]
+        await asyncio.sleep(150)
+        for number, worker in enumerate(killed):
+            await asyncio.sleep(17 * number)
+            worker.kill()
+        await asyncio.sleep(60)
+        Worker(server, api, "newcomer").start()
+        await asyncio.sleep(150)
+
+    run(story())
+    assert not warnings(caplog, "leaked")
+
+
+def test_a_server_that_lists_no_leases_still_keeps_the_limits(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+    server = LeaseServer(lists_leases=False)
+
+    async def story() -> None:
+        for name in "ab":
+            Worker(server, api, name).start()
+        await asyncio.sleep(300)
+
+    run(story())
+    assert api.sent(60, 300) >= 0.85 * 4 * 60
+    assert not warnings(caplog, "leaked")
+
+
+# -------------------------------------------------------------- whatever happens
+
+
+def test_a_fault_of_ours_does_not_leave_callers_waiting(
+    api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(self: LeaseClient, kind: Kind, slots: int, process: int) -> None:
+        raise RuntimeError("never seen before")
+
+    async def story() -> None:
+        worker = Worker(LeaseServer(), api).start()
+        await asyncio.sleep(100)
+        with monkeypatch.context() as patch:
+            patch.setattr(LeaseClient, "lease", broken)
+            patch.setattr(LeaseClient, "renew", broken)
+            await asyncio.sleep(100)
+        await asyncio.sleep(160)
+        await worker.stop()
+
+    run(story())
+    assert api.sent(300, 360) >= 45
+    assert len(warnings(caplog, "never seen before")) == 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_happens_no_minute_holds_more_than_the_limit(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    random.seed(seed)
+    limit, most = random.choice([(60, 10), (7, 3), (120, 20)])
+    server, api = LeaseServer(latency_seconds=random.choice([0.005, 0.05, 0.5])), Api()
+
+    async def story() -> None:
+        workers: list[Worker] = []
+        for step in range(24):
+            what = random.choice(["join", "join", "kill", "stop", "restart", "wait", "cut", "more"])
+            if step == 0 or (what == "join" and len(workers) < 4):
+                latency = random.choice([0.05, 0.3, 20.0])
+                workers.append(
+                    Worker(
+                        server,
+                        api,
+                        str(step),
+                        requests_per_minute=limit,
+                        max_in_flight=most,
+                        latency_seconds=lambda latency=latency: random.uniform(0.01, latency),
+                    ).start(callers=random.choice([1, 5, 30]), pictures=random.choice([3, 1000]))
+                )
+            elif what == "kill" and workers:
+                workers.pop(random.randrange(len(workers))).kill()
+            elif what == "stop" and workers:
+                await workers.pop(random.randrange(len(workers))).stop()
+            elif what == "restart":
+                server.restart()
+            elif what == "cut" and workers:
+                client = random.choice(workers).client
+                client.cut = True
+                asyncio.get_running_loop().call_later(random.choice([0.1, 1.0]), setattr, client, "cut", False)
+            elif what == "more" and workers:
+                random.choice(workers).start(callers=3, pictures=10)
+            await asyncio.sleep(random.choice([0.1, 5.0, 30.0, 90.0]))
+        await asyncio.gather(*(worker.stop() for worker in workers))
+
+    run(story())
+    assert api.worst_window() <= limit
+    assert api.most_in_flight <= most
+    assert api.requests

@@ -1,0 +1,259 @@
+"""The limits of an account on a real Prefect server, on SQLite, with its leases in memory as they are by default."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.limits import SharedLots
+from prefect_eachlabs.limits import admin as limits_admin
+from prefect_eachlabs.limits.leases import Denied, Granted, LeaseGone, LimitMissing, PrefectLeases
+from prefect_eachlabs.limits.limiter import Kind, Places
+from prefect_eachlabs.settings import AccountSettings
+
+pytestmark = pytest.mark.slow
+
+START_WITHIN_SECONDS = 120.0
+
+
+class PrefectServer:
+    """`prefect server start` in a process of its own; may be restarted on the same database."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._port}/api"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+        environment["PREFECT_HOME"] = str(self._home)
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self._port)]
+        with (self._home / "server.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + START_WITHIN_SECONDS
+        while not self._answers():
+            assert self._process.poll() is None, (self._home / "server.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.2)
+
+    def _answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
+    server.start()
+    try:
+        with temporary_settings({PREFECT_API_URL: server.url}):
+            yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def settings(server: PrefectServer) -> AccountSettings:
+    """An account of its own for each test."""
+    return AccountSettings(api_key="key", account=secrets.token_hex(4))
+
+
+@asynccontextmanager
+async def opened(settings: AccountSettings) -> AsyncIterator[PrefectLeases]:
+    leases = PrefectLeases(settings.account)
+    try:
+        yield leases
+    finally:
+        await leases.close()
+
+
+async def until(happens: Callable[[], bool], within_seconds: float) -> None:
+    deadline = time.monotonic() + within_seconds
+    while not happens():
+        assert time.monotonic() < deadline, f"not within {within_seconds} s"
+        await asyncio.sleep(0.1)
+
+
+def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: AccountSettings) -> None:
+    async def story() -> None:
+        for status in await limits_admin.show(settings):
+            assert status.limit is None
+        await limits_admin.apply(settings)
+        more = settings.model_copy(update={"requests_per_minute": 90})
+        requests, in_flight = await limits_admin.apply(more, {"eachlabs-create": 5})
+        assert (requests.name, requests.limit) == (f"eachlabs-requests-{settings.account}", 90)
+        assert (in_flight.name, in_flight.limit) == (f"eachlabs-in-flight-{settings.account}", 10)
+        assert (requests.in_use, requests.leases, requests.leaked) == (0, 0, 0)
+        async with get_client() as client:
+            assert (await client.read_concurrency_limit_by_tag("eachlabs-create")).concurrency_limit == 5
+
+    asyncio.run(story())
+
+
+def test_a_lease_is_counted_listed_renewed_and_given_back(settings: AccountSettings) -> None:
+    async def story() -> None:
+        async with opened(settings) as leases:
+            assert await leases.ensure(Kind.REQUESTS, 60) == 60
+            assert await leases.ensure(Kind.REQUESTS, 30) == 60
+            granted = await leases.lease(Kind.REQUESTS, 3, 7)
+            waiting = await leases.announce(Kind.REQUESTS, 8)
+            await leases.renew(granted.lease_id)
+            count = await leases.count(Kind.REQUESTS)
+            assert count is not None
+            assert (count.limit, count.active_slots) == (60, 3)
+            rows = {(row.process, row.kind, row.slots) for row in await leases.holdings()}
+            assert rows == {(7, Kind.REQUESTS, 3), (8, Kind.REQUESTS, 0)}
+            (requests, _) = await limits_admin.show(settings)
+            assert (requests.in_use, requests.leases, requests.processes, requests.waiting) == (3, 1, 1, 1)
+            with pytest.raises(Denied):
+                await leases.lease(Kind.REQUESTS, 58, 7)
+            with pytest.raises(Denied):
+                await leases.lease(Kind.REQUESTS, 61, 7)
+            for lease_id in (granted.lease_id, waiting, waiting):
+                await leases.release(lease_id)
+            assert not await leases.holdings()
+            with pytest.raises(LeaseGone):
+                await leases.renew(granted.lease_id)
+
+    asyncio.run(story())
+
+
+def test_a_limit_nobody_made_grants_nothing(settings: AccountSettings) -> None:
+    async def story() -> None:
+        async with opened(settings) as leases:
+            with pytest.raises(LimitMissing):
+                await leases.lease(Kind.REQUESTS, 3, 7)
+            await leases.ensure(Kind.REQUESTS, 60)
+            with pytest.raises(LimitMissing):
+                await leases.lease(Kind.IN_FLIGHT, 1, 7)
+            assert not await leases.holdings()
+
+    asyncio.run(story())
+
+
+def test_processes_that_start_at_the_same_moment_make_one_limit(settings: AccountSettings) -> None:
+    async def story() -> None:
+        async def one() -> Granted:
+            async with opened(settings) as leases:
+                await leases.ensure(Kind.IN_FLIGHT, 10)
+                return await leases.lease(Kind.IN_FLIGHT, 2, 7)
+
+        await asyncio.gather(*(one() for _ in range(5)))
+        async with opened(settings) as leases:
+            with pytest.raises(Denied):
+                await leases.lease(Kind.IN_FLIGHT, 1, 7)
+
+    asyncio.run(story())
+
+
+def test_two_processes_share_the_places_in_flight(settings: AccountSettings) -> None:
+    async def story() -> None:
+        sources = [SharedLots(settings), SharedLots(settings)]
+        first, second = (Places(source) for source in sources)
+        taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
+        waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
+        more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
+        await until(lambda: all("share 5 of 10" in repr(source) for source in sources), 15)
+        assert not any(place.done() for place in (*waiting, *more))
+        for place in taken:
+            place.done()
+        await until(lambda: sum(place.done() for place in (*waiting, *more)) == 10, 15)
+        assert sum(place.done() for place in waiting) == 5
+        for place in (*waiting, *more):
+            place.cancel()
+        await asyncio.gather(*waiting, *more, return_exceptions=True)
+        for source in sources:
+            await source.close()
+
+    asyncio.run(story())
+
+
+def test_places_lost_in_a_restart_are_named_shown_and_reset(
+    server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async def story() -> None:
+        old = SharedLots(settings)
+        places = Places(old)
+        await asyncio.wait_for(asyncio.gather(*(places.take_in_flight() for _ in range(7))), 20)
+        await old.close()  # what is in use is left to its leases, which the restart forgets
+        server.stop()
+        server.start()
+        new = SharedLots(settings)
+        places = Places(new)
+        waiting = [asyncio.ensure_future(places.take_in_flight()) for _ in range(8)]
+        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 30)
+        assert sum(place.done() for place in waiting) == 3
+        (_, status) = await limits_admin.reset(settings)
+        assert (status.in_use, status.leaked) == (10, 7)
+        await until(lambda: all(place.done() for place in waiting), 20)
+        (_, status) = await limits_admin.show(settings)
+        assert status.leaked == 0
+        await new.close()
+
+    asyncio.run(story())
+
+
+def test_with_the_server_stopped_places_are_counted_here_until_it_answers_again(
+    server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+
+    async def story() -> None:
+        source = SharedLots(settings)
+        places = Places(source)
+        (await asyncio.wait_for(places.take_in_flight(), 20)).done()
+        server.stop()
+        taken = [asyncio.ensure_future(places.take_in_flight()) for _ in range(12)]
+        await until(lambda: sum(place.done() for place in taken) == 10, 20)
+        server.start()
+        taken[0].result().done()
+        taken[1].result().done()
+        await until(lambda: "answers again" in caplog.text, 20)
+        await until(lambda: all(place.done() for place in taken), 20)
+        (_, status) = await limits_admin.show(settings)
+        assert status.in_use == 10
+        await source.close()
+
+    asyncio.run(story())
+    assert sum("gives no usable answer" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_without_a_server_the_commands_say_what_to_do(settings: AccountSettings) -> None:
+    for url in ("http://127.0.0.1:9/api", None):
+        with temporary_settings({PREFECT_API_URL: url}), pytest.raises(SetupError, match="PREFECT_API_URL"):
+            asyncio.run(limits_admin.show(settings))

@@ -1,0 +1,150 @@
+"""Runs of which no output may hold a secret, each by itself: `python -m tests.net.leak_runs KIND FOLDER ...`.
+
+Everything is logged at DEBUG, to stderr and to FOLDER/debug.log, tracebacks too. The signatures that botocore makes
+are kept in the file that LEAK_SIGNATURES names, so that they can be searched for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+LOGGERS = ("httpx", "httpcore", "botocore", "boto3", "urllib3", "prefect_eachlabs")
+OF_PREFECT_TOO = LOGGERS[:2]
+"""Prefect sends its own requests with these. Named in PREFECT_LOGGING_EXTRA_LOGGERS they make Prefect 3.8.8 wait for
+itself for ever: its log handler wants a lock that its events' worker holds while it sends, and logs."""
+
+logger = logging.getLogger("prefect_eachlabs.of_a_user")
+
+
+def keep_signatures() -> None:
+    from botocore.auth import SigV4Auth
+
+    sign = SigV4Auth.signature
+
+    def signature(self: Any, string_to_sign: str, request: Any) -> str:
+        made: str = sign(self, string_to_sign, request)
+        with Path(os.environ["LEAK_SIGNATURES"]).open("a") as file:
+            file.write(f"{made}\n")
+        return made
+
+    SigV4Auth.signature = signature  # type: ignore[method-assign,assignment]
+
+
+def log_everything(folder: Path) -> None:
+    root = logging.getLogger()
+    for handler in (logging.StreamHandler(sys.stderr), logging.FileHandler(folder / "debug.log")):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s %(levelname)s %(message)s"))
+        root.addHandler(handler)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.DEBUG)
+
+
+def send_to_prefect() -> None:
+    """What this package's requests log goes to the Prefect server, as with PREFECT_LOGGING_EXTRA_LOGGERS."""
+    from prefect.logging.handlers import APILogHandler
+
+    handler = APILogHandler()
+    handler.addFilter(lambda record: record.threadName == "eachlabs-gateway")
+    for name in OF_PREFECT_TOO:
+        logging.getLogger(name).addHandler(handler)
+
+
+def attempt(work: Callable[[], object]) -> object:
+    """What fails is logged as users do it."""
+    try:
+        return work()
+    except Exception as error:
+        logger.exception("It failed: %s (%r)", error, error)
+        return None
+
+
+def command(folder: Path, words: list[str]) -> int:
+    """A command of the command line."""
+    from prefect_eachlabs.cli import main as cli
+
+    log_everything(folder)
+    return cli.main(words)
+
+
+def flows(folder: Path, facts: dict[str, Any]) -> int:
+    """Flow runs on Prefect's embedded server, with blocks; results are kept on disk."""
+    import boto3
+    from prefect import flow
+    from prefect.logging import get_run_logger
+
+    from prefect_eachlabs import (
+        EachlabsCredentials,
+        S3Destination,
+        await_prediction,
+        create_prediction,
+        generate_and_store,
+        store_image,
+    )
+    from prefect_eachlabs.flows.generate_batch import generate_batch
+
+    log_everything(folder)
+    send_to_prefect()
+    to, signed = facts["destination"], facts["signed"]
+    bucket, _, prefix = to.removeprefix("s3://").partition("/")
+
+    @flow(persist_result=True)
+    def well() -> list[str]:
+        finished = await_prediction(create_prediction("a fox", image_url=signed, destination=to))
+        one = store_image(finished, to)
+        two = generate_and_store("an owl", destination=to, image_url=facts["object"])
+        bare = await_prediction(create_prediction("no ledger", image_url=signed))
+        store_image.with_options(retries=0)(bare, f"{to}/bare")
+        with closing(boto3.client("s3")) as s3:
+            theirs = s3.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "x"})
+            s3.list_buckets()
+        logger.debug("%s leads to nothing", theirs)
+        get_run_logger().debug("signed for %s and %s", signed, os.environ["EACHLABS_API_KEY"])
+        return [one.uri, two.uri]
+
+    @flow(persist_result=True)
+    def by_blocks() -> str:
+        EachlabsCredentials(api_key=facts["block_key"]).save("leaks", overwrite=True)
+        S3Destination(
+            bucket=bucket,
+            prefix=f"{prefix}/blocks",
+            access_key_id="AKIABLOCK",
+            secret_access_key=facts["block_secret"],
+            session_token=facts["block_token"],
+        ).save("leaks", overwrite=True)
+        credentials, destination = EachlabsCredentials.load("leaks"), S3Destination.load("leaks")
+        logger.debug("with %r and %r, to %r", credentials, destination, destination.access())
+        image = generate_and_store("a block", destination=destination, credentials=credentials, image_url=signed)
+        return str(image.uri)
+
+    @flow
+    def ill(prompt: str) -> str:
+        once = generate_and_store.with_options(retries=0)
+        return str(once(prompt, destination=to, item_id=prompt.replace(" ", "-"), image_url=signed).uri)
+
+    @flow
+    def wrong_key() -> None:
+        credentials = EachlabsCredentials(api_key=facts["wrong_key"])
+        generate_and_store("a wrong key", destination=to, credentials=credentials, image_url=signed)
+
+    said: dict[str, object] = {"well": attempt(well), "by_blocks": attempt(by_blocks)}
+    for prompt in ("refused by moderation", "refused by s3", "gone from its host", "spoilt on its way"):
+        said[prompt] = attempt(lambda prompt=prompt: ill(prompt))  # type: ignore[misc]
+    said["wrong key"] = attempt(wrong_key)
+    said["batch"] = attempt(lambda: str(generate_batch(facts["table"], to, return_state=True)))
+    print(json.dumps(said))
+    return 0
+
+
+if __name__ == "__main__":
+    keep_signatures()
+    with suppress(KeyboardInterrupt):
+        if sys.argv[1] == "command":
+            sys.exit(command(Path(sys.argv[2]), sys.argv[3:]))
+        sys.exit(flows(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())))

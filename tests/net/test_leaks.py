@@ -1,0 +1,226 @@
+"""No key, S3 secret or signature is in any output: all of it is searched, after runs that went well and ill."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import boto3
+import pytest
+
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from prefect_eachlabs.testing.s3 import Fault, LocalS3
+from tests.conftest import ROOT
+from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO
+
+BUCKET = "leak-search"
+SECRETS = {
+    "the key": "sk-LEAK-key-7f3a9c1e5b",
+    "a wrong key": "sk-LEAK-wrong-2b8d6e4a",
+    "a block's key": "sk-LEAK-block-91c5d7f3",
+    "the S3 secret": "LEAKsecret/Zz81+mPqT4vX",
+    "the session token": "LEAKtoken//9abc+DEF==0123456789",
+    "a block's S3 secret": "LEAKblocksecret/Qq72+wNs",
+    "a block's session token": "LEAKblocktoken//77+x==",
+    "the reference picture's signature": "1eaf5160" * 8,
+    "the picture's signature": "1eaf9aff" * 8,
+    "the picture's session token": "LEAKpicturetoken%2F4411",
+}
+GOOD_KEYS = frozenset((SECRETS["the key"], SECRETS["a block's key"]))
+
+
+class Scene:
+    """An API and a bucket, and what came of runs against them."""
+
+    def __init__(self, api: EmulatorServer, s3: LocalS3, folder: Path) -> None:
+        self.api, self.s3, self.folder = api, s3, folder
+        self.home = folder / "searched"
+        self.home.mkdir()
+        self.signatures = folder / "signatures.txt"
+        self.said = ""
+        self.environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
+            "EACHLABS_API_KEY": SECRETS["the key"],
+            "EACHLABS_BASE_URL": api.url,
+            "EACHLABS_REQUESTS_PER_MINUTE": "none",
+            "AWS_ENDPOINT_URL_S3": s3.url,
+            "AWS_ACCESS_KEY_ID": "AKIALEAKSEARCH",
+            "AWS_SECRET_ACCESS_KEY": SECRETS["the S3 secret"],
+            "AWS_SESSION_TOKEN": SECRETS["the session token"],
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_SERVER_MEMO_STORE_PATH": str(self.home / "prefect" / "memo.toml"),
+            "PREFECT_LOGGING_LEVEL": "DEBUG",
+            "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(name for name in LOGGERS if name not in OF_PREFECT_TOO),
+            "LEAK_SIGNATURES": str(self.signatures),
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self.home),
+        }
+
+    def run(self, *words: str, **environment: str) -> int:
+        """One run, whose stdout and stderr are kept; its exit status."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.net.leak_runs", words[0], str(self.home), *words[1:]],
+            env={**self.environment, **environment},
+            cwd=self.home,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=240)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # Prefect's embedded server goes with who started it
+            process.wait()
+        self.said += stdout.decode() + stderr.decode()
+        return process.returncode
+
+    def signed(self, prompt: str) -> str:
+        """The signed URL of a picture that the API has made, good as a reference picture."""
+        query = f"X-Amz-Signature={SECRETS['the reference picture' + chr(39) + 's signature']}&v=1"
+        (made,) = (one["id"] for one in self.api.predictions() if one["input"]["prompt"] == prompt)
+        return f"{self.api.url}/files/{made}.png?{query}"
+
+    # ------------------------------------------------------------------ what is searched
+
+    def outputs(self) -> Iterator[tuple[str, bytes]]:
+        """Everything that runs have left behind, by name."""
+        yield "stdout and stderr", self.said.encode()
+        for path in sorted(self.home.rglob("*")):
+            if path.is_file():
+                yield str(path.relative_to(self.home)), path.read_bytes()
+                yield from unpacked(path)
+        with closing(boto3.client("s3", endpoint_url=self.s3.url)) as s3:
+            for page in s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
+                for row in page.get("Contents", []):
+                    found = s3.get_object(Bucket=BUCKET, Key=row["Key"])
+                    with found["Body"] as body:
+                        yield f"s3 {row['Key']}", body.read() + json.dumps(found["Metadata"]).encode()
+
+    def leaks(self) -> list[str]:
+        """Where a secret or a signature stands that should not."""
+        made = {f"signature {n}": text for n, text in enumerate(self.signatures.read_text().split())}
+        assert made, "botocore has signed nothing"
+        wanted = {
+            spelling.encode(): name
+            for name, secret in {**SECRETS, **made}.items()
+            for spelling in (secret, quote(secret, safe=""), base64.b64encode(secret.encode()).decode())
+        }
+        pattern = re.compile(b"|".join(re.escape(spelling) for spelling in wanted))
+        return [
+            f"{where}: {wanted[found[0]]}: {text[max(0, found.start() - 90) : found.end()]!r}"
+            for where, text in self.outputs()
+            for found in pattern.finditer(text)
+        ]
+
+
+def unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
+    """What stands in a file that a search of its bytes may miss: rows over several pages, pickles in base64."""
+    if path.suffix == ".db":
+        with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+            for (table,) in database.execute("select name from sqlite_master where type = 'table'").fetchall():
+                for row in database.execute(f'select * from "{table}"'):
+                    yield f"{path.name} {table}", repr(row).encode()
+    if "storage" in path.parts:
+        written = path.read_bytes()
+        with suppress(ValueError):
+            written = str(json.loads(written)["result"]).encode()
+        yield f"the result in {path.name}", base64.b64decode(written)
+
+
+@pytest.fixture
+def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
+    options = EmulatorOptions(
+        service_seconds=0.05,
+        requests_per_minute=None,
+        image_size_px=64,
+        api_keys=GOOD_KEYS,
+        picture_query=f"?X-Amz-Signature={SECRETS['the picture' + chr(39) + 's signature']}"
+        f"&X-Amz-Security-Token={SECRETS['the picture' + chr(39) + 's session token']}",
+        faults=(
+            "prediction:fail_moderation,matching=refused by moderation",
+            "picture:not_found,matching=gone from its host",
+            "picture:html,matching=spoilt on its way",
+        ),
+    )
+    local_s3.create_bucket(BUCKET)
+    refuse = Fault("refuse", key_contains="images/refused-by-s3", times=1_000, status=403, code="AccessDenied")
+    local_s3.set_faults(refuse)
+    with EmulatorServer(options) as api:
+        try:
+            yield Scene(api, local_s3, tmp_path)
+        finally:
+            local_s3.set_faults()
+
+
+def generate(scene: Scene, prompt: str, *more: str, **environment: str) -> int:
+    return scene.run("command", "generate", prompt, "--to", f"s3://{BUCKET}/cli", *more, **environment)
+
+
+@pytest.mark.slow
+def test_no_output_of_the_command_line_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
+    assert generate(scene, "a reference", "--json") == 0
+    signed = scene.signed("a reference")
+    assert generate(scene, "a fox", "--image-url", signed) == 0
+    assert generate(scene, "an owl", "--image-url", f"s3://{BUCKET}/cli/images/fox.png") == 2  # there is none
+    assert generate(scene, "refused by moderation", "--image-url", signed, "--json") == 1
+    assert generate(scene, "refused by s3", "--item-id", "refused-by-s3") == 2
+    assert generate(scene, "gone from its host", "--deadline-seconds", "5") == 1
+    assert generate(scene, "a wrong key", EACHLABS_API_KEY=SECRETS["a wrong key"]) == 2
+    table = tmp_path / "table.csv"
+    lines = [f"{prompt},{signed}" for prompt in ("a hare", "a lynx", "refused by moderation again")]
+    table.write_text("\n".join(["prompt,image_url", *lines, "bad row,ftp://x?X-Amz-Signature=1", ""]))
+    assert scene.run("command", "batch", str(table), "--to", f"s3://{BUCKET}/batch") == 1
+    assert "botocore.auth" in scene.said, "nothing was logged at debug level"
+    assert "Traceback" not in scene.said
+    assert scene.leaks() == []
+
+
+@pytest.mark.slow
+def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
+    assert generate(scene, "a reference", "--item-id", "reference") == 0
+    signed = scene.signed("a reference")
+    table = tmp_path / "table.csv"
+    table.write_text(f"prompt,image_url\na hare,{signed}\na lynx,s3://{BUCKET}/flows/images/reference.png\n")
+    facts: dict[str, Any] = {
+        "destination": f"s3://{BUCKET}/flows",
+        "signed": signed,
+        "object": f"s3://{BUCKET}/cli/images/reference.png",
+        "wrong_key": SECRETS["a wrong key"],
+        "block_key": SECRETS["a block's key"],
+        "block_secret": SECRETS["a block's S3 secret"],
+        "block_token": SECRETS["a block's session token"],
+        "table": str(table),
+    }
+    roots = f"s3://{BUCKET}"
+    (tmp_path / "facts.json").write_text(json.dumps(facts))
+    assert scene.run("flows", str(tmp_path / "facts.json"), EACHLABS_REFERENCE_ROOTS=roots) == 0
+    said = json.loads(next(line for line in scene.said.splitlines() if line.startswith('{"well"')))
+    assert None not in (said["well"], said["by_blocks"]), scene.said[-20_000:]
+    failed = ("refused by moderation", "refused by s3", "gone from its host", "spoilt on its way", "wrong key")
+    assert [said[name] for name in failed] == [None] * len(failed)
+    places = [where for where, _ in scene.outputs()]
+    for kind in (
+        "debug.log",
+        "prefect.db log",
+        "prefect.db artifact",
+        "the result in",
+        "s3 flows/records",
+        "s3 flows/batches",
+    ):
+        assert any(kind in where for where in places), kind
+    with closing(sqlite3.connect(scene.home / "prefect" / "prefect.db")) as database:
+        logged = {name for (name,) in database.execute("select distinct name from log")}
+    assert {"httpx", "botocore.auth", "httpcore.http11"} <= logged, "Prefect was sent no logs of the libraries"
+    assert scene.leaks() == []

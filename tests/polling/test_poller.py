@@ -1,0 +1,239 @@
+"""What becomes of futures, places and predictions that take too long."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import datetime, timedelta, timezone
+
+import pytest
+
+from prefect_eachlabs.errors import PredictionTimedOut
+from prefect_eachlabs.limits.limiter import LocalLots, Places
+from prefect_eachlabs.models import Prediction, PredictionStatus
+from tests.polling.model_api import ModelApi, Shop, gaps_of, in_flight, in_shop, now, seconds
+from tests.virtual_time import run
+
+# ---- the end, and what comes with it
+
+
+@pytest.mark.parametrize("has_executions", [True, False])
+def test_the_end_carries_all_that_is_known(has_executions: bool) -> None:
+    async def story(shop: Shop) -> list[Prediction]:
+        return list(await asyncio.gather(*(shop.buy() for _ in range(3))))
+
+    ends = in_shop(story, has_executions=has_executions)
+    assert len({end.id for end in ends}) == 3
+    for end in ends:
+        assert (end.item_id, end.model) == (f"i-{end.id}", "gemini")
+        assert end.status is PredictionStatus.SUCCEEDED
+        assert end.output_urls == (f"https://pictures.test/{end.id}.0.png",)
+        assert end.input == {"prompt": "a fox"}
+        assert end.created_at is not None
+        assert end.cost_usd == 0.04
+        assert end.predict_time_seconds == pytest.approx(5, abs=2)
+
+
+@pytest.mark.parametrize("end", [PredictionStatus.FAILED, PredictionStatus.CANCELLED])
+@pytest.mark.parametrize("callers", [1, 4])
+def test_a_prediction_that_fails_is_an_end_learned_by_id(end: PredictionStatus, callers: int) -> None:
+    async def story(shop: Shop) -> list[Prediction]:
+        return list(await asyncio.gather(*(shop.buy() for _ in range(callers))))
+
+    assert {known.status for known in in_shop(story, end=end)} == {end}
+
+
+def test_watching_the_same_prediction_again_is_the_same_future_and_takes_one_place() -> None:
+    async def story(shop: Shop) -> None:
+        prediction = await shop.api.create()
+        first = shop.watcher.watch(prediction, place=None)
+        assert in_flight(shop) == 0
+        assert shop.watcher.watch(prediction, place=await shop.places.take_in_flight()) is first
+        assert in_flight(shop) == 0.1
+        shop.watcher.watch(prediction, place=await shop.places.take_in_flight())
+        assert in_flight(shop) == 0.1
+        await first
+        assert in_flight(shop) == 0
+
+    in_shop(story)
+
+
+def test_an_end_is_remembered_and_a_place_for_it_comes_straight_back() -> None:
+    async def story(shop: Shop) -> None:
+        end = await shop.buy()
+        assert shop.watcher.end_of(end.id) is end
+        again = shop.watcher.watch(Prediction(id=end.id), place=await shop.places.take_in_flight())
+        assert again.result() is end
+        assert in_flight(shop) == 0
+        assert shop.watcher.end_of("other") is None
+
+    in_shop(story)
+
+
+def test_only_so_many_ends_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prefect_eachlabs.polling.answers.ENDS_REMEMBERED", 3)
+
+    async def story(shop: Shop) -> list[bool]:
+        for _ in range(5):
+            await shop.buy()
+        return [shop.watcher.end_of(f"p{number}") is not None for number in range(1, 6)]
+
+    assert in_shop(story) == [False, False, True, True, True]
+
+
+def test_what_is_known_by_its_id_alone_gains_what_a_later_call_knows() -> None:
+    async def story(shop: Shop) -> Prediction:
+        prediction = await shop.api.create()
+        future = shop.watcher.watch(Prediction(id=prediction.id), place=None)
+        shop.watcher.watch(prediction, place=None)
+        return await future
+
+    assert in_shop(story).item_id == "i-p1"
+
+
+def test_what_may_have_ended_long_ago_is_asked_about_at_once() -> None:
+    async def story(shop: Shop) -> tuple[float, float]:
+        old = await shop.api.create()
+        older = await shop.api.create()
+        await asyncio.sleep(100)
+        began_at = now()
+        await shop.watcher.watch(Prediction(id=old.id), place=None)
+        took_by_id = now() - began_at
+        created_at = datetime.now(timezone.utc) - timedelta(seconds=100)
+        await shop.watcher.watch(older.model_copy(update={"created_at": created_at}), place=None)
+        return took_by_id, now() - began_at
+
+    assert max(in_shop(story, requests_per_minute=60)) < 0.3
+
+
+def test_an_awaiter_that_is_cancelled_leaves_the_watching_alone() -> None:
+    async def story(shop: Shop) -> None:
+        prediction = await shop.api.create()
+        place = await shop.places.take_in_flight()
+        awaiter = asyncio.ensure_future(asyncio.wait_for(shop.watcher.watch(prediction, place=place), 1))
+        with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+            await awaiter
+        assert (await shop.watcher.watch(prediction, place=None)).status.ended
+        assert in_flight(shop) == 0
+
+    in_shop(story)
+
+
+# ---- GETs that are held open
+
+
+def test_a_get_that_hangs_holds_nobody_else_up() -> None:
+    async def story(shop: Shop) -> dict[str, float]:
+        shop.api.hangs["p1"] = 70.0
+        known: dict[str, float] = {}
+
+        async def one() -> None:
+            end = await shop.buy()
+            known[end.id] = now()
+
+        await asyncio.gather(*(one() for _ in range(5)))
+        return known
+
+    known = in_shop(story, has_executions=False, duration=seconds(5))
+    assert all(at < 5.6 for id, at in known.items() if id != "p1")
+    assert known["p1"] < 40  # asked again while the first question is still out
+
+
+def test_held_questions_are_bounded() -> None:
+    class Counting(ModelApi):
+        out = 0
+        most = 0
+
+        async def get(self, prediction_id: str) -> Prediction:
+            self.out += 1
+            Counting.most = max(Counting.most, self.out)
+            try:
+                return await super().get(prediction_id)
+            finally:
+                self.out -= 1
+
+    async def story() -> None:
+        shop = Shop(
+            Counting(holds=True, has_executions=False), Places(LocalLots(requests_per_minute=None, max_in_flight=None))
+        )
+        for _ in range(2):
+            await asyncio.gather(*(shop.buy() for _ in range(150)))
+        await shop.watcher.close()
+
+    run(story())
+    assert 32 <= Counting.most <= 64
+
+
+# ---- hurry, patience, the end of it
+
+
+def test_hurry_asks_at_once_and_again_until_the_end() -> None:
+    async def story(shop: Shop) -> list[float]:
+        prediction = await shop.api.create()
+        future = shop.watcher.watch(prediction, place=None)
+        shop.watcher.hurry("unknown")
+        await asyncio.sleep(1)
+        shop.watcher.hurry(prediction.id)
+        await asyncio.sleep(1)
+        shop.api.jobs[prediction.id].end = PredictionStatus.CANCELLED
+        shop.api.jobs[prediction.id].seconds = 0
+        assert (await future).status is PredictionStatus.CANCELLED
+        return shop.api.times("get")
+
+    times = in_shop(story, requests_per_minute=60, duration=seconds(300))
+    assert times[0] == pytest.approx(1.1, abs=0.1)
+    assert times[-1] < 4.5
+
+
+def test_a_prediction_long_overdue_is_asked_about_ever_less_often_and_keeps_its_place_for_an_hour() -> None:
+    async def story(shop: Shop) -> list[float]:
+        place = await shop.places.take_in_flight()
+        shop.watcher.watch(await shop.api.create(), place=place)
+        await asyncio.sleep(3500)
+        assert in_flight(shop) == 0.1
+        await asyncio.sleep(200)
+        assert in_flight(shop) == 0
+        return shop.api.times("get")
+
+    times = in_shop(story, requests_per_minute=60, duration=seconds(1e9))
+    gaps = gaps_of(times)
+    assert max(gaps) <= 62
+    assert min(gaps[-20:]) >= 58
+    assert len(times) < 120
+
+
+def test_many_that_never_end_leave_most_requests_to_others() -> None:
+    async def story(shop: Shop) -> float:
+        for _ in range(100):
+            shop.watcher.watch(await shop.api.create(), place=None)
+        await asyncio.sleep(900)
+        return shop.api.count("get") / 15
+
+    duration = seconds(1e9)
+    assert in_shop(story, requests_per_minute=600, max_in_flight=None, has_executions=False, duration=duration) < 200
+
+
+def test_after_a_day_it_is_given_up() -> None:
+    async def story(shop: Shop) -> None:
+        with pytest.raises(PredictionTimedOut) as error:
+            await shop.watcher.watch(await shop.api.create(), place=None)
+        assert error.value.prediction_id == "p1"
+        assert 86_400 < now() < 86_600
+
+    in_shop(story, duration=seconds(1e9))
+
+
+def test_close_cancels_the_futures_and_leaves_nothing_behind() -> None:
+    async def story(shop: Shop) -> None:
+        futures = []
+        for _ in range(5):
+            place = await shop.places.take_in_flight()
+            futures.append(shop.watcher.watch(await shop.api.create(), place=place))
+        await asyncio.sleep(5)
+        await shop.watcher.close()
+        await shop.watcher.close()
+        assert [future.cancelled() for future in futures] == [True] * 5
+        assert in_flight(shop) == 0.5  # they go on at the API
+        assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+        assert shop.watcher.watch(Prediction(id="p9"), place=None).cancelled()
+
+    in_shop(story, requests_per_minute=60, duration=seconds(1e9))

@@ -1,0 +1,298 @@
+"""What the watcher believes, whom it asks again, and what it leaves alone."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, Rejected, Throttled, Unanswered
+from prefect_eachlabs.limits.limiter import Kind, LocalLots, Places
+from prefect_eachlabs.models import Prediction
+from prefect_eachlabs.polling.schedule import Schedule
+from tests.polling.model_api import Job, ModelApi, Shop, gaps_of, in_flight, in_shop, now, refused, seconds
+from tests.virtual_time import run
+
+# ---- what a row of executions is worth
+
+
+def test_rows_of_the_missions_model_are_believed() -> None:
+    async def story(shop: Shop) -> int:
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+        return shop.api.count("get")
+
+    assert in_shop(story, requests_per_minute=60) == 0
+
+
+def test_of_another_model_the_first_end_is_learned_by_id_and_rows_are_believed_then() -> None:
+    async def story(shop: Shop) -> tuple[int, int]:
+        await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
+        first = shop.api.count("get")
+        await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
+        return first, shop.api.count("get") - first
+
+    first, then = in_shop(story, requests_per_minute=600)
+    assert first >= 1
+    assert then <= 3  # one that is due alone is asked about by id: a page would tell no more
+
+
+@pytest.mark.parametrize("model", ["flux", "gemini"])
+def test_several_outputs_are_asked_for_by_id(model: str) -> None:
+    async def story(shop: Shop) -> list[Prediction]:
+        ends: list[Prediction] = []
+        for _ in range(2):
+            ends += await asyncio.gather(*(shop.buy(model, {"num_images": 3}) for _ in range(5)))
+        return ends
+
+    assert {len(end.output_urls) for end in in_shop(story, urls=3)} == {3}
+
+
+def test_a_model_that_was_seen_to_make_several_is_never_believed_again() -> None:
+    async def story(shop: Shop) -> list[int]:
+        counts = [len((await shop.buy()).output_urls)]
+        counts += [len(end.output_urls) for end in await asyncio.gather(*(shop.buy() for _ in range(5)))]
+        return counts
+
+    assert in_shop(story, urls=2) == [2] * 6
+
+
+def test_what_a_sweep_does_not_show_is_asked_for_by_itself() -> None:
+    def shows(job: Job) -> bool:
+        return int(job.id[1:]) % 3 != 0
+
+    async def story(shop: Shop) -> list[str]:
+        await asyncio.gather(*(shop.buy() for _ in range(9)))
+        return sorted({about for _, endpoint, about in shop.api.asked if endpoint == "get"})
+
+    assert in_shop(story, shows=shows, duration=seconds(5)) == ["p3", "p6", "p9"]
+
+
+# ---- where the list is no good
+
+
+@pytest.mark.parametrize("fault", [refused(404), KeyRefused("no", status_code=403)])
+def test_a_list_that_is_missing_or_refused_is_left_alone_for_ten_minutes(fault: EachlabsError) -> None:
+    async def story(shop: Shop) -> list[float]:
+        shop.api.faults["executions"] = deque([fault] * 1000)
+        while now() < 900:
+            await asyncio.gather(*(shop.buy() for _ in range(3)))
+        return shop.api.times("executions")
+
+    times = in_shop(story)
+    assert len(times) == 2
+    assert 600 <= times[1] - times[0] < 610
+
+
+def test_a_list_that_does_not_answer_is_asked_again_later_each_time() -> None:
+    async def story(shop: Shop) -> list[float]:
+        shop.api.faults["executions"] = deque([Unanswered("cut")] * 4 + [ValueError("unforeseen")])
+        while now() < 120:
+            await asyncio.gather(*(shop.buy() for _ in range(3)))
+        times = shop.api.times("executions")
+        return gaps_of(times)[:5]
+
+    for gap, at_least in zip(in_shop(story), (2, 4, 8, 16, 32), strict=True):
+        assert at_least <= gap < at_least + 6
+
+
+def test_a_list_that_hangs_does_not_keep_the_ends_from_being_known() -> None:
+    class Hanging(ModelApi):
+        async def executions(self, *, limit: int = 100, offset: int = 0) -> Any:
+            await asyncio.sleep(60)
+            raise Unanswered("time-out")
+
+    async def story() -> float:
+        shop = Shop(Hanging(duration=seconds(5)), Places(LocalLots(requests_per_minute=60, max_in_flight=10)))
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+        await shop.watcher.close()
+        return now()
+
+    assert run(story()) < 12
+
+
+@pytest.mark.parametrize("requests_per_minute", [None, 60])
+def test_a_list_that_is_far_behind_is_found_out_and_left_alone(requests_per_minute: int | None) -> None:
+    async def story(shop: Shop) -> tuple[float, int, int]:
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+        sweeps = shop.api.count("executions")
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+        return max(shop.delays()), sweeps, shop.api.count("executions")
+
+    worst, sweeps, sweeps_then = in_shop(story, requests_per_minute=requests_per_minute, list_lag_seconds=60)
+    assert worst < 60
+    assert sweeps_then == sweeps
+
+
+def test_a_list_a_second_behind_is_good_enough() -> None:
+    async def story(shop: Shop) -> int:
+        for _ in range(4):
+            await asyncio.gather(*(shop.buy() for _ in range(10)))
+        return shop.api.count("get")
+
+    assert in_shop(story, requests_per_minute=60, list_lag_seconds=1) <= 4
+
+
+# ---- questions that go wrong
+
+
+@pytest.mark.parametrize("fault", [Unanswered("cut"), NotSent("no route"), refused(422), RuntimeError("unforeseen")])
+def test_a_question_that_is_not_answered_is_asked_again_later_each_time(fault: Exception) -> None:
+    async def story(shop: Shop) -> tuple[bool, float]:
+        shop.api.faults["get"] = deque([fault] * 4)
+        end = await shop.buy()
+        return end.status.ended, now()
+
+    ended, known_at = in_shop(story, requests_per_minute=60)
+    assert ended
+    assert 3.5 + (0.5 + 1 + 2 + 4) <= known_at <= 16
+
+
+def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> None:
+    class Unreachable(ModelApi):
+        async def get(self, prediction_id: str) -> Prediction:
+            raise NotSent("no route")
+
+    async def story() -> float:
+        places = Places(LocalLots(requests_per_minute=60, max_in_flight=10))
+        shop = Shop(Unreachable(), places)
+        buying = asyncio.ensure_future(shop.buy())
+        await asyncio.sleep(50)
+        buying.cancel()
+        await shop.watcher.close()
+        return places.pressure(Kind.REQUESTS)
+
+    assert run(story()) == pytest.approx(1 / 60)  # the create's
+
+
+def test_a_throttled_question_silences_all_questions_for_as_long_as_the_api_asks() -> None:
+    async def story(shop: Shop) -> list[float]:
+        shop.api.faults["get"] = deque([Throttled("slow down", retry_after_seconds=20)])
+        await asyncio.gather(*(shop.buy() for _ in range(5)))
+        return [at for at, endpoint, _ in shop.api.asked if endpoint != "create"]
+
+    times = in_shop(story, has_executions=False, duration=seconds(5))
+    gaps = gaps_of(times)
+    assert max(gaps) >= 20
+    assert gaps.index(max(gaps)) <= 1 + 4  # after the sweep, the throttled one, and those that were under way
+
+
+def test_an_id_that_the_api_does_not_know_yet_is_asked_for_again() -> None:
+    async def story(shop: Shop) -> bool:
+        shop.api.faults["get"] = deque([refused(404)] * 5)
+        return (await shop.buy()).status.ended
+
+    assert in_shop(story)
+
+
+def test_an_id_that_stays_unknown_is_an_error_after_half_a_minute() -> None:
+    async def story(shop: Shop) -> float:
+        place = await shop.places.take_in_flight()
+        with pytest.raises(Rejected) as error:
+            await shop.watcher.watch(Prediction(id="nowhere"), place=place)
+        assert error.value.status_code == 404
+        assert in_flight(shop) == 0
+        return now()
+
+    assert 30 <= in_shop(story) < 65
+
+
+def test_a_key_that_is_refused_ends_all_watching() -> None:
+    async def story(shop: Shop) -> int:
+        shop.api.faults["get"] = deque([KeyRefused("no", status_code=401)])
+        ends = await asyncio.gather(*(shop.buy() for _ in range(3)), return_exceptions=True)
+        assert in_flight(shop) == 0
+        return sum(isinstance(end, KeyRefused) for end in ends)
+
+    assert in_shop(story, has_executions=False) == 3
+
+
+def test_a_403_right_after_good_answers_is_about_that_prediction_alone() -> None:
+    async def story(shop: Shop) -> None:
+        buying = [asyncio.ensure_future(shop.buy()) for _ in range(3)]
+        await asyncio.sleep(3.8)
+        shop.api.faults["get"] = deque([KeyRefused("not yours", status_code=403)])
+        with pytest.raises(KeyRefused):
+            await shop.watcher.watch(Prediction(id="of-another"), place=None)
+        assert all(end.status.ended for end in await asyncio.gather(*buying))
+
+    in_shop(story)
+
+
+def test_an_error_that_nobody_awaits_is_no_noise(caplog: pytest.LogCaptureFixture) -> None:
+    async def story(shop: Shop) -> None:
+        shop.api.faults["get"] = deque([KeyRefused("no", status_code=401)])
+        shop.watcher.watch(Prediction(id="p9"), place=None)
+        await asyncio.sleep(10)
+
+    with caplog.at_level(logging.WARNING):
+        in_shop(story)
+        gc.collect()
+    assert caplog.records == []
+
+
+def test_a_fault_of_its_own_does_not_stop_the_watcher(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    decide = Schedule.decide
+    faults = deque([ZeroDivisionError()] * 3)
+
+    def stumbling(self: Schedule, at: float) -> Any:
+        if self.watched and faults:
+            raise faults.popleft()
+        return decide(self, at)
+
+    monkeypatch.setattr(Schedule, "decide", stumbling)
+
+    async def story(shop: Shop) -> bool:
+        return (await shop.buy()).status.ended
+
+    assert in_shop(story)
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 3
+
+
+FAULTS: list[Exception] = [
+    Unanswered("cut"),
+    NotSent("no route"),
+    Throttled("slow down", retry_after_seconds=2),
+    Throttled("slow down"),
+    refused(404),
+    refused(422),
+    ValueError("unforeseen"),
+]
+some_faults = st.lists(st.sampled_from(FAULTS), max_size=12)
+bad_days = st.fixed_dictionaries(
+    {
+        "requests_per_minute": st.sampled_from([None, 60, 30]),
+        "max_in_flight": st.sampled_from([3, 10]),
+        "holds": st.booleans(),
+        "urls": st.sampled_from([1, 2]),
+        "list_lag_seconds": st.sampled_from([0.0, 3.0, 20.0]),
+        "seed": st.integers(0, 100),
+    }
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(day=bad_days, on_get=some_faults, on_list=some_faults, hidden=st.sets(st.integers(1, 12)))
+def test_whatever_goes_wrong_every_end_is_seen_and_every_place_comes_back(
+    day: dict[str, Any], on_get: list[Exception], on_list: list[Exception], hidden: set[int]
+) -> None:
+    async def story(shop: Shop) -> None:
+        api = shop.api
+        api.faults = {"get": deque(on_get), "executions": deque(on_list)}
+        ends = await asyncio.gather(*(shop.buy() for _ in range(12)), return_exceptions=True)
+        # A 404 after half a minute is an answer; nothing else is.
+        assert all(isinstance(end, Prediction) or getattr(end, "status_code", 0) == 404 for end in ends)
+        assert in_flight(shop) == 0
+        assert api.throttled == 0
+        assert api.most_in_flight <= day["max_in_flight"]
+        assert api.worst_minute() <= (api.requests_per_minute or 100_000)
+
+    in_shop(story, shows=lambda job: int(job.id[1:]) not in hidden, **day)

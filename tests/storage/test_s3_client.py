@@ -1,0 +1,260 @@
+"""What S3 does wrong, and what is set up wrong, comes out in plain words; one client serves an access."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from botocore.retries.standard import ExponentialBackoff
+from moto.s3.models import s3_backends
+
+from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
+from prefect_eachlabs.storage import s3_client as s3_access
+from prefect_eachlabs.storage.s3 import S3Access, S3Store
+from prefect_eachlabs.testing.s3 import ACCOUNT, Fault, LocalS3
+from tests.storage.test_memory_store import found, listed, refusal
+
+JSON = "application/json"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LocalS3]:
+    with LocalS3(buckets=["pictures"]) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
+    """The server, empty and without faults; boto3 repeats without waiting."""
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
+    s3_backends[ACCOUNT]["aws"].buckets["pictures"].keys.clear()
+    yield server
+    server.set_faults()
+
+
+@pytest.fixture
+def bucket(s3: LocalS3) -> S3Store:
+    return S3Store("pictures", s3.access)
+
+
+# ----------------------------------------------------------------------- faults
+
+
+def test_two_refusals_in_passing_are_overcome(s3: LocalS3, bucket: S3Store) -> None:
+    s3.set_faults(Fault("refuse", times=2), Fault("refuse", method="GET", times=2))
+
+    async def story() -> bytes:
+        await bucket.put("a", b"there", content_type=JSON)
+        return (await found(bucket, "a")).body
+
+    assert asyncio.run(story()) == b"there"
+
+
+def test_a_refusal_that_lasts_is_a_failed_store_and_nothing_is_written(s3: LocalS3, bucket: S3Store) -> None:
+    s3.set_faults(Fault("refuse", times=3))
+
+    async def story() -> None:
+        with pytest.raises(StoreFailed, match=r"s3://pictures/a .*SlowDown, HTTP 503.*run again") as caught:
+            await bucket.put("a", b"", content_type=JSON)
+        assert caught.value.retryable
+        assert await bucket.get("a") is None
+
+    asyncio.run(story())
+
+
+def test_a_lost_answer_to_a_conditional_put_reads_as_a_failed_precondition_over_ones_own_body(
+    s3: LocalS3, bucket: S3Store
+) -> None:
+    s3.set_faults(Fault("lose"))
+
+    async def story() -> None:
+        assert await refusal(bucket.put("a", b"mine", content_type=JSON, if_absent=True))
+        mine = await found(bucket, "a")
+        assert mine.body == b"mine"
+        s3.set_faults(Fault("lose"))
+        assert await refusal(bucket.put("a", b"mine too", content_type=JSON, if_match=mine.etag))
+        assert (await found(bucket, "a")).body == b"mine too"
+
+    asyncio.run(story())
+
+
+def test_answers_that_are_lost_each_time_leave_the_outcome_unknown(s3: LocalS3, bucket: S3Store) -> None:
+    s3.set_faults(Fault("lose", times=3))
+
+    async def story() -> None:
+        with pytest.raises(StoreFailed, match="did not answer"):
+            await bucket.put("a", b"there", content_type=JSON)
+        assert (await found(bucket, "a")).body == b"there"
+
+    asyncio.run(story())
+
+
+def test_a_body_that_is_cut_is_read_again_and_given_up_after_the_last_attempt(s3: LocalS3, bucket: S3Store) -> None:
+    async def story() -> None:
+        await bucket.put("a", b"x" * 100_000, content_type=JSON)
+        s3.set_faults(Fault("cut", method="GET", times=2))
+        assert (await found(bucket, "a")).body == b"x" * 100_000
+        s3.set_faults(Fault("cut", method="GET", times=3))
+        with pytest.raises(StoreFailed, match="s3://pictures/a"):
+            await bucket.get("a")
+
+    asyncio.run(story())
+
+
+SECRET = "wJalrXUtnFEMI-never-shown"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "advice"),
+    [
+        (403, "AccessDenied", SetupError, "s3:PutObject and s3:ListBucket"),
+        (403, "InvalidAccessKeyId", SetupError, "check AWS_ACCESS_KEY_ID"),
+        (403, "SignatureDoesNotMatch", SetupError, "check AWS_SECRET_ACCESS_KEY"),
+        (403, "RequestTimeTooSkewed", SetupError, "clock is wrong"),
+        (400, "ExpiredToken", SetupError, "session token has expired"),
+        (404, "NoSuchBucket", SetupError, "create it, or mend the destination"),
+        (301, "PermanentRedirect", SetupError, "set AWS_REGION"),
+        (400, "AuthorizationHeaderMalformed", SetupError, "set AWS_REGION"),
+        (400, "IllegalLocationConstraintException", SetupError, "set AWS_REGION"),
+        (400, "KMS.NotFoundException", SetupError, "check kms_key_id"),
+        (400, "InvalidStorageClass", SetupError, "mend storage_class"),
+        (400, "SomethingNew", SetupError, "Mend the destination"),
+        (400, "BadDigest", StoreFailed, "run again"),
+        (400, "RequestTimeout", StoreFailed, "run again"),
+        (429, "TooManyRequests", StoreFailed, "run again"),
+        (500, "InternalError", StoreFailed, "run again"),
+        (502, "", StoreFailed, "run again"),
+    ],
+)
+def test_each_refusal_names_bucket_and_endpoint_and_says_what_to_do(
+    s3: LocalS3, status: int, code: str, kind: type[EachlabsError], advice: str
+) -> None:
+    store = S3Store("pictures", S3Access(**{**vars(s3.access), "secret_access_key": SECRET}))
+    for method, ask in (
+        ("PUT", lambda: store.put("a", b"", content_type=JSON)),
+        ("GET", lambda: store.get("a")),
+        ("LIST", lambda: listed(store.list("a"))),
+    ):
+        s3.set_faults(Fault("refuse", method=method, status=status, code=code, times=20))
+        with pytest.raises(kind) as caught:
+            asyncio.run(ask())
+        message = str(caught.value)
+        assert "s3://pictures/a" in message
+        assert s3.url in message
+        assert advice in message
+        assert SECRET not in message
+
+
+@pytest.mark.parametrize("status", [403, 400])
+def test_a_refused_head_which_has_no_body_is_explained_by_its_status(s3: LocalS3, bucket: S3Store, status: int) -> None:
+    s3.set_faults(Fault("refuse", method="HEAD", status=status, times=20))
+    with pytest.raises(SetupError, match=f"HTTP {status}"):
+        asyncio.run(bucket.head("a"))
+
+
+def test_a_missing_bucket_is_named(s3: LocalS3) -> None:
+    store = S3Store("no-such-bucket", s3.access)
+    for ask in (store.put("a", b"", content_type=JSON, if_absent=True), store.get("a"), listed(store.list(""))):
+        with pytest.raises(SetupError, match=r"s3://no-such-bucket/.*there is no such bucket"):
+            asyncio.run(ask)
+    assert asyncio.run(store.head("a")) is None
+
+
+def test_an_endpoint_where_nobody_listens_is_named_and_may_be_repeated(s3: LocalS3) -> None:
+    with LocalS3() as ended:
+        url = ended.url
+    store = S3Store("pictures", S3Access(endpoint_url=url, region="us-east-1"))
+    with pytest.raises(StoreFailed, match=f"{url}.*EndpointConnectionError.*AWS_ENDPOINT_URL_S3") as caught:
+        asyncio.run(store.get("a"))
+    assert caught.value.retryable
+
+
+def test_missing_credentials_are_named(s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    store = S3Store("pictures", S3Access(endpoint_url=s3.url, region="us-east-1"))
+    with pytest.raises(SetupError, match=r"No usable AWS credentials.*set AWS_ACCESS_KEY_ID"):
+        asyncio.run(store.get("a"))
+
+
+@pytest.mark.parametrize(
+    ("bucket", "access"),
+    [
+        ("no/bucket", S3Access(region="us-east-1")),
+        ("pictures", S3Access(endpoint_url="nonsense", region="us-east-1")),
+        ("pictures", S3Access(access_key_id="half", region="us-east-1")),
+        ("pictures", S3Access(region="no region")),
+    ],
+)
+def test_settings_that_boto3_refuses_are_a_set_up_error(bucket: str, access: S3Access) -> None:
+    with pytest.raises(SetupError, match=f"s3://{bucket}/a"):
+        asyncio.run(S3Store(bucket, access).get("a"))
+
+
+def test_secrets_are_in_no_repr() -> None:
+    access = S3Access("https://u:pass@s3.invalid/?k=pass", "r", "AKIAEXAMPLE", SECRET, "token-secret")
+    for text in (repr(access), str(access), repr(S3Store("b", access))):
+        assert not any(secret in text for secret in ("pass", "AKIAEXAMPLE", SECRET, "token-secret"))
+
+
+# ----------------------------------------------------------- threads and clients
+
+
+def test_a_cancelled_write_that_had_begun_goes_on_and_its_end_is_logged(
+    bucket: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="prefect_eachlabs")
+    begun, go_on, logged = threading.Event(), threading.Event(), threading.Event()
+    write = S3Store._write
+
+    def slow_write(self: S3Store, *arguments: Any) -> str:
+        begun.set()
+        assert go_on.wait(10)
+        return write(self, *arguments)
+
+    monkeypatch.setattr(S3Store, "_write", slow_write)
+    log_orphaned_write = s3_access._log_orphaned_write
+
+    def log(*arguments: Any) -> None:
+        log_orphaned_write(*arguments)
+        logged.set()
+
+    monkeypatch.setattr(s3_access, "_log_orphaned_write", log)
+
+    async def story() -> None:
+        task = asyncio.ensure_future(bucket.put("a", b"x", content_type=JSON))
+        await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        go_on.set()
+        await asyncio.get_running_loop().run_in_executor(None, logged.wait, 10)
+        assert (await found(bucket, "a")).body == b"x"
+
+    asyncio.run(story())
+    assert "s3://pictures/a went through after its caller had been cancelled" in caplog.text
+
+
+def test_one_client_serves_an_access_until_the_environment_changes(
+    s3: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = s3_access.client_of(s3.access)
+    assert s3_access.client_of(S3Access(**vars(s3.access))) is client
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3.url)
+    assert s3_access.client_of(s3.access) is not client
+    assert s3_access.client_of(S3Access()).meta.endpoint_url == s3.url
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    assert s3_access.client_of(s3.access) is client
+
+
+def test_another_process_makes_its_own_threads_and_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = s3_access.this_process()
+    assert s3_access.this_process() is mine
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    monkeypatch.setattr(s3_access, "_processes", dict(s3_access._processes))
+    assert s3_access.this_process() is not mine

@@ -1,0 +1,297 @@
+"""The local S3 server keeps S3's rules where the project leans on them, and breaks them on demand alone."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+from botocore.exceptions import ClientError, ConnectionClosedError
+
+from prefect_eachlabs.testing.s3 import Fault, LocalS3
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LocalS3]:
+    with LocalS3(buckets=["pictures"]) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(server: LocalS3) -> Iterator[LocalS3]:
+    yield server
+    server.set_faults()
+
+
+SIGNED = {"Authorization": "AWS4-HMAC-SHA256 Credential=any/20260101/us-east-1/s3/aws4_request, Signature=any"}
+
+Clients = Callable[..., Any]
+
+
+@pytest.fixture
+def client(s3: LocalS3) -> Iterator[Clients]:
+    """`client()` makes a boto3 client of the server, which is closed after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def make(*, attempts: int = 1, url: str = s3.url) -> Any:
+            config = Config(retries={"total_max_attempts": attempts}, max_pool_connections=20)
+            boto = boto3.client("s3", endpoint_url=url, region_name="us-east-1", config=config)
+            stack.callback(boto.close)
+            return boto
+
+        yield make
+
+
+def code_of(error: ClientError) -> tuple[str, int]:
+    answer: Any = error.response
+    return answer["Error"]["Code"], answer["ResponseMetadata"]["HTTPStatusCode"]
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Threads take turns a thousand times more often, and meet between a check and its put."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_a_put_if_absent_among_many_at_once_succeeds_exactly_once(client: Clients) -> None:
+    boto = client()
+    answers: set[tuple[str, int]] = set()
+    for round_number in range(5):
+        start = threading.Barrier(8)
+
+        def put(number: int, key: str, start: threading.Barrier = start) -> bool:
+            start.wait()
+            try:
+                boto.put_object(Bucket="pictures", Key=key, Body=str(number).encode(), IfNoneMatch="*")
+            except ClientError as error:
+                answers.add(code_of(error))
+                return False
+            return True
+
+        key = f"race/{round_number}"
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(put, range(8), [key] * 8))
+        assert sum(won) == 1
+        assert boto.get_object(Bucket="pictures", Key=key)["Body"].read() == str(won.index(True)).encode()
+    assert answers == {("PreconditionFailed", 412)}
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_a_put_if_match_among_many_at_once_succeeds_exactly_once(client: Clients) -> None:
+    boto = client()
+    etag = boto.put_object(Bucket="pictures", Key="match", Body=b"first")["ETag"]
+    start = threading.Barrier(8)
+    answers: set[tuple[str, int]] = set()
+
+    def put(number: int) -> bool:
+        start.wait()
+        try:
+            boto.put_object(Bucket="pictures", Key="match", Body=str(number).encode(), IfMatch=etag)
+        except ClientError as error:
+            answers.add(code_of(error))
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(put, range(8))) == 1
+    assert answers == {("PreconditionFailed", 412)}
+
+
+def test_connections_are_kept_alive_over_all_kinds_of_answers(s3: LocalS3) -> None:
+    connection = http.client.HTTPConnection(s3.url.removeprefix("http://"))
+    ports, last = set(), b""
+    for method, path, body in (
+        ("PUT", "/pictures/kept/1", b"x" * 1500),
+        ("PUT", "/pictures/kept/2", b""),
+        ("GET", "/pictures/kept/1", None),
+        ("HEAD", "/pictures/kept/1", None),
+        ("HEAD", "/pictures/kept/none", None),
+        ("GET", "/pictures/kept/none", None),
+        ("GET", "/pictures?list-type=2", None),
+        ("DELETE", "/pictures/kept/2", None),
+        ("GET", "/_local_s3/counts", None),
+        ("GET", "/pictures/kept/1", None),
+    ):
+        connection.request(method, path, body, SIGNED)
+        answer = connection.getresponse()
+        last = answer.read()
+        assert answer.status < 500
+        ports.add(connection.sock.getsockname()[1])
+    assert len(ports) == 1
+    assert last == b"x" * 1500
+    connection.close()
+
+
+def test_a_body_in_chunks_is_taken_whole(s3: LocalS3) -> None:
+    connection = http.client.HTTPConnection(s3.url.removeprefix("http://"))
+    connection.request("PUT", "/pictures/chunked", iter([b"one", b"two"]), SIGNED, encode_chunked=True)
+    assert connection.getresponse().read() == b""
+    connection.request("GET", "/pictures/chunked", headers=SIGNED)
+    assert connection.getresponse().read() == b"onetwo"
+    connection.close()
+
+
+def test_a_refused_put_is_not_applied_and_the_next_one_is(s3: LocalS3, client: Clients) -> None:
+    boto = client()
+    s3.set_faults(Fault("refuse", nth=2, key_contains="refused/"))
+    boto.put_object(Bucket="pictures", Key="refused/1", Body=b"1")
+    with pytest.raises(ClientError) as caught:
+        boto.put_object(Bucket="pictures", Key="refused/2", Body=b"2")
+    assert code_of(caught.value) == ("SlowDown", 503)
+    boto.put_object(Bucket="pictures", Key="refused/3", Body=b"3")
+    keys = [row["Key"] for row in boto.list_objects_v2(Bucket="pictures", Prefix="refused/")["Contents"]]
+    assert keys == ["refused/1", "refused/3"]
+
+
+def test_a_lost_put_is_applied_and_the_connection_ends_without_an_answer(s3: LocalS3, client: Clients) -> None:
+    boto = client()
+    s3.set_faults(Fault("lose"))
+    with pytest.raises(ConnectionClosedError):
+        boto.put_object(Bucket="pictures", Key="lost", Body=b"there")
+    assert boto.get_object(Bucket="pictures", Key="lost")["Body"].read() == b"there"
+
+
+def test_a_lost_conditional_put_that_boto3_repeats_meets_its_own_body(s3: LocalS3, client: Clients) -> None:
+    s3.set_faults(Fault("lose"))
+    boto = client(attempts=2)
+    with pytest.raises(ClientError) as caught:
+        boto.put_object(Bucket="pictures", Key="lost-conditional", Body=b"mine", IfNoneMatch="*")
+    assert code_of(caught.value) == ("PreconditionFailed", 412)
+    assert boto.get_object(Bucket="pictures", Key="lost-conditional")["Body"].read() == b"mine"
+
+
+def test_faults_strike_the_method_the_key_and_as_often_as_asked(s3: LocalS3, client: Clients) -> None:
+    boto = client()
+    boto.put_object(Bucket="pictures", Key="struck", Body=b"1")
+    s3.set_faults(
+        Fault("refuse", method="GET", times=2, key_contains="struck"),
+        Fault("refuse", method="LIST", status=403, code="AccessDenied"),
+    )
+    boto.put_object(Bucket="pictures", Key="struck", Body=b"2")
+    for _ in range(2):
+        with pytest.raises(ClientError):
+            boto.get_object(Bucket="pictures", Key="struck")
+    assert boto.get_object(Bucket="pictures", Key="struck")["Body"].read() == b"2"
+    with pytest.raises(ClientError) as caught:
+        boto.list_objects_v2(Bucket="pictures")
+    assert code_of(caught.value) == ("AccessDenied", 403)
+    boto.list_objects_v2(Bucket="pictures")
+
+
+def test_counts_tell_method_and_folder(s3: LocalS3, client: Clients) -> None:
+    boto = client()
+    before = s3.counts()
+    for name in ("a", "b"):
+        boto.put_object(Bucket="pictures", Key=f"daily/records/{name}.json", Body=b"{}")
+    boto.head_object(Bucket="pictures", Key="daily/records/a.json")
+    boto.list_objects_v2(Bucket="pictures", Prefix="daily/records/")
+    s3.set_faults(Fault("refuse"))
+    with pytest.raises(ClientError):
+        boto.put_object(Bucket="pictures", Key="daily/images/a.png", Body=b"")
+    counts = {name: count - before.get(name, 0) for name, count in s3.counts().items()}
+    assert {name: count for name, count in counts.items() if count} == {
+        "PUT pictures/daily/records": 2,
+        "HEAD pictures/daily/records": 1,
+        "LIST pictures/daily/records": 1,
+        "PUT pictures/daily/images": 1,
+    }
+
+
+def asked(server_url: str, path: str, body: object = None) -> Any:
+    request = urllib.request.Request(server_url + path, None if body is None else json.dumps(body).encode())
+    with urllib.request.urlopen(request) as answer:
+        return json.load(answer)
+
+
+def test_faults_and_counts_are_there_for_other_processes(s3: LocalS3, client: Clients) -> None:
+    plan = {"faults": [{"action": "refuse", "key_contains": "over-http/"}], "latency_seconds": 0.0}
+    assert asked(s3.url, "/_local_s3/faults", plan) == {}
+    with pytest.raises(ClientError):
+        client().put_object(Bucket="pictures", Key="over-http/1", Body=b"")
+    assert asked(s3.url, "/_local_s3/counts") == s3.counts()
+
+
+@pytest.mark.parametrize("body", [[], {"faults": [{"action": "refuse", "often": 1}]}, {"faults": [{}]}, {"faults": 3}])
+def test_a_fault_plan_that_is_not_understood_is_refused(s3: LocalS3, body: object) -> None:
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        asked(s3.url, "/_local_s3/faults", body)
+    assert caught.value.code == 400
+    assert "error" in json.load(caught.value)
+    caught.value.close()
+
+
+def test_two_in_one_process_hold_the_same_objects_and_keep_faults_and_counts_apart(
+    s3: LocalS3, client: Clients
+) -> None:
+    with LocalS3(buckets=["pictures"]) as other:
+        other.set_faults(Fault("refuse", times=100))
+        client().put_object(Bucket="pictures", Key="shared", Body=b"1")
+        assert client(url=other.url).get_object(Bucket="pictures", Key="shared")["Body"].read() == b"1"
+        assert other.counts() == {"GET pictures": 1}
+    assert client().get_object(Bucket="pictures", Key="shared")["Body"].read() == b"1"
+
+
+def test_as_a_process_it_says_its_url_serves_and_ends_on_sigterm(client: Clients) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "prefect_eachlabs.testing.s3", "--port", str(port), "--bucket", "pictures"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url == f"http://127.0.0.1:{port}"
+        boto = client(url=url)
+        boto.put_object(Bucket="pictures", Key="a", Body=b"x")
+        assert asked(url, "/_local_s3/counts") == {"PUT pictures": 1}
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (0, "", "")
+
+
+def test_a_taken_port_is_an_os_error_that_ends_nobody() -> None:
+    program = (
+        "import socket, sys\n"
+        "from prefect_eachlabs.testing.s3 import LocalS3\n"
+        "with socket.create_server(('127.0.0.1', 0)) as taken:\n"
+        "    try:\n"
+        "        LocalS3(port=taken.getsockname()[1]).start()\n"
+        "    except OSError:\n"
+        "        pass\n"
+        "with LocalS3(buckets=['again']) as first:\n"
+        "    pass\n"
+        "with LocalS3(buckets=['again']) as second:\n"
+        "    sys.stdout.write(second.url)\n"
+    )
+    environment = {**os.environ, "PYTHONWARNINGS": "error::ResourceWarning"}
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("http://127.0.0.1:")
+    assert "Warning" not in done.stderr
