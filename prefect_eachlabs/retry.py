@@ -18,7 +18,9 @@ MOST_ASKED_PAUSE_SECONDS = 120.0
 logger = logging.getLogger(__name__)
 
 
-async def persevere(make: Callable[[], Awaitable[T]], *, attempts: int = 5, first_pause_seconds: float = 1.0) -> T:
+async def retry_while_retryable(
+    make: Callable[[], Awaitable[T]], *, attempts: int = 5, first_pause_seconds: float = 1.0
+) -> T:
     """What `make()` returns; made again after an error whose class says `retryable`, with growing pauses.
 
     Args:

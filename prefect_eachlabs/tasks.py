@@ -270,8 +270,8 @@ def _await(
     return gateway, gateway.engine.wait(prediction, deadline_seconds=deadline_seconds)
 
 
-@task(name="await-prediction", **_AWAIT)
-def await_prediction(
+@task(name="await-result", **_AWAIT)
+def await_result(
     prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
 ) -> Prediction:
     """Waits for a prediction's end. Free; asks as seldom as the account's limits make necessary.
@@ -294,11 +294,11 @@ def await_prediction(
         return _finished(gateway.call(work), prediction)
 
 
-@task(name="await-prediction", **_AWAIT)
-async def aawait_prediction(
+@task(name="await-result", **_AWAIT)
+async def aawait_result(
     prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
 ) -> Prediction:
-    """`await_prediction` for async flows: awaited. Free."""
+    """`await_result` for async flows: awaited. Free."""
     gateway, work = _await(prediction, credentials, deadline_seconds)
     with _failures_told():
         return _finished(await gateway.acall(work), prediction)
@@ -394,7 +394,7 @@ def store_image(
     """Downloads a finished prediction's picture, verifies it and uploads it, its bytes unchanged. Free.
 
     Args:
-        finished: What `await_prediction` returned.
+        finished: What `await_result` returned.
         destination: `s3://bucket/prefix` or an `S3Destination` block; the key is `PREFIX/images/ITEM_ID.png`.
         credentials: As for `create_prediction`.
         formats: What may be stored, as for `create_prediction`; what its record says when left out. Several outputs
@@ -475,7 +475,7 @@ def generate_and_store(
         Where the picture is; `reused` when nothing had to be bought.
 
     Raises:
-        EachlabsError: As `create_prediction`, `await_prediction` and `store_image` raise them.
+        EachlabsError: As `create_prediction`, `await_result` and `store_image` raise them.
 
     Example:
         ```python

@@ -23,7 +23,7 @@ from prefect_eachlabs import (
     acreate_prediction,
     agenerate_and_store,
     artifacts,
-    await_prediction,
+    await_result,
     create_prediction,
     events,
     generate_and_store,
@@ -221,7 +221,7 @@ class TestOnAServer:
     ) -> None:
         @flow
         def refused() -> None:
-            await_prediction(create_prediction("nothing decent", destination=studio.destination))
+            await_result(create_prediction("nothing decent", destination=studio.destination))
 
         studio.api.set_faults("prediction:fail_moderation,next=1")
         with pytest.raises(PredictionFailed):

@@ -25,12 +25,12 @@ from prefect_eachlabs import (
     StoredImage,
     StoreFailed,
     Throttled,
-    aawait_prediction,
+    aawait_result,
     acancel_prediction,
     acreate_prediction,
     agenerate_and_store,
     astore_image,
-    await_prediction,
+    await_result,
     cancel_prediction,
     create_prediction,
     generate_and_store,
@@ -42,12 +42,12 @@ from tests.flows.flow_fixtures import Studio
 
 TASKS = [
     create_prediction,
-    await_prediction,
+    await_result,
     cancel_prediction,
     store_image,
     generate_and_store,
     acreate_prediction,
-    aawait_prediction,
+    aawait_result,
     acancel_prediction,
     astore_image,
     agenerate_and_store,
@@ -86,7 +86,7 @@ def test_sync_tasks_go_through_direct_calls_submit_and_map(studio: Studio) -> No
         direct = generate_and_store("direct", destination=studio.destination)
         submitted = generate_and_store.submit("submitted", destination=studio.destination)
         predictions = create_prediction.map([f"mapped {n}" for n in range(3)], destination=studio.destination)
-        finished = await_prediction.map(predictions)
+        finished = await_result.map(predictions)
         stored = store_image.map(finished, destination=studio.destination)
         return [direct, submitted.result(), *stored.result()]
 
@@ -100,7 +100,7 @@ def test_async_tasks_are_awaited_and_sync_ones_submitted_from_an_async_flow(stud
     @flow
     async def pictures() -> list[StoredImage]:
         prediction = await acreate_prediction("step by step", destination=studio.destination)
-        finished = await aawait_prediction(prediction)
+        finished = await aawait_result(prediction)
         stored = await astore_image(finished, studio.destination)
         gathered = await asyncio.gather(
             *(agenerate_and_store(f"gathered {n}", destination=studio.destination) for n in range(3))

@@ -45,12 +45,12 @@ from prefect_eachlabs import (
     Throttled,
     TypedInput,
     Unanswered,
-    aawait_prediction,
+    aawait_result,
     acancel_prediction,
     acreate_prediction,
     agenerate_and_store,
     astore_image,
-    await_prediction,
+    await_result,
     cancel_prediction,
     create_prediction,
     generate_and_store,
@@ -70,7 +70,7 @@ def step_by_step(prompt: str, place: S3Destination, credentials: EachlabsCredent
     assert_type(prediction, Prediction)
     assert_type(prediction.id, str)
     assert_type(prediction.status, PredictionStatus)
-    finished = await_prediction(prediction, deadline_seconds=60.0)
+    finished = await_result(prediction, deadline_seconds=60.0)
     assert_type(finished, Prediction)
     assert_type(finished.cost_usd, float | None)
     if finished.status is PredictionStatus.CANCELLED:
@@ -96,7 +96,7 @@ def in_the_background(prompts: list[str]) -> list[StoredImage]:
 async def awaited(prompt: str) -> None:
     prediction = await acreate_prediction(prompt, destination=PLACE)
     assert_type(prediction, Prediction)
-    finished = await aawait_prediction(prediction)
+    finished = await aawait_result(prediction)
     assert_type(finished, Prediction)
     assert_type(await acancel_prediction(prediction.id), Prediction)
     assert_type(await astore_image(finished, PLACE), StoredImage)
@@ -122,7 +122,7 @@ def blocks() -> None:
 
 def errors(prediction: Prediction) -> None:
     try:
-        await_prediction(prediction)
+        await_result(prediction)
     except ItemConflict as error:
         wrong: BadInput | ValueError = error
         print(wrong)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.api.typed_inputs import BUILT_IN, faults_of
 from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected
-from prefect_eachlabs.limits.limiter import Places
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.reference_images import REFERENCE_FIELDS
 
@@ -168,12 +168,12 @@ class Catalogue:
 
     Args:
         librarian: Knows the catalogue.
-        places: The account's; each question takes a request place. None: nobody counts (no key is sent).
+        slots: The account's; each question takes a request slot. None: nobody counts (no key is sent).
     """
 
-    def __init__(self, librarian: Librarian, places: Places | None) -> None:
+    def __init__(self, librarian: Librarian, limiter: RateLimiter | None) -> None:
         self._librarian = librarian
-        self._places = places
+        self._limiter = limiter
         self._models: Once[str, Model | None] = Once()
 
     async def model(self, slug: str) -> Model | None:
@@ -187,7 +187,7 @@ class Catalogue:
 
     async def _ask(self, slug: str) -> Model | None:
         try:
-            async with _Turn(self._places):
+            async with _Turn(self._limiter):
                 return Model.parse(await self._librarian.model(slug), slug)
         except KeyRefused:
             raise
@@ -203,7 +203,7 @@ class Catalogue:
         """
         found: list[Model] = []
         for page in range(MOST_PAGES):
-            async with _Turn(self._places):
+            async with _Turn(self._limiter):
                 rows = await self._librarian.models(name, limit=ROWS_A_PAGE, offset=page * ROWS_A_PAGE)
             found += [Model.parse(row) for row in rows if isinstance(row, Mapping) and row.get("slug")]
             if len(rows) < ROWS_A_PAGE:
@@ -255,14 +255,14 @@ def _with_urls(input: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class _Turn:
-    """A request place for one question."""
+    """A request slot for one question."""
 
-    def __init__(self, places: Places | None) -> None:
-        self._places = places
+    def __init__(self, limiter: RateLimiter | None) -> None:
+        self._limiter = limiter
 
     async def __aenter__(self) -> None:
-        self._place = None if self._places is None else await self._places.take_request(question=True)
+        self._slot = None if self._limiter is None else await self._limiter.take_request(question=True)
 
     async def __aexit__(self, *_: object) -> None:
-        if self._place is not None:
-            self._place.done()
+        if self._slot is not None:
+            self._slot.done()

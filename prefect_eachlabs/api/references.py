@@ -27,7 +27,7 @@ from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.api.probing import Prober
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, StoreFailed, Unanswered
 from prefect_eachlabs.ledger.records import Ledger
-from prefect_eachlabs.limits.limiter import Places
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net.public_only import HostGuard, HostRefused, addresses_of
 from prefect_eachlabs.reference_images import Picture, Roots, UploadSlot, parse_date, parse_s3_name
@@ -87,7 +87,7 @@ class References:
 
     Args:
         client: Asks the API where a picture may be put.
-        places: The account's; each such question takes a request place.
+        slots: The account's; each such question takes a request slot.
         settings: The account.
         store_for: Opens other buckets than the destination's.
         transport: Replaces the network for looks and uploads; it never sees the key.
@@ -96,13 +96,13 @@ class References:
     def __init__(
         self,
         client: EachlabsClient,
-        places: Places,
+        limiter: RateLimiter,
         settings: AccountSettings,
         store_for: StoreFor,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._client = client
-        self._places = places
+        self._limiter = limiter
         self._settings = settings
         self._store_for = store_for
         self._roots = Roots.parse(settings.reference_roots)
@@ -270,14 +270,14 @@ class References:
             return False
 
     async def _presign(self, picture: Picture) -> UploadSlot:
-        request = await self._places.take_request()
+        request = await self._limiter.take_request()
         try:
             return await self._client.presign(content_type=picture.content_type, expires_in_seconds=KEPT_SECONDS)
         finally:
             request.done()
 
     async def _put(self, picture: Picture, slot: UploadSlot) -> Upload:
-        """Puts the bytes where the API said; repeated, for the same bytes at the same place change nothing."""
+        """Puts the bytes where the API said; repeated, for the same bytes at the same slot change nothing."""
         pause_seconds, reason = FIRST_PAUSE_SECONDS, ""
         async with self._turns:
             # Where it is in memory there is nothing to wait for.

@@ -1,4 +1,4 @@
-"""A batch's purse: what a picture costs is learned, and no POST is begun that the budget does not cover.
+"""A batch's budget: what a picture costs is learned, and no POST is begun that the budget does not cover.
 
 A model whose price nobody knows yet is bought one at a time until the first is settled. What is in flight counts
 with its expected price, so the budget is exceeded at most by what prices rose to while it was in flight.
@@ -38,7 +38,7 @@ class _Price:
 
 
 @dataclass(eq=False)
-class Purse:
+class Budget:
     """What this run may buy, by budget and by whatever stops it.
 
     Attributes:
@@ -140,7 +140,7 @@ class Purse:
             cost_usd = await self._ask(prediction_id)
             price.is_told = bool(cost_usd)
         expected_usd = self._set_aside.pop(item.item_id)
-        # Sums of differences gather dust: an empty purse begins anew.
+        # Sums of differences gather dust: an empty budget begins anew.
         self._set_aside_usd = self._set_aside_usd - expected_usd if self._set_aside else 0.0
         if bought:
             self.learn(item.model, cost_usd)

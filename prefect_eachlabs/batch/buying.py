@@ -1,4 +1,4 @@
-"""From a row to its outcome: through the engine, within the purse, and repeated where it may be."""
+"""From a row to its outcome: through the engine, within the budget, and repeated where it may be."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from prefect_eachlabs.batch.budget import Purse
+from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.outcomes import Outcome, not_there, stored
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.engine.engine import Engine
@@ -22,7 +22,7 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Execution, Item, Prediction, StoredImage
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ ATTEMPTS = 5
 EXECUTIONS_A_PAGE = 100
 
 
-class Shop(Protocol):
+class Buyer(Protocol):
     """Where pictures are bought: the engine, seen from here."""
 
     async def generate_and_store(
@@ -45,7 +45,7 @@ class Shop(Protocol):
     async def executions(self, offset: int) -> tuple[Execution, ...]: ...
 
 
-class EngineShop:
+class EngineBuyer:
     """The real one; its questions take request places as all others do."""
 
     def __init__(self, engine: Engine) -> None:
@@ -53,16 +53,16 @@ class EngineShop:
         self.generate_and_store = engine.generate_and_store
 
     async def ask(self, prediction_id: str) -> Prediction:
-        request = await self._engine.shop.places.take_request(question=True)
+        request = await self._engine.account.limiter.take_request(question=True)
         try:
-            return await self._engine.shop.client.get(prediction_id)
+            return await self._engine.account.client.get(prediction_id)
         finally:
             request.done()
 
     async def executions(self, offset: int) -> tuple[Execution, ...]:
-        request = await self._engine.shop.places.take_request(question=True)
+        request = await self._engine.account.limiter.take_request(question=True)
         try:
-            return await self._engine.shop.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset)
+            return await self._engine.account.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset)
         finally:
             request.done()
 
@@ -74,22 +74,22 @@ class Buying:
         shop: Buys and stores a picture.
         destination: Where pictures go.
         access: How to get in there.
-        options: What may be done for an item; the purse among them.
-        purse: The same purse.
+        options: What may be done for an item; the budget among them.
+        budget: The same budget.
     """
 
     def __init__(
-        self, shop: Shop, destination: Destination, access: S3Access | None, options: PurchaseOptions, purse: Purse
+        self, buyer: Buyer, destination: Destination, access: S3Access | None, options: PurchaseOptions, budget: Budget
     ) -> None:
-        self._shop = shop
+        self._buyer = buyer
         self._destination = destination
         self._access = access
         self.options = options
-        self._purse = purse
+        self._budget = budget
         self._first_alone: asyncio.Event | None = None
         self.in_the_air = 0
         self.stopped_by: EachlabsError | None = None
-        purse.ask_price = self._ask_price
+        budget.ask_price = self._ask_price
 
     async def obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
@@ -117,8 +117,8 @@ class Buying:
         image: StoredImage | None = None
         error: EachlabsError | None = None
         try:
-            self._purse.check()
-            image = await persevere(lambda: self._buy(wanted.item), attempts=ATTEMPTS)
+            self._budget.check()
+            image = await retry_while_retryable(lambda: self._buy(wanted.item), attempts=ATTEMPTS)
         except InsufficientBalance as caught:
             # The others that stood in line with it were not asked for either.
             error = caught if self.stopped_by is None else _not_tried(self.stopped_by)
@@ -138,28 +138,28 @@ class Buying:
         return not_there(wanted, error, seconds=seconds)
 
     async def _buy(self, item: Item) -> StoredImage:
-        return await self._shop.generate_and_store(item, self._destination, options=self.options, access=self._access)
+        return await self._buyer.generate_and_store(item, self._destination, options=self.options, access=self._access)
 
     def _stop_where_going_on_is_vain(self, error: EachlabsError) -> None:
         """A wrong key, a missing bucket, an empty balance: the next item would meet the same."""
         if isinstance(error, (SetupError, InsufficientBalance)) and self.stopped_by is None:
             self.stopped_by = error
             logger.error("The batch stops: %s", error)
-            self._purse.stop(_not_tried(error))
+            self._budget.stop(_not_tried(error))
 
     async def _account_for(self, item: Item, image: StoredImage | None, error: EachlabsError | None) -> float | None:
-        """Tells the purse what the item has cost; returns it."""
+        """Tells the budget what the item has cost; returns it."""
         if image is not None:
-            return await self._purse.ended(
+            return await self._budget.ended(
                 item, prediction_id=image.prediction_id, cost_usd=image.cost_usd, bought=not image.reused
             )
         costs_nothing = isinstance(error, (PredictionFailed, PredictionCancelled, Rejected, Skipped))
         may_cost = error is not None and error.prediction_id is not None and not costs_nothing
-        return await self._purse.ended(item, prediction_id=None, cost_usd=None, bought=may_cost)
+        return await self._budget.ended(item, prediction_id=None, cost_usd=None, bought=may_cost)
 
     async def _ask_price(self, prediction_id: str) -> float | None:
         try:
-            return (await self._shop.ask(prediction_id)).cost_usd
+            return (await self._buyer.ask(prediction_id)).cost_usd
         except EachlabsError as error:
             logger.info("The price of prediction %s is not known yet: %s", prediction_id, error)
             return None

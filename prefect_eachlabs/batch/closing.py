@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
-from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, Shop
+from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, Buyer
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
 from prefect_eachlabs.batch.pages import MOST_FAILURES, MOST_PICTURES, index_page
 from prefect_eachlabs.batch.report import BatchFolder, Worker
@@ -24,7 +24,7 @@ PAGES_OF_OTHERS = 5
 """Executions of other keys and runs stand among ours: so many pages more than ours would fill are looked through."""
 
 
-async def tell_late_costs(shop: Shop, scratch: Scratch, totals: Totals, worker: Worker) -> None:
+async def tell_late_costs(buyer: Buyer, scratch: Scratch, totals: Totals, worker: Worker) -> None:
     """Looks up what pictures cost that were stored before the vendor had settled them: a request for each 100."""
     for look in range(LOOKS_FOR_COSTS):
         left = await worker(scratch.count_unsettled)
@@ -33,15 +33,15 @@ async def tell_late_costs(shop: Shop, scratch: Scratch, totals: Totals, worker: 
         if look:
             await asyncio.sleep(COST_PAUSE_SECONDS)
         try:
-            await _look_through_executions(shop, scratch, totals, worker, left)
+            await _look_through_executions(buyer, scratch, totals, worker, left)
         except EachlabsError as error:
             logger.info("What some pictures cost is not known yet: %s", error)
             return
 
 
-async def _look_through_executions(shop: Shop, scratch: Scratch, totals: Totals, worker: Worker, left: int) -> None:
+async def _look_through_executions(buyer: Buyer, scratch: Scratch, totals: Totals, worker: Worker, left: int) -> None:
     for page in range(-(-left // EXECUTIONS_A_PAGE) + PAGES_OF_OTHERS):
-        rows = await shop.executions(page * EXECUTIONS_A_PAGE)
+        rows = await buyer.executions(page * EXECUTIONS_A_PAGE)
         costs = {row.id: row.cost_usd for row in rows if row.cost_usd}
         for settled in await worker(scratch.settle, costs):
             totals.cost_was_told(settled.model or "", settled.cost_usd or 0.0)

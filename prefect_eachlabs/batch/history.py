@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from prefect_eachlabs.batch.budget import Purse
+from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, not_there
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
 from prefect_eachlabs.errors import Skipped
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 
 LISTED_AT_A_TIME = 1_000
 FEWEST_PAGES = 10
@@ -23,7 +23,7 @@ class History:
     Args:
         folder: Where reports are.
         scratch: Keeps what was learned.
-        purse: Learns prices, and what this very run has spent before.
+        budget: Learns prices, and what this very run has spent before.
         retry_failed: Whether what failed for good is tried again.
         bought_here: Runs whose purchases count as this one's.
     """
@@ -32,14 +32,14 @@ class History:
         self,
         folder: BatchFolder,
         scratch: Scratch,
-        purse: Purse,
+        budget: Budget,
         *,
         retry_failed: bool,
         bought_here: frozenset[str] = frozenset(),
     ) -> None:
         self._folder = folder
         self._scratch = scratch
-        self._purse = purse
+        self._budget = budget
         self._retry_failed = retry_failed
         self._bought_here = bought_here
         self._records_are_known = False
@@ -53,15 +53,15 @@ class History:
             SetupError: The bucket is missing or refuses us.
             StoreFailed: The bucket does not answer.
         """
-        earlier = await persevere(lambda: self._folder.load_earlier(self._scratch, run_id))
-        self._purse.spent_usd = earlier.spent_usd
+        earlier = await retry_while_retryable(lambda: self._folder.load_earlier(self._scratch, run_id))
+        self._budget.spent_usd = earlier.spent_usd
         self.mean_seconds = earlier.mean_seconds
         for model, (count, cost_usd) in earlier.costs.items():
-            self._purse.learn(model, cost_usd / count, count=count)
+            self._budget.learn(model, cost_usd / count, count=count)
         pictures = await self._folder.worker(self._scratch.count_earlier)
         self.is_empty = not earlier.rows
         if pictures:
-            await persevere(lambda: self._list_pictures(pictures))
+            await retry_while_retryable(lambda: self._list_pictures(pictures))
 
     async def _list_pictures(self, pictures: int) -> None:
         """Which items have their picture; a prefix that holds many others is not listed for longer than it pays."""
@@ -98,9 +98,9 @@ class History:
             failed_for_good = was.state is RowState.FAILED and was.final and not self._retry_failed
             if failed_for_good and not earlier.has_picture:
                 return was, False
-        if self._purse.stopped is not None:
-            return not_there(wanted, self._purse.stopped), True
-        if self._purse.is_exhausted(item.model) and earlier is None and not await self._has_record(item.item_id):
+        if self._budget.stopped is not None:
+            return not_there(wanted, self._budget.stopped), True
+        if self._budget.is_exhausted(item.model) and earlier is None and not await self._has_record(item.item_id):
             why = Skipped("Left out: the budget is spent.", item_id=item.item_id, kind="budget")
             return not_there(wanted, why), True
         return None, True

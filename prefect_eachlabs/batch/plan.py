@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prefect_eachlabs.batch.buying import EngineShop
+from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.byte_streams import S3Files
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
@@ -77,12 +77,12 @@ async def open_batch(
         SetupError: It may not be read.
     """
     name = base_name(source) if batch_id is None else batch_id
-    store = engine.shop.books(destination, access).ledger.store
+    store = engine.account.books(destination, access).ledger.store
     folder = BatchFolder(store, S3Files(destination.bucket, access), destination, name, worker)
     roots = Roots.parse(engine.settings.reference_roots)
     opened = await worker(open_source, source, access, defaults, roots)
     return Batch(
-        EngineShop(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
+        EngineBuyer(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
     )
 
 
@@ -210,7 +210,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
                     bad.append(outcome)
     finally:
         await batch.close()
-    prices = {model: batch.purse.mean_usd(model) for model in new}
+    prices = {model: batch.budget.mean_usd(model) for model in new}
     cost_usd = sum(count * (prices[model] or 0.0) for model, count in new.items())
     count = sum(new.values())
     return Plan(

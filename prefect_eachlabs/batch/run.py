@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
 
-from prefect_eachlabs.batch.budget import Purse
-from prefect_eachlabs.batch.buying import Buying, Shop
+from prefect_eachlabs.batch.budget import Budget
+from prefect_eachlabs.batch.buying import Buyer, Buying
 from prefect_eachlabs.batch.closing import tell_late_costs, write_page, write_sheet
 from prefect_eachlabs.batch.history import History
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, refused
@@ -24,7 +24,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.errors import EachlabsError, SetupError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Batch:
 
     def __init__(
         self,
-        shop: Shop,
+        buyer: Buyer,
         source: Source,
         folder: BatchFolder,
         options: BatchOptions,
@@ -106,19 +106,19 @@ class Batch:
         self.options = options
         self.totals = Totals()
         self.run = run_name(options.run_id, datetime.now(timezone.utc))
-        self.purse = Purse(options.budget_usd)
+        self.budget = Budget(options.budget_usd)
         self.scratch = Scratch()
         self.rows = Rows(source, self.scratch, worker)
         self.history = History(
-            folder, self.scratch, self.purse, retry_failed=options.retry_failed, bought_here=options.bought_here
+            folder, self.scratch, self.budget, retry_failed=options.retry_failed, bought_here=options.bought_here
         )
-        self._shop = shop
+        self._buyer = buyer
         self._source = source
         self._access = access
         self._show = show
         self._show_seconds = show_seconds
         self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
-        self._buying = Buying(shop, folder.destination, access, PurchaseOptions(), self.purse)
+        self._buying = Buying(buyer, folder.destination, access, PurchaseOptions(), self.budget)
         self.first_not_there: list[Outcome] = []
         self._obtaining: set[asyncio.Task[Any]] = set()
         self._pace = Pace()
@@ -151,7 +151,7 @@ class Batch:
             formats=self.options.formats,
             # With a budget an item that was bought already must not be asked whether it may be.
             presume_new=self.history.is_empty and self.options.budget_usd is None,
-            purse=self.purse,
+            budget=self.budget,
         )
         self._ticker = asyncio.ensure_future(self._tick())
 
@@ -233,12 +233,12 @@ class Batch:
         await self._writer.write_rest()
         await self.folder.worker(self.scratch.flush)
         if self._stopped_by is None:
-            await tell_late_costs(self._shop, self.scratch, self.totals, self.folder.worker)
+            await tell_late_costs(self._buyer, self.scratch, self.totals, self.folder.worker)
         self._state = "completed" if self._stopped_by is None else "stopped"
         self._ended_at = datetime.now(timezone.utc)
         if not self.rows.all_read:
             # It lacks rows, so it must not take the place of the last report; the next run reads its parts.
-            await persevere(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
+            await retry_while_retryable(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
             return self.result()
         if self.totals.items != self.rows.total:
             raise RuntimeError(
@@ -246,8 +246,10 @@ class Batch:
             )
         if self._news or not self._has_sheet:
             self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
-        await persevere(lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds))
-        await persevere(self._writer.merge)
+        await retry_while_retryable(
+            lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds)
+        )
+        await retry_while_retryable(self._writer.merge)
         return self.result()
 
     async def finish_shard(self) -> BatchResult:

@@ -168,12 +168,12 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
 
 
 async def _ask(gateway: Gateway) -> float:
-    shop = gateway.engine.shop
-    place = await asyncio.wait_for(shop.places.take_request(question=True), PLACE_WITHIN_SECONDS)
+    account = gateway.engine.account
+    place = await asyncio.wait_for(account.limiter.take_request(question=True), PLACE_WITHIN_SECONDS)
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:
-        await shop.client.executions(limit=1)
+        await account.client.executions(limit=1)
     finally:
         place.done()
     return loop.time() - began

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from prefect_eachlabs.cli.options import add_purchase_flags, named_value
 from prefect_eachlabs.errors import EachlabsError, SetupError
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
     from prefect_eachlabs.engine.runtime import MakeSource
@@ -104,7 +104,7 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
     try:
         gateway = gateway_for(make_source=source_of_places())
         return gateway.call(
-            persevere(
+            retry_while_retryable(
                 lambda: gateway.engine.generate_and_store(item, destination, options=options),
                 first_pause_seconds=FIRST_PAUSE_SECONDS,
             )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from prefect_eachlabs.cli.generate import source_of_places
 from prefect_eachlabs.cli.options import account_for_the_server
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
     from prefect_eachlabs.api.catalogue import Catalogue, Model
@@ -58,14 +58,14 @@ def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
     if os.environ.get(ENVIRONMENT["api_key"], "").strip():
         try:
             gateway = gateway_for(make_source=source_of_places())
-            return gateway.call(persevere(lambda: question(gateway.engine.shop.catalogue)))
+            return gateway.call(retry_while_retryable(lambda: question(gateway.engine.account.catalogue)))
         finally:
             close_gateways()
 
     async def ask() -> T:
         client = EachlabsClient(account_for_the_server(), anonymous=True)
         try:
-            return await persevere(lambda: question(Catalogue(client, None)))
+            return await retry_while_retryable(lambda: question(Catalogue(client, None)))
         finally:
             await client.aclose()
 

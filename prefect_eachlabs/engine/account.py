@@ -1,4 +1,4 @@
-"""What all work of one account shares: its places, its client, its ledgers, and what it remembers of its purchases."""
+"""What all work of one account shares: its slots, its client, its ledgers, and what it remembers of its purchases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from prefect_eachlabs.api.orders import Orders
 from prefect_eachlabs.api.references import References
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.images.store import Finisher
+from prefect_eachlabs.images.store import ImageStore
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
-from prefect_eachlabs.ledger.reconcile import Settler
-from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, RecordState, amended
-from prefect_eachlabs.limits.limiter import LotSource, Places
+from prefect_eachlabs.ledger.reconcile import Reconciler
+from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
+from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
 from prefect_eachlabs.models import Destination, Prediction
 from prefect_eachlabs.net.public_only import HostGuard
-from prefect_eachlabs.polling.poller import Watcher
+from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ObjectStore
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -50,7 +50,7 @@ class Books:
     """A destination's ledger, and who settles it."""
 
     ledger: Ledger
-    settler: Settler
+    reconciler: Reconciler
 
 
 @dataclass
@@ -63,26 +63,26 @@ class Bought:
     run_id: str = ""
 
 
-class Shop:
-    """Client, places, watcher, purchaser and finisher of one account, wired; and the account's books."""
+class Account:
+    """Client, slots, watcher, purchaser and finisher of one account, wired; and the account's books."""
 
     def __init__(
         self,
         settings: AccountSettings,
-        source: LotSource,
+        source: SlotSource,
         store_for: StoreFor,
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
         outside: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
-        self.places = Places(source)
+        self.limiter = RateLimiter(source)
         self.client = client or EachlabsClient(settings)
-        self.watcher = Watcher(self.client, self.places)
-        self.catalogue = Catalogue(self.client, self.places)
-        self.orders = Orders(self.catalogue, References(self.client, self.places, settings, store_for, outside))
-        self.purchaser = Purchaser(self.client, self.places, self.watcher, settings, self.orders)
-        self.finisher = Finisher(downloader or Downloader(hosts=HostGuard.of(settings)))
+        self.poller = Poller(self.client, self.limiter)
+        self.catalogue = Catalogue(self.client, self.limiter)
+        self.orders = Orders(self.catalogue, References(self.client, self.limiter, settings, store_for, outside))
+        self.purchaser = Purchaser(self.client, self.limiter, self.poller, settings, self.orders)
+        self.image_store = ImageStore(downloader or Downloader(hosts=HostGuard.of(settings)))
         self._source = source
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}
@@ -95,8 +95,8 @@ class Shop:
             conditional = self.settings.conditional_writes == "require"
             store = self._store_for(destination, access)
             ledger = Ledger(store, destination, conditional=conditional, access=access)
-            settler = Settler(self.client, self.places, ledger, self.settings, known=self.known)
-            self._books[key] = Books(ledger, settler)
+            reconciler = Reconciler(self.client, self.limiter, ledger, self.settings, known=self.known)
+            self._books[key] = Books(ledger, reconciler)
         return self._books[key]
 
     def known(self) -> Mapping[str, float]:
@@ -126,7 +126,7 @@ class Shop:
         with suppress(asyncio.TimeoutError):
             return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
         # Nobody may have asked about it for long, where requests are scarce.
-        self.watcher.hurry(prediction.id)
+        self.poller.hurry(prediction.id)
         try:
             return await asyncio.wait_for(asyncio.shield(future), timeout=last_seconds)
         except asyncio.TimeoutError:
@@ -144,15 +144,15 @@ class Shop:
         except (Unanswered, NotSent, Throttled) as error:
             # Its answer may be all that was lost: only GET tells.
             logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
-        self.watcher.watch(Prediction(id=prediction_id), place=None)
-        self.watcher.hurry(prediction_id)
-        future = self.watcher.watch(Prediction(id=prediction_id), place=None)
+        self.poller.watch(Prediction(id=prediction_id), slot=None)
+        self.poller.hurry(prediction_id)
+        future = self.poller.watch(Prediction(id=prediction_id), slot=None)
         with suppress(asyncio.TimeoutError):
             return await asyncio.wait_for(asyncio.shield(future), timeout=CLEAN_UP_SECONDS)
         return await self._ask_once(prediction_id)
 
     async def _ask_once(self, prediction_id: str) -> Prediction:
-        request = await self.places.take_request(question=True)
+        request = await self.limiter.take_request(question=True)
         try:
             return await self.client.get(prediction_id)
         finally:
@@ -160,7 +160,7 @@ class Shop:
 
     async def _ask_to_cancel(self, prediction_id: str) -> None:
         for attempt in range(3):
-            request = await self.places.take_request(question=True)
+            request = await self.limiter.take_request(question=True)
             try:
                 await self.client.cancel(prediction_id)
                 return
@@ -200,22 +200,22 @@ class Shop:
             end = await self.cancel(prediction_id)
             logger.info("Prediction %s was cancelled with its run; it ended as %s.", prediction_id, end.status.value)
             if ledger is not None and held is not None and end.status.ended:
-                await self.finisher.finish(ledger, held, end, fresh=False)
+                await self.image_store.finish(ledger, held, end, fresh=False)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Prediction %s could not be cancelled cleanly: %s", prediction_id, error)
 
     async def aclose(self) -> None:
-        """Ends cleanly: connections closed, leased places given back."""
+        """Ends cleanly: connections closed, leased slots given back."""
         for books in self._books.values():
-            await books.settler.aclose()
-        await self.watcher.close()
+            await books.reconciler.aclose()
+        await self.poller.close()
         await self.orders.aclose()
         await self.client.aclose()
-        await self.finisher.aclose()
+        await self.image_store.aclose()
         await self._source.close()
 
 
-def named(held: Held, books: Books) -> Prediction:
+def named(held: VersionedRecord, books: Books) -> Prediction:
     """The prediction that a record names, with where the record is."""
     prediction = held.record.prediction()
     assert prediction is not None, "a created or stored record names its prediction"

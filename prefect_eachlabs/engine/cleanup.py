@@ -6,10 +6,10 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from prefect_eachlabs.engine.account import Books, Shop
+from prefect_eachlabs.engine.account import Account, Books
 from prefect_eachlabs.errors import EachlabsError, SetupError
 from prefect_eachlabs.ledger.purchase import Job
-from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, Record, RecordState
+from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -22,7 +22,7 @@ RIGHT_AFTER_SECONDS = 60.0
 
 @dataclass
 class SettleReport:
-    """What the janitor found and did.
+    """What the cleanup found and did.
 
     Attributes:
         records: Records in the destination.
@@ -45,11 +45,11 @@ class SettleReport:
     problems: dict[str, str] = field(default_factory=dict)
 
 
-class Janitor:
+class Cleanup:
     """Goes through a destination's records, on a schedule or when somebody asks."""
 
-    def __init__(self, shop: Shop) -> None:
-        self._shop = shop
+    def __init__(self, account: Account) -> None:
+        self._account = account
 
     async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
         """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
@@ -63,7 +63,7 @@ class Janitor:
             SetupError: The bucket or the key is missing or refused.
             StoreFailed: The bucket did not answer.
         """
-        books = self._shop.books(destination, access)
+        books = self._account.books(destination, access)
         report = SettleReport()
         limit = asyncio.Semaphore(AT_A_TIME)
 
@@ -91,7 +91,7 @@ class Janitor:
         prefix = destination.key("images/")
         async for listed in ledger.store.list(prefix):
             pictures[listed.key[len(prefix) :].partition(".")[0]] = listed.age_seconds
-        old_seconds = self._shop.settings.claim_seconds + self._shop.settings.deadline_seconds
+        old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
         suspects = []
         prefix = destination.key("records/")
         async for listed in ledger.store.list(prefix):
@@ -105,24 +105,26 @@ class Janitor:
                 suspects.append(item_id)
         return suspects
 
-    async def _settle_one(self, books: Books, held: Held, run_id: str) -> tuple[str, str]:
+    async def _settle_one(self, books: Books, held: VersionedRecord, run_id: str) -> tuple[str, str]:
         """The report's field to count it under, and what a person should know."""
         item = item_of(held.record)
         job = Job(run_id)
         try:
             if held.record.state is not RecordState.CREATED:
                 options = PurchaseOptions(run_id=run_id)
-                held = await self._shop.purchaser.settle_only(item, books.ledger, books.settler, held, options, job)
+                held = await self._account.purchaser.settle_only(
+                    item, books.ledger, books.reconciler, held, options, job
+                )
                 if held.record.state is not RecordState.CREATED:
                     return "nothing_bought", ""
-            recovered = await self._shop.finisher.recover(books.ledger, held)
+            recovered = await self._account.image_store.recover(books.ledger, held)
             if recovered is not None:
                 return "stored", ""
             prediction = held.record.prediction()
             assert prediction is not None, "a created record names its prediction"
-            future = self._shop.watcher.watch(prediction, place=None)
-            end = await self._shop.end_within(future, prediction, None)
-            done = await self._shop.finisher.finish(books.ledger, held, end, fresh=False)
+            future = self._account.poller.watch(prediction, slot=None)
+            end = await self._account.end_within(future, prediction, None)
+            done = await self._account.image_store.finish(books.ledger, held, end, fresh=False)
             return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
         except SetupError:
             raise

@@ -11,8 +11,8 @@ from typing import Any
 import httpx
 
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Books, Shop, StoreFor
-from prefect_eachlabs.engine.cleanup import Janitor
+from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Account, Books, StoreFor
+from prefect_eachlabs.engine.cleanup import Cleanup
 from prefect_eachlabs.engine.steps import LOOK_AGAIN_SECONDS, Steps
 from prefect_eachlabs.errors import (
     DownloadFailed,
@@ -25,9 +25,9 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.purchase import Job
-from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, RecordError, RecordState, amended
+from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordError, RecordState, VersionedRecord, amended
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
-from prefect_eachlabs.limits.limiter import LotSource
+from prefect_eachlabs.limits.limiter import SlotSource
 from prefect_eachlabs.models import Destination, Item, Prediction, StoredImage
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -56,7 +56,7 @@ class Engine:
 
     Args:
         settings: The account.
-        source: Where the places of the account come from.
+        source: Where the slots of the account come from.
         store_for: Opens the bucket of a destination.
         client: Speaks to the API; replaced in tests.
         downloader: Fetches pictures; replaced in tests.
@@ -66,7 +66,7 @@ class Engine:
     def __init__(
         self,
         settings: AccountSettings,
-        source: LotSource,
+        source: SlotSource,
         store_for: StoreFor,
         *,
         client: EachlabsClient | None = None,
@@ -74,13 +74,13 @@ class Engine:
         outside: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.settings = settings
-        self.shop = Shop(settings, source, store_for, client, downloader, outside)
-        steps = Steps(self.shop)
+        self.account = Account(settings, source, store_for, client, downloader, outside)
+        steps = Steps(self.account)
         self.create = steps.create
         self.wait = steps.wait
         self.store = steps.store
-        self.cancel = self.shop.cancel
-        self.settle = Janitor(self.shop).settle
+        self.cancel = self.account.cancel
+        self.settle = Cleanup(self.account).settle
         self._running: dict[tuple[int, str], Running] = {}
         self._late: set[asyncio.Task[None]] = set()
 
@@ -100,7 +100,7 @@ class Engine:
         Raises:
             EachlabsError: As `errors.py` draws them; each says what to do next.
         """
-        books = self.shop.books(destination, access)
+        books = self.account.books(destination, access)
         key = (id(books), item.item_id)
         while (running := self._running.get(key)) is not None and running.interrupted is not None:
             # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
@@ -137,7 +137,7 @@ class Engine:
     async def _interrupt(self, key: tuple[int, str], running: Running, books: Books, item_id: str) -> None:
         running.interrupted = asyncio.Event()
         try:
-            await self.shop.interrupt(running.task, running.job, books, item_id)
+            await self.account.interrupt(running.task, running.job, books, item_id)
         finally:
             self._forget(key, running)
             running.interrupted.set()
@@ -158,13 +158,13 @@ class Engine:
                 if step is Step.REUSE and held is not None and await self._is_there(books.ledger, held, options):
                     return stored_image(held.record, reused=True)
                 if step is Step.FINISH and held is not None:
-                    recovered = await self.shop.finisher.recover(books.ledger, held, formats=options.formats)
+                    recovered = await self.account.image_store.recover(books.ledger, held, formats=options.formats)
                     if recovered is not None:
                         return stored_image(recovered.record, reused=True)
                     bought = False
                 else:
-                    held = await self.shop.purchaser.buy(item, books.ledger, books.settler, held, allowed, job)
-                    self.shop.remember(job, books, item.item_id)
+                    held = await self.account.purchaser.buy(item, books.ledger, books.reconciler, held, allowed, job)
+                    self.account.remember(job, books, item.item_id)
                     bought = True
                     if held.record.state is not RecordState.CREATED:
                         continue
@@ -187,9 +187,9 @@ class Engine:
                     f"The item stands as {done.record.state.value}.", item_id=item.item_id, prediction_id=end.id
                 )
 
-    async def _is_there(self, ledger: Ledger, held: Held, options: PurchaseOptions) -> bool:
+    async def _is_there(self, ledger: Ledger, held: VersionedRecord, options: PurchaseOptions) -> bool:
         """Whether a stored picture still is in the bucket; False: it is to be bought again, on purpose."""
-        if await self.shop.finisher.find(ledger, held.record) is not None:
+        if await self.account.image_store.find(ledger, held.record) is not None:
             return True
         if options.rebuy_missing:
             return False
@@ -201,14 +201,14 @@ class Engine:
         )
 
     async def _finish(
-        self, books: Books, held: Held, options: PurchaseOptions, *, fresh: bool
-    ) -> tuple[Held, Prediction]:
+        self, books: Books, held: VersionedRecord, options: PurchaseOptions, *, fresh: bool
+    ) -> tuple[VersionedRecord, Prediction]:
         """Waits for the record's prediction and stores it; when its deadline passes, goes on in the background."""
         prediction = held.record.prediction()
         assert prediction is not None, "a created record names its prediction"
-        future = self.shop.watcher.watch(prediction, place=None)
+        future = self.account.poller.watch(prediction, slot=None)
         try:
-            end = await self.shop.end_within(future, prediction, options.deadline_seconds)
+            end = await self.account.end_within(future, prediction, options.deadline_seconds)
         except PredictionTimedOut:
             self._keep(self._finish_late(books, held, future, options))
             raise
@@ -223,7 +223,7 @@ class Engine:
             )
             return await self._picture_is_gone(books, held, options, prediction, lost)
         try:
-            done = await self.shop.finisher.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
+            done = await self.account.image_store.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
             return done, end
         except DownloadFailed as error:
             if error.status_code not in (403, 404, 410):
@@ -231,8 +231,8 @@ class Engine:
             return await self._picture_is_gone(books, held, options, end, error)
 
     async def _picture_is_gone(
-        self, books: Books, held: Held, options: PurchaseOptions, end: Prediction, error: EachlabsError
-    ) -> tuple[Held, Prediction]:
+        self, books: Books, held: VersionedRecord, options: PurchaseOptions, end: Prediction, error: EachlabsError
+    ) -> tuple[VersionedRecord, Prediction]:
         """Writes down that a picture cannot be had any more, when it may be bought again; else raises the error."""
         if not options.rebuy_missing:
             raise error
@@ -241,12 +241,12 @@ class Engine:
         return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
 
     async def _finish_late(
-        self, books: Books, held: Held, future: asyncio.Future[Prediction], options: PurchaseOptions
+        self, books: Books, held: VersionedRecord, future: asyncio.Future[Prediction], options: PurchaseOptions
     ) -> None:
         """It is paid for: as long as the process lives, it is stored when it ends."""
         try:
             end = await asyncio.shield(future)
-            await self.shop.finisher.finish(books.ledger, held, end, fresh=False, formats=options.formats)
+            await self.account.image_store.finish(books.ledger, held, end, fresh=False, formats=options.formats)
             logger.info("Item %s: its prediction ended after its deadline and is stored.", held.record.item_id)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Item %s: %s", held.record.item_id, error)
@@ -257,7 +257,7 @@ class Engine:
         task.add_done_callback(self._late.discard)
 
     async def aclose(self) -> None:
-        """Ends cleanly: jobs are interrupted where they may be, connections closed, leased places given back."""
+        """Ends cleanly: jobs are interrupted where they may be, connections closed, leased slots given back."""
         tasks: list[asyncio.Task[Any]] = [*self._late]
         for running in list(self._running.values()):
             await running.job.until_it_may_be_interrupted()
@@ -266,10 +266,10 @@ class Engine:
         for late in self._late:
             late.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.shop.aclose()
+        await self.account.aclose()
 
 
-def _may_be_resubmitted(end: Prediction, done: Held) -> bool:
+def _may_be_resubmitted(end: Prediction, done: VersionedRecord) -> bool:
     """A failure that the API calls retryable is bought again twice, one of the provider's once; both cost nothing."""
     if end.failure is None or not end.failure.may_be_resubmitted:
         return False

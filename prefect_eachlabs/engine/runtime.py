@@ -2,7 +2,7 @@
 
 Tasks in Prefect's thread pool run in threads and loops of their own, and neither a connection pool nor an asyncio
 primitive can be shared between loops. So one daemon thread owns one loop with everything that must be common to a
-process: connections, places, the watcher, the purchases. A forked process starts anew.
+process: connections, slots, the watcher, the purchases. A forked process starts anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Generic, TypeVar
 from prefect_eachlabs.engine import consoles
 from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.limits.limiter import LocalLots, LotSource
+from prefect_eachlabs.limits.limiter import LocalSlots, SlotSource
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net import redaction
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 CLOSE_SECONDS = 10.0
 
-MakeSource = Callable[[AccountSettings], LotSource]
+MakeSource = Callable[[AccountSettings], SlotSource]
 
 
 class LoopThread:
@@ -174,7 +174,7 @@ class Gateway:
         return await self._thread.acall(work)
 
     def close(self) -> None:
-        """Ends the engine: what waits is cancelled, connections and leased places go back."""
+        """Ends the engine: what waits is cancelled, connections and leased slots go back."""
         self._thread.call(asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS))
 
 
@@ -183,9 +183,9 @@ def open_store(destination: Destination, access: S3Access | None) -> ObjectStore
     return S3Store(destination.bucket, access)
 
 
-def local_source(settings: AccountSettings) -> LotSource:
+def local_source(settings: AccountSettings) -> SlotSource:
     """The account's limits, of this process alone."""
-    return LocalLots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
+    return LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
 
 
 class _Process:
@@ -205,7 +205,7 @@ def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSou
 
     Args:
         settings: The account; the environment's when None.
-        make_source: Where an account's places come from, heeded by the call that makes the gateway; the limits are
+        make_source: Where an account's slots come from, heeded by the call that makes the gateway; the limits are
             this process's alone when None.
 
     Raises:

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from prefect_eachlabs.engine.account import Books, Bought, Shop, named
+from prefect_eachlabs.engine.account import Account, Books, Bought, named
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, PictureMissing
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.purchase import Job
-from prefect_eachlabs.ledger.records import Held, Overtaken, RecordState
+from prefect_eachlabs.ledger.records import Overtaken, RecordState, VersionedRecord
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
 from prefect_eachlabs.models import Destination, Item, Prediction, PredictionStatus, StoredImage
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -23,8 +23,8 @@ LOOK_AGAIN_SECONDS = 2.0
 class Steps:
     """Buying, awaiting and storing apart from each other."""
 
-    def __init__(self, shop: Shop) -> None:
-        self._shop = shop
+    def __init__(self, account: Account) -> None:
+        self._account = account
 
     async def create(
         self,
@@ -38,41 +38,41 @@ class Steps:
 
         Without a destination there is no record, and each call buys.
         """
-        books = None if destination is None else self._shop.books(destination, access)
+        books = None if destination is None else self._account.books(destination, access)
         job = Job(options.run_id)
         task = asyncio.ensure_future(self._create(item, books, options, job))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await self._shop.interrupt(task, job, books, item.item_id)
+            await self._account.interrupt(task, job, books, item.item_id)
             raise
 
     async def _create(self, item: Item, books: Books | None, options: PurchaseOptions, job: Job) -> Prediction:
         if books is None:
-            prediction = await self._shop.purchaser.buy_bare(item, options, job)
-            self._shop.remember(job, None, item.item_id)
+            prediction = await self._account.purchaser.buy_bare(item, options, job)
+            self._account.remember(job, None, item.item_id)
             return prediction
         while True:
             held = await books.ledger.read(item.item_id)
-            step = next_step(held, item, options, claim_seconds=self._shop.settings.claim_seconds)
+            step = next_step(held, item, options, claim_seconds=self._account.settings.claim_seconds)
             if step is Step.LOOK_AGAIN:
-                await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self._shop.settings.claim_seconds / 4))
+                await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self._account.settings.claim_seconds / 4))
                 continue
             if step is Step.REUSE and held is not None:
-                there = await self._shop.finisher.find(books.ledger, held.record) is not None
+                there = await self._account.image_store.find(books.ledger, held.record) is not None
                 if there or not options.rebuy_missing:
                     return self._stored_prediction(held, books)
             if step is Step.FINISH and held is not None:
                 return named(held, books)
             try:
-                held = await self._shop.purchaser.buy(item, books.ledger, books.settler, held, options, job)
+                held = await self._account.purchaser.buy(item, books.ledger, books.reconciler, held, options, job)
             except Overtaken:
                 continue
-            self._shop.remember(job, books, item.item_id)
+            self._account.remember(job, books, item.item_id)
             if held.record.state is RecordState.CREATED:
                 return named(held, books)
 
-    def _stored_prediction(self, held: Held, books: Books) -> Prediction:
+    def _stored_prediction(self, held: VersionedRecord, books: Books) -> Prediction:
         stored = {
             "status": PredictionStatus.SUCCEEDED,
             "status_word": "stored",
@@ -93,13 +93,13 @@ class Steps:
             prediction = Prediction(id=prediction)
         if prediction.status.ended:
             return prediction.raise_for_end()
-        future = self._shop.watcher.watch(prediction, place=None)
-        bought = self._shop.bought_here(prediction.id) or self._bought_under_a_record(prediction)
+        future = self._account.poller.watch(prediction, slot=None)
+        bought = self._account.bought_here(prediction.id) or self._bought_under_a_record(prediction)
         try:
-            end = await self._shop.end_within(future, prediction, deadline_seconds)
+            end = await self._account.end_within(future, prediction, deadline_seconds)
         except asyncio.CancelledError:
-            if self._shop.bought_here(prediction.id) is not None:
-                await self._shop.cancel_and_note(prediction.id, bought)
+            if self._account.bought_here(prediction.id) is not None:
+                await self._account.cancel_and_note(prediction.id, bought)
             raise
         ours = ("item_id", "created_at", "destination", "model", "version", "input")
         end = end.model_copy(update={name: value for name in ours if (value := getattr(prediction, name)) is not None})
@@ -113,7 +113,7 @@ class Steps:
     def _bought_under_a_record(self, prediction: Prediction) -> Bought:
         if prediction.destination is None:
             return Bought(0.0)
-        return Bought(0.0, self._shop.books(Destination.parse(prediction.destination)), prediction.item_id)
+        return Bought(0.0, self._account.books(Destination.parse(prediction.destination)), prediction.item_id)
 
     async def _note_end(self, end: Prediction, bought: Bought) -> None:
         if bought.books is None or bought.item_id is None:
@@ -122,7 +122,7 @@ class Steps:
         try:
             held = await ledger.read(bought.item_id)
             if held is not None and held.record.state is RecordState.CREATED and held.record.prediction_id == end.id:
-                await self._shop.finisher.finish(ledger, held, end, fresh=False)
+                await self._account.image_store.finish(ledger, held, end, fresh=False)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Item %s: its end could not be written down: %s", bought.item_id, error)
 
@@ -145,13 +145,15 @@ class Steps:
         """
         if not prediction.status.ended:
             raise BadInput("store_image wants a finished prediction: await it first.", prediction_id=prediction.id)
-        books = self._shop.books(destination, access)
+        books = self._account.books(destination, access)
         if prediction.item_id is None:
-            return await self._shop.finisher.store_bare(books.ledger.store, destination, prediction, formats=formats)
+            return await self._account.image_store.store_bare(
+                books.ledger.store, destination, prediction, formats=formats
+            )
         while True:
             held = await books.ledger.read(prediction.item_id)
             if held is None:
-                bare = self._shop.finisher.store_bare
+                bare = self._account.image_store.store_bare
                 return await bare(books.ledger.store, destination, prediction, formats=formats)
             if held.record.prediction_id != prediction.id:
                 raise ItemConflict(
@@ -161,14 +163,16 @@ class Steps:
                     prediction_id=prediction.id,
                 )
             if held.record.state is RecordState.STORED:
-                if await self._shop.finisher.find(books.ledger, held.record) is not None:
+                if await self._account.image_store.find(books.ledger, held.record) is not None:
                     return stored_image(held.record, reused=True)
                 if not any(url.startswith("http") for url in prediction.output_urls):
                     raise PictureMissing(
                         f"{held.record.uri} was stored and is gone from the bucket.", item_id=prediction.item_id
                     )
             try:
-                done = await self._shop.finisher.finish(books.ledger, held, prediction, fresh=False, formats=formats)
+                done = await self._account.image_store.finish(
+                    books.ledger, held, prediction, fresh=False, formats=formats
+                )
             except Overtaken:
                 continue
             if done.record.state is RecordState.STORED:

@@ -17,7 +17,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 
 PAGE_ROWS = 200
 WRITE_ATTEMPTS = 5
@@ -145,7 +145,7 @@ class PictureTable:
                     f"{_said(error)}. Run again: it is found, and nothing is bought."
                 ) from error
 
-        return await persevere(write, attempts=WRITE_ATTEMPTS)
+        return await retry_while_retryable(write, attempts=WRITE_ATTEMPTS)
 
     def _is_empty(self) -> sa.ColumnElement[bool]:
         return sa.or_(self._uri.is_(None), self._uri == "")

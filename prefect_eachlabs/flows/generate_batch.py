@@ -358,7 +358,7 @@ class _Drive:
         self._most_chunks = -(-window_for(gateway.settings.max_in_flight) // chunk_size) + 1
         self._free = threading.Semaphore(self._most_chunks)
         self._in_the_air: dict[int, PrefectFuture[Any]] = {}
-        """Held until they have landed: Prefect complains of futures that nobody keeps."""
+        """VersionedRecord until they have landed: Prefect complains of futures that nobody keeps."""
         self._landed: deque[Chunk] = deque()
         self._progress = ProgressShown(batch, gateway)
 

@@ -12,7 +12,7 @@ from prefect_eachlabs.blocks import S3Destination, load_block
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
-from prefect_eachlabs.tasks import await_prediction, create_prediction, shortened, store_image
+from prefect_eachlabs.tasks import await_result, create_prediction, shortened, store_image
 
 __all__ = ["generate_image"]
 
@@ -101,5 +101,5 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         destination=place,
         credentials=credentials_block or None,
     )
-    finished = await_prediction(prediction, credentials=credentials_block or None)
+    finished = await_result(prediction, credentials=credentials_block or None)
     return store_image(finished, place, credentials=credentials_block or None, with_artifact=True)

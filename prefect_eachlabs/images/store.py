@@ -16,7 +16,15 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify
-from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, Record, RecordError, RecordState, amended
+from prefect_eachlabs.ledger.records import (
+    Ledger,
+    Overtaken,
+    Record,
+    RecordError,
+    RecordState,
+    VersionedRecord,
+    amended,
+)
 from prefect_eachlabs.models import (
     Destination,
     Media,
@@ -60,7 +68,7 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
     )
 
 
-class Finisher:
+class ImageStore:
     """Downloads, verifies and stores what predictions gave; repeats what may be repeated, for it is paid for.
 
     Args:
@@ -72,8 +80,14 @@ class Finisher:
         self._at_a_time = asyncio.Semaphore(DOWNLOADS_AT_A_TIME)
 
     async def finish(
-        self, ledger: Ledger, held: Held, end: Prediction, *, fresh: bool, formats: Sequence[str] | None = None
-    ) -> Held:
+        self,
+        ledger: Ledger,
+        held: VersionedRecord,
+        end: Prediction,
+        *,
+        fresh: bool,
+        formats: Sequence[str] | None = None,
+    ) -> VersionedRecord:
         """Stores the pictures of a prediction that has ended and changes its record.
 
         Args:
@@ -103,7 +117,7 @@ class Finisher:
                 held, fresh = current, False
 
     async def _ended_record(
-        self, ledger: Ledger, held: Held, end: Prediction, *, fresh: bool, formats: Sequence[str] | None
+        self, ledger: Ledger, held: VersionedRecord, end: Prediction, *, fresh: bool, formats: Sequence[str] | None
     ) -> Record:
         record = held.record
         if end.status is PredictionStatus.CANCELLED:
@@ -123,7 +137,9 @@ class Finisher:
         assert media is not None, "a prediction that succeeded has a picture"
         return _stored(ledger, record, media, found, cost_usd=end.cost_usd, seconds=end.predict_time_seconds)
 
-    async def recover(self, ledger: Ledger, held: Held, *, formats: Sequence[str] | None = None) -> Held | None:
+    async def recover(
+        self, ledger: Ledger, held: VersionedRecord, *, formats: Sequence[str] | None = None
+    ) -> VersionedRecord | None:
         """The record of a prediction whose picture is in the bucket already (a run died in between), made `stored`.
 
         Asks the API nothing. None when the picture is not there.

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any
 
 from prefect_eachlabs.ledger.echoes import fit, may_share_an_echo
-from prefect_eachlabs.ledger.records import Held, Intent, RecordState
+from prefect_eachlabs.ledger.records import Intent, RecordState, VersionedRecord
 from prefect_eachlabs.models import Execution
 
 CLOCK_MARGIN = timedelta(seconds=120)
@@ -30,7 +30,7 @@ def newest(rows: Iterable[Execution]) -> datetime | None:
 
 
 @dataclass
-class Sight:
+class Evidence:
     """One look.
 
     Attributes:
@@ -72,7 +72,7 @@ class Sight:
         return settling_seconds + now - self.began_at
 
     def read(
-        self, held: Held, *, ours: Collection[str], claim_seconds: float, settling_seconds: float, now: float
+        self, held: VersionedRecord, *, ours: Collection[str], claim_seconds: float, settling_seconds: float, now: float
     ) -> None:
         """Takes in what one record says, read at the loop's time `now`.
 

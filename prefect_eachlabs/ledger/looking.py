@@ -11,9 +11,9 @@ from typing import TypeVar
 
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import Rejected
-from prefect_eachlabs.ledger.evidence import READ_BACK_SECONDS, WALKED_BACK_SECONDS, Sight, newest
-from prefect_eachlabs.ledger.records import Held, Ledger
-from prefect_eachlabs.limits.limiter import Place, Places
+from prefect_eachlabs.ledger.evidence import READ_BACK_SECONDS, WALKED_BACK_SECONDS, Evidence, newest
+from prefect_eachlabs.ledger.records import Ledger, VersionedRecord
+from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
@@ -31,8 +31,8 @@ class Looker:
     """Looks at one destination's records and at the account's executions.
 
     Args:
-        client: Asks the API, a request place for each question.
-        places: Where those come from.
+        client: Asks the API, a request slot for each question.
+        slots: Where those come from.
         ledger: The records.
         settings: The account.
         known: Predictions that this process bought itself (id → seconds since then), whatever the destination.
@@ -43,7 +43,7 @@ class Looker:
     def __init__(
         self,
         client: EachlabsClient,
-        places: Places,
+        limiter: RateLimiter,
         ledger: Ledger,
         settings: AccountSettings,
         *,
@@ -52,7 +52,7 @@ class Looker:
         meanwhile: Callable[[], Awaitable[None]],
     ) -> None:
         self._client = client
-        self._places = places
+        self._limiter = limiter
         self._ledger = ledger
         self._settings = settings
         self._known = known
@@ -62,20 +62,20 @@ class Looker:
         self._invisible_since: OrderedDict[str, float] = OrderedDict()
         self._old_names: dict[str, tuple[str, set[str]]] = {}
 
-    async def see(self, oldest_seconds: float) -> Sight:
+    async def see(self, oldest_seconds: float) -> Evidence:
         """One look, for claims of which the oldest is so old."""
         began_at = asyncio.get_running_loop().time()
         rows, is_whole = await self._walk(oldest_seconds)
-        sight = Sight(began_at, oldest_seconds, rows, is_whole)
+        evidence = Evidence(began_at, oldest_seconds, rows, is_whole)
         for prediction_id, age_seconds in self._known().items():
             now = asyncio.get_running_loop().time()
-            sight.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=now)
-        await self._read_records(sight, younger_than_seconds=oldest_seconds + READ_BACK_SECONDS)
-        return sight
+            evidence.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=now)
+        await self._read_records(evidence, younger_than_seconds=oldest_seconds + READ_BACK_SECONDS)
+        return evidence
 
-    async def see_everything(self, sight: Sight) -> None:
+    async def see_everything(self, evidence: Evidence) -> None:
         """Reads also the records that are older: one of them may name what looks like a lost order's."""
-        await self._read_records(sight, younger_than_seconds=float("inf"))
+        await self._read_records(evidence, younger_than_seconds=float("inf"))
 
     async def echo(self, prediction_id: str) -> Prediction | float:
         """What the API says it was; or the loop time from which it is not ours, when it does not show it to us."""
@@ -96,8 +96,8 @@ class Looker:
         """Nothing waits any more: what was remembered of old records is let go."""
         self._old_names.clear()
 
-    async def _take_request(self) -> Place:
-        taking = asyncio.ensure_future(self._places.take_request(question=True))
+    async def _take_request(self) -> Slot:
+        taking = asyncio.ensure_future(self._limiter.take_request(question=True))
         try:
             while not taking.done():
                 await asyncio.wait({taking}, timeout=self._settings.claim_seconds / 4)
@@ -133,7 +133,7 @@ class Looker:
                 return tuple(rows.values()), True
         return tuple(rows.values()), False
 
-    async def _read_records(self, sight: Sight, *, younger_than_seconds: float) -> None:
+    async def _read_records(self, evidence: Evidence, *, younger_than_seconds: float) -> None:
         prefix = self._ledger.destination.key("records/")
         wanted: list[str] = []
         async for listed in self._ledger.store.list(prefix):
@@ -141,7 +141,7 @@ class Looker:
                 item_id = listed.key[len(prefix) : -len(".json")]
                 etag, names = self._old_names.get(item_id, ("", set()))
                 if etag == listed.etag:
-                    sight.named |= names
+                    evidence.named |= names
                 else:
                     wanted.append(item_id)
         ours = self._ours()
@@ -150,26 +150,26 @@ class Looker:
             await self._meanwhile()
             ours |= self._ours()
             for held in found:
-                self._take_in(held, sight, ours)
+                self._take_in(held, evidence, ours)
 
-    async def _read_some(self, item_ids: Sequence[str]) -> list[Held]:
+    async def _read_some(self, item_ids: Sequence[str]) -> list[VersionedRecord]:
         limit = asyncio.Semaphore(READS_AT_A_TIME)
 
-        async def read(item_id: str) -> Held | None:
+        async def read(item_id: str) -> VersionedRecord | None:
             async with limit:
                 return await self._ledger.read(item_id)
 
         return [held for held in await asyncio.gather(*map(read, item_ids)) if held is not None]
 
-    def _take_in(self, held: Held, sight: Sight, ours: Collection[str]) -> None:
-        sight.read(
+    def _take_in(self, held: VersionedRecord, evidence: Evidence, ours: Collection[str]) -> None:
+        evidence.read(
             held,
             ours=ours,
             claim_seconds=self._settings.claim_seconds,
             settling_seconds=self._settings.settling_seconds,
             now=asyncio.get_running_loop().time(),
         )
-        if held.age_seconds > sight.oldest_seconds + READ_BACK_SECONDS and not held.record.may_have_bought_unseen:
+        if held.age_seconds > evidence.oldest_seconds + READ_BACK_SECONDS and not held.record.may_have_bought_unseen:
             self._old_names[held.record.item_id] = (held.etag, held.record.named_predictions)
 
 

@@ -2,7 +2,7 @@
 
 What can fail between two lines, and what it leaves:
 
-    take places      nothing
+    take slots      nothing
     PUT claimed      a claim without a POST: dead after `claim_seconds`, settling finds nothing, bought then
     POST             a claim whose POST may have bought: settled by the API's executions before any other POST
     PUT created      a prediction known by id: the next run waits for it and stores it
@@ -33,22 +33,22 @@ from prefect_eachlabs.errors import (
     Throttled,
 )
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.reconcile import Settler
+from prefect_eachlabs.ledger.reconcile import Reconciler
 from prefect_eachlabs.ledger.records import (
-    Held,
     Intent,
     Ledger,
     Overtaken,
     Record,
     RecordError,
     RecordState,
+    VersionedRecord,
     amended,
     new_record,
 )
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import Place, Places
+from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Item, Prediction
-from prefect_eachlabs.polling.poller import Watcher
+from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ LONGEST_PAUSE_SECONDS = 30.0
 class _AnswerLost(Exception):
     """Our POST may have bought, under a claim of ours, and nobody told us what."""
 
-    def __init__(self, claim: Held, error: OutcomeUnknown) -> None:
+    def __init__(self, claim: VersionedRecord, error: OutcomeUnknown) -> None:
         super().__init__("answer lost")
         self.claim = claim
         self.error = error
@@ -71,7 +71,7 @@ class _AnswerLost(Exception):
 class _ToBeTriedAgain(Exception):
     """The account was throttled; the claim was given back and may be taken again."""
 
-    def __init__(self, claim: Held) -> None:
+    def __init__(self, claim: VersionedRecord) -> None:
         super().__init__("throttled")
         self.claim = claim
 
@@ -81,8 +81,8 @@ class Job:
     """One item's way through the gateway: what it holds, and whether it may be interrupted right now."""
 
     run_id: str
-    place: Place | None = None
-    """The place in flight it holds; None before, and after the watcher has taken it over."""
+    slot: Slot | None = None
+    """The slot in flight it holds; None before, and after the watcher has taken it over."""
     prediction_id: str | None = None
     """What this job has bought (or adopted), once it is known."""
     may_be_interrupted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -105,26 +105,26 @@ class Job:
             # Between the event and this task's turn the next critical section may have begun.
             await self.may_be_interrupted.wait()
 
-    def give_back_place(self) -> None:
-        if self.place is not None:
-            self.place.done()
-            self.place = None
+    def give_back_slot(self) -> None:
+        if self.slot is not None:
+            self.slot.done()
+            self.slot = None
 
 
 class Purchaser:
     """Buys predictions for items, each once."""
 
     def __init__(
-        self, client: EachlabsClient, places: Places, watcher: Watcher, settings: AccountSettings, orders: Orders
+        self, client: EachlabsClient, limiter: RateLimiter, poller: Poller, settings: AccountSettings, orders: Orders
     ) -> None:
         self._client = client
-        self._places = places
-        self._watcher = watcher
+        self._limiter = limiter
+        self._poller = poller
         self._settings = settings
         self._orders = orders
 
     async def buy_bare(self, item: Item, options: PurchaseOptions, job: Job) -> Prediction:
-        """One POST without a ledger, in its places. **Costs money**; who dies before keeping the result loses it.
+        """One POST without a ledger, in its slots. **Costs money**; who dies before keeping the result loses it.
 
         Raises:
             NotSent, Throttled, InsufficientBalance, Rejected: Nothing was bought.
@@ -133,7 +133,7 @@ class Purchaser:
         order = await self._orders.prepare(item, None, options)
         try:
             while True:
-                request = await self._take_places(job)
+                request = await self._take_slots(job)
                 sent = await self._sent(order, request)
                 with job.critical():
                     try:
@@ -141,11 +141,17 @@ class Purchaser:
                     except Throttled as error:
                         self._fail_without_balance(error)
         finally:
-            job.give_back_place()
+            job.give_back_slot()
 
     async def buy(
-        self, item: Item, ledger: Ledger, settler: Settler, replacing: Held | None, options: PurchaseOptions, job: Job
-    ) -> Held:
+        self,
+        item: Item,
+        ledger: Ledger,
+        reconciler: Reconciler,
+        replacing: VersionedRecord | None,
+        options: PurchaseOptions,
+        job: Job,
+    ) -> VersionedRecord:
         """Buys the item under its record and returns the record that names a prediction. **Costs money.**
 
         Args:
@@ -154,7 +160,7 @@ class Purchaser:
             settler: Finds out about lost answers there.
             replacing: The record that this purchase replaces, just read; None: there is none.
             options: What may be done.
-            job: Whose place in flight it is, and who may not interrupt the purchase.
+            job: Whose slot in flight it is, and who may not interrupt the purchase.
 
         Raises:
             Overtaken: Another writer changed the record: look again.
@@ -165,14 +171,14 @@ class Purchaser:
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
                 if replacing.record.fingerprint == item.fingerprint:
-                    replacing = await self._settle(ledger, settler, replacing, record, job, abandoned=True)
+                    replacing = await self._settle(ledger, reconciler, replacing, record, job, abandoned=True)
                     record = replacing.record
                 else:
                     # What is replaced may have bought as well: that stays on the books.
                     old = replacing.record.model_copy(
                         update={"run_id": options.run_id, "epoch": replacing.record.epoch + 1}
                     )
-                    replacing = await self._settle(ledger, settler, replacing, old, job, abandoned=True)
+                    replacing = await self._settle(ledger, reconciler, replacing, old, job, abandoned=True)
                     record = self._first_claim(item, replacing, options)
                 if record.state is RecordState.CLAIMED and options.on_ambiguous == "fail":
                     await self._report_as_ambiguous(ledger, replacing)
@@ -180,7 +186,7 @@ class Purchaser:
                 record = amended(record, intent=Intent.POST, unsettled_since=None)
                 try:
                     order = await self._orders.prepare(item, ledger, options)
-                    request = await self._take_approved_places(item, options, job)
+                    request = await self._take_approved_slots(item, options, job)
                     sent = await self._sent(order, request)
                 except EachlabsError:
                     await self._give_back_settled(ledger, replacing, options)
@@ -194,17 +200,23 @@ class Purchaser:
                     except _AnswerLost as error:
                         lost = error
                 if lost is not None:
-                    replacing = await self._after_a_lost_answer(ledger, settler, lost, options, job)
+                    replacing = await self._after_a_lost_answer(ledger, reconciler, lost, options, job)
                     record = replacing.record
             assert replacing is not None
             self._adopt(replacing, job)
             return replacing
         finally:
-            job.give_back_place()
+            job.give_back_slot()
 
     async def settle_only(
-        self, item: Item, ledger: Ledger, settler: Settler, held: Held, options: PurchaseOptions, job: Job
-    ) -> Held:
+        self,
+        item: Item,
+        ledger: Ledger,
+        reconciler: Reconciler,
+        held: VersionedRecord,
+        options: PurchaseOptions,
+        job: Job,
+    ) -> VersionedRecord:
         """What a dead claim has bought, without buying: a created record, or an idle claim. Costs requests alone.
 
         Raises:
@@ -214,60 +226,60 @@ class Purchaser:
         if not held.record.may_have_bought_unseen:
             return held
         record = self._first_claim(item, held, options)
-        settled = await self._settle(ledger, settler, held, record, job, abandoned=True)
+        settled = await self._settle(ledger, reconciler, held, record, job, abandoned=True)
         if settled.record.state is RecordState.CREATED:
             return settled
         return await ledger.write(amended(settled.record, intent=Intent.IDLE, unsettled_since=None), replacing=settled)
 
-    async def _take_places(self, job: Job) -> Place:
-        """A place in flight, which the job keeps, and then one for the request."""
-        if job.place is None:
-            job.place = await self._places.take_in_flight()
-        gate = self._places.gate
+    async def _take_slots(self, job: Job) -> Slot:
+        """A slot in flight, which the job keeps, and then one for the request."""
+        if job.slot is None:
+            job.slot = await self._limiter.take_in_flight()
+        breaker = self._limiter.breaker
         while True:
-            was_open = not gate.paused
-            await gate.enter()
+            was_open = not breaker.paused
+            await breaker.enter()
             try:
-                request = await self._places.take_request()
+                request = await self._limiter.take_request()
             except BaseException:
                 if not was_open:
-                    gate.left()
+                    breaker.left()
                 raise
-            if not (was_open and gate.paused):
+            if not (was_open and breaker.paused):
                 return request
-            # The account was throttled while we waited for the place: only a trial may post now.
+            # The account was throttled while we waited for the slot: only a trial may post now.
             request.unused()
 
-    async def _take_approved_places(self, item: Item, options: PurchaseOptions, job: Job) -> Place:
-        """Both places, when whoever holds the purse agrees before they are waited for and still does afterwards."""
-        if options.purse is None:
-            return await self._take_places(job)
-        await options.purse.approve(item)
-        request = await self._take_places(job)
+    async def _take_approved_slots(self, item: Item, options: PurchaseOptions, job: Job) -> Slot:
+        """Both slots, when whoever holds the budget agrees before they are waited for and still does afterwards."""
+        if options.budget is None:
+            return await self._take_slots(job)
+        await options.budget.approve(item)
+        request = await self._take_slots(job)
         try:
-            options.purse.check()
+            options.budget.check()
         except Skipped:
             request.unused()
-            self._places.gate.left()
+            self._limiter.breaker.left()
             raise
         return request
 
-    async def _sent(self, order: Order, request: Place) -> Item:
+    async def _sent(self, order: Order, request: Slot) -> Item:
         """The item as it is sent now, with fresh URLs of its reference pictures."""
         try:
             return await order.sent()
         except BaseException:
             request.unused()
-            self._places.gate.left()
+            self._limiter.breaker.left()
             raise
 
-    async def _give_back_settled(self, ledger: Ledger, held: Held | None, options: PurchaseOptions) -> None:
+    async def _give_back_settled(self, ledger: Ledger, held: VersionedRecord | None, options: PurchaseOptions) -> None:
         """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
         if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == options.run_id:
             with suppress(Overtaken, StoreFailed):
                 await ledger.write(amended(held.record, intent=Intent.IDLE, unsettled_since=None), replacing=held)
 
-    def _first_claim(self, item: Item, replacing: Held | None, options: PurchaseOptions) -> Record:
+    def _first_claim(self, item: Item, replacing: VersionedRecord | None, options: PurchaseOptions) -> Record:
         record = new_record(item, run_id=options.run_id)
         if options.formats is not None:
             record.formats = list(options.formats)
@@ -292,8 +304,8 @@ class Purchaser:
         )
 
     async def _claim_and_post(
-        self, item: Item, ledger: Ledger, record: Record, replacing: Held | None, request: Place, job: Job
-    ) -> Held:
+        self, item: Item, ledger: Ledger, record: Record, replacing: VersionedRecord | None, request: Slot, job: Job
+    ) -> VersionedRecord:
         posted = False
         try:
             record = amended(record, sent_input=recorded(item))
@@ -314,7 +326,7 @@ class Purchaser:
         finally:
             if not posted:
                 request.unused()
-                self._places.gate.left()
+                self._limiter.breaker.left()
         try:
             prediction = await self._post(item, request, job)
         except Throttled as error:
@@ -338,57 +350,57 @@ class Purchaser:
         """The loop's time, and what it does not know of because the machine was asleep."""
         return asyncio.get_running_loop().time() + asleep_seconds()
 
-    async def _post(self, item: Item, request: Place, job: Job) -> Prediction:
-        """One POST in its places; the gate learns how it went, the watcher takes over what was created."""
-        gate = self._places.gate
+    async def _post(self, item: Item, request: Slot, job: Job) -> Prediction:
+        """One POST in its slots; the gate learns how it went, the watcher takes over what was created."""
+        breaker = self._limiter.breaker
         try:
             prediction = await self._client.create(item)
         except NotSent:
             request.unused()
-            gate.left()
+            breaker.left()
             raise
         except Throttled as error:
             request.done()
-            gate.throttled(error)
+            breaker.throttled(error)
             raise
         except EachlabsError:
             request.done()
-            gate.passed()
+            breaker.passed()
             raise
         except asyncio.CancelledError:
             request.done()
-            gate.left()
+            breaker.left()
             raise
         except Exception as error:
             request.done()
-            gate.left()
+            breaker.left()
             raise OutcomeUnknown(
                 f"The order ended in an unexpected {type(error).__name__}: it may have been billed.",
                 item_id=item.item_id,
             ) from error
         request.done()
-        gate.passed()
+        breaker.passed()
         job.prediction_id = prediction.id
-        place, job.place = job.place, None
-        self._watcher.watch(prediction, place=place)
+        slot, job.slot = job.slot, None
+        self._poller.watch(prediction, slot=slot)
         return prediction
 
     def _fail_without_balance(self, error: Throttled) -> None:
         """402 that stays is not waited for, by nobody: somebody must top up."""
-        gate = self._places.gate
-        if isinstance(error, InsufficientBalance) and gate.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE:
-            gate.refuse(error)
+        breaker = self._limiter.breaker
+        if isinstance(error, InsufficientBalance) and breaker.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE:
+            breaker.refuse(error)
             raise error
 
-    def _adopt(self, found: Held, job: Job) -> None:
-        """What settling found is in flight, perhaps: the place that its POST took is its own."""
+    def _adopt(self, found: VersionedRecord, job: Job) -> None:
+        """What settling found is in flight, perhaps: the slot that its POST took is its own."""
         prediction = found.record.prediction()
         if prediction is not None:
             job.prediction_id = prediction.id
-            place, job.place = job.place, None
-            self._watcher.watch(prediction, place=place)
+            slot, job.slot = job.slot, None
+            self._poller.watch(prediction, slot=slot)
 
-    async def _give_back(self, ledger: Ledger, claim: Held) -> Held:
+    async def _give_back(self, ledger: Ledger, claim: VersionedRecord) -> VersionedRecord:
         """Nothing was created under our claim: say so, that nobody has to wait until it is dead. Best effort."""
         try:
             return await ledger.write(amended(claim.record, intent=Intent.IDLE), replacing=claim)
@@ -396,7 +408,7 @@ class Purchaser:
             logger.warning("Item %s: its unused claim ends by itself (%s).", claim.record.item_id, error)
             return claim
 
-    async def _note_refusal(self, ledger: Ledger, claim: Held, error: Rejected) -> None:
+    async def _note_refusal(self, ledger: Ledger, claim: VersionedRecord, error: Rejected) -> None:
         said = RecordError(kind=error.kind, message=error.message, code=error.code)
         try:
             refused = amended(claim.record, state=RecordState.FAILED, intent=None, error=said)
@@ -405,12 +417,12 @@ class Purchaser:
             logger.warning("Item %s: the API's refusal could not be written down.", claim.record.item_id)
 
     async def _note_created(
-        self, item: Item, ledger: Ledger, claim: Held, prediction: Prediction, claim_sent_at: float
-    ) -> Held:
+        self, item: Item, ledger: Ledger, claim: VersionedRecord, prediction: Prediction, claim_sent_at: float
+    ) -> VersionedRecord:
         """Writes the prediction's id down, as long as the process lives; it is paid for."""
         dead_at = claim_sent_at + self._settings.claim_seconds
         safe_until = dead_at - self._settings.freeze_margin_seconds
-        base: Held | None = claim
+        base: VersionedRecord | None = claim
         created = self._created(claim.record, item, prediction)
         pause_seconds = FIRST_PAUSE_SECONDS
         marked = False
@@ -451,7 +463,7 @@ class Purchaser:
                 else:
                     return await self._one_too_many(item, ledger, current, prediction)
 
-    async def _adopt_late(self, item: Item, ledger: Ledger, held: Held, prediction: Prediction) -> None:
+    async def _adopt_late(self, item: Item, ledger: Ledger, held: VersionedRecord, prediction: Prediction) -> None:
         """Makes sure that no other item has adopted our prediction.
 
         Raises:
@@ -482,7 +494,9 @@ class Purchaser:
             created_at=prediction.created_at,
         )
 
-    async def _one_too_many(self, item: Item, ledger: Ledger, current: Held, prediction: Prediction) -> Held:
+    async def _one_too_many(
+        self, item: Item, ledger: Ledger, current: VersionedRecord, prediction: Prediction
+    ) -> VersionedRecord:
         """The item has another prediction by now: ours is noted, reported and cancelled."""
         logger.error(
             "Item %s was bought twice: prediction %s is one too many beside %s; it is being cancelled. "
@@ -493,7 +507,7 @@ class Purchaser:
         )
         current = await self._note_one_too_many(ledger, current, prediction)
         try:
-            request = await self._places.take_request(question=True)
+            request = await self._limiter.take_request(question=True)
             try:
                 await self._client.cancel(prediction.id)
             finally:
@@ -508,7 +522,9 @@ class Purchaser:
             )
         return current
 
-    async def _note_one_too_many(self, ledger: Ledger, current: Held, prediction: Prediction) -> Held:
+    async def _note_one_too_many(
+        self, ledger: Ledger, current: VersionedRecord, prediction: Prediction
+    ) -> VersionedRecord:
         """Writes it down, as long as the process lives: it is paid for, perhaps."""
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
@@ -525,8 +541,8 @@ class Purchaser:
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
     async def _after_a_lost_answer(
-        self, ledger: Ledger, settler: Settler, lost: _AnswerLost, options: PurchaseOptions, job: Job
-    ) -> Held:
+        self, ledger: Ledger, reconciler: Reconciler, lost: _AnswerLost, options: PurchaseOptions, job: Job
+    ) -> VersionedRecord:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
         held = await self._read_on(ledger, lost.claim.record.item_id)
         if held is None or held.etag != lost.claim.etag:
@@ -536,9 +552,9 @@ class Purchaser:
         if options.on_ambiguous == "fail":
             await self._note_ambiguous(ledger, held, lost.error)
             raise lost.error
-        return await self._settle(ledger, settler, held, held.record, job, abandoned=False)
+        return await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
 
-    async def _report_as_ambiguous(self, ledger: Ledger, settled: Held) -> None:
+    async def _report_as_ambiguous(self, ledger: Ledger, settled: VersionedRecord) -> None:
         """Nothing was found of what may have been bought; whoever asked for it is told rather than buying again.
 
         Raises:
@@ -552,7 +568,7 @@ class Purchaser:
         await self._note_ambiguous(ledger, settled, error)
         raise error
 
-    async def _read_on(self, ledger: Ledger, item_id: str) -> Held | None:
+    async def _read_on(self, ledger: Ledger, item_id: str) -> VersionedRecord | None:
         """Reads a record that money depends on, for as long as it takes."""
         pause_seconds = FIRST_PAUSE_SECONDS
         while True:
@@ -563,7 +579,7 @@ class Purchaser:
                 await asyncio.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
-    async def _note_ambiguous(self, ledger: Ledger, held: Held, error: OutcomeUnknown) -> None:
+    async def _note_ambiguous(self, ledger: Ledger, held: VersionedRecord, error: OutcomeUnknown) -> None:
         since = held.record.unsettled_since or held.modified_at
         said = RecordError(kind=error.kind, message=error.message)
         note = amended(held.record, state=RecordState.AMBIGUOUS, intent=None, unsettled_since=since, error=said)
@@ -573,8 +589,15 @@ class Purchaser:
             logger.warning("Item %s: it could not be noted as ambiguous; its claim says the same.", held.record.item_id)
 
     async def _settle(
-        self, ledger: Ledger, settler: Settler, held: Held, record: Record, job: Job, *, abandoned: bool
-    ) -> Held:
+        self,
+        ledger: Ledger,
+        reconciler: Reconciler,
+        held: VersionedRecord,
+        record: Record,
+        job: Job,
+        *,
+        abandoned: bool,
+    ) -> VersionedRecord:
         """Takes the claim for settling and finds out: a created record, or our claim, under which nothing was bought.
 
         Args:
@@ -599,7 +622,7 @@ class Purchaser:
         with job.critical():
             mine = await ledger.write(settling, replacing=held)
         try:
-            return await settler.settle(
+            return await reconciler.settle(
                 mine, conclusive_at=now + max(0.0, remaining_seconds), since=now - since_seconds
             )
         except OutcomeUnknown as error:

@@ -28,10 +28,10 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
 from prefect_eachlabs.ledger.echoes import fit
-from prefect_eachlabs.ledger.evidence import Sight
+from prefect_eachlabs.ledger.evidence import Evidence
 from prefect_eachlabs.ledger.looking import Looker
-from prefect_eachlabs.ledger.records import Held, Ledger, Overtaken, Record, RecordState, amended
-from prefect_eachlabs.limits.limiter import Places
+from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord, amended
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Execution
 from prefect_eachlabs.settings import AccountSettings
 
@@ -45,12 +45,12 @@ FIRST_LOOK_SECONDS = 1.0
 class Unsettled:
     """A claim that waits to be told what its POST has bought; all times are the loop's."""
 
-    held: Held
+    held: VersionedRecord
     since: float
     conclusive_at: float
     look_at: float
     written_at: float
-    result: asyncio.Future[Held] = field(repr=False)
+    result: asyncio.Future[VersionedRecord] = field(repr=False)
 
     @property
     def record(self) -> Record:
@@ -69,7 +69,7 @@ class _Doubts:
     """Item → the other item whose own lost order it must not take."""
 
 
-class Settler:
+class Reconciler:
     """Settles the claims of one destination, all that wait together in one look.
 
     Args:
@@ -79,7 +79,7 @@ class Settler:
     def __init__(
         self,
         client: EachlabsClient,
-        places: Places,
+        limiter: RateLimiter,
         ledger: Ledger,
         settings: AccountSettings,
         *,
@@ -89,7 +89,7 @@ class Settler:
         self._settings = settings
         self._looker = Looker(
             client,
-            places,
+            limiter,
             ledger,
             settings,
             known=known,
@@ -99,7 +99,7 @@ class Settler:
         self._waiting: list[Unsettled] = []
         self._runner: asyncio.Task[None] | None = None
 
-    async def settle(self, held: Held, *, conclusive_at: float, since: float) -> Held:
+    async def settle(self, held: VersionedRecord, *, conclusive_at: float, since: float) -> VersionedRecord:
         """What the claim's POST has come to: a `created` record that adopted a prediction, or the claim, without one.
 
         Args:
@@ -164,7 +164,7 @@ class Settler:
         for entry in list(entries):
             self._end(entry, _nobody_can_tell(entry, reason, cause))
 
-    def _end(self, entry: Unsettled, outcome: Held | BaseException) -> None:
+    def _end(self, entry: Unsettled, outcome: VersionedRecord | BaseException) -> None:
         if entry in self._waiting:
             self._waiting.remove(entry)
         if entry.result.done():
@@ -197,13 +197,13 @@ class Settler:
     async def _look(self) -> None:
         entries = list(self._waiting)
         now = asyncio.get_running_loop().time()
-        sight = await self._looker.see(now - min(entry.since for entry in entries))
+        evidence = await self._looker.see(now - min(entry.since for entry in entries))
         doubts = _Doubts()
-        for row in sight.candidates({entry.record.model for entry in entries}):
+        for row in evidence.candidates({entry.record.model for entry in entries}):
             waiting = [
                 entry
                 for entry in entries
-                if entry in self._waiting and not sight.is_being_bought(entry.record.model, entry.record.order)
+                if entry in self._waiting and not evidence.is_being_bought(entry.record.model, entry.record.order)
             ]
             if not waiting:
                 break
@@ -213,10 +213,10 @@ class Settler:
             elif prediction.input is None:
                 doubts.models.add(row.model or "")
             else:
-                await self._match(row, prediction.input, row.model or prediction.model, waiting, sight, doubts)
+                await self._match(row, prediction.input, row.model or prediction.model, waiting, evidence, doubts)
         for entry in entries:
             if entry in self._waiting:
-                self._conclude(entry, sight, doubts)
+                self._conclude(entry, evidence, doubts)
 
     async def _match(
         self,
@@ -224,7 +224,7 @@ class Settler:
         echo: Mapping[str, Any],
         model: str | None,
         waiting: Iterable[Unsettled],
-        sight: Sight,
+        evidence: Evidence,
         doubts: _Doubts,
     ) -> None:
         """Gives an execution to the claim that its echo fits best."""
@@ -234,28 +234,28 @@ class Settler:
             if (model or entry.record.model) == entry.record.model
             and (fields := fit(echo, entry.record.order)) is not None
         ]
-        if fits and not sight.has_read_its_record(row):
-            await self._looker.see_everything(sight)
-            if row.id in sight.named:
+        if fits and not evidence.has_read_its_record(row):
+            await self._looker.see_everything(evidence)
+            if row.id in evidence.named:
                 return
         for fields, entry in sorted(fits, key=lambda pair: -pair[0]):
-            rival = sight.better_claim(entry.record.model, dict(echo), fields)
+            rival = evidence.better_claim(entry.record.model, dict(echo), fields)
             if rival is not None:
                 doubts.rivals[entry.record.item_id] = rival
             elif entry in self._waiting and await self._adopt(entry, row.id):
                 return
 
-    def _conclude(self, entry: Unsettled, sight: Sight, doubts: _Doubts) -> None:
+    def _conclude(self, entry: Unsettled, evidence: Evidence, doubts: _Doubts) -> None:
         now = asyncio.get_running_loop().time()
         record = entry.record
-        if sight.is_being_bought(record.model, record.order):
+        if evidence.is_being_bought(record.model, record.order):
             # Somebody may be buying the same input this moment: what the walk shows may be theirs.
             entry.look_at = now + max(1.0, self._settings.claim_seconds / 4)
-        elif sight.began_at < entry.conclusive_at:
+        elif evidence.began_at < entry.conclusive_at:
             entry.look_at = entry.conclusive_at
         elif doubts.again_at > now:
             entry.look_at = doubts.again_at
-        elif (blind_for := sight.blind_for()) is not None:
+        elif (blind_for := evidence.blind_for()) is not None:
             self._end(entry, _nobody_can_tell(entry, blind_for))
         elif record.model in doubts.models or "" in doubts.models:
             self._end(entry, _nobody_can_tell(entry, "the API does not say what a prediction's input was"))

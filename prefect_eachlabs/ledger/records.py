@@ -181,7 +181,7 @@ def new_record(item: Item, *, run_id: str) -> Record:
 
 
 @dataclass(frozen=True)
-class Held:
+class VersionedRecord:
     """A record as it was read, with what a conditional change of it needs.
 
     Attributes:
@@ -200,7 +200,7 @@ class Held:
 class Overtaken(Exception):
     """Somebody else has changed the record in between; `current` is what it says now (None: it is gone)."""
 
-    def __init__(self, current: Held | None) -> None:
+    def __init__(self, current: VersionedRecord | None) -> None:
         super().__init__("the record was changed by another writer")
         self.current = current
 
@@ -235,7 +235,7 @@ class Ledger:
         """Whether this store was seen to refuse what it must refuse."""
         return self.conditional and self._probed
 
-    async def read(self, item_id: str) -> Held | None:
+    async def read(self, item_id: str) -> VersionedRecord | None:
         """The item's record, or None.
 
         Raises:
@@ -245,7 +245,7 @@ class Ledger:
         found = await self.store.get(self.destination.record_key(item_id))
         return None if found is None else self._held(found)
 
-    def _held(self, found: StoredObject) -> Held:
+    def _held(self, found: StoredObject) -> VersionedRecord:
         try:
             if len(found.body) > MAX_RECORD_BYTES:
                 raise ValueError("it is larger than 1 MiB")
@@ -267,9 +267,9 @@ class Ledger:
                 "Look at it; nothing is bought while it stands."
             ) from None
         modified_at = found.date - timedelta(seconds=found.age_seconds)
-        return Held(record, found.etag, found.age_seconds, modified_at)
+        return VersionedRecord(record, found.etag, found.age_seconds, modified_at)
 
-    async def write(self, record: Record, *, replacing: Held | None) -> Held:
+    async def write(self, record: Record, *, replacing: VersionedRecord | None) -> VersionedRecord:
         """Writes the record in place of `replacing` (None: there must be none yet), or finds that it was written.
 
         boto3 repeats a put whose answer was lost and is then refused although the stored body is its own; so after
@@ -306,7 +306,7 @@ class Ledger:
                 raise
             raise Overtaken(current) from error
         await self._probe(key, body)
-        return Held(record, etag, 0.0, datetime.now(timezone.utc))
+        return VersionedRecord(record, etag, 0.0, datetime.now(timezone.utc))
 
     async def _probe(self, key: str, body: bytes) -> None:
         """Once a process: would this store have refused? The same body again changes nothing, whatever it answers."""

@@ -7,19 +7,19 @@ from enum import Enum
 from typing import Literal, Protocol
 
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
-from prefect_eachlabs.ledger.records import Held, Intent, Record, RecordError, RecordState
+from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
 from prefect_eachlabs.models import Item
 
 
-class Purse(Protocol):
+class Budget(Protocol):
     """Who is asked before money is spent; both raise Skipped when it must not be."""
 
     async def approve(self, item: Item) -> None:
-        """Asked before places are waited for; may wait itself. Once for each item that is approved, and again."""
+        """Asked before slots are waited for; may wait itself. Once for each item that is approved, and again."""
         ...
 
     def check(self) -> None:
-        """Asked once more with the places at hand, right before the claim of a POST."""
+        """Asked once more with the slots at hand, right before the claim of a POST."""
         ...
 
 
@@ -35,7 +35,7 @@ class PurchaseOptions:
         on_ambiguous: `settle`: find out through the API's executions what a lost answer bought; `fail`: report it.
         deadline_seconds: From the POST; None: the account's.
         presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
-        purse: Asked before each POST; None: nobody is.
+        budget: Asked before each POST; None: nobody is.
         formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, PNG alone at first.
         any_reference: A person at the command line named the reference pictures: every bucket will do.
     """
@@ -47,7 +47,7 @@ class PurchaseOptions:
     on_ambiguous: Literal["settle", "fail"] = "settle"
     deadline_seconds: float | None = None
     presume_new: bool = False
-    purse: Purse | None = None
+    budget: Budget | None = None
     formats: tuple[str, ...] | None = None
     any_reference: bool = False
 
@@ -62,7 +62,7 @@ class Step(str, Enum):
     REUSE = "reuse"
 
 
-def next_step(held: Held | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:
+def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:
     """What is to be done about an item whose record says `held`; pure.
 
     Raises:

@@ -33,12 +33,12 @@ class LimitStatus:
         kind: Requests or in flight.
         limit: The server's number; None: the limit is absent (the first run creates it, or `limits apply`).
         setting: The account's number; None: no limit is wanted, and the server's is not used.
-        in_use: Places the server's database counts as taken.
+        in_use: Slots the server's database counts as taken.
         leases: Live leases.
-        leased: Places they hold.
-        processes: Processes that hold places.
+        leased: Slots they hold.
+        processes: Processes that hold slots.
         waiting: Processes that wait for more.
-        leaked: Places counted as taken that no lease holds.
+        leaked: Slots counted as taken that no lease holds.
     """
 
     name: str
@@ -95,21 +95,21 @@ async def apply(settings: AccountSettings, tag_limits: Mapping[str, int] | None 
 
 
 async def show(settings: AccountSettings, *, within_seconds: float = REAPED_WITHIN_SECONDS) -> list[LimitStatus]:
-    """Both limits of the account, and whether places are leaked.
+    """Both limits of the account, and whether slots are leaked.
 
     Args:
         settings: The account.
-        within_seconds: Where something looks leaked, how long to look on: the places of a killed process are counted
-            without a lease for up to 18 s. With less, such places may be shown as leaked.
+        within_seconds: Where something looks leaked, how long to look on: the slots of a killed process are counted
+            without a lease for up to 18 s. With less, such slots may be shown as leaked.
     """
     async with _server(settings) as leases:
         return await _statuses(settings, leases, within_seconds=within_seconds)
 
 
 async def reset(settings: AccountSettings) -> list[LimitStatus]:
-    """Frees leaked places: afterwards the server counts what live leases hold. Takes 18 s if there are any.
+    """Frees leaked slots: afterwards the server counts what live leases hold. Takes 18 s if there are any.
 
-    Leases in use are not touched, so it may run while pictures are made. Whoever takes places of these limits by
+    Leases in use are not touched, so it may run while pictures are made. Whoever takes slots of these limits by
     other means than prefect-eachlabs loses them: give them a limit of their own.
 
     Returns:

@@ -23,7 +23,7 @@ LONGEST_GROWN_PAUSE_SECONDS = 30.0
 SHORTEST_PAUSE_SECONDS = 0.25
 """`Retry-After: 0` must not become a POST for each round trip."""
 TRIAL_GIVEN_UP_AFTER_SECONDS = 120.0
-"""A trial waits for its request place and its POST (30 s at most); one that never reports does not shut us out."""
+"""A trial waits for its request slot and its POST (30 s at most); one that never reports does not shut us out."""
 
 
 class _State(enum.Enum):
@@ -32,7 +32,7 @@ class _State(enum.Enum):
     TRYING = "trying"
 
 
-class PostGate:
+class CircuitBreaker:
     """Pauses the account's new POSTs after a 429 or 402 and resumes by trying one.
 
     Everybody who was let in says how it went with one of `passed`, `throttled`, `left`. A word from a POST that was
@@ -54,7 +54,7 @@ class PostGate:
 
     def __repr__(self) -> str:
         return (
-            f"<PostGate {self._state.value}, {len(self._waiters)} waiting, "
+            f"<CircuitBreaker {self._state.value}, {len(self._waiters)} waiting, "
             f"{self.consecutive_throttles} throttles in a row>"
         )
 

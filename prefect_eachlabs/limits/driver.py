@@ -18,7 +18,7 @@ from prefect_eachlabs.limits.pool import LotPool
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 4.0
-"""How often the leases of all are listed, while places are in use here."""
+"""How often the leases of all are listed, while slots are in use here."""
 CALLS_AT_ONCE = 3
 CLOSE_WITHIN_SECONDS = 3.0
 FAILED_VISITS = 2
@@ -39,7 +39,7 @@ class LotDriver:
         leases: The server.
         process: This process among the holdings.
         account: For the log.
-        tell: Called when places may have come free.
+        tell: Called when slots may have come free.
     """
 
     def __init__(
@@ -266,7 +266,7 @@ class LotDriver:
         if self._now() < self._alone_from:
             self._lookout.say(
                 "The Prefect server at %s has not answered yet: it is waited for, for %.0f s, as others may hold "
-                "places of this account. Start it, or unset PREFECT_API_URL if this is the only process.",
+                "slots of this account. Start it, or unset PREFECT_API_URL if this is the only process.",
                 *(self._leases.where, NEVER_MET_SECONDS),
             )
             return
@@ -276,7 +276,7 @@ class LotDriver:
         numbers = " and ".join(f"{plan.pool.local_limit} {plan.pool.kind.value}" for plan in self._plans)
         logger.warning(
             "The Prefect server at %s gives no usable answer (%s): the account's limits are counted in this process "
-            "alone until it does, with its last known share of them: %s places.",
+            "alone until it does, with its last known share of them: %s slots.",
             self._leases.where,
             error,
             numbers,

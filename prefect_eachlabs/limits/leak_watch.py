@@ -1,4 +1,4 @@
-"""Finds places that a limit on the Prefect server counts as taken although no lease holds them."""
+"""Finds slots that a limit on the Prefect server counts as taken although no lease holds them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from prefect_eachlabs.limits.leases import Holding
 logger = logging.getLogger(__name__)
 
 REAPED_WITHIN_SECONDS = 18.0
-"""The server looks for ended leases every 15 s; until then their places are counted and no longer listed."""
+"""The server looks for ended leases every 15 s; until then their slots are counted and no longer listed."""
 SURE_AFTER_SECONDS = 5.0
 REPEAT_SECONDS = 300.0
 
 
 class LeakWatch:
-    """What was seen of one limit, while its places were in use here.
+    """What was seen of one limit, while its slots were in use here.
 
     Args:
         name: The limit, for the log.
@@ -45,7 +45,7 @@ class LeakWatch:
         self._listed = listed
 
     def leaked(self, now: float, *, counted: int, leased: int, limit: int) -> int:
-        """How many places are leaked for sure; says so in the log, at most every five minutes.
+        """How many slots are leaked for sure; says so in the log, at most every five minutes.
 
         Args:
             now: The loop's time.
@@ -62,7 +62,7 @@ class LeakWatch:
         if leaked and (self._said_at is None or now - self._said_at >= REPEAT_SECONDS):
             self._said_at = now
             logger.warning(
-                "%d of the %d places of %s are leaked: the Prefect server counts them as taken, but none of our leases "
+                "%d of the %d slots of %s are leaked: the Prefect server counts them as taken, but none of our leases "
                 "holds them, as after a restart of a server that keeps leases in memory. Work goes on with the rest. "
                 "Mend it with: prefect-eachlabs limits reset. It does not come back when the server runs with "
                 "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=prefect.server.concurrency.lease_storage.filesystem.",

@@ -3,7 +3,7 @@
 Three limits an account. `eachlabs-requests-ACCOUNT` and `eachlabs-in-flight-ACCOUNT` hold the numbers, and the
 server's database counts what is taken. `tag:eachlabs-workers-ACCOUNT` limits nothing: every lease is taken on it as
 well, since the one public route that lists live leases does so for tag limits alone, by the id of their holder.
-That id is a `Holding` in disguise: which process, which limit, how many places.
+That id is a `Holding` in disguise: which process, which limit, how many slots.
 
 What Prefect 3.8.8 does, measured: a lease of a limit nobody created is granted, and limits nothing; a denial is 423;
 a lease the server forgot is 410 to renew and 204 to release; on SQLite a lease or a release takes 13 ms, a renewal
@@ -47,7 +47,7 @@ _BUSY = (429, 503)
 
 
 class Denied(Exception):
-    """Not that many places are free now: ask again."""
+    """Not that many slots are free now: ask again."""
 
 
 class LeaseGone(Exception):
@@ -79,7 +79,7 @@ class Holding:
     Attributes:
         process: 48 random bits, drawn by each process.
         kind: Which limit.
-        slots: Places held; 0: none, this process waits for some.
+        slots: Slots held; 0: none, this process waits for some.
         serial: Keeps equal holdings apart.
     """
 
@@ -128,10 +128,10 @@ class Leases(Protocol):
         """Creates the limit if it is absent; returns the server's number."""
 
     async def lease(self, kind: Kind, slots: int, process: int) -> Granted:
-        """Takes places for 75 s. Raises `Denied`, or `LimitMissing` when the limit was deleted."""
+        """Takes slots for 75 s. Raises `Denied`, or `LimitMissing` when the limit was deleted."""
 
     async def announce(self, kind: Kind, process: int) -> UUID:
-        """Says for 75 s that this process waits for places; returns the lease."""
+        """Says for 75 s that this process waits for slots; returns the lease."""
 
     async def renew(self, lease_id: UUID) -> None:
         """Prolongs a lease to 75 s from now. Raises `LeaseGone`."""

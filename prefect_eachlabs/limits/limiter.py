@@ -1,7 +1,7 @@
-"""The places of an account: not more than its limits allow in any 60 s, and not less than that by much.
+"""The slots of an account: not more than its limits allow in any 60 s, and not less than that by much.
 
-A *place* is the right to one request in the window, or to one prediction in flight. `Places` is the line of those
-who wait for one; where places come from is a `LotSource` (see `lots`), and the clock is the loop's.
+A *slot* is the right to one request in the window, or to one prediction in flight. `RateLimiter` is the line of those
+who wait for one; where slots come from is a `SlotSource` (see `lots`), and the clock is the loop's.
 """
 
 from __future__ import annotations
@@ -9,99 +9,100 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 
-from prefect_eachlabs.limits.breaker import PostGate
-from prefect_eachlabs.limits.window import Kind, LocalLots, LotSource, Place, SlidingWindow
+from prefect_eachlabs.limits.breaker import CircuitBreaker
+from prefect_eachlabs.limits.window import Kind, LocalSlots, SlidingWindow, Slot, SlotSource
 
-__all__ = ["Kind", "LocalLots", "LotSource", "Place", "Places", "PostGate", "SlidingWindow"]
+__all__ = ["CircuitBreaker", "Kind", "LocalSlots", "RateLimiter", "SlidingWindow", "Slot", "SlotSource"]
 
 QUESTIONS_IN_A_ROW = 3
 """So many questions may go before a create that waits; then the create has its turn."""
 
 
-class _TakenPlace:
-    """A source's place, so that the line moves on when it ends, whatever the source says of it."""
+class _TakenSlot:
+    """A source's slot, so that the line moves on when it ends, whatever the source says of it."""
 
-    def __init__(self, place: Place, places: Places) -> None:
-        self._place = place
-        self._places = places
+    def __init__(self, slot: Slot, limiter: RateLimiter) -> None:
+        self._slot = slot
+        self._limiter = limiter
 
     def done(self) -> None:
-        self._place.done()
-        self._places.look_if_anybody_waits()
+        self._slot.done()
+        self._limiter.look_if_anybody_waits()
 
     def unused(self) -> None:
-        self._place.unused()
-        self._places.look_if_anybody_waits()
+        self._slot.unused()
+        self._limiter.look_if_anybody_waits()
 
 
-_Line = OrderedDict["asyncio.Future[Place]", None]
+_Queue = OrderedDict["asyncio.Future[Slot]", None]
 
 
-class Places:
-    """The line of those who wait for places: first come, first served; questions before creates.
+class RateLimiter:
+    """The line of those who wait for slots: first come, first served; questions before creates.
 
-    A question (a poll, a sweep) frees places in flight, so it goes before the creates; but after three in a row a
+    A question (a poll, a sweep) frees slots in flight, so it goes before the creates; but after three in a row a
     create that waits has its turn, so neither starves.
 
     Args:
-        source: Where the places come from.
+        source: Where the slots come from.
     """
 
-    def __init__(self, source: LotSource) -> None:
+    def __init__(self, source: SlotSource) -> None:
         self._source = source
-        self._questions: _Line = OrderedDict()
-        self._creates: _Line = OrderedDict()
-        self._in_flight: _Line = OrderedDict()
+        self._questions: _Queue = OrderedDict()
+        self._creates: _Queue = OrderedDict()
+        self._in_flight: _Queue = OrderedDict()
         self._questions_in_a_row = 0
         self._told = {Kind.REQUESTS: 0, Kind.IN_FLIGHT: 0}
         self._timer: asyncio.TimerHandle | None = None
         self._looking = False
         self._look_again = False
-        self.gate = PostGate()
+        self.breaker = CircuitBreaker()
         source.on_change(self.look_if_anybody_waits)
 
     def __repr__(self) -> str:
         return (
-            f"<Places of {self._source!r}; waiting: {len(self._questions)} questions, {len(self._creates)} creates, "
-            f"{len(self._in_flight)} for a place in flight>"
+            f"<RateLimiter of {self._source!r}; waiting: "
+            f"{len(self._questions)} questions, {len(self._creates)} creates, "
+            f"{len(self._in_flight)} for a slot in flight>"
         )
 
     @property
     def requests_waiting(self) -> int:
-        """Creates that wait for a request place."""
+        """Creates that wait for a request slot."""
         return len(self._creates)
 
     @property
     def in_flight_waiting(self) -> int:
-        """Callers that wait for a place in flight."""
+        """Callers that wait for a slot in flight."""
         return len(self._in_flight)
 
     def pressure(self, kind: Kind) -> float:
-        """From 0.0 (free, or no limit) to 1.0 (every place is taken)."""
+        """From 0.0 (free, or no limit) to 1.0 (every slot is taken)."""
         return self._source.pressure(kind)
 
     def limit(self, kind: Kind) -> int | None:
         """The account's limit; None: there is none."""
         return self._source.limit(kind)
 
-    async def take_in_flight(self) -> Place:
-        """Waits for a place in flight: `done` when the prediction's end was seen, `unused` when it was not made."""
+    async def take_in_flight(self) -> Slot:
+        """Waits for a slot in flight: `done` when the prediction's end was seen, `unused` when it was not made."""
         return await self._take(Kind.IN_FLIGHT, self._in_flight)
 
-    async def take_request(self, *, question: bool = False) -> Place:
-        """Waits for a request place: `done` when the answer came or was lost, `unused` when nothing was sent.
+    async def take_request(self, *, question: bool = False) -> Slot:
+        """Waits for a request slot: `done` when the answer came or was lost, `unused` when nothing was sent.
 
         Args:
             question: It is about a prediction that exists; goes before creates.
         """
         return await self._take(Kind.REQUESTS, self._questions if question else self._creates)
 
-    async def _take(self, kind: Kind, line: _Line) -> Place:
+    async def _take(self, kind: Kind, line: _Queue) -> Slot:
         if not self._waiting(kind):
-            place = self._source.try_take(kind)
-            if place is not None:
-                return _TakenPlace(place, self)
-        mine: asyncio.Future[Place] = asyncio.get_running_loop().create_future()
+            slot = self._source.try_take(kind)
+            if slot is not None:
+                return _TakenSlot(slot, self)
+        mine: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
         line[mine] = None
         self._look()
         try:
@@ -128,12 +129,12 @@ class Places:
         try:
             for kind in Kind:
                 while (line := self._next_line(kind)) is not None:
-                    place = self._source.try_take(kind)
-                    if place is None:
+                    slot = self._source.try_take(kind)
+                    if slot is None:
                         break
                     self._count_turns(line)
                     waiter, _ = line.popitem(last=False)
-                    waiter.set_result(_TakenPlace(place, self))
+                    waiter.set_result(_TakenSlot(slot, self))
                 count = self._waiting(kind)
                 if count != self._told[kind]:
                     self._told[kind] = count
@@ -145,13 +146,13 @@ class Places:
             self._look_again = False
             asyncio.get_running_loop().call_soon(self.look_if_anybody_waits)
 
-    def _lines(self, kind: Kind) -> tuple[_Line, ...]:
+    def _lines(self, kind: Kind) -> tuple[_Queue, ...]:
         return (self._in_flight,) if kind is Kind.IN_FLIGHT else (self._questions, self._creates)
 
     def _waiting(self, kind: Kind) -> int:
         return sum(len(line) for line in self._lines(kind))
 
-    def _next_line(self, kind: Kind) -> _Line | None:
+    def _next_line(self, kind: Kind) -> _Queue | None:
         """The line whose turn it is, a caller that still waits at its head; None when nobody waits."""
         lines = self._lines(kind)
         for line in lines:
@@ -161,7 +162,7 @@ class Places:
             return self._creates
         return next((line for line in lines if line), None)
 
-    def _count_turns(self, line: _Line) -> None:
+    def _count_turns(self, line: _Queue) -> None:
         if line is self._creates:
             self._questions_in_a_row = 0
         elif line is self._questions:

@@ -18,13 +18,13 @@ from prefect_eachlabs.limits.pool import LotPool
 logger = logging.getLogger(__name__)
 
 COUNT_SECONDS = 30.0
-"""How often the limits' numbers are read while places are in use: an operator may change them."""
+"""How often the limits' numbers are read while slots are in use: an operator may change them."""
 SAY_AGAIN_SECONDS = 300.0
 BLIND_AFTER_LOOKS = 3
 
 
 def leased_slots(rows: Sequence[Holding], kind: Kind) -> int:
-    """How many places of a limit live leases hold."""
+    """How many slots of a limit live leases hold."""
     return sum(row.slots for row in rows if row.kind is kind)
 
 

@@ -1,6 +1,6 @@
-"""What a process holds of a limit that several share: lots of places, each under one lease, and the fair share.
+"""What a process holds of a limit that several share: lots of slots, each under one lease, and the fair share.
 
-A *lot* is a lease of a few places. The places of a request lot are used once a round; when the last one has cooled,
+A *lot* is a lease of a few slots. The slots of a request lot are used once a round; when the last one has cooled,
 the lot goes back, or is renewed for another round, which costs one call and lets nobody slip in between.
 """
 
@@ -17,8 +17,8 @@ from uuid import UUID
 class Verb(Enum):
     """What to ask of the server."""
 
-    LEASE = "lease new places"
-    COVER = "lease for places that are in use without a lease"
+    LEASE = "lease new slots"
+    COVER = "lease for slots that are in use without a lease"
     RENEW = "renew a lot's lease"
     REUSE = "renew the lease of a lot that has cooled, and use it again"
     RELEASE = "give a lot back"
@@ -38,15 +38,15 @@ class Step:
 
 
 def fair_share(limit: int, claims: Mapping[int, int | None], me: int) -> tuple[int, bool]:
-    """The most places this process may hold, so that all who want more get equally much and nothing lies idle.
+    """The most slots this process may hold, so that all who want more get equally much and nothing lies idle.
 
     Args:
-        limit: Places there are.
-        claims: Process → places it holds and is content with, or None when it waits for more.
+        limit: Slots there are.
+        claims: Process → slots it holds and is content with, or None when it waits for more.
         me: This process; it always counts as wanting more.
 
     Returns:
-        The share, at least 1; and whether there are more processes than places, so that they must take turns.
+        The share, at least 1; and whether there are more processes than slots, so that they must take turns.
     """
     hungry = {process for process, slots in claims.items() if slots is None} | {me}
     modest = sorted((slots, process) for process, slots in claims.items() if slots is not None and process != me)
@@ -60,7 +60,7 @@ def fair_share(limit: int, claims: Mapping[int, int | None], me: int) -> tuple[i
 
 
 class Lot:
-    """A few places under one lease; without a lease they are counted in this process alone."""
+    """A few slots under one lease; without a lease they are counted in this process alone."""
 
     def __init__(self, slots: int, now: float, *, lease_id: UUID | None, covered_until: float = -math.inf) -> None:
         self.slots = slots
@@ -70,11 +70,11 @@ class Lot:
         self.free = slots
         self.taken = 0
         self.hot_until = -math.inf
-        """When the last answered place has cooled."""
+        """When the last answered slot has cooled."""
         self.fresh_since = now
-        """When its round began; in flight: when a place of it was last in use."""
+        """When its round began; in flight: when a slot of it was last in use."""
         self.spent = False
-        """A place of it was used in this round."""
+        """A slot of it was used in this round."""
         self.step: Verb | None = None
         self.doubted = False
         """The server may have forgotten the lease: renew it now, to know."""
@@ -87,16 +87,16 @@ class Lot:
         return self.taken == 0 and self.hot_until <= now
 
     def busy(self, now: float) -> int:
-        """How many of its places count: taken, or cooling."""
+        """How many of its slots count: taken, or cooling."""
         return self.slots - self.free if self.hot_until > now else self.taken
 
     def begin_round(self, now: float) -> None:
-        """All its places may be used again."""
+        """All its slots may be used again."""
         self.free, self.spent, self.fresh_since = self.slots, False, now
 
 
 class LotKeeper(Protocol):
-    """Who is told how a place ended."""
+    """Who is told how a slot ended."""
 
     def place_done(self, lot: Lot) -> None: ...
 
@@ -104,7 +104,7 @@ class LotKeeper(Protocol):
 
 
 class LotPlace:
-    """A place out of a lot."""
+    """A slot out of a lot."""
 
     def __init__(self, keeper: LotKeeper, lot: Lot) -> None:
         self._keeper: LotKeeper | None = keeper

@@ -135,7 +135,7 @@ class LotPlan:
         return lot.covered_until - RENEWED_WITH_SECONDS_LEFT[self.pool.kind] if lot.taken else math.inf
 
     def _step_to_cover(self, now: float) -> Step | None:
-        """Places in use that no lease covers (the server was away, or forgot): lease for them, before any others."""
+        """Slots in use that no lease covers (the server was away, or forgot): lease for them, before any others."""
         for lot in self.pool.lots:
             if lot.lease_id is None and lot.step is None and not lot.idle(now + 3.0):
                 if self._leasing:
@@ -178,7 +178,7 @@ class LotPlan:
     # ---------------------------------------------------------- what came of it
 
     def granted(self, step: Step, lease_id: UUID, *, sent_at: float, server_limit: int) -> None:
-        """Places were leased, for new ones or for ones in use."""
+        """Slots were leased, for new ones or for ones in use."""
         self._over(step)
         self.pool.limit = min(self.pool.account_limit, server_limit)
         self._pause_seconds, self._ask_at_most = ASK_AGAIN_SECONDS, self.pool.limit

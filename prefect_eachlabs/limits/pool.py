@@ -1,4 +1,4 @@
-"""The places of one limit as one process holds them, in lots; pure, its clock is handed in.
+"""The slots of one limit as one process holds them, in lots; pure, its clock is handed in.
 
 What to ask the server for is decided in `plan`; asking is done in `driver`.
 """
@@ -13,11 +13,11 @@ from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.limits.lot import Lot, LotPlace, Verb, fair_share
 
 COOLING_SECONDS = 60.1
-"""From the answer of a request until its place may be used again; the tenth is for clocks that differ."""
+"""From the answer of a request until its slot may be used again; the tenth is for clocks that differ."""
 UNUSED_SECONDS = 10.0
-"""A place nobody used for so long goes back."""
+"""A slot nobody used for so long goes back."""
 PREFETCH_SECONDS = 2.0
-"""As many places as were taken in this time are held ready."""
+"""As many slots as were taken in this time are held ready."""
 PRESUMED_SECONDS = 15.0
 """After an absence of the server, those who shared before it are taken to be there still."""
 END_MARGIN_SECONDS = 1.0
@@ -32,7 +32,7 @@ class LotPool:
         limit: The account's own number; `limit` becomes the server's where that is smaller.
         process: This process among the holdings.
         clock: The loop's time.
-        changed: Called with True when a place may have come free, with False when only the plan may have changed.
+        changed: Called with True when a slot may have come free, with False when only the plan may have changed.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class LotPool:
         self.clock = clock
         self.limit = self.account_limit = limit
         self.leaked = 0
-        """So many places are counted as taken on the server, but no lease holds them."""
+        """So many slots are counted as taken on the server, but no lease holds them."""
         self.claims: dict[int, int | None] | None = None
         """The other processes, as last seen; None: not seen yet."""
         self.blind = False
         """The server does not list leases: no shares, and every lot goes back after its round."""
         self.local_limit: int | None = None
-        """The server is away: so many places may be in use at once, whatever is leased."""
+        """The server is away: so many slots may be in use at once, whatever is leased."""
         self.waiting = 0
         self.lots: list[Lot] = []
         self._changed = changed
@@ -63,7 +63,7 @@ class LotPool:
 
     @property
     def cools(self) -> bool:
-        """A used place stays taken for a minute (requests), or is free at once (in flight)."""
+        """A used slot stays taken for a minute (requests), or is free at once (in flight)."""
         return self.kind is Kind.REQUESTS
 
     @property
@@ -72,12 +72,12 @@ class LotPool:
 
     @property
     def held(self) -> int:
-        """Places that are ours, used or not."""
+        """Slots that are ours, used or not."""
         return sum(lot.slots for lot in self.lots if lot.step is not Verb.RELEASE)
 
     @property
     def awake(self) -> bool:
-        """Whether it matters what others do: somebody waits here, or places are in use and will be used again."""
+        """Whether it matters what others do: somebody waits here, or slots are in use and will be used again."""
         return self.waiting > 0 or self.wanted_ready() > 0 or any(lot.taken for lot in self.lots)
 
     @property
@@ -87,7 +87,7 @@ class LotPool:
         return min(1.0, self.busy() / max(1, part))
 
     def share(self) -> tuple[int, bool]:
-        """The most places to hold, and whether lots go back after each use."""
+        """The most slots to hold, and whether lots go back after each use."""
         limit = max(1, self.limit - self.leaked)
         if self.blind:
             return limit, True
@@ -96,24 +96,24 @@ class LotPool:
         return fair_share(limit, self.claims, self.process)
 
     def busy(self) -> int:
-        """Places that count now: taken, or cooling."""
+        """Slots that count now: taken, or cooling."""
         now = self.clock()
         return sum(lot.busy(now) for lot in self.lots)
 
     def ready(self) -> int:
-        """Places that could be taken now."""
+        """Slots that could be taken now."""
         now = self.clock()
         return sum(lot.free for lot in self.lots if lot.free and now < self.usable_until(lot))
 
     def wanted_ready(self) -> int:
-        """How many places to hold ready beyond the callers that wait."""
+        """How many slots to hold ready beyond the callers that wait."""
         now = self.clock()
         while self._takes and self._takes[0] <= now - PREFETCH_SECONDS:
             self._takes.popleft()
         return min(self.lot_size, len(self._takes)) if self.cools else 0
 
     def try_take(self) -> LotPlace | None:
-        """A place, if one is free in a lot; server away: if the local limit is not reached."""
+        """A slot, if one is free in a lot; server away: if the local limit is not reached."""
         lot = self._lot_to_take_from()
         if lot is None:
             return None
@@ -138,7 +138,7 @@ class LotPool:
         return max(usable, key=lambda lot: (lot.taken, -lot.fresh_since), default=None)
 
     def usable_until(self, lot: Lot) -> float:
-        """Until when places may be taken from this lot."""
+        """Until when slots may be taken from this lot."""
         if lot.lease_id is None or lot.step is Verb.RELEASE or lot.doubted:
             return -math.inf
         if not self.cools:

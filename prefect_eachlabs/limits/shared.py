@@ -1,4 +1,4 @@
-"""`SharedLots`, the places of an account leased from a Prefect server, and the choice of where places come from."""
+"""`SharedLots`, the slots of an account leased from a Prefect server, and the choice of where slots come from."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.limits.driver import LotDriver
 from prefect_eachlabs.limits.leases import Leases, PrefectLeases
-from prefect_eachlabs.limits.limiter import Kind, LocalLots, LotSource, Place
+from prefect_eachlabs.limits.limiter import Kind, LocalSlots, Slot, SlotSource
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.settings import AccountSettings
 
 
-def lot_source_for(settings: AccountSettings) -> LotSource:
-    """Where the account's places come from here: the Prefect server of `PREFECT_API_URL`, or this process alone.
+def lot_source_for(settings: AccountSettings) -> SlotSource:
+    """Where the account's slots come from here: the Prefect server of `PREFECT_API_URL`, or this process alone.
 
     The embedded server counts as none: its leases outlive their process, and no other process shares it. A flow run
     on it has no `PREFECT_API_URL`, neither in its settings nor in its environment, so the setting alone decides.
@@ -25,7 +25,7 @@ def lot_source_for(settings: AccountSettings) -> LotSource:
     limited = settings.requests_per_minute is not None or settings.max_in_flight is not None
     if limited and PREFECT_API_URL.value():
         return SharedLots(settings)
-    return LocalLots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
+    return LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
 
 
 def _loop_time() -> float:
@@ -33,9 +33,9 @@ def _loop_time() -> float:
 
 
 class SharedLots:
-    """The places of an account, leased in lots from the global limits of a Prefect server; a `LotSource`.
+    """The slots of an account, leased in lots from the global limits of a Prefect server; a `SlotSource`.
 
-    Nothing is asked of the server until a place is wanted. Costs no request at the API.
+    Nothing is asked of the server until a slot is wanted. Costs no request at the API.
 
     Args:
         settings: The account and its two limits; missing ones are created on the server, and of two different
@@ -47,7 +47,7 @@ class SharedLots:
         process = secrets.randbits(48)
         numbers = {Kind.REQUESTS: settings.requests_per_minute, Kind.IN_FLIGHT: settings.max_in_flight}
         self._account = settings.account
-        self._unlimited = LocalLots(requests_per_minute=None, max_in_flight=None)
+        self._unlimited = LocalSlots(requests_per_minute=None, max_in_flight=None)
         self._listeners: list[Callable[[], None]] = []
         self._plans = {
             kind: LotPlan(LotPool(kind, number, process=process, clock=_loop_time, changed=self._changed))
@@ -70,24 +70,24 @@ class SharedLots:
         for listener in self._listeners:
             listener()
 
-    def _changed(self, places: bool) -> None:
-        if places:
+    def _changed(self, limiter: bool) -> None:
+        if limiter:
             self._tell()
         self._driver.wake()
 
-    def try_take(self, kind: Kind) -> Place | None:
-        """A place, if one is leased and free."""
+    def try_take(self, kind: Kind) -> Slot | None:
+        """A slot, if one is leased and free."""
         plan = self._plans.get(kind)
         return self._unlimited.try_take(kind) if plan is None else plan.pool.try_take()
 
     def wanted(self, kind: Kind, count: int) -> None:
-        """So many callers wait now: places are leased for them."""
+        """So many callers wait now: slots are leased for them."""
         if (plan := self._plans.get(kind)) is not None:
             plan.pool.waiting = count
             self._driver.wake()
 
     def next_change_at(self, kind: Kind) -> float | None:
-        """With the server away, when the next place has cooled; otherwise the listener is told."""
+        """With the server away, when the next slot has cooled; otherwise the listener is told."""
         plan = self._plans.get(kind)
         return None if plan is None or plan.pool.local_limit is None else plan.pool.cooled_at()
 

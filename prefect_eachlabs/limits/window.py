@@ -1,6 +1,6 @@
-"""Where an account's places come from: the exact window that counts them, and the limits of this process alone.
+"""Where an account's slots come from: the exact window that counts them, and the limits of this process alone.
 
-`SlidingWindow` is pure, with the time handed in. A `LotSource` is what `Places` takes from; `LocalLots` is the one
+`SlidingWindow` is pure, with the time handed in. A `RateLimiter` takes from a `SlotSource`; `LocalSlots` is the one
 for a process on its own; on a Prefect server another one leases lots from global limits.
 """
 
@@ -24,7 +24,7 @@ class Kind(str, Enum):
     IN_FLIGHT = "in-flight"
 
 
-class Place(Protocol):
+class Slot(Protocol):
     """The right to one request, or to one prediction in flight. Exactly one of the two methods ends it."""
 
     def done(self) -> None:
@@ -34,11 +34,11 @@ class Place(Protocol):
         """Nothing was sent: free again at once. Idempotent; after `done` it does nothing."""
 
 
-class LotSource(Protocol):
-    """Where places come from. Every method is called on the gateway's loop and never blocks."""
+class SlotSource(Protocol):
+    """Where slots come from. Every method is called on the gateway's loop and never blocks."""
 
-    def try_take(self, kind: Kind) -> Place | None:
-        """A place, when there is one now."""
+    def try_take(self, kind: Kind) -> Slot | None:
+        """A slot, when there is one now."""
 
     def wanted(self, kind: Kind, count: int) -> None:
         """So many callers wait now (0: nobody); the source may fetch for them."""
@@ -47,7 +47,7 @@ class LotSource(Protocol):
         """The loop time at which `try_take` may succeed by the passing of time alone."""
 
     def pressure(self, kind: Kind) -> float:
-        """From 0.0 (free, or no limit) to 1.0 (every place is taken)."""
+        """From 0.0 (free, or no limit) to 1.0 (every slot is taken)."""
 
     def limit(self, kind: Kind) -> int | None:
         """The account's limit; None: there is none."""
@@ -62,12 +62,12 @@ class LotSource(Protocol):
 class SlidingWindow:
     """An exact sliding window; pure: `now` is passed into every method and never goes backwards.
 
-    A place is held from before its request is sent until `window_seconds` after its answer. The API sees the
+    A slot is held from before its request is sent until `window_seconds` after its answer. The API sees the
     request somewhere between the two, so whatever the latency, it never sees more than `limit` in any window.
 
     Args:
-        limit: Places there are; may be changed while in use.
-        window_seconds: How long a place stays held after it is done; 0 for predictions in flight.
+        limit: Slots there are; may be changed while in use.
+        window_seconds: How long a slot stays held after it is done; 0 for predictions in flight.
     """
 
     def __init__(self, limit: int, window_seconds: float = WINDOW_SECONDS) -> None:
@@ -80,36 +80,36 @@ class SlidingWindow:
         return f"<SlidingWindow {self._open} open + {len(self._free_at)} cooling of {self.limit}>"
 
     def held(self, now: float) -> int:
-        """How many places are taken."""
+        """How many slots are taken."""
         while self._free_at and self._free_at[0] <= now:
             self._free_at.popleft()
         return self._open + len(self._free_at)
 
     def try_take(self, now: float) -> bool:
-        """Takes a place when there is one."""
+        """Takes a slot when there is one."""
         if self.held(now) >= self.limit:
             return False
         self._open += 1
         return True
 
     def done(self, now: float) -> None:
-        """One of the places taken is used up: it comes back when its window has passed."""
+        """One of the slots taken is used up: it comes back when its window has passed."""
         self._open -= 1
         if self._hold_seconds:
             self._free_at.append(now + self._hold_seconds)
 
     def unused(self) -> None:
-        """One of the places taken was not needed: it is back at once."""
+        """One of the slots taken was not needed: it is back at once."""
         self._open -= 1
 
     def next_free_at(self, now: float) -> float | None:
-        """When a place comes back by the passing of time alone; None when none will."""
+        """When a slot comes back by the passing of time alone; None when none will."""
         self.held(now)
         return self._free_at[0] if self._free_at else None
 
 
 class _FreePlace:
-    """A place where there is no limit."""
+    """A slot where there is no limit."""
 
     def done(self) -> None: ...
 
@@ -120,7 +120,7 @@ _FREE = _FreePlace()
 
 
 class _WindowPlace:
-    def __init__(self, lots: LocalLots, window: SlidingWindow) -> None:
+    def __init__(self, lots: LocalSlots, window: SlidingWindow) -> None:
         self._lots = lots
         self._window: SlidingWindow | None = window
 
@@ -137,7 +137,7 @@ class _WindowPlace:
             self._lots.changed()
 
 
-class LocalLots:
+class LocalSlots:
     """The limits of this process alone.
 
     Args:
@@ -163,7 +163,7 @@ class LocalLots:
         }
 
     def __repr__(self) -> str:
-        return f"<LocalLots {', '.join(f'{kind.value}: {window}' for kind, window in self._windows.items())}>"
+        return f"<LocalSlots {', '.join(f'{kind.value}: {window}' for kind, window in self._windows.items())}>"
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() if self._clock is None else self._clock()
@@ -172,7 +172,7 @@ class LocalLots:
         for listener in self._listeners:
             listener()
 
-    def try_take(self, kind: Kind) -> Place | None:
+    def try_take(self, kind: Kind) -> Slot | None:
         window = self._windows[kind]
         if window is None:
             return _FREE

@@ -177,13 +177,13 @@ class Answers:
         self._schedule.remove(watched)
         self._schedule.learned(watched.prediction.model)
         self.remember(end)
-        watched.give_back_place()
+        watched.give_back_slot()
         if not watched.future.done():
             watched.future.set_result(end)
 
     def _fail(self, watched: Watched, error: Exception) -> None:
         self._schedule.remove(watched)
-        watched.give_back_place()
+        watched.give_back_slot()
         if not watched.future.done():
             watched.future.set_exception(error)
 

@@ -51,10 +51,10 @@ class _Sample:
 
     def quantile(self, share: float) -> float:
         values = self._filled_up
-        place = share * (len(values) - 1)
-        low = int(place)
+        slot = share * (len(values) - 1)
+        low = int(slot)
         high = min(low + 1, len(values) - 1)
-        return values[low] + (values[high] - values[low]) * (place - low)
+        return values[low] + (values[high] - values[low]) * (slot - low)
 
     def __len__(self) -> int:
         return len(self._recent)

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 from typing import Any, Protocol
 
 from prefect_eachlabs.errors import NotSent
-from prefect_eachlabs.limits.limiter import Place, Places
+from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.polling.answers import Answers, age_seconds, quiet
 from prefect_eachlabs.polling.durations import Durations
@@ -25,7 +25,7 @@ from prefect_eachlabs.polling.watched import Watched
 logger = logging.getLogger(__name__)
 
 PLACE_KEPT_SECONDS = 3600.0
-"""A place in flight is not kept for longer for an end that nobody has seen."""
+"""A slot in flight is not kept for longer for an end that nobody has seen."""
 SHORTEST_SLEEP_SECONDS = 0.01
 
 
@@ -39,32 +39,32 @@ class Asker(Protocol):
         """A page of executions, newest first."""
 
 
-class Watcher:
+class Poller:
     """Watches predictions until they end. Lives on one loop; asks only while something is watched.
 
     Args:
         asker: Asks the API.
-        places: Each question takes a request place of its own, before the creates.
+        slots: Each question takes a request slot of its own, before the creates.
     """
 
-    def __init__(self, asker: Asker, places: Places) -> None:
+    def __init__(self, asker: Asker, limiter: RateLimiter) -> None:
         self._asker = asker
-        self._places = places
+        self._limiter = limiter
         self._durations = Durations()
         sweeping = Sweeping()
-        self._schedule = Schedule(places, sweeping, self._durations)
+        self._schedule = Schedule(limiter, sweeping, self._durations)
         self._answers = Answers(self._schedule, sweeping, self._durations)
         self._questions: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
-        self._in_hand: Place | None = None
+        self._in_hand: Slot | None = None
         self._asleep: asyncio.Future[None] | None = None
         self._asleep_until = 0.0
         self._closed = False
 
     def __repr__(self) -> str:
-        return f"<Watcher of {len(self._schedule.watched)}, {len(self._questions)} questions out>"
+        return f"<Poller of {len(self._schedule.watched)}, {len(self._questions)} questions out>"
 
-    def watch(self, prediction: Prediction, *, place: Place | None) -> asyncio.Future[Prediction]:
+    def watch(self, prediction: Prediction, *, slot: Slot | None) -> asyncio.Future[Prediction]:
         """The future of its end, whatever that is: succeeded, failed or cancelled. Costs requests, no money.
 
         Watching goes on even when nobody awaits it; awaiters use `asyncio.shield`. After `close` the future is
@@ -72,7 +72,7 @@ class Watcher:
 
         Args:
             prediction: As it was created, or as far as it is known (its id is enough).
-            place: Its place in flight, taken over: given back when its end is seen. Of two for the same
+            slot: Its slot in flight, taken over: given back when its end is seen. Of two for the same
                 prediction the second is given back at once.
 
         Raises:
@@ -86,7 +86,7 @@ class Watcher:
             return closed
         watched = self._schedule.watched.get(prediction.id)
         if watched is not None:
-            watched.take_over(place)
+            watched.take_over(slot)
             watched.know_more(prediction)
             if watched.future.cancelled():  # an awaiter forgot to shield
                 watched.future = quiet(loop.create_future())
@@ -95,11 +95,11 @@ class Watcher:
         future = quiet(loop.create_future())
         if end is not None:
             self._answers.remember(end)
-            if place is not None:
-                place.done()
+            if slot is not None:
+                slot.done()
             future.set_result(end)
             return future
-        self._begin(prediction, future, place)
+        self._begin(prediction, future, slot)
         return future
 
     def end_of(self, prediction_id: str) -> Prediction | None:
@@ -107,7 +107,7 @@ class Watcher:
         return self._answers.end_of(prediction_id)
 
     def hurry(self, prediction_id: str) -> None:
-        """Asks about it by id as soon as there is a request place."""
+        """Asks about it by id as soon as there is a request slot."""
         watched = self._schedule.watched.get(prediction_id)
         if watched is not None:
             watched.not_before = 0.0
@@ -115,7 +115,7 @@ class Watcher:
             self._wake_for(watched)
 
     async def close(self) -> None:
-        """Stops asking; futures not yet done are cancelled. Places in flight are kept: their predictions go on."""
+        """Stops asking; futures not yet done are cancelled. Slots in flight are kept: their predictions go on."""
         self._closed = True
         tasks = [*self._questions, *([self._main] if self._main is not None else [])]
         for task in tasks:
@@ -126,7 +126,7 @@ class Watcher:
             self._schedule.remove(watched)
             watched.forget()
 
-    def _begin(self, prediction: Prediction, future: asyncio.Future[Prediction], place: Place | None) -> None:
+    def _begin(self, prediction: Prediction, future: asyncio.Future[Prediction], slot: Slot | None) -> None:
         loop = asyncio.get_running_loop()
         now, age = loop.time(), age_seconds(prediction)
         # Of unknown age: it may well have ended, so it is asked about at once.
@@ -134,13 +134,13 @@ class Watcher:
         watched = Watched(
             prediction,
             future,
-            place,
+            slot,
             watched_at=now,
             began_at=now - likely_age,
             age_known=age is not None,
             number=self._schedule.listing.next_number(),
         )
-        watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_place)
+        watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_slot)
         self._schedule.add(watched)
         if self._main is None:
             self._main = loop.create_task(self._run(), name="eachlabs watcher")
@@ -162,12 +162,12 @@ class Watcher:
         began_at = loop.time()
         choice = self._schedule.decide(began_at)
         if self._in_hand is None and (isinstance(choice, Question) or self._wants_place_in_hand()):
-            self._in_hand = await self._places.take_request(question=True)
+            self._in_hand = await self._limiter.take_request(question=True)
             if loop.time() > began_at:  # waiting may have changed what is worth asking
                 choice = self._schedule.decide(loop.time())
         if isinstance(choice, Question) and self._in_hand is not None:
-            place, self._in_hand = self._in_hand, None
-            self._send(choice, place)
+            slot, self._in_hand = self._in_hand, None
+            self._send(choice, slot)
             return
         if not self._wants_place_in_hand():
             self._put_back()
@@ -177,13 +177,13 @@ class Watcher:
         await self._sleep_until(max(until, loop.time() + SHORTEST_SLEEP_SECONDS))
 
     def _wants_place_in_hand(self) -> bool:
-        somebody = self._schedule.watched or self._places.in_flight_waiting or self._places.requests_waiting
+        somebody = self._schedule.watched or self._limiter.in_flight_waiting or self._limiter.requests_waiting
         return bool(somebody) and self._schedule.wants_place_in_hand()
 
     def _put_back(self) -> None:
         if self._in_hand is not None:
-            place, self._in_hand = self._in_hand, None
-            place.unused()
+            slot, self._in_hand = self._in_hand, None
+            slot.unused()
 
     async def _sleep_until(self, at: float) -> None:
         loop = asyncio.get_running_loop()
@@ -207,53 +207,53 @@ class Watcher:
 
     # ---- one question
 
-    def _send(self, question: Question, place: Place) -> None:
+    def _send(self, question: Question, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
         self._schedule.sent(question, loop.time())
         work: Coroutine[Any, Any, None]
         if question.offset is None:
-            work = self._ask(question.watched, place)
+            work = self._ask(question.watched, slot)
         else:
-            work = self._sweep(question.watched, question.offset, place)
+            work = self._sweep(question.watched, question.offset, slot)
         task = loop.create_task(work)
         self._questions.add(task)
         task.add_done_callback(self._questions.discard)
 
-    async def _ask(self, watched: Watched, place: Place) -> None:
+    async def _ask(self, watched: Watched, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
         sent_at = loop.time()
         try:
             try:
                 answer = await self._asker.get(watched.prediction.id)
             except NotSent:
-                place.unused()
+                slot.unused()
                 raise
             except BaseException:
-                place.done()
+                slot.done()
                 raise
             finally:
                 self._schedule.asking -= 1
-            place.done()
+            slot.done()
             self._answers.told(watched, answer, sent_at, loop.time())
         except Exception as error:
             self._answers.failed(watched, error, loop.time())
         self._wake()
 
-    async def _sweep(self, target: Watched, offset: int, place: Place) -> None:
+    async def _sweep(self, target: Watched, offset: int, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
         sent_at, newest = loop.time(), self._schedule.listing.newest
         try:
             try:
                 rows = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
             except NotSent:
-                place.unused()
+                slot.unused()
                 raise
             except BaseException:
-                place.done()
+                slot.done()
                 raise
             finally:
                 self._schedule.sweep_is_out = False
-            place.done()
+            slot.done()
             self._answers.page(rows, offset=offset, target=target, newest=newest, sent_at=sent_at, now=loop.time())
         except Exception as error:
             self._answers.sweep_failed(error, loop.time())

@@ -5,7 +5,7 @@ Two ways to ask, by what requests are worth at the moment (`timing` says which):
 - *Soon*, when requests are free: each prediction is looked at from an early quantile of its model's durations on,
   again and again; a sweep where that tells of more than one.
 - *Late*, when they are scarce: one sweep when nearly all of those in flight are expected to have ended (waiting
-  costs nothing while all places in flight are taken), or one question for each at an age that few exceed.
+  costs nothing while all slots in flight are taken), or one question for each at an age that few exceed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import heapq
 import math
 from dataclasses import dataclass
 
-from prefect_eachlabs.limits.limiter import Places
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.polling.durations import Durations
 from prefect_eachlabs.polling.executions import Sweeping
 from prefect_eachlabs.polling.listing import ROWS_COUNTED_ON, Listing
@@ -59,7 +59,7 @@ class Question:
 class Schedule:
     """All that is watched, and what of it to ask about now."""
 
-    def __init__(self, places: Places, sweeping: Sweeping, durations: Durations) -> None:
+    def __init__(self, limiter: RateLimiter, sweeping: Sweeping, durations: Durations) -> None:
         self.watched: dict[str, Watched] = {}
         self.listing = Listing()
         self.asking = 0
@@ -69,7 +69,7 @@ class Schedule:
         """The API throttles questions too: nothing is asked before."""
         self.holds = False
         """The API was seen to hold a GET open until the end."""
-        self._timing = Timing(places, durations)
+        self._timing = Timing(limiter, durations)
         self._sweeping = sweeping
         self._durations = durations
         self._sweep_sent_at = -math.inf
@@ -165,7 +165,7 @@ class Schedule:
     # ---- the decision
 
     def wants_place_in_hand(self) -> bool:
-        """Whether to have a request place ready before it is needed."""
+        """Whether to have a request slot ready before it is needed."""
         return self._timing.wants_place_in_hand(self.watched.values())
 
     def decide(self, now: float) -> Question | float:

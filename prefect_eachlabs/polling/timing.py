@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from prefect_eachlabs.limits.limiter import Kind, Places
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.polling.durations import PRIOR_SECONDS, Durations
 from prefect_eachlabs.polling.watched import Watched
 
@@ -27,8 +27,8 @@ IN_HAND_PRESSURE = 0.8
 class Timing:
     """Turns durations and pressure into times; all times are the loop's."""
 
-    def __init__(self, places: Places, durations: Durations) -> None:
-        self._places = places
+    def __init__(self, limiter: RateLimiter, durations: Durations) -> None:
+        self._limiter = limiter
         self._durations = durations
 
     def age(self, watched: Watched, share: float) -> float:
@@ -44,36 +44,36 @@ class Timing:
     # ---- what requests are worth
 
     def limit(self) -> int | None:
-        return self._places.limit(Kind.REQUESTS)
+        return self._limiter.limit(Kind.REQUESTS)
 
     def pressure(self) -> float:
-        return self._places.pressure(Kind.REQUESTS)
+        return self._limiter.pressure(Kind.REQUESTS)
 
     def creates_wait_for_requests(self) -> bool:
-        return self._places.requests_waiting > 0
+        return self._limiter.requests_waiting > 0
 
     def scarce(self, watched: Iterable[Watched]) -> bool:
         """Whether a request spent on asking is missing for creating.
 
-        That is so when creates wait for requests; and when they wait for places in flight, but would fill the
+        That is so when creates wait for requests; and when they wait for slots in flight, but would fill the
         window if those came back as fast as they can.
         """
         limit = self.limit()
         if limit is None:
             return False
-        if self._places.requests_waiting:
+        if self._limiter.requests_waiting:
             return True
-        in_flight = self._places.limit(Kind.IN_FLIGHT)
+        in_flight = self._limiter.limit(Kind.IN_FLIGHT)
         if in_flight is None:
             return False
         pressure = self.pressure()
-        if not self._places.in_flight_waiting and (pressure < 0.3 or self._places.pressure(Kind.IN_FLIGHT) < 1.0):
+        if not self._limiter.in_flight_waiting and (pressure < 0.3 or self._limiter.pressure(Kind.IN_FLIGHT) < 1.0):
             return False
         seconds = next((self.age(one, 0.5) for one in watched), PRIOR_SECONDS)
         return pressure > 0.9 or limit <= 1.5 * 60.0 * in_flight / max(seconds, 0.01)
 
     def wants_place_in_hand(self, watched: Iterable[Watched]) -> bool:
-        """Whether to have a place ready before it is needed.
+        """Whether to have a slot ready before it is needed.
 
         Else creates take the last ones, and ten finished pictures wait for one place to come back.
         """

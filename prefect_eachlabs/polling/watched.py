@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
-from prefect_eachlabs.limits.limiter import Place
+from prefect_eachlabs.limits.limiter import Slot
 from prefect_eachlabs.models import Prediction
 
 
@@ -15,7 +15,7 @@ class Watched:
 
     prediction: Prediction
     future: asyncio.Future[Prediction]
-    place: Place | None
+    slot: Slot | None
     watched_at: float
     began_at: float
     """Its creation, as far as known."""
@@ -27,7 +27,7 @@ class Watched:
     not_before: float = 0.0
     """A back-off, or a question that is out."""
     insisted: bool = False
-    """It is asked about by id as soon as there is a place: a row says that it ended, or somebody is in a hurry."""
+    """It is asked about by id as soon as there is a slot: a row says that it ended, or somebody is in a hurry."""
     missing: bool = False
     """The last page did not show it."""
     doubtful: bool = False
@@ -37,7 +37,7 @@ class Watched:
     """When the last question was sent that found it pending."""
     failures: int = 0
     release: asyncio.TimerHandle | None = None
-    """Gives its place back when nobody has seen its end for too long."""
+    """Gives its slot back when nobody has seen its end for too long."""
 
     @property
     def created_here(self) -> bool:
@@ -52,23 +52,23 @@ class Watched:
     def __lt__(self, other: Watched) -> bool:
         return self.number < other.number
 
-    def take_over(self, place: Place | None) -> None:
-        """Its place in flight; of two the second is given back at once."""
-        if self.place is None:
-            self.place = place
-        elif place is not None and place is not self.place:
-            place.done()
+    def take_over(self, slot: Slot | None) -> None:
+        """Its slot in flight; of two the second is given back at once."""
+        if self.slot is None:
+            self.slot = slot
+        elif slot is not None and slot is not self.slot:
+            slot.done()
 
-    def give_back_place(self) -> None:
+    def give_back_slot(self) -> None:
         if self.release is not None:
             self.release.cancel()
             self.release = None
-        if self.place is not None:
-            self.place.done()
-            self.place = None
+        if self.slot is not None:
+            self.slot.done()
+            self.slot = None
 
     def forget(self) -> None:
-        """Nobody will see its end here; its place stays taken, for it goes on."""
+        """Nobody will see its end here; its slot stays taken, for it goes on."""
         if self.release is not None:
             self.release.cancel()
         self.future.cancel()

@@ -3,7 +3,7 @@
     with LocalS3(buckets=["pictures"]) as s3:
         store = S3Store("pictures", s3.access)
 
-or as a process of its own: `python -m prefect_eachlabs.testing.s3 --port 9000 --bucket pictures`. Needs the extra `demo`.
+or as a process: `python -m prefect_eachlabs.testing.s3 --port 9000 --bucket pictures`. Needs the extra `demo`.
 
 It differs from moto's own server where that matters here: every request takes effect under one lock, so that
 conditional puts are atomic (moto checks, then puts, without one); SHA-256 checksums are checked; connections are kept

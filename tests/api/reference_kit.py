@@ -14,7 +14,7 @@ from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalLots
+from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport
@@ -60,7 +60,7 @@ class Shop:
         transport = _Unclosed(self.transport)
         engine = Engine(
             given,
-            LocalLots(requests_per_minute=None, max_in_flight=None),
+            LocalSlots(requests_per_minute=None, max_in_flight=None),
             store_for,
             client=EachlabsClient(given, transport=transport),
             downloader=Downloader(transport),

@@ -280,7 +280,7 @@ def test_the_first_models_fields_are_checked_by_its_type() -> None:
         shop = Shop()
         wrong = Item.wanted("x").model_copy(update={"input": {"prompt": 7}})
         with pytest.raises(BadInput, match=r"Model 'gemini' does not take this input: input.prompt: Input should be"):
-            await shop.process().shop.catalogue.checked(wrong)
+            await shop.process().account.catalogue.checked(wrong)
         assert not shop.requests()
 
     play(story)

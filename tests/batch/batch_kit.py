@@ -44,12 +44,12 @@ def tiny_png(shade: int = 0) -> bytes:
 
 
 class CountingShop:
-    """Buys as the engine does, as far as a batch can tell: once an item, in limited places, asking the purse.
+    """Buys as the engine does, as far as a batch can tell: once an item, in limited places, asking the budget.
 
     Args:
         store: Where pictures go.
         service_seconds: How long a prediction takes.
-        max_in_flight: Places.
+        max_in_flight: RateLimiter.
         ending: What a purchase of an item ends with; None: its picture.
         told_usd: What the API says a picture costs when it has ended.
     """
@@ -77,7 +77,7 @@ class CountingShop:
         self.in_the_air = 0
         self.worst_in_the_air = 0
         self.records: dict[str, StoredImage] = {}
-        self._places = asyncio.Semaphore(max_in_flight)
+        self._limiter = asyncio.Semaphore(max_in_flight)
 
     async def generate_and_store(
         self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None
@@ -89,10 +89,10 @@ class CountingShop:
             known = self.records.get(item.item_id)
             if known is not None and known.prompt == item.input["prompt"]:
                 return known.model_copy(update={"reused": True})
-            assert options.purse is not None
-            await options.purse.approve(item)
-            async with self._places:
-                options.purse.check()
+            assert options.budget is not None
+            await options.budget.approve(item)
+            async with self._limiter:
+                options.budget.check()
                 self.bought.append(item.item_id)
                 await asyncio.sleep(self.service_seconds)
             error = self.ending(item)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.batch.budget import Purse
-from prefect_eachlabs.batch.buying import EngineShop
+from prefect_eachlabs.batch.budget import Budget
+from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.plan import run_batch
 from prefect_eachlabs.batch.report import BatchFolder
@@ -29,10 +29,10 @@ def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, B
     """A run over so many prompts, as a process makes it."""
 
     async def run() -> BatchResult:
-        store = process.engine.shop.books(DESTINATION).ledger.store
+        store = process.engine.account.books(DESTINATION).ledger.store
         folder = BatchFolder(store, MemoryFiles(process.world.store), DESTINATION, "spring", inline)
         given = BatchOptions(**{"run_id": process.run_id, **options})
-        made = Batch(EngineShop(process.engine), source_of(prompts(count)), folder, given, worker=inline)
+        made = Batch(EngineBuyer(process.engine), source_of(prompts(count)), folder, given, worker=inline)
         return await run_batch(made, window=12)
 
     return process.run(run())
@@ -43,7 +43,7 @@ def items(count: int) -> list[Item]:
 
 
 class Refusing:
-    """A purse that says no."""
+    """A budget that says no."""
 
     def __init__(self, *, at: str) -> None:
         self.at = at
@@ -95,7 +95,7 @@ def test_a_purse_that_says_no_leaves_no_trace_and_no_place_taken(at: str) -> Non
         process = world.process()
         for number in range(3):
             with pytest.raises(Skipped):
-                await process.obtain(wanted(number), purse=Refusing(at=at), presume_new=True)
+                await process.obtain(wanted(number), budget=Refusing(at=at), presume_new=True)
         assert world.records() == []
         assert process.count("S3 PUT") == process.count("POST") == 0
         await process.obtain(ITEM)
@@ -109,10 +109,10 @@ def test_what_was_bought_already_is_stored_although_the_purse_is_empty() -> None
         world = World()
         first = world.process(die_at="after POST")
         await first.dies(first.obtain(ITEM))
-        purse = Refusing(at="approve")
-        image = await world.process().obtain(ITEM, purse=purse)
+        budget = Refusing(at="approve")
+        image = await world.process().obtain(ITEM, budget=budget)
         assert not image.reused or image.prediction_id
-        assert purse.asked == 0
+        assert budget.asked == 0
         world.check([ITEM])
 
     play(story)
@@ -124,7 +124,7 @@ def test_a_dead_claim_that_bought_nothing_is_free_again_when_the_purse_says_no()
         first = world.process(die_at="before POST")
         await first.dies(first.obtain(ITEM))
         with pytest.raises(Skipped):
-            await world.process().obtain(ITEM, purse=Refusing(at="approve"))
+            await world.process().obtain(ITEM, budget=Refusing(at="approve"))
         record = world.record(ITEM)
         assert (record.state, record.intent, record.unsettled_since) == (RecordState.CLAIMED, Intent.IDLE, None)
         before = world.now()
@@ -228,10 +228,10 @@ def test_an_empty_balance_is_met_by_few_and_told() -> None:
 
 
 def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
-    purse = Purse(budget_usd=1.0)
-    purse.learn("flux", 0.02, count=3)
-    assert purse.mean_usd("flux") == pytest.approx(0.02)
-    assert purse.mean_usd("gemini") is None
-    assert not purse.is_exhausted("gemini")
-    purse.spent_usd = 0.99
-    assert purse.is_exhausted("flux")
+    budget = Budget(budget_usd=1.0)
+    budget.learn("flux", 0.02, count=3)
+    assert budget.mean_usd("flux") == pytest.approx(0.02)
+    assert budget.mean_usd("gemini") is None
+    assert not budget.is_exhausted("gemini")
+    budget.spent_usd = 0.99
+    assert budget.is_exhausted("flux")

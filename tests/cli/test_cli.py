@@ -33,7 +33,7 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Throttled,
 )
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from tests.flows.flow_fixtures import Studio
 from tests.virtual_time import run
@@ -369,7 +369,7 @@ class Trouble:
 
 def test_perseverance_pauses_longer_each_time() -> None:
     trouble = Trouble(*(NotSent("no") for _ in range(4)))
-    assert run(persevere(trouble, attempts=5, first_pause_seconds=1.0)) == "done"
+    assert run(retry_while_retryable(trouble, attempts=5, first_pause_seconds=1.0)) == "done"
     pauses = [later - earlier for earlier, later in itertools.pairwise(trouble.at)]
     for pause, mean in zip(pauses, (1, 2, 4, 8), strict=True):
         assert mean * 0.5 <= pause <= mean * 1.5
@@ -378,7 +378,7 @@ def test_perseverance_pauses_longer_each_time() -> None:
 def test_perseverance_ends_after_its_attempts_with_the_last_error() -> None:
     trouble = Trouble(*(NotSent(f"attempt {number}") for number in (1, 2, 3, 4)))
     with pytest.raises(NotSent, match="attempt 3"):
-        run(persevere(trouble, attempts=3))
+        run(retry_while_retryable(trouble, attempts=3))
     assert len(trouble.at) == 3
 
 
@@ -386,14 +386,14 @@ def test_perseverance_ends_after_its_attempts_with_the_last_error() -> None:
 def test_what_must_not_be_repeated_is_not(error: EachlabsError) -> None:
     trouble = Trouble(error)
     with pytest.raises(type(error)):
-        run(persevere(trouble))
+        run(retry_while_retryable(trouble))
     assert len(trouble.at) == 1
 
 
 @pytest.mark.parametrize(("asked_seconds", "waited_seconds"), [(30, 30), (120, 120), (3_600, 120)])
 def test_a_pause_that_was_asked_for_is_kept_up_to_two_minutes(asked_seconds: float, waited_seconds: float) -> None:
     trouble = Trouble(Throttled("slow down", retry_after_seconds=asked_seconds))
-    run(persevere(trouble))
+    run(retry_while_retryable(trouble))
     assert trouble.at[1] == pytest.approx(waited_seconds)
 
 

@@ -50,7 +50,7 @@ def test_what_was_bought_and_left_is_stored(studio: Studio, monkeypatch: pytest.
 
     def impatient(credentials: Any) -> Any:
         gateway = real(credentials)
-        gateway.engine.shop.settings = gateway.settings.model_copy(
+        gateway.engine.account.settings = gateway.settings.model_copy(
             update={"claim_seconds": -5.0, "deadline_seconds": 0.5}
         )
         return gateway

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import EachlabsError, StoreFailed
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.records import Held, Ledger, RecordState, amended
+from prefect_eachlabs.ledger.records import Ledger, RecordState, VersionedRecord, amended
 from prefect_eachlabs.models import Destination, parse_prediction_id
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed, says
@@ -63,7 +63,7 @@ def test_a_record_is_understood_or_named_and_never_taken_for_absent(body: bytes)
         except StoreFailed as error:
             says(error, f"s3://bucket/{KEY}", "nothing is bought")
             return
-        assert isinstance(held, Held)
+        assert isinstance(held, VersionedRecord)
         record = held.record
         assert record.may_have_bought or record.state in RecordState
         assert record.prediction() is None or parse_prediction_id(record.prediction_id)

@@ -24,7 +24,7 @@ from prefect_eachlabs.images import store as finishing
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.formats import MediaError, MediaReader, check_formats, format_of, verify
 from prefect_eachlabs.models import Item
-from prefect_eachlabs.tasks import await_prediction, create_prediction, generate_and_store, store_image
+from prefect_eachlabs.tasks import await_result, create_prediction, generate_and_store, store_image
 from prefect_eachlabs.testing.s3 import Fault as S3Fault
 from tests.flows.flow_fixtures import BUCKET, Studio
 
@@ -237,13 +237,13 @@ def test_what_may_be_stored_stands_in_the_record_for_whoever_finishes_it(studio:
         formats=["webp"],
     )
     assert record_of(studio, "fox")["formats"] == ["webp"]
-    image = store_image.fn(await_prediction.fn(prediction), studio.destination)
+    image = store_image.fn(await_result.fn(prediction), studio.destination)
     assert image.uri.endswith("/images/fox.webp")
 
 
 def test_a_step_may_be_told_what_it_may_store(studio: Studio) -> None:
     bare = create_prediction.fn("a fox", model="flux-1-1-pro", input={"output_format": "gif"})
-    finished = await_prediction.fn(bare)
+    finished = await_result.fn(bare)
     with pytest.raises(FormatNotAllowed):
         store_image.fn(finished, studio.destination)
     assert store_image.fn(finished, studio.destination, formats=["gif"]).uri.endswith(".gif")

@@ -128,7 +128,7 @@ def test_without_a_destination_a_refusal_gives_the_places_back(fault: str, kind:
         for _ in range(3):
             with pytest.raises(kind):
                 await bare(process)
-        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
+        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
 
     play(story)
 
@@ -202,7 +202,7 @@ def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
         async def strange(_: object) -> Prediction:
             raise ZeroDivisionError("a bug")
 
-        process.engine.shop.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
+        process.engine.account.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
         with pytest.raises(OutcomeUnknown, match="ZeroDivisionError"):
             await bare(process)
 
@@ -235,8 +235,8 @@ def test_a_bucket_that_is_always_too_slow_buys_nothing_and_says_so() -> None:
         with pytest.raises(StoreFailed, match="EACHLABS_CLAIM_SECONDS"):
             await process.obtain(ITEM)
         assert process.count("POST") == 0
-        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
-        assert process.engine.shop.places.pressure(Kind.REQUESTS) == 0
+        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
+        assert process.engine.account.limiter.pressure(Kind.REQUESTS) == 0
 
     play(story)
 
@@ -269,7 +269,7 @@ def test_no_place_in_flight_is_lost_whatever_goes_wrong(fault: str) -> None:
                 for job in world.bought():
                     world.emulator.cancel(job)
             await asyncio.sleep(30)
-        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 0
+        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
         await process.obtain(wanted(9))
         assert world.record(wanted(9)).state is RecordState.STORED
 
@@ -282,7 +282,7 @@ def test_a_prediction_that_has_not_ended_keeps_its_place_though_nobody_waits_for
         process = world.process(max_in_flight=1, deadline_seconds=10.0)
         with contextlib.suppress(TimeoutError):
             await process.obtain(ITEM)
-        assert process.engine.shop.places.pressure(Kind.IN_FLIGHT) == 1
+        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 1
         await process.obtain(wanted(2))
         assert world.emulator.tallies()["worst_in_flight"] == 1
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from prefect_eachlabs.errors import StoreFailed
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
 from prefect_eachlabs.ledger.echoes import fit, may_share_an_echo, normalised
-from prefect_eachlabs.ledger.evidence import CLOCK_MARGIN, READ_BACK_SECONDS, Sight
-from prefect_eachlabs.ledger.records import Held, Intent, Ledger, RecordState, amended, new_record
+from prefect_eachlabs.ledger.evidence import CLOCK_MARGIN, READ_BACK_SECONDS, Evidence
+from prefect_eachlabs.ledger.records import Intent, Ledger, RecordState, VersionedRecord, amended, new_record
 from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
@@ -188,19 +188,23 @@ def row(name: str, created_at: datetime | None, model: str = "gemini") -> Execut
     return Execution(id=name, model=model, status=PredictionStatus.SUCCEEDED, created_at=created_at)
 
 
-def known(age_seconds: float, *, machine: datetime | None = None, **changes: Any) -> Held:
+def known(age_seconds: float, *, machine: datetime | None = None, **changes: Any) -> VersionedRecord:
     """A record that the bucket calls so old."""
     base = new_record(Item.wanted("a fox", item_id="fox"), run_id="run-1")
     default = {"state": RecordState.STORED, "prediction_id": "p-known", "created_at": machine}
     record = base.model_copy(update={"write_id": "w", **default, **changes})
-    return Held(record, "etag", age_seconds, BUCKET_NOW - timedelta(seconds=age_seconds))
+    return VersionedRecord(record, "etag", age_seconds, BUCKET_NOW - timedelta(seconds=age_seconds))
 
 
 def look(
-    rows: list[Execution], *records: Held, oldest_seconds: float = 100.0, is_whole: bool = True, now: float = 0.0
-) -> Sight:
+    rows: list[Execution],
+    *records: VersionedRecord,
+    oldest_seconds: float = 100.0,
+    is_whole: bool = True,
+    now: float = 0.0,
+) -> Evidence:
     """A look that began at 0, and whose records were read at `now`."""
-    sight = Sight(0.0, oldest_seconds, tuple(rows), is_whole)
+    sight = Evidence(0.0, oldest_seconds, tuple(rows), is_whole)
     for held in records:
         sight.read(held, ours=["ours"], claim_seconds=60.0, settling_seconds=SETTLING_SECONDS, now=now)
     return sight

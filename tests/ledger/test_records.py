@@ -21,13 +21,13 @@ from prefect_eachlabs.errors import SetupError, StoreFailed
 from prefect_eachlabs.ledger.records import (
     MAX_RECORD_BYTES,
     SCHEMA,
-    Held,
     Intent,
     Ledger,
     Overtaken,
     Record,
     RecordError,
     RecordState,
+    VersionedRecord,
     amended,
     new_record,
 )
@@ -188,7 +188,7 @@ def test_every_write_has_an_id_of_its_own() -> None:
 @pytest.mark.parametrize("nth", [1, 2], ids=["the first", "a change"])
 def test_a_write_whose_answer_was_lost_is_known_by_its_id(nth: int, refused: bool) -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held: Held | None = None
+        held: VersionedRecord | None = None
         ledger._probed = True
         for number in (1, 2):
             if number == nth:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PredictionFailed
-from prefect_eachlabs.ledger.records import Held, Intent, Record, RecordError, RecordState, amended, new_record
+from prefect_eachlabs.ledger.records import (
+    Intent,
+    Record,
+    RecordError,
+    RecordState,
+    VersionedRecord,
+    amended,
+    new_record,
+)
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
 from prefect_eachlabs.models import Item
 
@@ -18,12 +26,12 @@ NOW = datetime(2026, 11, 22, tzinfo=timezone.utc)
 CLAIM_SECONDS = 60.0
 
 
-def held(age_seconds: float = 0.0, **changes: Any) -> Held:
+def held(age_seconds: float = 0.0, **changes: Any) -> VersionedRecord:
     record = amended(new_record(ITEM, run_id="run-1"), **changes)
-    return Held(record, '"etag"', age_seconds, NOW)
+    return VersionedRecord(record, '"etag"', age_seconds, NOW)
 
 
-def step(found: Held | None, item: Item = ITEM, **allowed: Any) -> Step:
+def step(found: VersionedRecord | None, item: Item = ITEM, **allowed: Any) -> Step:
     return next_step(found, item, PurchaseOptions(**allowed), claim_seconds=CLAIM_SECONDS)
 
 
@@ -49,12 +57,12 @@ BOUGHT = {"prediction_id": "p-1"}
         (held(0, state=RecordState.CANCELLED, **BOUGHT), Step.BUY),
     ],
 )
-def test_a_record_of_the_same_input_asks_for(found: Held | None, expected: Step) -> None:
+def test_a_record_of_the_same_input_asks_for(found: VersionedRecord | None, expected: Step) -> None:
     assert step(found) is expected
 
 
 @pytest.mark.parametrize("found", [held(state=RecordState.FAILED), held(state=RecordState.FAILED, **BOUGHT)])
-def test_what_failed_is_tried_again_only_when_asked(found: Held) -> None:
+def test_what_failed_is_tried_again_only_when_asked(found: VersionedRecord) -> None:
     with pytest.raises(PredictionFailed, match="--retry-failed"):
         step(found)
     assert step(found, retry_failed=True) is Step.BUY
@@ -96,7 +104,7 @@ SPENT = [
 @pytest.mark.parametrize("found", SPENT)
 @pytest.mark.parametrize("allowed", [{}, {"retry_failed": True, "rebuy_missing": True}])
 def test_an_id_that_stands_for_another_input_is_refused_where_money_may_have_been_spent(
-    found: Held, allowed: dict[str, Any]
+    found: VersionedRecord, allowed: dict[str, Any]
 ) -> None:
     with pytest.raises(ItemConflict) as conflict:
         step(found, OTHER, **allowed)
@@ -105,7 +113,7 @@ def test_an_id_that_stands_for_another_input_is_refused_where_money_may_have_bee
 
 
 @pytest.mark.parametrize("found", SPENT)
-def test_it_is_replaced_on_purpose_but_not_under_a_live_claim(found: Held) -> None:
+def test_it_is_replaced_on_purpose_but_not_under_a_live_claim(found: VersionedRecord) -> None:
     live = found.record.state is RecordState.CLAIMED and found.record.intent is Intent.POST and found.age_seconds == 0
     assert step(found, OTHER, replace=True) is (Step.LOOK_AGAIN if live else Step.BUY)
 
@@ -114,7 +122,7 @@ def test_it_is_replaced_on_purpose_but_not_under_a_live_claim(found: Held) -> No
     "found",
     [held(intent=Intent.IDLE), held(state=RecordState.FAILED, error=RecordError(kind="rejected", message="no"))],
 )
-def test_an_id_under_which_nothing_was_bought_is_free_for_a_mended_input(found: Held) -> None:
+def test_an_id_under_which_nothing_was_bought_is_free_for_a_mended_input(found: VersionedRecord) -> None:
     assert step(found, OTHER) is Step.BUY
 
 
@@ -127,4 +135,4 @@ def test_the_defaults_allow_nothing_that_costs_twice() -> None:
 @pytest.mark.parametrize("state", RecordState)
 def test_every_state_has_an_answer(state: RecordState) -> None:
     record = Record(item_id="fox", fingerprint=ITEM.fingerprint, model="m", input={}, state=state)
-    assert isinstance(step(Held(record, "e", 99.0, NOW), retry_failed=True), Step)
+    assert isinstance(step(VersionedRecord(record, "e", 99.0, NOW), retry_failed=True), Step)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 
 from prefect_eachlabs.limits import SharedLots
-from prefect_eachlabs.limits.limiter import Kind, Place, Places
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 
@@ -61,7 +61,7 @@ class Worker:
         )
         self.client = server.client()
         self.lots = SharedLots(settings, self.client)
-        self.places = Places(self.lots)
+        self.limiter = RateLimiter(self.lots)
         self.api = api
         self.name = name
         self.latency_seconds = latency_seconds
@@ -72,7 +72,7 @@ class Worker:
         return self
 
     async def request(self, *, question: bool = False) -> None:
-        place = await self.places.take_request(question=question)
+        place = await self.limiter.take_request(question=question)
         sent_at = now()
         entry = (sent_at, float("inf"), self.name)
         self.api.requests.append(entry)
@@ -84,7 +84,7 @@ class Worker:
 
     async def _make(self, pictures: int) -> None:
         for _ in range(pictures):
-            place = await self.places.take_in_flight()
+            place = await self.limiter.take_in_flight()
             await self.request()
             self.api.in_flight += 1
             self.api.most_in_flight = max(self.api.most_in_flight, self.api.in_flight)
@@ -111,9 +111,9 @@ class Worker:
         await self.lots.close()
 
 
-async def takes(worker: Worker, kind: Kind, within_seconds: float) -> Place | None:
+async def takes(worker: Worker, kind: Kind, within_seconds: float) -> Slot | None:
     """A place for one caller, if it comes in time."""
-    take = worker.places.take_in_flight() if kind is Kind.IN_FLIGHT else worker.places.take_request()
+    take = worker.limiter.take_in_flight() if kind is Kind.IN_FLIGHT else worker.limiter.take_request()
     try:
         return await asyncio.wait_for(take, within_seconds)
     except asyncio.TimeoutError:

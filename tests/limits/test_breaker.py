@@ -9,7 +9,7 @@ import random
 import pytest
 
 from prefect_eachlabs.errors import InsufficientBalance, Throttled
-from prefect_eachlabs.limits.breaker import PostGate
+from prefect_eachlabs.limits.breaker import CircuitBreaker
 from tests.virtual_time import run
 
 
@@ -24,21 +24,21 @@ def throttled(retry_after_seconds: float | None = None) -> Throttled:
 class Callers:
     """Tasks that enter the gate and note when they got in."""
 
-    def __init__(self, gate: PostGate) -> None:
-        self.gate = gate
+    def __init__(self, gate: CircuitBreaker) -> None:
+        self.breaker = gate
         self.entered: dict[str, float] = {}
 
     def start(self, *names: str) -> list[asyncio.Task[None]]:
         return [asyncio.ensure_future(self._enter(name)) for name in names]
 
     async def _enter(self, name: str) -> None:
-        await self.gate.enter()
+        await self.breaker.enter()
         self.entered[name] = now()
 
 
 def test_an_open_gate_lets_everybody_in_at_once() -> None:
     async def story() -> dict[str, float]:
-        callers = Callers(PostGate())
+        callers = Callers(CircuitBreaker())
         await asyncio.gather(*callers.start("a", "b", "c"))
         return callers.entered
 
@@ -47,7 +47,7 @@ def test_an_open_gate_lets_everybody_in_at_once() -> None:
 
 def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         assert gate.paused
@@ -64,7 +64,7 @@ def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None:
 
 def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         await asyncio.sleep(10)
@@ -77,7 +77,7 @@ def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> Non
 
 def test_a_trial_that_is_throttled_pauses_again_and_longer() -> None:
     async def story() -> list[float]:
-        gate = PostGate(rng=random.Random(1))
+        gate = CircuitBreaker(rng=random.Random(1))
         pauses = []
         gate.throttled(throttled())
         for number in range(1, 9):
@@ -94,7 +94,7 @@ def test_a_trial_that_is_throttled_pauses_again_and_longer() -> None:
 
 def test_a_post_that_passed_begins_the_count_anew() -> None:
     async def story() -> int:
-        gate = PostGate()
+        gate = CircuitBreaker()
         gate.throttled(throttled(1))
         await gate.enter()
         gate.throttled(throttled(1))
@@ -108,7 +108,7 @@ def test_a_post_that_passed_begins_the_count_anew() -> None:
 
 def test_retry_after_is_honoured_up_to_its_cap_and_never_nothing() -> None:
     async def pause_of(seconds: float) -> float:
-        gate = PostGate()
+        gate = CircuitBreaker()
         gate.throttled(throttled(seconds))
         await gate.enter()
         return now()
@@ -120,7 +120,7 @@ def test_retry_after_is_honoured_up_to_its_cap_and_never_nothing() -> None:
 
 def test_many_posts_refused_at_once_are_one_pause_and_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     async def story() -> float:
-        gate = PostGate()
+        gate = CircuitBreaker()
         for seconds in (2, 5, 3):
             gate.throttled(throttled(seconds))
         gate.throttled(throttled())
@@ -135,7 +135,7 @@ def test_many_posts_refused_at_once_are_one_pause_and_one_line_in_the_log(caplog
 
 def test_a_post_sent_before_the_pause_does_not_open_the_gate() -> None:
     async def story() -> float:
-        gate = PostGate()
+        gate = CircuitBreaker()
         gate.throttled(throttled(5))
         gate.passed()
         assert gate.consecutive_throttles == 1
@@ -148,7 +148,7 @@ def test_a_post_sent_before_the_pause_does_not_open_the_gate() -> None:
 
 def test_402_pauses_like_429() -> None:
     async def story() -> float:
-        gate = PostGate()
+        gate = CircuitBreaker()
         gate.throttled(InsufficientBalance("top up", status_code=402, retry_after_seconds=4))
         await gate.enter()
         return now()
@@ -158,7 +158,7 @@ def test_402_pauses_like_429() -> None:
 
 def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
     async def story() -> None:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         tasks = callers.start("a", "b", "c")
@@ -176,7 +176,7 @@ def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
 
 def test_a_trial_that_leaves_hands_its_turn_on() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         callers.start("a", "b", "c")
@@ -190,7 +190,7 @@ def test_a_trial_that_leaves_hands_its_turn_on() -> None:
 
 def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         first, second, _ = callers.start("a", "b", "c")
@@ -205,7 +205,7 @@ def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
 
 def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         first, _ = callers.start("a", "b")
@@ -219,7 +219,7 @@ def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
 
 def test_a_trial_that_never_reports_does_not_shut_the_gate_for_ever() -> None:
     async def story() -> dict[str, float]:
-        gate = PostGate()
+        gate = CircuitBreaker()
         callers = Callers(gate)
         gate.throttled(throttled(5))
         callers.start("a", "b")

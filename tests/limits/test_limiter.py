@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefect_eachlabs.limits.limiter import Kind, LocalLots, Places, SlidingWindow
+from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter, SlidingWindow
 from tests.virtual_time import run
 
 WINDOW = 60.0
@@ -23,8 +23,8 @@ def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def local(requests_per_minute: int | None = 60, max_in_flight: int | None = 10) -> Places:
-    return Places(LocalLots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight))
+def local(requests_per_minute: int | None = 60, max_in_flight: int | None = 10) -> RateLimiter:
+    return RateLimiter(LocalSlots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight))
 
 
 def assert_no_window_holds_more(times: Sequence[float], limit: int) -> None:
@@ -106,7 +106,7 @@ def test_the_place_is_back_just_after_its_window_never_at_its_very_end(answered_
 
 def test_done_and_unused_count_once_and_done_comes_first() -> None:
     clock = [0.0]
-    lots = LocalLots(requests_per_minute=2, max_in_flight=None, clock=lambda: clock[0])
+    lots = LocalSlots(requests_per_minute=2, max_in_flight=None, clock=lambda: clock[0])
     first, second = lots.try_take(Kind.REQUESTS), lots.try_take(Kind.REQUESTS)
     assert first is not None
     assert second is not None
@@ -127,7 +127,7 @@ def test_done_and_unused_count_once_and_done_comes_first() -> None:
 
 
 def test_no_limit_means_places_for_all_and_no_pressure() -> None:
-    lots = LocalLots(requests_per_minute=None, max_in_flight=None, clock=lambda: 0.0)
+    lots = LocalSlots(requests_per_minute=None, max_in_flight=None, clock=lambda: 0.0)
     for kind in Kind:
         places = [lots.try_take(kind) for _ in range(1000)]
         assert None not in places
@@ -147,7 +147,7 @@ def test_the_line_is_exact_and_alive_for_any_arrivals(
     """Everybody gets a place, nobody is one too many, and no place is idle while somebody waits."""
     seen: list[float] = []
 
-    async def one(places: Places, latency: float, share: float, *, question: bool) -> None:
+    async def one(places: RateLimiter, latency: float, share: float, *, question: bool) -> None:
         place = await places.take_request(question=question)
         seen.append(now() + share * latency)
         await asyncio.sleep(latency)
@@ -175,7 +175,7 @@ def test_the_line_is_exact_and_alive_for_any_arrivals(
     limit=st.integers(min_value=1, max_value=5),
 )
 def test_cancelling_those_who_wait_leaks_nothing(cancels: list[tuple[int, float]], limit: int) -> None:
-    async def one(places: Places) -> None:
+    async def one(places: RateLimiter) -> None:
         place = await places.take_in_flight()
         try:
             request = await places.take_request()
@@ -228,7 +228,7 @@ def arrivals_of(*asked: tuple[str, bool], limit: int = 1) -> list[str]:
     """The order in which callers get their places, when all wait for the same window."""
     order: list[str] = []
 
-    async def one(places: Places, name: str, question: bool) -> None:
+    async def one(places: RateLimiter, name: str, question: bool) -> None:
         place = await places.take_request(question=question)
         order.append(name)
         place.done()

@@ -200,7 +200,7 @@ def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_leak_
 
     run(story())
     assert api.sent(200, 300) >= 80
-    assert len(warnings(caplog, "places of eachlabs-requests-acme are leaked")) == 1
+    assert len(warnings(caplog, "slots of eachlabs-requests-acme are leaked")) == 1
 
 
 def test_a_process_that_finds_leaked_places_names_them_within_30_seconds_of_waiting(
@@ -211,7 +211,7 @@ def test_a_process_that_finds_leaked_places_names_them_within_30_seconds_of_wait
     async def story() -> None:
         worker = Worker(server, api).start()
         await asyncio.sleep(30)
-        assert warnings(caplog, "10 of the 10 places of eachlabs-in-flight-acme are leaked")
+        assert warnings(caplog, "10 of the 10 slots of eachlabs-in-flight-acme are leaked")
         await asyncio.sleep(200)
         assert len(warnings(caplog, "are leaked")) == 1
         await asyncio.sleep(200)

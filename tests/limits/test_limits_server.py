@@ -24,7 +24,7 @@ from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.limits import SharedLots
 from prefect_eachlabs.limits import admin as limits_admin
 from prefect_eachlabs.limits.leases import Denied, Granted, LeaseGone, LimitMissing, PrefectLeases
-from prefect_eachlabs.limits.limiter import Kind, Places
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.settings import AccountSettings
 
 pytestmark = pytest.mark.slow
@@ -182,7 +182,7 @@ def test_processes_that_start_at_the_same_moment_make_one_limit(settings: Accoun
 def test_two_processes_share_the_places_in_flight(settings: AccountSettings) -> None:
     async def story() -> None:
         sources = [SharedLots(settings), SharedLots(settings)]
-        first, second = (Places(source) for source in sources)
+        first, second = (RateLimiter(source) for source in sources)
         taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
         waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
         more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
@@ -208,13 +208,13 @@ def test_places_lost_in_a_restart_are_named_shown_and_reset(
 
     async def story() -> None:
         old = SharedLots(settings)
-        places = Places(old)
+        places = RateLimiter(old)
         await asyncio.wait_for(asyncio.gather(*(places.take_in_flight() for _ in range(7))), 20)
         await old.close()  # what is in use is left to its leases, which the restart forgets
         server.stop()
         server.start()
         new = SharedLots(settings)
-        places = Places(new)
+        places = RateLimiter(new)
         waiting = [asyncio.ensure_future(places.take_in_flight()) for _ in range(8)]
         await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 30)
         assert sum(place.done() for place in waiting) == 3
@@ -235,7 +235,7 @@ def test_with_the_server_stopped_places_are_counted_here_until_it_answers_again(
 
     async def story() -> None:
         source = SharedLots(settings)
-        places = Places(source)
+        places = RateLimiter(source)
         (await asyncio.wait_for(places.take_in_flight(), 20)).done()
         server.stop()
         taken = [asyncio.ensure_future(places.take_in_flight()) for _ in range(12)]

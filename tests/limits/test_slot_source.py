@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from prefect_eachlabs.limits.limiter import Kind, Place, Places
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot
 from tests.virtual_time import run
 
 
@@ -25,7 +25,7 @@ class LeasedLots:
         self.listeners: list[Callable[[], None]] = []
         self.fetching = False
 
-    def try_take(self, kind: Kind) -> Place | None:
+    def try_take(self, kind: Kind) -> Slot | None:
         back = [at for at in self.cooling if at <= now()]
         for at in back:
             self.cooling.remove(at)
@@ -73,7 +73,7 @@ class LeasedLots:
 def test_a_source_is_told_who_waits_and_those_get_what_it_delivers_later() -> None:
     async def story() -> tuple[list[float], list[tuple[str, int]]]:
         source = LeasedLots(after_seconds=2, lot=3)
-        places = Places(source)
+        places = RateLimiter(source)
         granted: list[float] = []
 
         async def one() -> None:
@@ -95,7 +95,7 @@ def test_a_source_whose_places_change_nothing_it_announces_still_moves_the_line(
 
     async def story() -> float:
         source = LeasedLots(after_seconds=1, lot=1)
-        places = Places(source)
+        places = RateLimiter(source)
         first = await places.take_request()
         second = asyncio.ensure_future(places.take_request())
         await asyncio.sleep(1)
@@ -113,7 +113,7 @@ def test_a_source_that_names_a_time_gone_by_is_not_asked_without_end() -> None:
 
     async def story() -> int:
         source = Confused(after_seconds=1, lot=1)
-        places = Places(source)
+        places = RateLimiter(source)
         await places.take_request()
         return len(source.told)
 

@@ -82,7 +82,7 @@ def flows(folder: Path, facts: dict[str, Any]) -> int:
     from prefect_eachlabs import (
         EachlabsCredentials,
         S3Destination,
-        await_prediction,
+        await_result,
         create_prediction,
         generate_and_store,
         store_image,
@@ -96,10 +96,10 @@ def flows(folder: Path, facts: dict[str, Any]) -> int:
 
     @flow(persist_result=True)
     def well() -> list[str]:
-        finished = await_prediction(create_prediction("a fox", image_url=signed, destination=to))
+        finished = await_result(create_prediction("a fox", image_url=signed, destination=to))
         one = store_image(finished, to)
         two = generate_and_store("an owl", destination=to, image_url=facts["object"])
-        bare = await_prediction(create_prediction("no ledger", image_url=signed))
+        bare = await_result(create_prediction("no ledger", image_url=signed))
         store_image.with_options(retries=0)(bare, f"{to}/bare")
         with closing(boto3.client("s3")) as s3:
             theirs = s3.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "x"})

@@ -23,7 +23,7 @@ from prefect_eachlabs.errors import DownloadFailed, HostNotAllowed, NotAPng, Set
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalLots
+from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.net.addresses import PrivateHosts
 from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
@@ -585,7 +585,7 @@ def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had
         guard = HostGuard.of(settings.model_copy(update={"private_hosts": private_hosts}), resolve=None)
         return Engine(
             settings,
-            LocalLots(requests_per_minute=None, max_in_flight=None),
+            LocalSlots(requests_per_minute=None, max_in_flight=None),
             lambda _destination, _access: store,
             client=EachlabsClient(settings, transport=api),
             downloader=Downloader(api, hosts=guard),

@@ -13,9 +13,9 @@ from itertools import chain, islice, pairwise
 from typing import Any, TypeVar
 
 from prefect_eachlabs.errors import EachlabsError, NotSent, Rejected, Throttled
-from prefect_eachlabs.limits.limiter import Kind, LocalLots, Places
+from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
 from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
-from prefect_eachlabs.polling.poller import Watcher
+from prefect_eachlabs.polling.poller import Poller
 from tests.virtual_time import run
 
 T = TypeVar("T")
@@ -179,19 +179,19 @@ class ModelApi:
 
 @dataclass
 class Shop:
-    """Callers as a gateway has them: each takes its places, posts, and has its prediction watched."""
+    """Callers as a gateway has them: each takes its limiter, posts, and has its prediction watched."""
 
     api: ModelApi
-    places: Places
+    limiter: RateLimiter
     ends: list[tuple[float, float]] = field(default_factory=list)
     """For each end: when it happened, and when we knew."""
 
     def __post_init__(self) -> None:
-        self.watcher = Watcher(self.api, self.places)
+        self.poller = Poller(self.api, self.limiter)
 
     async def buy(self, model: str = "gemini", input: dict[str, Any] | None = None) -> Prediction:
-        in_flight = await self.places.take_in_flight()
-        request = await self.places.take_request()
+        in_flight = await self.limiter.take_in_flight()
+        request = await self.limiter.take_request()
         try:
             prediction = await self.api.create(model, input)
         except EachlabsError:
@@ -199,7 +199,7 @@ class Shop:
             raise
         finally:
             request.done()
-        end = await asyncio.shield(self.watcher.watch(prediction, place=in_flight))
+        end = await asyncio.shield(self.poller.watch(prediction, slot=in_flight))
         job = self.api.jobs[end.id]
         self.ends.append((job.began_at + job.seconds, now()))
         return end
@@ -226,19 +226,19 @@ def in_shop(
 
     async def whole() -> T:
         model = ModelApi(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, **api)
-        lots = LocalLots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight)
-        shop = Shop(model, Places(lots))
+        lots = LocalSlots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight)
+        shop = Shop(model, RateLimiter(lots))
         result = await story(shop)
-        await shop.watcher.close()
+        await shop.poller.close()
         await asyncio.sleep(61)
-        assert shop.places.pressure(Kind.REQUESTS) == 0
+        assert shop.limiter.pressure(Kind.REQUESTS) == 0
         return result
 
     return run(whole())
 
 
 def in_flight(shop: Shop) -> float:
-    return shop.places.pressure(Kind.IN_FLIGHT)
+    return shop.limiter.pressure(Kind.IN_FLIGHT)
 
 
 def seconds(value: float) -> Callable[[random.Random], float]:

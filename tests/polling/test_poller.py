@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from prefect_eachlabs.errors import PredictionTimedOut
-from prefect_eachlabs.limits.limiter import LocalLots, Places
+from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction, PredictionStatus
 from tests.polling.model_api import ModelApi, Shop, gaps_of, in_flight, in_shop, now, seconds
 from tests.virtual_time import run
@@ -45,11 +45,11 @@ def test_a_prediction_that_fails_is_an_end_learned_by_id(end: PredictionStatus, 
 def test_watching_the_same_prediction_again_is_the_same_future_and_takes_one_place() -> None:
     async def story(shop: Shop) -> None:
         prediction = await shop.api.create()
-        first = shop.watcher.watch(prediction, place=None)
+        first = shop.poller.watch(prediction, slot=None)
         assert in_flight(shop) == 0
-        assert shop.watcher.watch(prediction, place=await shop.places.take_in_flight()) is first
+        assert shop.poller.watch(prediction, slot=await shop.limiter.take_in_flight()) is first
         assert in_flight(shop) == 0.1
-        shop.watcher.watch(prediction, place=await shop.places.take_in_flight())
+        shop.poller.watch(prediction, slot=await shop.limiter.take_in_flight())
         assert in_flight(shop) == 0.1
         await first
         assert in_flight(shop) == 0
@@ -60,11 +60,11 @@ def test_watching_the_same_prediction_again_is_the_same_future_and_takes_one_pla
 def test_an_end_is_remembered_and_a_place_for_it_comes_straight_back() -> None:
     async def story(shop: Shop) -> None:
         end = await shop.buy()
-        assert shop.watcher.end_of(end.id) is end
-        again = shop.watcher.watch(Prediction(id=end.id), place=await shop.places.take_in_flight())
+        assert shop.poller.end_of(end.id) is end
+        again = shop.poller.watch(Prediction(id=end.id), slot=await shop.limiter.take_in_flight())
         assert again.result() is end
         assert in_flight(shop) == 0
-        assert shop.watcher.end_of("other") is None
+        assert shop.poller.end_of("other") is None
 
     in_shop(story)
 
@@ -75,7 +75,7 @@ def test_only_so_many_ends_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
     async def story(shop: Shop) -> list[bool]:
         for _ in range(5):
             await shop.buy()
-        return [shop.watcher.end_of(f"p{number}") is not None for number in range(1, 6)]
+        return [shop.poller.end_of(f"p{number}") is not None for number in range(1, 6)]
 
     assert in_shop(story) == [False, False, True, True, True]
 
@@ -83,8 +83,8 @@ def test_only_so_many_ends_are_remembered(monkeypatch: pytest.MonkeyPatch) -> No
 def test_what_is_known_by_its_id_alone_gains_what_a_later_call_knows() -> None:
     async def story(shop: Shop) -> Prediction:
         prediction = await shop.api.create()
-        future = shop.watcher.watch(Prediction(id=prediction.id), place=None)
-        shop.watcher.watch(prediction, place=None)
+        future = shop.poller.watch(Prediction(id=prediction.id), slot=None)
+        shop.poller.watch(prediction, slot=None)
         return await future
 
     assert in_shop(story).item_id == "i-p1"
@@ -96,10 +96,10 @@ def test_what_may_have_ended_long_ago_is_asked_about_at_once() -> None:
         older = await shop.api.create()
         await asyncio.sleep(100)
         began_at = now()
-        await shop.watcher.watch(Prediction(id=old.id), place=None)
+        await shop.poller.watch(Prediction(id=old.id), slot=None)
         took_by_id = now() - began_at
         created_at = datetime.now(timezone.utc) - timedelta(seconds=100)
-        await shop.watcher.watch(older.model_copy(update={"created_at": created_at}), place=None)
+        await shop.poller.watch(older.model_copy(update={"created_at": created_at}), slot=None)
         return took_by_id, now() - began_at
 
     assert max(in_shop(story, requests_per_minute=60)) < 0.3
@@ -108,11 +108,11 @@ def test_what_may_have_ended_long_ago_is_asked_about_at_once() -> None:
 def test_an_awaiter_that_is_cancelled_leaves_the_watching_alone() -> None:
     async def story(shop: Shop) -> None:
         prediction = await shop.api.create()
-        place = await shop.places.take_in_flight()
-        awaiter = asyncio.ensure_future(asyncio.wait_for(shop.watcher.watch(prediction, place=place), 1))
+        place = await shop.limiter.take_in_flight()
+        awaiter = asyncio.ensure_future(asyncio.wait_for(shop.poller.watch(prediction, slot=place), 1))
         with pytest.raises((asyncio.TimeoutError, TimeoutError)):
             await awaiter
-        assert (await shop.watcher.watch(prediction, place=None)).status.ended
+        assert (await shop.poller.watch(prediction, slot=None)).status.ended
         assert in_flight(shop) == 0
 
     in_shop(story)
@@ -153,11 +153,12 @@ def test_held_questions_are_bounded() -> None:
 
     async def story() -> None:
         shop = Shop(
-            Counting(holds=True, has_executions=False), Places(LocalLots(requests_per_minute=None, max_in_flight=None))
+            Counting(holds=True, has_executions=False),
+            RateLimiter(LocalSlots(requests_per_minute=None, max_in_flight=None)),
         )
         for _ in range(2):
             await asyncio.gather(*(shop.buy() for _ in range(150)))
-        await shop.watcher.close()
+        await shop.poller.close()
 
     run(story())
     assert 32 <= Counting.most <= 64
@@ -169,10 +170,10 @@ def test_held_questions_are_bounded() -> None:
 def test_hurry_asks_at_once_and_again_until_the_end() -> None:
     async def story(shop: Shop) -> list[float]:
         prediction = await shop.api.create()
-        future = shop.watcher.watch(prediction, place=None)
-        shop.watcher.hurry("unknown")
+        future = shop.poller.watch(prediction, slot=None)
+        shop.poller.hurry("unknown")
         await asyncio.sleep(1)
-        shop.watcher.hurry(prediction.id)
+        shop.poller.hurry(prediction.id)
         await asyncio.sleep(1)
         shop.api.jobs[prediction.id].end = PredictionStatus.CANCELLED
         shop.api.jobs[prediction.id].seconds = 0
@@ -186,8 +187,8 @@ def test_hurry_asks_at_once_and_again_until_the_end() -> None:
 
 def test_a_prediction_long_overdue_is_asked_about_ever_less_often_and_keeps_its_place_for_an_hour() -> None:
     async def story(shop: Shop) -> list[float]:
-        place = await shop.places.take_in_flight()
-        shop.watcher.watch(await shop.api.create(), place=place)
+        place = await shop.limiter.take_in_flight()
+        shop.poller.watch(await shop.api.create(), slot=place)
         await asyncio.sleep(3500)
         assert in_flight(shop) == 0.1
         await asyncio.sleep(200)
@@ -204,7 +205,7 @@ def test_a_prediction_long_overdue_is_asked_about_ever_less_often_and_keeps_its_
 def test_many_that_never_end_leave_most_requests_to_others() -> None:
     async def story(shop: Shop) -> float:
         for _ in range(100):
-            shop.watcher.watch(await shop.api.create(), place=None)
+            shop.poller.watch(await shop.api.create(), slot=None)
         await asyncio.sleep(900)
         return shop.api.count("get") / 15
 
@@ -215,7 +216,7 @@ def test_many_that_never_end_leave_most_requests_to_others() -> None:
 def test_after_a_day_it_is_given_up() -> None:
     async def story(shop: Shop) -> None:
         with pytest.raises(PredictionTimedOut) as error:
-            await shop.watcher.watch(await shop.api.create(), place=None)
+            await shop.poller.watch(await shop.api.create(), slot=None)
         assert error.value.prediction_id == "p1"
         assert 86_400 < now() < 86_600
 
@@ -226,14 +227,14 @@ def test_close_cancels_the_futures_and_leaves_nothing_behind() -> None:
     async def story(shop: Shop) -> None:
         futures = []
         for _ in range(5):
-            place = await shop.places.take_in_flight()
-            futures.append(shop.watcher.watch(await shop.api.create(), place=place))
+            place = await shop.limiter.take_in_flight()
+            futures.append(shop.poller.watch(await shop.api.create(), slot=place))
         await asyncio.sleep(5)
-        await shop.watcher.close()
-        await shop.watcher.close()
+        await shop.poller.close()
+        await shop.poller.close()
         assert [future.cancelled() for future in futures] == [True] * 5
         assert in_flight(shop) == 0.5  # they go on at the API
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
-        assert shop.watcher.watch(Prediction(id="p9"), place=None).cancelled()
+        assert shop.poller.watch(Prediction(id="p9"), slot=None).cancelled()
 
     in_shop(story, requests_per_minute=60, duration=seconds(1e9))

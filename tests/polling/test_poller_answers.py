@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, Rejected, Throttled, Unanswered
-from prefect_eachlabs.limits.limiter import Kind, LocalLots, Places
+from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction
 from prefect_eachlabs.polling.schedule import Schedule
 from tests.polling.model_api import Job, ModelApi, Shop, gaps_of, in_flight, in_shop, now, refused, seconds
@@ -108,9 +108,9 @@ def test_a_list_that_hangs_does_not_keep_the_ends_from_being_known() -> None:
             raise Unanswered("time-out")
 
     async def story() -> float:
-        shop = Shop(Hanging(duration=seconds(5)), Places(LocalLots(requests_per_minute=60, max_in_flight=10)))
+        shop = Shop(Hanging(duration=seconds(5)), RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10)))
         await asyncio.gather(*(shop.buy() for _ in range(10)))
-        await shop.watcher.close()
+        await shop.poller.close()
         return now()
 
     assert run(story()) < 12
@@ -160,13 +160,13 @@ def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> None:
             raise NotSent("no route")
 
     async def story() -> float:
-        places = Places(LocalLots(requests_per_minute=60, max_in_flight=10))
-        shop = Shop(Unreachable(), places)
+        limiter = RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10))
+        shop = Shop(Unreachable(), limiter)
         buying = asyncio.ensure_future(shop.buy())
         await asyncio.sleep(50)
         buying.cancel()
-        await shop.watcher.close()
-        return places.pressure(Kind.REQUESTS)
+        await shop.poller.close()
+        return limiter.pressure(Kind.REQUESTS)
 
     assert run(story()) == pytest.approx(1 / 60)  # the create's
 
@@ -193,9 +193,9 @@ def test_an_id_that_the_api_does_not_know_yet_is_asked_for_again() -> None:
 
 def test_an_id_that_stays_unknown_is_an_error_after_half_a_minute() -> None:
     async def story(shop: Shop) -> float:
-        place = await shop.places.take_in_flight()
+        place = await shop.limiter.take_in_flight()
         with pytest.raises(Rejected) as error:
-            await shop.watcher.watch(Prediction(id="nowhere"), place=place)
+            await shop.poller.watch(Prediction(id="nowhere"), slot=place)
         assert error.value.status_code == 404
         assert in_flight(shop) == 0
         return now()
@@ -219,7 +219,7 @@ def test_a_403_right_after_good_answers_is_about_that_prediction_alone() -> None
         await asyncio.sleep(3.8)
         shop.api.faults["get"] = deque([KeyRefused("not yours", status_code=403)])
         with pytest.raises(KeyRefused):
-            await shop.watcher.watch(Prediction(id="of-another"), place=None)
+            await shop.poller.watch(Prediction(id="of-another"), slot=None)
         assert all(end.status.ended for end in await asyncio.gather(*buying))
 
     in_shop(story)
@@ -228,7 +228,7 @@ def test_a_403_right_after_good_answers_is_about_that_prediction_alone() -> None
 def test_an_error_that_nobody_awaits_is_no_noise(caplog: pytest.LogCaptureFixture) -> None:
     async def story(shop: Shop) -> None:
         shop.api.faults["get"] = deque([KeyRefused("no", status_code=401)])
-        shop.watcher.watch(Prediction(id="p9"), place=None)
+        shop.poller.watch(Prediction(id="p9"), slot=None)
         await asyncio.sleep(10)
 
     with caplog.at_level(logging.WARNING):

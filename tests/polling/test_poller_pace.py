@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.limits.limiter import Kind, LocalLots, Places
+from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
 from tests.polling.model_api import ModelApi, Shop
 from tests.virtual_time import run
 
@@ -19,12 +19,12 @@ def shop_for(*, callers: int, minutes: float, **api: Any) -> Shop:
 
     async def story() -> Shop:
         model = ModelApi(**api)
-        lots = LocalLots(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
-        shop = Shop(model, Places(lots))
+        lots = LocalSlots(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
+        shop = Shop(model, RateLimiter(lots))
         tasks = [asyncio.ensure_future(shop.buy_for_ever()) for _ in range(callers)]
         await asyncio.sleep(60 * minutes)
         assert [task for task in tasks if task.done()] == []
-        await shop.watcher.close()
+        await shop.poller.close()
         return shop
 
     return run(story())
@@ -141,14 +141,16 @@ def test_hundreds_in_flight_beyond_one_page_are_found_on_further_pages() -> None
 @pytest.mark.parametrize("requests_per_minute", [60, None])
 def test_one_prediction_alone_is_known_soon_and_for_few_questions(requests_per_minute: int | None) -> None:
     async def story() -> tuple[list[float], list[int]]:
-        shop = Shop(ModelApi(seed=3), Places(LocalLots(requests_per_minute=requests_per_minute, max_in_flight=10)))
+        shop = Shop(
+            ModelApi(seed=3), RateLimiter(LocalSlots(requests_per_minute=requests_per_minute, max_in_flight=10))
+        )
         questions = []
         for _ in range(12):
             before = len(shop.api.asked)
             await shop.buy()
             questions.append(len(shop.api.asked) - before - 1)
             await asyncio.sleep(30)
-        await shop.watcher.close()
+        await shop.poller.close()
         return shop.delays(), questions
 
     delays, questions = run(story())
@@ -161,10 +163,10 @@ def test_a_few_at_once_with_requests_to_spare_are_known_within_half_a_second() -
     async def story() -> Shop:
         shop = Shop(
             ModelApi(requests_per_minute=60, max_in_flight=10),
-            Places(LocalLots(requests_per_minute=60, max_in_flight=10)),
+            RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10)),
         )
         await asyncio.gather(*(shop.buy() for _ in range(5)))
-        await shop.watcher.close()
+        await shop.poller.close()
         return shop
 
     shop = run(story())
@@ -176,14 +178,14 @@ def test_a_few_at_once_with_requests_to_spare_are_known_within_half_a_second() -
 def test_nothing_is_asked_and_nothing_kept_when_nothing_is_watched() -> None:
     async def story() -> int:
         api = ModelApi(requests_per_minute=60, max_in_flight=10)
-        places = Places(LocalLots(requests_per_minute=60, max_in_flight=10))
-        shop = Shop(api, places)
+        limiter = RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10))
+        shop = Shop(api, limiter)
         await asyncio.gather(*(shop.buy() for _ in range(30)))
         await asyncio.sleep(120)
         asked = len(api.asked)
-        assert (places.pressure(Kind.REQUESTS), places.pressure(Kind.IN_FLIGHT)) == (0, 0)
+        assert (limiter.pressure(Kind.REQUESTS), limiter.pressure(Kind.IN_FLIGHT)) == (0, 0)
         await asyncio.sleep(3600)
-        await shop.watcher.close()
+        await shop.poller.close()
         return len(api.asked) - asked
 
     assert run(story()) == 0

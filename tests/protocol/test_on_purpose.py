@@ -179,15 +179,15 @@ def test_a_connection_that_never_came_about_leaves_a_claim_that_is_free_at_once(
     async def story() -> None:
         world = World()
         process = world.process()
-        real = process.engine.shop.client._http._transport.handle_async_request
+        real = process.engine.account.client._http._transport.handle_async_request
 
         async def refuse(request: httpx.Request) -> httpx.Response:
             raise httpx.ConnectError("refused", request=request)
 
-        process.engine.shop.client._http._transport.handle_async_request = refuse
+        process.engine.account.client._http._transport.handle_async_request = refuse
         with pytest.raises(NotSent):
             await process.obtain(A)
-        process.engine.shop.client._http._transport.handle_async_request = real
+        process.engine.account.client._http._transport.handle_async_request = real
         began = world.now()
         await process.obtain(A)
         assert world.now() - began < 10

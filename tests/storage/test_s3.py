@@ -15,7 +15,7 @@ from botocore.retries.standard import ExponentialBackoff
 from moto.s3.models import s3_backends
 
 from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
-from prefect_eachlabs.retry import persevere
+from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage import s3_client as s3_access
 from prefect_eachlabs.storage.s3 import (
     ConditionsNotSupported,
@@ -216,7 +216,7 @@ def test_encryption_is_for_all_objects_and_the_storage_class_for_pictures_alone(
 def test_a_missing_objects_answer_that_was_cut_is_asked_for_again(s3: LocalS3, bucket: S3Store) -> None:
     """Without its body a 404 does not say whether the object or the bucket is missing. Old boto3 says "run again"."""
     s3.set_faults(Fault("cut", method="GET"))
-    assert asyncio.run(persevere(lambda: bucket.get("nothing"), first_pause_seconds=0)) is None
+    assert asyncio.run(retry_while_retryable(lambda: bucket.get("nothing"), first_pause_seconds=0)) is None
     s3.set_faults(Fault("cut", method="GET", times=100))
     with pytest.raises((SetupError, StoreFailed), match=r"404|run again"):
         asyncio.run(bucket.get("nothing"))
