@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
     from prefect_eachlabs.events import request_picture
     from prefect_eachlabs.flows.generate_image import generate_image
-    from prefect_eachlabs.flows.illustrate_table import illustrate_table
     from prefect_eachlabs.flows.vary_image import vary_image
     from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
     from prefect_eachlabs.tasks import (
@@ -86,7 +85,6 @@ _ROOMS = {
     "events": ("request_picture",),
     "flows.generate_image": ("generate_image",),
     "api.typed_inputs": ("GeminiImageInput", "TypedInput"),
-    "flows.illustrate_table": ("illustrate_table",),
     "flows.vary_image": ("vary_image",),
     "models": ("Prediction", "PredictionStatus", "StoredImage"),
     "tasks": (
@@ -146,7 +144,6 @@ __all__ = [
     "create_prediction",
     "generate_and_store",
     "generate_image",
-    "illustrate_table",
     "request_picture",
     "store_image",
     "vary_image",

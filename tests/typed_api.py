@@ -5,10 +5,7 @@ What stands in `assert_type` is what an editor shows and a user's own type check
 
 from __future__ import annotations
 
-from typing import Any
-
 from prefect import flow
-from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
 from typing_extensions import assert_type
 
@@ -55,7 +52,6 @@ from prefect_eachlabs import (
     create_prediction,
     generate_and_store,
     generate_image,
-    illustrate_table,
     request_picture,
     store_image,
     vary_image,
@@ -106,7 +102,6 @@ async def awaited(prompt: str) -> None:
 async def flows_within_flows() -> None:
     assert_type(generate_image("a red fox", PLACE), StoredImage)
     assert_type(await vary_image("https://h/fox.jpg", ["in snow"], PLACE, samples=2), list[StoredImage])
-    assert_type(await illustrate_table("products", "a {name}", PLACE), State[dict[str, Any]])
     assert_type(request_picture("a red fox", item_id="order-7"), str)
 
 

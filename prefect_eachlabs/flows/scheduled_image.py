@@ -2,19 +2,82 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime, timezone
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.flows.generate_image import target
-from prefect_eachlabs.flows.templates import filled, zone
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import generate_and_store
 
 __all__ = ["scheduled_image"]
+
+MOST_CHARACTERS = 20_000
+_PART = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]")
+_CODE = re.compile(r"%[aAbBdHIjmMpSUwWyYGuVZ%]")
+_CODES = re.compile(rf"(?:{_CODE.pattern}|[^%])*", re.DOTALL)
+"""The codes of strftime that mean the same on every platform."""
+
+
+def filled(template: str, date: datetime, *, name: str) -> str:
+    """The template with the date in its places.
+
+    Not `str.format`: whoever fills in a form must not reach into Python's objects (`{date.__class__}`), nor ask for a
+    gigabyte of blanks (`{date:>1000000000}`).
+
+    Args:
+        template: Text with `{date:%A}` (any code of strftime that every platform knows), `{date}` (2026-11-22), and
+            `{{` and `}}` for the braces themselves.
+        date: With the time zone that counts.
+        name: Of the parameter, for the message.
+
+    Raises:
+        BadInput: Something else stands in braces, or the template is longer than 20,000 characters.
+
+    >>> filled("{date:%A} in {{braces}}", datetime(2026, 11, 22), name="prompt")
+    'Sunday in {braces}'
+    """
+    if len(template) > MOST_CHARACTERS:
+        raise BadInput(f"{name}: {len(template)} characters, and {MOST_CHARACTERS} are the most. Make it shorter.")
+
+    def put(part: re.Match[str]) -> str:
+        text = part.group()
+        if text in ("{{", "}}"):
+            return text[0]
+        field = part.group("field")
+        if field is None:
+            raise BadInput(
+                f"{name}: a single {text!r} at position {part.start()}: write {text * 2!r} for the sign itself."
+            )
+        word, _, spec = field.partition(":")
+        if word.strip() != "date" or not _CODES.fullmatch(spec):
+            raise BadInput(
+                f"{name}: {'{' + field[:78] + '}'!r} is not known: write {{date}}, or {{date:%A}} with codes of "
+                "strftime such as %A %d %B %Y %H %M %j %V."
+            )
+        # Code by code: strftime ends at a zero byte that stands between them.
+        return _CODE.sub(lambda code: date.strftime(code.group()), spec or "%Y-%m-%d")
+
+    return _PART.sub(put, template)
+
+
+def zone(name: str) -> ZoneInfo:
+    """The time zone of that name.
+
+    Raises:
+        BadInput: There is none.
+    """
+    try:
+        return ZoneInfo(name.strip())
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise BadInput(
+            f"time_zone: {name[:80]!r} is not a time zone: write one such as Europe/Berlin or UTC."
+        ) from None
 
 
 def _scheduled_for(time_zone: str) -> datetime:

@@ -14,8 +14,7 @@ from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
 from prefect_eachlabs import BadInput, ItemConflict, StoredImage
-from prefect_eachlabs.flows.scheduled_image import scheduled_image
-from prefect_eachlabs.flows.templates import filled, zone
+from prefect_eachlabs.flows.scheduled_image import filled, scheduled_image, zone
 from tests.flows.flow_fixtures import Studio
 
 SUNDAY = datetime(2026, 11, 22, 23, 30, tzinfo=timezone.utc)

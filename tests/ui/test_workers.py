@@ -31,7 +31,6 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
         ("generate-batch/generate-batch", "0 2 * * *"),
         ("scheduled-image/scheduled-image", "0 6 * * *"),
         ("settle/settle", "30 5 * * *"),
-        ("illustrate-table/illustrate-table", "0 * * * *"),
     ):
         (schedule,) = studio.stage.deployment(name)["schedules"]
         assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (cron, "Europe/Berlin")
@@ -42,7 +41,6 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
         "generate-batch/generate-batch",
         "generate-shard/generate-shard",
         "scheduled-image/scheduled-image",
-        "illustrate-table/illustrate-table",
         "settle/settle",
     ):
         for field, facts in form(studio, name).items():
