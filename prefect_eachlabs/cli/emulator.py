@@ -5,7 +5,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from prefect_eachlabs.cli.options import count_or_none
@@ -19,8 +21,16 @@ It judges while it runs: GET /_emulator/tallies (billed, worst window, worst in 
 /_emulator (options and every kind of fault), POST /_emulator/faults and /_emulator/reset.
 
 A fault is ENDPOINT:KIND[=RATE][,NAME=VALUE]..., for example
-  --fault create:lost_answer=0.05 --fault picture:truncated,next=2 --fault prediction:fail_moderation,matching=naked
+  --fault create:lost_answer=0.05              one POST in twenty is billed and not answered
+  --fault create:error,status=500,matching=fox each POST with that word in its prompt is answered 500
+  --fault picture:not_found,first=2            the first two downloads of each picture are answered 404
+  --fault prediction:listed_late,seconds=90    executions show a prediction 90 s after its POST
+Names: at=3+7 (the 3rd and 7th call), next=2, first=2 (of each prompt, prediction or picture), matching=TEXT (of the
+prompt), sticky, seconds, status, value. Endpoints are create, get, cancel, executions, models, presign, upload; and
+prediction (drawn once for each POST that was taken) and picture (each download), which have kinds of their own alone:
 """
+
+KINDS = Path(__file__).parents[1] / "testing" / "emulator" / "fault_kinds.json"
 
 FLAGS: tuple[tuple[str, type, str, str], ...] = (
     ("service_seconds", float, "S", "mean time from POST to end (5)"),
@@ -40,7 +50,7 @@ FLAGS: tuple[tuple[str, type, str, str], ...] = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
+    parser.epilog = EPILOG + _kinds()
     parser.add_argument("--host", default="127.0.0.1", help="where it listens (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8700, help="0 takes a free one (8700)")
     _add(parser, "api_keys", flag="--api-key", action="append", metavar="KEY", help="a good key (any); repeatable")
@@ -55,6 +65,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     unknown = "take models outside the catalogue, and any input"
     _add(parser, "strict_models", flag="--any-model", action="store_false", help=unknown)
     _add(parser, "faults", flag="--fault", action="append", metavar="FAULT", help="see below; repeatable")
+
+
+def _kinds() -> str:
+    """Every kind of fault, with a line about each."""
+    known: dict[str, dict[str, str]] = json.loads(KINDS.read_text(encoding="utf-8"))
+    shared = {"every endpoint": {**known.pop("before"), **known.pop("after")}}
+    return "".join(
+        f"  {endpoint}\n" + "".join(f"    {kind:<19} {words}\n" for kind, words in kinds.items())
+        for endpoint, kinds in {**shared, **known}.items()
+    )
 
 
 def _add(parser: argparse.ArgumentParser, field: str, *, flag: str = "", **how: Any) -> None:

@@ -102,7 +102,7 @@ async def _create(emulator: Emulator, request: Request) -> Response:
     key = entry.key or ""
     if (refused := _over_the_account(emulator, key)) is not None:
         return refused
-    job = emulator.accept(body, key=key, base_url=base_url(request))
+    job = emulator.accept(body, key=key, secret=wire.secret_of(request), base_url=base_url(request))
     entry.prediction_id = job.id
     faults = wire.drawn_after(emulator, request, "create", text=text, subject=job.id)
     created: dict[str, Any] = {"status": "success", "message": "Prediction created successfully"}

@@ -22,7 +22,7 @@ from prefect_eachlabs.testing.emulator.limits import throttled
 from prefect_eachlabs.testing.emulator.listing import listing_routes
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.responses import Receive, Scope, Send, error
-from prefect_eachlabs.testing.emulator.wire import ENTRY
+from prefect_eachlabs.testing.emulator.wire import ENTRY, KEY
 
 _PUBLIC = ("/v1/models", "/v1/model")
 
@@ -62,6 +62,7 @@ class Gate:
         entry.endpoint = endpoint_of(entry.method, entry.path)
         entry.request_id = headers.get("x-request-id") or str(uuid.uuid4())
         scope[ENTRY] = entry
+        scope[KEY] = self._key_of(headers) or ""
 
         async def noting_send(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -55,8 +55,8 @@ class Emulator:
         wall = rfc3339(self.calendar.true_date(now))
         return self.journal.open(at=now, wall=wall, method=method, path=path)
 
-    def accept(self, body: Mapping[str, Any], *, key: str, base_url: str) -> Job:
-        """Takes an order that was found good: from here on it is billed."""
+    def accept(self, body: Mapping[str, Any], *, key: str, base_url: str, secret: str = "") -> Job:
+        """Takes an order that was found good: from here on it is billed. Faults may quote the `secret`, its API key."""
         now = self.clock.now()
         number = self.ledger.next_number()
         model = self.model(body["model"])
@@ -71,6 +71,7 @@ class Emulator:
             created=now,
             ends=now + self._service_seconds(number),
             cost_usd=self.options.cost_usd,
+            secret=secret,
             pictures=model.pictures_in(body["input"]) if model else 1,
         )
         job.cost_usd *= job.pictures
@@ -100,7 +101,7 @@ class Emulator:
 
     def _afflict(self, job: Job, fault: Fault) -> None:
         job.faults[fault.kind] = fault
-        if fault.kind.startswith("fail"):
+        if fault.kind.startswith("fail") or fault.kind == "key_in_error":
             job.failure = fault.kind
         elif fault.kind == "stuck":
             job.ends = float("inf")

@@ -37,6 +37,7 @@ class Job:
     pictures: int = 1
     cost_usd: float = 0.0
     foreign: bool = False
+    secret: str = field(default="", repr=False)
     faults: dict[str, Fault] = field(default_factory=dict)
     cancelled: float | None = None
     landed: bool = False

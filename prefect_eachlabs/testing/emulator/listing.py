@@ -111,10 +111,13 @@ def executions_page(emulator: Emulator, request: Request, faults: dict[str, Faul
     stale = faults.get("stale")
     query = Query(emulator, request, at=now - (wire.seconds_of(stale) if stale else options.listing_delay_seconds))
     missing = faults.get("missing_rows")
+    short = faults.get("short_pages") or faults.get("short_pages_untold")
+    if short is not None:
+        query.limit = min(query.limit, int(short.value or 50))
     page: list[Job] = []
     matched = 0
     counted_up_to = max(query.offset + query.limit, options.total_cap)
-    for job in query.matching(emulator):
+    for job in () if "empty_list" in faults else query.matching(emulator):
         if missing is not None and _is_missing(emulator, missing, job):
             continue
         matched += 1
@@ -124,13 +127,27 @@ def executions_page(emulator: Emulator, request: Request, faults: dict[str, Faul
             break
     capped = matched > counted_up_to
     rows = [execution_view(job, emulator.model(job.model), options, emulator.calendar, at=query.at) for job in page]
-    return {
+    for row in rows:
+        _rename(row, faults)
+    said = {
         "executions": rows,
         "total_count": options.total_cap if capped else matched,
         "total_capped": capped,
         "offset": query.offset,
         "limit": query.limit,
     }
+    return {"executions": rows} if "short_pages_untold" in faults else said
+
+
+def _rename(row: dict[str, Any], faults: dict[str, Fault]) -> None:
+    """Model, id and dates as faults have a row say them."""
+    if (renamed := faults.get("other_model")) is not None:
+        row["model"] = (renamed.value or "{model}-2.0-flash-exp").replace("{model}", row["model"])
+    if "other_ids" in faults:
+        row["id"] = f"exec_{row['id']}"
+    if "naive_dates" in faults:
+        for name in ("created_at", "started_at", "completed_at"):
+            row[name] = row[name] and row[name].rstrip("Z")
 
 
 def _is_missing(emulator: Emulator, fault: Fault, job: Job) -> bool:

@@ -15,6 +15,8 @@ from prefect_eachlabs.testing.emulator.responses import CutResponse, DripRespons
 
 ENTRY = "prefect_eachlabs.testing.emulator.entry"
 """Where the ASGI scope carries the journal's entry of the request."""
+KEY = "prefect_eachlabs.testing.emulator.key"
+"""Where it carries the API key in clear, for the faults that quote it; the journal knows its hash alone."""
 
 DEFAULT_SECONDS = 60.0
 
@@ -22,6 +24,11 @@ DEFAULT_SECONDS = 60.0
 def entry_of(request: Request) -> Entry:
     entry: Entry = request.scope[ENTRY]
     return entry
+
+
+def secret_of(request: Request) -> str:
+    """The API key that came with a request."""
+    return str(request.scope.get(KEY, ""))
 
 
 def seconds_of(fault: Fault, default: float = DEFAULT_SECONDS) -> float:
@@ -36,7 +43,8 @@ def note(request: Request, fault: Fault) -> None:
 
 async def before(emulator: Emulator, request: Request, endpoint: Endpoint, *, text: str = "") -> Response | None:
     """The answer of a fault that keeps the request from taking effect; None: go on."""
-    fault = emulator.faults.draw(endpoint, "before", text=text, subject=request.url.path)
+    subject = text if endpoint == "create" else request.url.path
+    fault = emulator.faults.draw(endpoint, "before", text=text, subject=subject)
     if fault is None:
         return None
     note(request, fault)
@@ -56,6 +64,9 @@ async def before(emulator: Emulator, request: Request, endpoint: Endpoint, *, te
         path = request.url.path
         target = fault.value or (path[:-1] if path.endswith("/") else path + "/")
         return Response(status_code=fault.status or 307, headers={"location": quote(target, safe=":/?&=%")})
+    if fault.kind == "quoted_key":
+        key = secret_of(request)
+        return error(fault.status or 400, f"bad request (X-API-Key: {key})", f"upstream refused the key {key}")
     if fault.kind == "empty_error":
         return Response(b"{}", status_code=fault.status or 500, media_type="application/json")
     return error(fault.status or 503, "service temporarily unavailable", "injected before anything was done")
