@@ -9,7 +9,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.api.typed_inputs import GeminiImageInput, TypedInput
     from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination
     from prefect_eachlabs.errors import (
         BadInput,
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
         Throttled,
         Unanswered,
     )
-    from prefect_eachlabs.events import request_picture
     from prefect_eachlabs.flows.generate_image import generate_image
-    from prefect_eachlabs.flows.vary_image import vary_image
     from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
     from prefect_eachlabs.tasks import (
         aawait_result,
@@ -82,10 +79,7 @@ _ROOMS = {
         "Throttled",
         "Unanswered",
     ),
-    "events": ("request_picture",),
     "flows.generate_image": ("generate_image",),
-    "api.typed_inputs": ("GeminiImageInput", "TypedInput"),
-    "flows.vary_image": ("vary_image",),
     "models": ("Prediction", "PredictionStatus", "StoredImage"),
     "tasks": (
         "aawait_result",
@@ -109,7 +103,6 @@ __all__ = [
     "EachlabsCredentials",
     "EachlabsError",
     "FormatNotAllowed",
-    "GeminiImageInput",
     "HostNotAllowed",
     "InsufficientBalance",
     "ItemConflict",
@@ -132,7 +125,6 @@ __all__ = [
     "StoreFailed",
     "StoredImage",
     "Throttled",
-    "TypedInput",
     "Unanswered",
     "aawait_result",
     "acancel_prediction",
@@ -144,9 +136,7 @@ __all__ = [
     "create_prediction",
     "generate_and_store",
     "generate_image",
-    "request_picture",
     "store_image",
-    "vary_image",
 ]
 
 

@@ -1,8 +1,8 @@
 """Events that an automation on the Prefect server can act on: what was bought, how it ended, what a batch came to.
 
-They hold ids, counts, costs and places; never a prompt (but for what `request_picture` sends), an input, a message of
-the API (which may quote one), a signed URL or a key. Prefect adds the flow run, its deployment and its tags as related
-resources. An event that cannot be sent is logged and fails nothing.
+They hold ids, counts, costs and places; never a prompt, an input, a message of the API (which may quote one),
+a signed URL or a key. Prefect adds the flow run, its deployment and its tags as related resources. An event that cannot
+be sent is logged and fails nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
-from prefect.settings import PREFECT_API_URL
 
-from prefect_eachlabs.errors import BadInput, PredictionFailed, SetupError
-from prefect_eachlabs.models import ITEM_ID_PATTERN, Item, Prediction, StoredImage
+from prefect_eachlabs.errors import PredictionFailed
+from prefect_eachlabs.models import Prediction, StoredImage
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ CREATED = "eachlabs.prediction.created"
 SUCCEEDED = "eachlabs.prediction.succeeded"
 FAILED = "eachlabs.prediction.failed"
 BATCH_FINISHED = "eachlabs.batch.finished"
-REQUESTED = "eachlabs.picture.requested"
 
 BATCH_FACTS = (
     "batch_id",
@@ -40,41 +38,6 @@ BATCH_FACTS = (
     "report_uri",
     "index_uri",
 )
-
-
-def request_picture(prompt: str, *, item_id: str = "") -> str:
-    """Asks whoever runs the deployment `requested-image` for a picture, without waiting for it. **Costs money** there.
-
-    For other teams' flows and scripts: they need this Prefect server's URL, and neither the API's key nor the bucket.
-    The picture goes where that deployment says; `eachlabs.prediction.succeeded` names its place and its item. Asked
-    twice for the same item, it is bought once. This event, alone of all, holds the prompt.
-
-    Args:
-        prompt: What the picture shows.
-        item_id: Names the picture, 1 to 128 of A-Z a-z 0-9 _ -; left out, it is named for the prompt.
-
-    Returns:
-        The item's id.
-
-    Raises:
-        BadInput: The prompt is empty or too long, or the id is none.
-        SetupError: No Prefect server is configured here: nobody would hear it.
-    """
-    if item_id and not ITEM_ID_PATTERN.fullmatch(item_id):
-        raise BadInput(f"item_id: {item_id[:140]!r} is not 1 to 128 of A-Z a-z 0-9 _ -. Nothing was asked for.")
-    item = Item.wanted(prompt, item_id=item_id or None)
-    if not PREFECT_API_URL.value():
-        raise SetupError(
-            "No Prefect server is configured here, so nobody would hear the request: set PREFECT_API_URL to the server "
-            "that has the deployment requested-image."
-        )
-    resource = {
-        "prefect.resource.id": f"eachlabs.picture.{item.item_id}",
-        "prefect.resource.name": item.item_id,
-        "eachlabs.kind": "picture",
-    }
-    emit_event(REQUESTED, resource=resource, payload={"prompt": prompt, "item_id": item.item_id})
-    return item.item_id
 
 
 def prediction_created(prediction: Prediction, *, since: datetime) -> None:

@@ -429,7 +429,7 @@ class Item(BaseModel):
         model: str = DEFAULT_MODEL,
         version: str | None = None,
         item_id: str | None = None,
-        input: Mapping[str, Any] | BaseModel | None = None,
+        input: Mapping[str, Any] | None = None,
         labels: Mapping[str, str] | None = None,
         sample: int | None = None,
     ) -> Item:
@@ -442,7 +442,7 @@ class Item(BaseModel):
             model: The model's slug; without a `version` the first model gets its own, others none.
             version: The model's version; left out of the request when None.
             item_id: 1 to 128 of `A-Z a-z 0-9 _ -`; the fingerprint when None.
-            input: Further fields of the input, as the model wants them; or a typed input, which names its model.
+            input: Further fields of the input, as the model wants them.
             labels: Words about the item that record and report keep.
             sample: The number of this one among several of the same input: 1 (as None), 2, ...
 
@@ -450,9 +450,6 @@ class Item(BaseModel):
             BadInput: A blank prompt, a prompt that is no text, an image URL that is not http(s), an item id of
                 another form, an input that is no JSON; says what, where and how to mend it.
         """
-        if isinstance(input, BaseModel):
-            model, version = _model_of(input, model, version)
-            input = input.model_dump(mode="json", exclude_none=True)
         fields: dict[str, Any] = dict(input or {})
         if prompt is not None:
             fields["prompt"] = prompt
@@ -519,14 +516,6 @@ def _named(value: object, sources: dict[str, Picture | str]) -> object:
         sources[name] = value
         return name
     return [_named(inner, sources) for inner in value] if isinstance(value, (list, tuple)) else value
-
-
-def _model_of(typed: BaseModel, model: str, version: str | None) -> tuple[str, str | None]:
-    """The model and the version that a typed input is for."""
-    named = getattr(type(typed), "eachlabs_model", None)
-    if not isinstance(named, str) or model not in (DEFAULT_MODEL, named):
-        raise BadInput(f"input: a {type(typed).__name__} is for {named or 'no'} model, and the model is {model!r}.")
-    return named, version if version is not None else getattr(type(typed), "eachlabs_version", None)
 
 
 def check_prompt(prompt: object) -> str:

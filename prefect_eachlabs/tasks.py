@@ -23,7 +23,6 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from prefect_eachlabs import events
-from prefect_eachlabs.api.typed_inputs import TypedInput
 from prefect_eachlabs.artifacts import ashow_picture, show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
 from prefect_eachlabs.engine.runtime import Gateway
@@ -133,7 +132,7 @@ def create_prediction(
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | TypedInput | None = None,
+    input: Mapping[str, Any] | None = None,
     sample: int | None = None,
     formats: Sequence[str] | None = None,
     destination: Target | None = None,
@@ -158,7 +157,7 @@ def create_prediction(
         model: The model's slug (the page of the first model: `gemini`).
         version: The model's version; the first model's own when left out.
         item_id: Names the item, 1 to 128 of `A-Z a-z 0-9 _ -`; the input's fingerprint when left out.
-        input: Further fields of the model's input; or a typed input such as `GeminiImageInput`, for its model.
+        input: Further fields of the model's input; `prefect-eachlabs models SLUG` shows what it takes.
         sample: The number of this one among several of the same input: 2, 3 ... are items of their own.
         formats: What may be stored of it: `("png", "jpeg", "webp", "gif", "mp4")` or fewer; PNG alone when left out.
             Kept in the record.
@@ -209,7 +208,7 @@ async def acreate_prediction(
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | TypedInput | None = None,
+    input: Mapping[str, Any] | None = None,
     sample: int | None = None,
     formats: Sequence[str] | None = None,
     destination: Target | None = None,
@@ -450,7 +449,7 @@ def generate_and_store(
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | TypedInput | None = None,
+    input: Mapping[str, Any] | None = None,
     sample: int | None = None,
     formats: Sequence[str] | None = None,
     credentials: Credentials = None,
@@ -512,7 +511,7 @@ async def agenerate_and_store(
     model: str = DEFAULT_MODEL,
     version: str | None = None,
     item_id: str | None = None,
-    input: Mapping[str, Any] | TypedInput | None = None,
+    input: Mapping[str, Any] | None = None,
     sample: int | None = None,
     formats: Sequence[str] | None = None,
     credentials: Credentials = None,

@@ -17,7 +17,6 @@ from prefect_eachlabs import (
     EachlabsCredentials,
     EachlabsError,
     FormatNotAllowed,
-    GeminiImageInput,
     HostNotAllowed,
     InsufficientBalance,
     ItemConflict,
@@ -40,7 +39,6 @@ from prefect_eachlabs import (
     StoredImage,
     StoreFailed,
     Throttled,
-    TypedInput,
     Unanswered,
     aawait_result,
     acancel_prediction,
@@ -52,9 +50,7 @@ from prefect_eachlabs import (
     create_prediction,
     generate_and_store,
     generate_image,
-    request_picture,
     store_image,
-    vary_image,
 )
 
 PLACE = "s3://acme/daily"
@@ -99,15 +95,8 @@ async def awaited(prompt: str) -> None:
     assert_type(await agenerate_and_store(prompt, destination=PLACE), StoredImage)
 
 
-async def flows_within_flows() -> None:
+def flows_within_flows() -> None:
     assert_type(generate_image("a red fox", PLACE), StoredImage)
-    assert_type(await vary_image("https://h/fox.jpg", ["in snow"], PLACE, samples=2), list[StoredImage])
-    assert_type(request_picture("a red fox", item_id="order-7"), str)
-
-
-def inputs() -> None:
-    typed: TypedInput = GeminiImageInput(prompt="a red fox")
-    create_prediction(input=typed, destination=PLACE)
 
 
 def blocks() -> None:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefect_eachlabs.api.once import Once
-from prefect_eachlabs.api.typed_inputs import BUILT_IN, faults_of
 from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected
 from prefect_eachlabs.limits.limiter import RateLimiter
-from prefect_eachlabs.models import Item
+from prefect_eachlabs.models import DEFAULT_MODEL, Item
 from prefect_eachlabs.reference_images import REFERENCE_FIELDS
 
 logger = logging.getLogger(__name__)
@@ -213,22 +212,18 @@ class Catalogue:
     async def checked(self, item: Item) -> dict[str, Any]:
         """The item's input as its model takes it: its reference picture in the right field, all of it checked.
 
-        The first model's input is known without a request. A model that the catalogue does not know, or of which it
-        has no schema, gets what the user wrote.
+        The first model's input was checked when the item was made, and needs no request. A model that the catalogue
+        does not know, or of which it has no schema, gets what the user wrote.
 
         Raises:
             BadInput: The model would refuse it; says which fields and why. Nothing was bought.
             EachlabsError: As for `model`.
         """
-        typed = BUILT_IN.get(item.model)
-        if typed is not None:
-            input, faults = dict(item.input), faults_of(typed, item.input)
-        else:
-            model = await self.model(item.model)
-            if model is None:
-                return dict(item.input)
-            input = model.placed(item.input)
-            faults = model.faults_of(_with_urls(input))
+        model = None if item.model == DEFAULT_MODEL else await self.model(item.model)
+        if model is None:
+            return dict(item.input)
+        input = model.placed(item.input)
+        faults = model.faults_of(_with_urls(input))
         if faults:
             more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
             raise BadInput(

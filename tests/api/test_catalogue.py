@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import pytest
-from pydantic import Field
 
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
 from prefect_eachlabs.api.once import Once
-from prefect_eachlabs.api.typed_inputs import GeminiImageInput, TypedInput
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered
 from prefect_eachlabs.models import Item
@@ -240,58 +238,12 @@ def test_once_is_once_for_all_who_ask_and_each_gets_an_error_of_its_own() -> Non
     run(story())
 
 
-# -------------------------------------------------------------------------------------------- typed inputs
-
-
-class FluxProInput(TypedInput):
-    """Ten lines, as the documentation shows them."""
-
-    eachlabs_model: ClassVar[str] = "flux-1-1-pro"
-
-    prompt: str = Field(min_length=1)
-    aspect_ratio: Literal["1:1", "16:9", "9:16"] = "1:1"
-    seed: int | None = Field(default=None, ge=0)
-
-
-def test_a_typed_input_names_its_model_and_sends_what_is_set() -> None:
-    item = Item.wanted(input=FluxProInput(prompt="a fox", seed=7))
-    assert item.request_body() == {
-        "model": "flux-1-1-pro",
-        "input": {"prompt": "a fox", "aspect_ratio": "1:1", "seed": 7},
-    }
-    with pytest.raises(ValueError, match="greater than or equal to 0"):
-        FluxProInput(prompt="a fox", seed=-1)
-    with pytest.raises(ValueError, match="Extra inputs are not permitted"):
-        FluxProInput(prompt="a fox", sede=1)  # type: ignore[call-arg]  # that is the point
-
-
-def test_the_typed_input_of_the_first_model_is_the_same_item_as_its_words() -> None:
-    typed = Item.wanted(input=GeminiImageInput(prompt="a fox", image_url=URL))
-    assert typed == Item.wanted("a fox", image_url=URL)
-
-
-def test_a_typed_input_of_another_model_than_the_one_that_is_named_is_refused() -> None:
-    with pytest.raises(BadInput, match="input: a FluxProInput is for flux-1-1-pro model, and the model is 'imagen-4'"):
-        Item.wanted(model="imagen-4", input=FluxProInput(prompt="x"))
-
-
-def test_the_first_models_fields_are_checked_by_its_type() -> None:
-    async def story() -> None:
-        shop = Shop()
-        wrong = Item.wanted("x").model_copy(update={"input": {"prompt": 7}})
-        with pytest.raises(BadInput, match=r"Model 'gemini' does not take this input: input.prompt: Input should be"):
-            await shop.process().account.catalogue.checked(wrong)
-        assert not shop.requests()
-
-    play(story)
-
-
 # ------------------------------------------------------------------------------- three models, all the way
 
 
 def test_three_models_with_different_schemas_are_bought_by_the_same_call(studio: Studio) -> None:
     place = studio.destination
-    closed = generate_and_store.fn(input=FluxProInput(prompt="a fox", aspect_ratio="16:9"), destination=place)
+    closed = generate_and_store.fn("a fox", model="flux-1-1-pro", input={"seed": 7}, destination=place)
     listed = generate_and_store.fn("a fox", model="nano-banana-pro-edit", image_url=picture_bytes(1), destination=place)
     several = generate_and_store.fn("a fox", model="imagen-4", input={"num_images": 3}, destination=place)
     renamed = generate_and_store.fn(model="upscaler", image_url=picture_bytes(1), input={"scale": 4}, destination=place)

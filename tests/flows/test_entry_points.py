@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
 from prefect_eachlabs import BadInput
 from prefect_eachlabs.flows.generate_image import json_fields
-from tests.api.reference_kit import picture_bytes
 from tests.conftest import ROOT
-from tests.flows.flow_fixtures import BUCKET, Studio
+from tests.flows.flow_fixtures import Studio
 
 FILES = sorted((ROOT / "flows").glob("*.py"))
 
@@ -57,18 +53,6 @@ def test_the_form_of_a_picture_takes_further_fields_as_json(studio: Studio) -> N
     (bought,) = studio.api.predictions()
     assert bought["input"] == {"prompt": "a fox", "aspect_ratio": "16:9"}
     assert image.uri.startswith(studio.destination)
-
-
-@pytest.mark.usefixtures("prefect_server")
-def test_the_form_of_variations_takes_a_prompt_to_a_line(studio: Studio) -> None:
-    with closing(boto3.client("s3")) as s3:
-        key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/fox.jpg"
-        s3.put_object(Bucket=BUCKET, Key=key, Body=picture_bytes(7, "JPEG"))
-    images = asyncio.run(
-        entry("vary_image")(f"s3://{BUCKET}/{key}", "in snow\n\n in rain \n", studio.destination, name="fox")
-    )
-    assert [image.item_id for image in images] == ["fox-1-1", "fox-2-1"]
-    assert {one["input"]["prompt"] for one in studio.api.predictions()} == {"in snow", "in rain"}
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7", '"text"', "[" * 100_000])

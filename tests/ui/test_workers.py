@@ -37,7 +37,6 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
     for name in (
         IMAGE,
         "generate-image/requested-image",
-        "vary-image/vary-image",
         "generate-batch/generate-batch",
         "generate-shard/generate-shard",
         "scheduled-image/scheduled-image",
