@@ -183,7 +183,7 @@ def create_prediction(
     """
     since = datetime.now(timezone.utc)
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, formats=check_formats(formats)
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous=on_ambiguous, formats=check_formats(formats)
     )
     gateway, work = _create(
         prompt,
@@ -221,7 +221,7 @@ async def acreate_prediction(
     """`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
     since = datetime.now(timezone.utc)
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, formats=check_formats(formats)
+        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous=on_ambiguous, formats=check_formats(formats)
     )
     gateway, work = _create(
         prompt,
@@ -482,7 +482,13 @@ def generate_and_store(
         ```
     """
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats=check_formats(formats)
+        _run_id(),
+        replace,
+        rebuy_missing,
+        retry_failed,
+        on_ambiguous=on_ambiguous,
+        deadline_seconds=deadline_seconds,
+        formats=check_formats(formats),
     )
     storing = _generate(
         prompt,
@@ -524,7 +530,13 @@ async def agenerate_and_store(
 ) -> StoredImage:
     """`generate_and_store` for async flows: awaited. **Costs money** once."""
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats=check_formats(formats)
+        _run_id(),
+        replace,
+        rebuy_missing,
+        retry_failed,
+        on_ambiguous=on_ambiguous,
+        deadline_seconds=deadline_seconds,
+        formats=check_formats(formats),
     )
     storing = _generate(
         prompt,
