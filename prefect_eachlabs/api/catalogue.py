@@ -228,7 +228,7 @@ class Catalogue:
             more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
             raise BadInput(
                 f"Model {item.model!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Mend it "
-                f"(`prefect-eachlabs model {item.model}` shows what it takes); nothing was bought.",
+                f"(`prefect-eachlabs models {item.model}` shows what it takes); nothing was bought.",
                 item_id=item.item_id,
             )
         return input

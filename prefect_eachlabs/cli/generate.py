@@ -31,7 +31,7 @@ fingerprint of model, version and input unless you name it with --item-id.
 
 A reference picture may be a public URL, an object in a bucket, or a file, which is uploaded through the API and
 then public to whoever has its link. Another model gets it under the name it has for it; what a model takes shows
-`prefect-eachlabs model SLUG`.
+`prefect-eachlabs models SLUG`.
 
 examples:
   prefect-eachlabs generate "a red fox in the snow, watercolour" --to s3://acme/daily

@@ -1,4 +1,4 @@
-"""`prefect-eachlabs models`: the catalogue. Free, and public: it works without a key."""
+"""`prefect-eachlabs models [SLUG]`: the catalogue, or what one model takes. Free, and public: no key is needed."""
 
 # ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
 
@@ -10,11 +10,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_eachlabs.cli.generate import source_of_places
 from prefect_eachlabs.cli.options import account_for_the_server
+from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
@@ -25,27 +27,48 @@ T = TypeVar("T")
 EPILOG = """\
 examples:
   prefect-eachlabs models            # all of them
-  prefect-eachlabs models banana     # those whose name contains it
+  prefect-eachlabs models imagen-4   # the fields that this one takes; --json for its schema
+  prefect-eachlabs generate "a red fox" --to s3://acme/daily --model imagen-4 --input num_images=2
 """
+MOST_NEAR = 8
+_SAID_ELSEWHERE = {"type", "title", "description", "items", "anyOf", "oneOf"}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("name", metavar="NAME", nargs="?", default="", help="a part of the name; case does not matter")
+    parser.add_argument("slug", metavar="SLUG", nargs="?", default="", help="one model; without it, all are listed")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
 def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
-    models = ask_catalogue(lambda catalogue: catalogue.find(arguments.name))
-    if arguments.json:
-        print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+    from prefect_eachlabs.models import check_model_name
+
+    if not arguments.slug:
+        models = ask_catalogue(lambda catalogue: catalogue.find())
+        if arguments.json:
+            print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+        else:
+            print("\n".join(map(_line, models)) or "The catalogue is empty.")
         return 0
-    if not models:
-        print(f"No model's name contains {arguments.name!r}.")
-        return 0
-    _show(models)
+    slug = check_model_name(arguments.slug)
+    model = ask_catalogue(lambda catalogue: catalogue.model(slug))
+    if model is None:
+        near = nearest(slug, [model.slug for model in ask_catalogue(lambda catalogue: catalogue.find())])
+        said = f"The nearest: {', '.join(near)}." if near else "`prefect-eachlabs models` lists what there is."
+        raise BadInput(f"model: the catalogue has no {slug!r}. {said}")
+    print(json.dumps(as_json(model)) if arguments.json else "\n".join(_described(model)), flush=True)
     return 0
+
+
+def nearest(slug: str, slugs: list[str]) -> list[str]:
+    """The models that may have been meant: those whose slug contains the word, then those written alike.
+
+    >>> nearest("flux", ["imagen-4", "flux-pro"]), nearest("imagin-4", ["imagen-4", "flux-pro"])
+    (['flux-pro'], ['imagen-4'])
+    """
+    containing = [known for known in slugs if slug.lower() in known.lower()]
+    return list(dict.fromkeys([*containing, *get_close_matches(slug, slugs)]))[:MOST_NEAR]
 
 
 def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
@@ -84,26 +107,46 @@ def as_json(model: Model) -> dict[str, object]:
     }
 
 
-def _show(models: list[Model]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
+def _line(model: Model) -> str:
+    """A model in the list."""
+    field = model.reference_field
+    needs = ", ".join(model.required) or ("no schema" if model.request_schema is None else "nothing")
+    picture = f"; reference picture: {field.name}{' (several)' if field.takes_list else ''}" if field else ""
+    return _plain(f"{model.slug:24} {model.title}; needs {needs}{picture}")
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", no_wrap=True)  # to be copied
-    for name in ("title", "puts out", "needs", "reference picture"):
-        table.add_column(name, overflow="fold")
-    for model in models:
-        field = model.reference_field
-        several = " (several)" if field and field.takes_list else ""
-        cells = (
-            model.slug,
-            model.title,
-            {"string": "one picture", "array": "a list"}.get(model.output_type, model.output_type),
-            ", ".join(model.required) or ("no schema" if model.request_schema is None else ""),
-            f"{field.name}{several}" if field else "",
-        )
-        table.add_row(*map(Text, cells))
-    # Where it goes into a file there is no width to keep to.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+def _described(model: Model) -> list[str]:
+    """A model and its fields, a line each."""
+    puts_out = {"string": "one picture", "array": "a list of pictures"}.get(model.output_type, model.output_type)
+    lines = [_plain(f"{model.title} ({model.slug}) puts out {puts_out or 'what nobody says'}.")]
+    if model.request_schema is None:
+        return [*lines, "The catalogue has no schema of it: its inputs go unchecked."]
+    field = model.reference_field
+    for name, schema in model.properties.items():
+        facts = ["needed"] if name in model.required else []
+        facts += ["the reference picture (image_url, --image-url)"] if field and name == field.name else []
+        facts += [f"{word} {_value(value)}" for word, value in schema.items() if word not in _SAID_ELSEWHERE]
+        facts += [str(schema[word]) for word in ("description",) if word in schema]
+        lines.append(_plain(f"  {name}: {_kind(schema)}; {'; '.join(facts)}").rstrip("; "))
+    return [*lines, "It takes no other field."] if model.request_schema.get("additionalProperties") is False else lines
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    """A field's type in a word or two."""
+    kind, items = schema.get("type"), schema.get("items")
+    if kind == "array":
+        return f"list of {_kind(items)}" if isinstance(items, Mapping) else "list"
+    choices = schema.get("anyOf") or schema.get("oneOf") if kind is None else kind
+    if isinstance(choices, list):
+        return " or ".join(_kind(choice) if isinstance(choice, Mapping) else str(choice) for choice in choices)
+    return str(kind or "any")
+
+
+def _value(value: Any) -> str:
+    listed = value if isinstance(value, list) else [value]
+    return ", ".join(one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in listed)
+
+
+def _plain(text: str) -> str:
+    """One line of at most 300 characters that does nothing to a terminal: the catalogue's words are another's."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:300])

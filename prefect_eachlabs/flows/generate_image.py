@@ -81,7 +81,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
             for each different input.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        input: Further fields of the model's input. `prefect-eachlabs model SLUG` shows what it takes.
+        input: Further fields of the model's input. `prefect-eachlabs models SLUG` shows what it takes.
         formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
 
     Returns:

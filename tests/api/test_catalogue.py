@@ -12,6 +12,7 @@ import pytest
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
 from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.cli.models import _described, _line
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.tasks import generate_and_store
@@ -104,7 +105,7 @@ def test_many_faults_are_all_counted_and_some_are_told() -> None:
         engine, wrong = Shop().process(), {**dict.fromkeys("abc", 1), "seed": -1}
         with pytest.raises(BadInput, match=r"input.a, b, c: not known.*input.prompt: .* too long.*input.seed") as info:
             await buy(engine, "x" * 10_001, model="flux-1-1-pro", input=wrong)
-        assert "`prefect-eachlabs model flux-1-1-pro` shows what it takes" in info.value.message
+        assert "`prefect-eachlabs models flux-1-1-pro` shows what it takes" in info.value.message
         assert "nothing was bought" in info.value.message
         assert len(info.value.message) < 1_500
         assert info.value.item_id
@@ -277,44 +278,45 @@ def test_models_lists_the_catalogue_without_a_key(
 ) -> None:
     monkeypatch.delenv("EACHLABS_API_KEY")
     assert main(["models"]) == 0
-    shown = capsys.readouterr().out
-    for slug in CATALOGUE:
-        assert f"\n {slug} " in shown
-    assert "image_urls (several)" in shown
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+    assert "needs prompt, image_urls; reference picture: image_urls (several)" in "\n".join(lines)
+    assert main(["models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["models"]
+    assert {one["slug"]: one["reference_field"] for one in found}["flux-kontext-pro"] == "input_image"
     assert studio.api.tallies()["unauthorized"] == 0
 
 
-def test_models_finds_by_name_and_speaks_json(studio: Studio, capsys: Printed) -> None:
-    assert main(["models", "FLUX", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)["models"]
-    assert [(one["slug"], one["reference_field"]) for one in found] == [
-        ("flux-1-1-pro", None),
-        ("flux-kontext-pro", "input_image"),
-    ]
-    assert main(["models", "none-such"]) == 0
-    assert capsys.readouterr().out == "No model's name contains 'none-such'.\n"
-    assert studio.api.tallies()["requests_by_endpoint"] == {"models": 2}
-
-
-def test_model_shows_a_schema_as_a_table(studio: Studio, capsys: Printed) -> None:
-    assert main(["model", "nano-banana-pro-edit"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
+def test_models_of_a_slug_says_what_it_takes_a_line_a_field(studio: Studio, capsys: Printed) -> None:
+    assert main(["models", "nano-banana-pro-edit"]) == 0
+    shown = capsys.readouterr().out
     assert "Nano Banana Pro Edit (nano-banana-pro-edit) puts out a list of pictures." in shown
-    assert "image_urls list of string yes 1 items or more, 8 items at most the reference picture" in shown
-    assert "num_images integer 1 at least 1, at most 4" in shown
-    assert main(["model", "flux-1-1-pro"]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert 'aspect_ratio string "1:1" 1:1, 16:9, 9:16, 4:3, 3:4' in shown
+    assert "  image_urls: list of string; needed; the reference picture" in shown
+    assert "minItems 1; maxItems 8" in shown
+    assert main(["models", "flux-1-1-pro"]) == 0
+    shown = capsys.readouterr().out
+    assert "  aspect_ratio: string; enum 1:1, 16:9, 9:16, 4:3, 3:4; default 1:1\n" in shown
     assert "It takes no other field." in shown
-    assert main(["model", "schemaless"]) == 0
+    assert main(["models", "schemaless"]) == 0
     assert "no schema of it: its inputs go unchecked" in capsys.readouterr().out
+    assert main(["models", "imagen-4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["request_schema"]["properties"]["num_images"]["maximum"] == 4
 
 
-def test_a_model_that_is_not_there_ends_with_2(studio: Studio, capsys: Printed) -> None:
-    assert main(["model", "none-such", "--json"]) == 2
-    assert "the catalogue has no 'none-such'" in json.loads(capsys.readouterr().out)["error"]
-    assert main(["model", "../x"]) == 2
+def test_a_model_that_is_not_there_ends_with_2_and_the_nearest_names(studio: Studio, capsys: Printed) -> None:
+    assert main(["models", "flux", "--json"]) == 2
+    assert "no 'flux'. The nearest: flux-1-1-pro, flux-kontext-pro." in json.loads(capsys.readouterr().out)["error"]
+    assert main(["models", "imagin-4"]) == 2
+    assert "The nearest: imagen-4" in capsys.readouterr().err
+    assert main(["models", "qqqq"]) == 2
+    assert "`prefect-eachlabs models` lists what there is" in capsys.readouterr().err
+    assert main(["models", "../x"]) == 2
     assert "must be a model's slug" in capsys.readouterr().err
+
+
+def test_the_catalogues_words_do_nothing_to_a_terminal() -> None:
+    model = Model.parse({"slug": "m", "title": "\x1b]0;owned\x07", "request_schema": {"properties": {"a\n\x1b": {}}}})
+    assert all(line.isprintable() for line in [_line(model), *_described(model)])
 
 
 def test_fields_of_the_input_come_from_the_command_line(studio: Studio, capsys: Printed) -> None:
