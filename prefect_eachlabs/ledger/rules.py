@@ -32,27 +32,27 @@ class PurchaseOptions:
         replace: Buy although the item id stands for another input (its picture is replaced).
         rebuy_missing: Buy again when a stored picture is gone from the bucket.
         retry_failed: Buy again what failed for good.
-        retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
-            leaves it open, it is bought once. The record keeps the statement; the same run makes it once for an item.
         on_ambiguous: `settle`: find out through the API's executions what a lost answer bought; `fail`: report it.
         deadline_seconds: From the POST; None: the account's.
         presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
         budget: Asked before each POST; None: nobody is.
         formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, PNG alone at first.
         any_reference: A person at the command line named the reference pictures: every bucket will do.
+        retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
+            leaves it open, it is bought once. The record keeps the statement; the same run makes it once for an item.
     """
 
     run_id: str = ""
     replace: bool = False
     rebuy_missing: bool = False
     retry_failed: bool = False
-    retry_ambiguous: bool = False
     on_ambiguous: Literal["settle", "fail"] = "settle"
     deadline_seconds: float | None = None
     presume_new: bool = False
     budget: Budget | None = None
     formats: tuple[str, ...] | None = None
     any_reference: bool = False
+    retry_ambiguous: bool = False
 
 
 class Step(str, Enum):
