@@ -30,8 +30,8 @@ import boto3
 import httpx
 from botocore.config import Config
 
-import prefect_eachlabs.batch.contact_sheet
 import prefect_eachlabs.batch.plan
+import prefect_eachlabs.batch.sheet
 import prefect_eachlabs.cli.batch
 import prefect_eachlabs.engine.runtime  # noqa: F401 - what the command imports when it runs is not what is measured
 from prefect_eachlabs.cli import main as cli

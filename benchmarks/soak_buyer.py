@@ -34,7 +34,7 @@ IMPORTED_BEFORE = (
     "botocore.signers",
     "prefect_eachlabs.batch.plan",
     "prefect_eachlabs.cli.batch",
-    "prefect_eachlabs.batch.contact_sheet",
+    "prefect_eachlabs.batch.sheet",
     "prefect_eachlabs.engine.runtime",
     "prefect_eachlabs.limits",
 )

@@ -1,25 +1,88 @@
-"""The report's contact sheet: some pictures of a batch, fetched back one by one and made small at once."""
+"""The contact sheet: pictures of a batch in a grid, each with a caption, drawn with Pillow (extra `demo`)."""
+
+# ruff: noqa: PLC0415 - Pillow is an extra
 
 from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+import math
+import string
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_eachlabs.batch.outcomes import Outcome
 from prefect_eachlabs.batch.report import Worker
-from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.storage.base import ObjectStore
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.batch.contact_sheet import Frame
+    from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 
 MOST_FRAMES = 60
+MOST_COLUMNS = 8
 THUMBNAIL_PX = 240
+GAP_PX = 16
+TEXT_PX, LINE_PX = 13, 17
+CAPTION_LINES = 2
+LINE_CHARACTERS = THUMBNAIL_PX // 7  # a character of the font is some 0.47 of its height wide
+SHOWN = frozenset(string.printable + "“”’…·")
+"""What Pillow's own font can show."""
+
+
+class Frame(NamedTuple):
+    """A picture of the sheet (None: none that Pillow can read), what it shows, its item and a line of facts."""
+
+    picture: Image | None
+    caption: str
+    item_id: str
+    note: str
+
+
+def frame(data: bytes | None, caption: str, item_id: str, note: str) -> Frame:
+    """A frame that keeps no more of its picture than a thumbnail."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(data or b"")) as opened:
+            opened.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+            return Frame(opened.convert("RGBA"), caption, item_id, note)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        logger.info("Item %s: Pillow cannot read its picture.", item_id)
+        return Frame(None, caption, item_id, note)
+
+
+def contact_sheet(frames: Sequence[Frame], title: str) -> bytes:
+    """The frames in reading order as a PNG. A caption that Pillow's font cannot show gives way to the item's id."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns = min(MOST_COLUMNS, math.ceil(math.sqrt(len(frames))))
+    step_x, step_y = THUMBNAIL_PX + GAP_PX, THUMBNAIL_PX + (CAPTION_LINES + 1) * LINE_PX + GAP_PX
+    top = LINE_PX + 2 * GAP_PX
+    sheet = Image.new("RGB", (columns * step_x + GAP_PX, top + math.ceil(len(frames) / columns) * step_y), "white")
+    font = ImageFont.load_default(TEXT_PX)
+    pen = ImageDraw.Draw(sheet)
+    pen.text((GAP_PX, GAP_PX), title if SHOWN.issuperset(title) else "contact sheet", "black", font)
+    for number, one in enumerate(frames):
+        # A cell of its own: nothing that is drawn in it runs into the next one.
+        cell = Image.new("RGB", (THUMBNAIL_PX, step_y), "white")
+        pen = ImageDraw.Draw(cell)
+        if one.picture is None:
+            pen.text((GAP_PX, THUMBNAIL_PX // 2), "no picture", "gray", font)
+        else:
+            cell.paste(one.picture, (0, 0), one.picture)
+        caption = one.caption if SHOWN.issuperset(one.caption) else one.item_id
+        lines = textwrap.wrap(caption, LINE_CHARACTERS, max_lines=CAPTION_LINES, placeholder="…")
+        pen.text((0, THUMBNAIL_PX + 2), "\n".join(lines), "black", font)
+        pen.text((0, THUMBNAIL_PX + CAPTION_LINES * LINE_PX + 2), one.note, "gray", font)
+        sheet.paste(cell, (GAP_PX + number % columns * step_x, top + number // columns * step_y))
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 async def draw_sheet(
@@ -35,9 +98,9 @@ async def draw_sheet(
         worker: Draws beside the loop.
     """
     try:
-        from prefect_eachlabs.batch.contact_sheet import contact_sheet  # noqa: PLC0415 - Pillow is an extra
-    except SetupError as error:
-        logger.info("No contact sheet: %s", error)
+        import PIL  # noqa: F401
+    except ImportError:
+        logger.info("No contact sheet: it is drawn with Pillow: pip install 'prefect-eachlabs[demo]'.")
         return None
     frames: list[Frame] = []
     for outcome in outcomes:
@@ -47,32 +110,11 @@ async def draw_sheet(
             logger.info("Not on the contact sheet: %s", error)
             continue
         if found is not None:
-            frames.append(await worker(_frame, found.body, outcome))
+            facts = [f"row {outcome.row}"] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
+            item_id = outcome.item_id or ""
+            frames.append(await worker(frame, found.body, outcome.prompt or item_id, item_id, " · ".join(facts)))
     if not frames:
         return None
-    count = totals.get("stored", 0) + totals.get("reused", 0)
-    note = f"{len(frames)} of {count:,} pictures · ${totals.get('pictures_cost_usd', 0):,.2f} · run {totals.get('run')}"
-    return await worker(_drawn, contact_sheet, frames, str(totals.get("batch_id", "")), note)
-
-
-def _frame(data: bytes, outcome: Outcome) -> Frame:
-    from PIL import Image  # noqa: PLC0415 - an extra
-
-    from prefect_eachlabs.batch.contact_sheet import Frame  # noqa: PLC0415 - needs Pillow
-
-    small: bytes | None = None
-    try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            buffer = io.BytesIO()
-            picture.save(buffer, "PNG")
-            small = buffer.getvalue()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        logger.info("Item %s: Pillow cannot read its picture.", outcome.item_id)
-    facts = [f"row {outcome.row}"] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
-    return Frame(small, outcome.prompt or outcome.item_id or "", " · ".join(facts))
-
-
-def _drawn(draw: Any, frames: list[Frame], title: str, note: str) -> bytes:
-    sheet: bytes = draw(frames, title=title, note=note, thumbnail_px=THUMBNAIL_PX)
-    return sheet
+    count, cost_usd = totals.get("stored", 0) + totals.get("reused", 0), totals.get("pictures_cost_usd", 0)
+    title = f"{totals.get('batch_id', '')}: {len(frames)} of {count:,} pictures · ${cost_usd:,.2f}"
+    return await worker(contact_sheet, frames, title)

@@ -183,17 +183,14 @@ def _facts(image: StoredImage) -> tuple[str, str, str]:
 
 
 def _sheet(played: Played, prompts: Mapping[str, str]) -> bytes:
-    from prefect_eachlabs.batch.contact_sheet import Frame, contact_sheet
+    from prefect_eachlabs.batch.sheet import contact_sheet, frame
 
     frames = []
     for item_id, prompt in prompts.items():
         facts = ", ".join(filter(None, _facts(played.images[item_id]))) if item_id in played.images else "failed"
-        frames.append(Frame(played.pictures.get(item_id), prompt, f"{item_id}: {facts}"))
+        frames.append(frame(played.pictures.get(item_id), prompt, item_id, facts))
     return contact_sheet(
-        frames,
-        title="prefect-eachlabs",
-        note=f"What s3://{demo_stage.BUCKET} held after {len(prompts)} runs of the flow generate-image. "
-        "Drawn by the emulator: no model was asked.",
+        frames, f"s3://{demo_stage.BUCKET} after {len(prompts)} runs of generate-image; drawn by the emulator"
     )
 
 

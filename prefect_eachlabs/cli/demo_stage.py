@@ -181,7 +181,8 @@ class Stage:
             )
             self.s3 = self._open.enter_context(LocalS3(buckets=[BUCKET]))
             os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
-            import prefect_eachlabs.batch.contact_sheet
+            import PIL  # noqa: F401 - is it here?
+
             import prefect_eachlabs.flows.generate_image  # noqa: F401 - loaded, not used here
         except ImportError as error:
             started.set_exception(SetupError(f"The demo needs {error.name}: pip install 'prefect-eachlabs[demo]'."))

@@ -329,7 +329,6 @@ def test_without_pillow_there_is_no_sheet_and_the_log_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.delitem(sys.modules, "prefect_eachlabs.batch.contact_sheet", raising=False)
 
     async def story() -> None:
         shop = CountingShop(MemoryStore())
