@@ -3,7 +3,7 @@
     python tools/make_constraints.py [PYTHON ...]
 
 Without arguments it looks for python3.10 to python3.13 on the PATH and under ~/.pyenv/versions. Each interpreter
-resolves `.[dev]` by itself with pip (nothing is installed, a minute or two each); where they differ, a line gets an
+resolves `.[dev,aws]` by itself with pip (nothing is installed, a minute or two each); where they differ, a line gets an
 environment marker. The file holds names and versions alone: where packages come from is each machine's own setting.
 """
 
@@ -49,7 +49,7 @@ def resolve(interpreter: str) -> tuple[int, dict[str, str]]:
         report = Path(scratch) / "report.json"
         subprocess.run([interpreter, "-m", "venv", str(venv)], check=True)
         pip = [str(venv / "bin" / "python"), "-m", "pip", "install", "-qq", "--dry-run", "--ignore-installed"]
-        subprocess.run([*pip, "--report", str(report), *FIRST, f"{ROOT}[dev]"], check=True)
+        subprocess.run([*pip, "--report", str(report), *FIRST, f"{ROOT}[dev,aws]"], check=True)
         answer = json.loads(report.read_text(encoding="utf-8"))
     minor = int(answer["environment"]["python_version"].partition(".")[2])
     versions = {}

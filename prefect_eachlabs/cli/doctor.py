@@ -102,7 +102,7 @@ def versions() -> Finding:
         return wrong(
             "versions",
             f"{line}: {'; '.join(faults)}",
-            "pip install -c constraints.txt . (Prefect's server fails with other versions of FastAPI)",
+            "pip install -c constraints.txt .",
         )
     return ok("versions", line)
 
