@@ -638,6 +638,7 @@ class StoredImage(BaseModel):
         cost_usd: What the API says it cost; 0 until settled, None when not told.
         predict_time_seconds: The model's own time, when told.
         reused: True when it was bought earlier: nothing was bought by this call.
+        bought_by: The id of the run that was billed for it, where its record says so.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -656,3 +657,4 @@ class StoredImage(BaseModel):
     more_uris: tuple[str, ...] = ()
     format: str = "png"
     reused: bool = False
+    bought_by: str | None = None

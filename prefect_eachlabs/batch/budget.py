@@ -87,6 +87,9 @@ class Budget:
         if self._stopped is not None:
             raise Skipped(self._stopped.message, kind=self._stopped.kind)
 
+    def ordered(self, item: Item, prediction_id: str | None) -> None:
+        """A POST of this run bought this prediction, or its answer was lost."""
+
     async def approve(self, item: Item) -> None:
         """Sets the item's expected price aside; waits while what is in flight may still turn out to cost nothing.
 

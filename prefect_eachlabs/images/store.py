@@ -65,6 +65,7 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
         more_uris=tuple(record.more_uris),
         format=_format_of_key(record.uri or ""),
         reused=reused,
+        bought_by=record.bought_by or None,
     )
 
 

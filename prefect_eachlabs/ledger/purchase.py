@@ -45,7 +45,7 @@ from prefect_eachlabs.ledger.records import (
     amended,
     new_record,
 )
-from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.ledger.rules import Budget, PurchaseOptions
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Item, Prediction
 from prefect_eachlabs.polling.poller import Poller
@@ -85,6 +85,8 @@ class Job:
     """The slot in flight it holds; None before, and after the watcher has taken it over."""
     prediction_id: str | None = None
     """What this job has bought (or adopted), once it is known."""
+    budget: Budget | None = None
+    """Told of every order of this job, whatever becomes of it."""
     may_be_interrupted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -104,6 +106,10 @@ class Job:
         while not self.may_be_interrupted.is_set():
             # Between the event and this task's turn the next critical section may have begun.
             await self.may_be_interrupted.wait()
+
+    def ordered(self, item: Item, prediction_id: str | None) -> None:
+        if self.budget is not None:
+            self.budget.ordered(item, prediction_id)
 
     def give_back_slot(self) -> None:
         if self.slot is not None:
@@ -168,6 +174,7 @@ class Purchaser:
             OutcomeUnknown: Nobody can tell whether it was bought; it stands as ambiguous and is not repeated.
         """
         record = self._first_claim(item, replacing, options)
+        job.budget = options.budget
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
                 if replacing.record.fingerprint == item.fingerprint:
@@ -183,7 +190,7 @@ class Purchaser:
                 if record.state is RecordState.CLAIMED and options.on_ambiguous == "fail":
                     await self._report_as_ambiguous(ledger, replacing)
             while record.state is not RecordState.CREATED:
-                record = amended(record, intent=Intent.POST, unsettled_since=None)
+                record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None)
                 try:
                     order = await self._orders.prepare(item, ledger, options)
                     request = await self._take_approved_slots(item, options, job)
@@ -203,7 +210,7 @@ class Purchaser:
                     replacing = await self._after_a_lost_answer(ledger, reconciler, lost, options, job)
                     record = replacing.record
             assert replacing is not None
-            self._adopt(replacing, job)
+            self._adopt(item, replacing, job)
             return replacing
         finally:
             job.give_back_slot()
@@ -363,17 +370,21 @@ class Purchaser:
             request.done()
             breaker.throttled(error)
             raise
-        except EachlabsError:
+        except EachlabsError as error:
             request.done()
             breaker.passed()
+            if isinstance(error, OutcomeUnknown):
+                job.ordered(item, None)
             raise
         except asyncio.CancelledError:
             request.done()
             breaker.left()
+            job.ordered(item, None)
             raise
         except Exception as error:
             request.done()
             breaker.left()
+            job.ordered(item, None)
             raise OutcomeUnknown(
                 f"The order ended in an unexpected {type(error).__name__}: it may have been billed.",
                 item_id=item.item_id,
@@ -381,6 +392,7 @@ class Purchaser:
         request.done()
         breaker.passed()
         job.prediction_id = prediction.id
+        job.ordered(item, prediction.id)
         slot, job.slot = job.slot, None
         self._poller.watch(prediction, slot=slot)
         return prediction
@@ -392,10 +404,12 @@ class Purchaser:
             breaker.refuse(error)
             raise error
 
-    def _adopt(self, found: VersionedRecord, job: Job) -> None:
+    def _adopt(self, item: Item, found: VersionedRecord, job: Job) -> None:
         """What settling found is in flight, perhaps: the slot that its POST took is its own."""
         prediction = found.record.prediction()
         if prediction is not None:
+            if found.record.bought_by == job.run_id:
+                job.ordered(item, prediction.id)
             job.prediction_id = prediction.id
             slot, job.slot = job.slot, None
             self._poller.watch(prediction, slot=slot)
@@ -460,6 +474,8 @@ class Purchaser:
                 ):
                     safe_until = 0.0
                     base, created = current, self._created(current.record, item, prediction)
+                    if current.record.run_id != claim.record.run_id:
+                        created.ordered_by = claim.record.run_id
                 else:
                     return await self._one_too_many(item, ledger, current, prediction)
 
@@ -618,7 +634,15 @@ class Purchaser:
             # The age is a difference of whole seconds.
             remaining_seconds += longest_seconds - held.age_seconds + 1
         now = loop.time()
-        settling = amended(record, state=RecordState.CLAIMED, intent=Intent.SETTLE, unsettled_since=since, error=None)
+        settling = amended(
+            record,
+            state=RecordState.CLAIMED,
+            intent=Intent.SETTLE,
+            unsettled_since=since,
+            error=None,
+            # What it finds was billed to the run whose POST it was.
+            ordered_by=None if held.record.bought_by == record.run_id else held.record.bought_by,
+        )
         with job.critical():
             mine = await ledger.write(settling, replacing=held)
         try:

@@ -91,6 +91,9 @@ class Record(BaseModel):
     epoch: int = Field(default=1, ge=1, description="One more each time the item's purchase begins anew.")
     write_id: str = Field(default="", description="Random, of this very write.")
     run_id: str = Field(default="", description="The run that owns the claim or bought the prediction.")
+    ordered_by: str | None = Field(
+        default=None, description="The run whose POST may have bought, where it is not `run_id`, which found it out."
+    )
     written_at: str = Field(default="", description="The writer's clock; for people, never compared.")
     unsettled_since: datetime | None = Field(
         default=None, description="The bucket's time of the oldest claim whose POST may have bought unseen."
@@ -115,6 +118,11 @@ class Record(BaseModel):
     def order(self) -> dict[str, Any]:
         """The input that the API was sent and echoes, but for signatures."""
         return self.input if self.sent_input is None else self.sent_input
+
+    @property
+    def bought_by(self) -> str:
+        """The run that was billed: whose POST it was, whoever adopted what it bought."""
+        return self.ordered_by or self.run_id
 
     @property
     def named_predictions(self) -> set[str]:

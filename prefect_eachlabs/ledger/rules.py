@@ -12,7 +12,7 @@ from prefect_eachlabs.models import Item
 
 
 class Budget(Protocol):
-    """Who is asked before money is spent; both raise Skipped when it must not be."""
+    """Who is asked before money is spent (both raise Skipped when it must not be), and told what it bought."""
 
     async def approve(self, item: Item) -> None:
         """Asked before slots are waited for; may wait itself. Once for each item that is approved, and again."""
@@ -20,6 +20,10 @@ class Budget(Protocol):
 
     def check(self) -> None:
         """Asked once more with the slots at hand, right before the claim of a POST."""
+        ...
+
+    def ordered(self, item: Item, prediction_id: str | None) -> None:
+        """A POST of this run bought this prediction; None: its answer was lost, and it may have bought."""
         ...
 
 

@@ -58,6 +58,9 @@ class Refusing:
         if self.at == "check":
             raise Skipped("no")
 
+    def ordered(self, item: Item, prediction_id: str | None) -> None:
+        raise AssertionError("nothing may be ordered")
+
 
 # What a batch may ask of the engine.
 
