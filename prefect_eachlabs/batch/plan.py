@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prefect_eachlabs.batch.buying import EngineBuyer
-from prefect_eachlabs.batch.byte_streams import S3Files
+from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder, Worker

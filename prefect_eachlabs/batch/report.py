@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prefect_eachlabs.batch.byte_streams import Files
+from prefect_eachlabs.batch.files import Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.state import Scratch, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError

@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefect_eachlabs.batch.tables import BadRow, Cells, Table, open_table
-from prefect_eachlabs.batch.text_lines import MAX_ROW_BYTES
+from prefect_eachlabs.batch.tables import MAX_ROW_BYTES, BadRow, Cells, Table, open_table
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
 from prefect_eachlabs.reference_images import Roots, opened

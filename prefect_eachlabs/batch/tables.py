@@ -1,8 +1,8 @@
 """Tables as streams of rows: CSV, TSV, JSON Lines and Parquet; a broken line is a row of its own, never the end.
 
 TSV has no quoting of its own: a line is a row, and quotes are text, except around a whole cell in which every other
-quote is doubled (so spreadsheets write them). A quote that is never closed in CSV breaks its line alone: the lines
-after it are read anew.
+quote is doubled (so spreadsheets write them). A quote that is never closed in CSV ends the table at its line: nobody
+can tell what the lines after it belong to.
 """
 
 from __future__ import annotations
@@ -10,16 +10,18 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NoReturn, Protocol
 
-from prefect_eachlabs.batch.byte_streams import open_bytes
-from prefect_eachlabs.batch.text_lines import MAX_ROW_BYTES, Line, Lines, no_table
+from prefect_eachlabs.batch.files import open_file
 from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.storage.s3_client import S3Access
 
+MAX_ROW_BYTES = 128 * 1024
+"""Beyond this a line is broken: records must stay small, and a file that is not a table must not fill the memory."""
 MAX_LINES_OF_A_ROW = 200
 PARQUET_ROWS_AT_A_TIME = 200
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
@@ -62,44 +64,96 @@ def open_table(source: str, access: S3Access | None = None) -> Table:
     """Opens a source and reads its head. Blocks.
 
     Args:
-        source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl or .parquet (text may be gzipped: .gz).
+        source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl or .parquet.
         access: How to reach a bucket; boto3's own chain when None.
 
     Raises:
-        BadInput: It is not there, or no table.
+        BadInput: It is not there, or not a table.
         SetupError: It may not be read, or pyarrow is missing.
     """
-    kind, zipped = kind_of(source)
-    stream, size_bytes = open_bytes(source, access)
+    kind = kind_of(source)
+    stream = open_file(source, access)
     try:
         if kind == "parquet":
             return ParquetTable(source, stream)
-        lines = Lines(source, stream, size_bytes, zipped=zipped)
         readers: dict[str, Callable[[str, Lines], Table]] = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLinesTable}
-        return readers[kind](source, lines)
+        return readers[kind](source, Lines(stream))
     except BaseException:
         stream.close()
         raise
 
 
-def kind_of(source: str) -> tuple[str, bool]:
-    """The format that a source's name tells, and whether it is gzipped. Raises BadInput for other names."""
-    suffixes = [suffix.lower() for suffix in PurePosixPath(source).suffixes]
-    zipped = bool(suffixes) and suffixes[-1] == ".gz"
-    kind = SUFFIXES.get(suffixes[-2 if zipped else -1] if len(suffixes) > zipped else "")
-    if kind is None or (zipped and kind == "parquet"):
+def kind_of(source: str) -> str:
+    """The format that a source's name tells. Raises BadInput for other names."""
+    kind = SUFFIXES.get(PurePosixPath(source).suffix.lower())
+    if kind is None:
         raise BadInput(
             f"{source}: a source is CSV, TSV, JSON Lines or Parquet, told by its name: .csv, .tsv, .jsonl or .parquet."
         )
-    return kind, zipped
+    return kind
 
 
 def base_name(source: str) -> str:
     """The source's file name without the ending that tells its format."""
-    name = PurePosixPath(source).name
-    for _ in kind_of(source)[1] * (".gz",):
-        name = name[: -len(".gz")]
-    return name[: name.rindex(".")]
+    kind_of(source)
+    return PurePosixPath(source).stem
+
+
+def no_table(source: str, reason: str) -> NoReturn:
+    raise BadInput(f"{source} is not a table that can be read: {reason}.")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line with its end, or what is wrong with it."""
+
+    number: int
+    text: str
+    fault: str | None = None
+
+
+class Lines:
+    """The numbered lines of a file in UTF-8, each decoded by itself, so that what is wrong with one costs it alone."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._size_bytes = stream.seek(0, os.SEEK_END)
+        stream.seek(0)
+        self._number = 0
+        self._read_bytes = 0
+
+    def __iter__(self) -> Lines:
+        return self
+
+    def __next__(self) -> Line:
+        raw = self._readline(MAX_ROW_BYTES + 1)
+        if not raw:
+            raise StopIteration
+        self._number += 1
+        if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+            while (more := self._readline(MAX_ROW_BYTES)) and not more.endswith(b"\n"):
+                pass
+            return Line(self._number, "", f"it is longer than {MAX_ROW_BYTES // 1024} KiB")
+        if self._number == 1:
+            raw = raw.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            return Line(self._number, "", f"it is not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
+        if "\0" in text:
+            return Line(self._number, "", "it holds a zero byte")
+        return Line(self._number, text)
+
+    def _readline(self, most_bytes: int) -> bytes:
+        raw = self._stream.readline(most_bytes)
+        self._read_bytes += len(raw)
+        return raw
+
+    def fraction_read(self) -> float:
+        return min(1.0, self._read_bytes / self._size_bytes) if self._size_bytes else 1.0
+
+    def close(self) -> None:
+        self._stream.close()
 
 
 def _columns(source: str, names: list[str]) -> tuple[str, ...]:
@@ -118,59 +172,60 @@ def _by_column(columns: tuple[str, ...], cells: list[str], line: int) -> Cells |
 
 
 class CsvTable:
-    """RFC 4180, read line by line, so that a broken quote costs its own line and no other."""
+    """RFC 4180. A broken line costs itself; a quote that is not closed ends the table, at the line that opens it."""
 
     typed = False
 
     def __init__(self, source: str, lines: Lines) -> None:
-        self._lines = lines
-        if lines.head() is None:
+        self._source, self._lines = source, lines
+        self._records = self._read()
+        head = next(self._records, None)
+        if head is None:
             no_table(source, "it is empty")
-        first = next(self._records(), None)
-        if first is None:
-            no_table(source, "it has no line with a cell in it")
-        if isinstance(first, BadRow):
-            no_table(source, f"line 1: {first.reason}")
-        self.columns = _columns(source, first[1])
+        if isinstance(head, BadRow):
+            no_table(source, f"line {head.line}: {head.reason}")
+        self.columns = _columns(source, head[1])
 
     def rows(self) -> Iterator[Cells | BadRow]:
-        for record in self._records():
+        for record in self._records:
             yield record if isinstance(record, BadRow) else _by_column(self.columns, record[1], record[0])
 
-    def _records(self) -> Iterator[tuple[int, list[str]] | BadRow]:
-        while True:
-            taken: list[Line] = []
-            try:
-                for cells in csv.reader(self._feed(taken), strict=True):
-                    first = taken[0].number
-                    taken.clear()
-                    if cells:
-                        yield first, cells
-                return
-            except (csv.Error, _BrokenLine) as error:
-                self._lines.put_back(taken[1:])
-                open_quote = len(taken) > 1 or "unexpected end" in str(error)
-                reason = "a quote is opened and not closed properly" if open_quote else str(error)
-                yield BadRow(taken[0].number, f"broken line: {taken[0].fault or reason}")
-
-    def _feed(self, taken: list[Line]) -> Iterator[str]:
+    def _read(self) -> Iterator[tuple[int, list[str]] | BadRow]:
         for line in self._lines:
-            taken.append(line)
             if line.fault is not None:
-                raise _BrokenLine(line.fault)
-            if len(taken) > MAX_LINES_OF_A_ROW or sum(len(one.text) for one in taken) > MAX_ROW_BYTES:
-                raise _BrokenLine("a quote is opened and not closed")
+                yield BadRow(line.number, f"broken line: {line.fault}")
+                continue
+            taken: list[Line] = [line]
+            try:
+                # It takes as many lines as the row has.
+                cells = next(csv.reader(self._row(taken), strict=True))
+            except csv.Error as error:
+                if len(taken) > 1 or "unexpected end" in str(error):
+                    self._refuse(line)
+                yield BadRow(line.number, f"broken line: {error}")
+            else:
+                if cells:
+                    yield line.number, cells
+
+    def _row(self, taken: list[Line]) -> Iterator[str]:
+        yield taken[0].text
+        for line in itertools.islice(self._lines, MAX_LINES_OF_A_ROW - 1):
+            taken.append(line)
+            if line.fault is not None or sum(len(one.text) for one in taken) > MAX_ROW_BYTES:
+                break
             yield line.text
+
+    def _refuse(self, line: Line) -> NoReturn:
+        raise BadInput(
+            f"{self._source} is damaged at line {line.number}: a quote is opened there and not closed properly. Close "
+            "it, or double it where it is part of the text, and run again: the rows before it are kept."
+        )
 
     def fraction_read(self) -> float:
         return self._lines.fraction_read()
 
     def close(self) -> None:
         self._lines.close()
-
-
-class _BrokenLine(Exception):
-    pass
 
 
 class TsvTable:
@@ -180,9 +235,12 @@ class TsvTable:
 
     def __init__(self, source: str, lines: Lines) -> None:
         self._lines = lines
-        if lines.head() is None:
+        head = next(lines, None)
+        if head is None:
             no_table(source, "it is empty")
-        self.columns = _columns(source, _tab_separated(next(lines).text))
+        if head.fault is not None:
+            no_table(source, f"line 1: {head.fault}")
+        self.columns = _columns(source, _tab_separated(head.text))
 
     def rows(self) -> Iterator[Cells | BadRow]:
         for line in self._lines:
@@ -218,21 +276,22 @@ class JsonLinesTable:
 
     def __init__(self, source: str, lines: Lines) -> None:
         self._lines = lines
-        first = lines.head()
-        if first is None:
-            no_table(source, "it is empty")
-        if first.text.lstrip().startswith("["):
-            no_table(source, "it is a JSON array; write one JSON object a line (jq -c '.[]' does)")
         ahead = list(itertools.islice(lines, self.LOOK_AHEAD))
+        if not ahead:
+            no_table(source, "it is empty")
+        if ahead[0].fault is not None:
+            no_table(source, f"line 1: {ahead[0].fault}")
+        if ahead[0].text.lstrip().startswith("["):
+            no_table(source, "it is a JSON array; write one JSON object a line (jq -c '.[]' does)")
         rows = [self._row(line) for line in ahead if line.text.strip() or line.fault]
         if rows and all(isinstance(row, BadRow) for row in rows):
             no_table(source, f"none of its first {len(rows)} lines is a JSON object")
         names = (name for row in rows if isinstance(row, Cells) for name in row.values)
         self.columns = tuple(dict.fromkeys(names))
-        lines.put_back(ahead)
+        self._ahead = ahead
 
     def rows(self) -> Iterator[Cells | BadRow]:
-        for line in self._lines:
+        for line in itertools.chain(self._ahead, self._lines):
             if line.text.strip() or line.fault:
                 yield self._row(line)
 

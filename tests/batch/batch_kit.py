@@ -18,8 +18,7 @@ from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.batch.source import Source
-from prefect_eachlabs.batch.tables import CsvTable
-from prefect_eachlabs.batch.text_lines import Lines
+from prefect_eachlabs.batch.tables import CsvTable, Lines
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Execution, Item, Prediction, PredictionStatus, StoredImage
@@ -173,7 +172,7 @@ def source_of(rows: Iterable[Mapping[str, str]] | str, name: str = "prompts.csv"
         quoted = [",".join('"' + row[column].replace('"', '""') + '"' for column in columns) for row in listed]
         rows = "\n".join([",".join(columns), *quoted]) + "\n"
     raw = rows.encode()
-    return Source(CsvTable(name, Lines(name, io.BytesIO(raw), len(raw), zipped=False)), name)
+    return Source(CsvTable(name, Lines(io.BytesIO(raw))), name)
 
 
 def prompts(count: int) -> list[dict[str, str]]:

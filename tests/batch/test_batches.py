@@ -13,8 +13,7 @@ from prefect_eachlabs.batch.plan import estimated_seconds, plan_batch, run_batch
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import window_for
 from prefect_eachlabs.batch.source import Source
-from prefect_eachlabs.batch.tables import CsvTable
-from prefect_eachlabs.batch.text_lines import Lines
+from prefect_eachlabs.batch.tables import CsvTable, Lines
 from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
@@ -218,7 +217,7 @@ def test_a_source_that_cannot_be_read_on_leaves_a_run_that_the_next_one_complete
     data = ("id,prompt\n" + "".join(f"i{number},fox {number}\n" for number in range(500))).encode()
 
     def source(lines: int) -> Source:
-        return Source(CsvTable("x.csv", Lines("x.csv", TornStream(data, lines), len(data), zipped=False)), "x.csv")
+        return Source(CsvTable("x.csv", Lines(TornStream(data, lines))), "x.csv")
 
     async def story() -> None:
         shop = CountingShop(MemoryStore())

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_eachlabs.batch.byte_streams import S3Files
+from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
 from prefect_eachlabs.batch.pages import MOST_PICTURES, index_page
 from prefect_eachlabs.batch.report import BatchFolder, ReportWriter, run_name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import tracemalloc
@@ -13,14 +12,24 @@ from pathlib import Path
 
 import boto3
 import pytest
+from botocore.exceptions import IncompleteReadError
+from botocore.response import StreamingBody
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_eachlabs.batch import byte_streams
+from prefect_eachlabs.batch import files
 from prefect_eachlabs.batch.source import Defaults, Source, Wanted, open_source
-from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, TsvTable, base_name
-from prefect_eachlabs.batch.text_lines import MAX_ROW_BYTES, Lines
-from prefect_eachlabs.errors import BadInput, SetupError
+from prefect_eachlabs.batch.tables import (
+    MAX_ROW_BYTES,
+    BadRow,
+    Cells,
+    CsvTable,
+    JsonLinesTable,
+    Lines,
+    TsvTable,
+    base_name,
+)
+from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
 from prefect_eachlabs.testing.s3 import LocalS3
 
 TABLES = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLinesTable}
@@ -28,7 +37,7 @@ TABLES = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLinesTable}
 
 def rows_of(data: bytes | str, kind: str = "csv", defaults: Defaults | None = None) -> list[Wanted | BadRow]:
     raw = data.encode() if isinstance(data, str) else data
-    lines = Lines(f"prompts.{kind}", io.BytesIO(raw), len(raw), zipped=False)
+    lines = Lines(io.BytesIO(raw))
     return list(Source(TABLES[kind](f"prompts.{kind}", lines), f"prompts.{kind}", defaults).rows())
 
 
@@ -137,22 +146,32 @@ def test_a_line_in_another_encoding_costs_only_itself(kind: str) -> None:
     assert "not UTF-8" in next(row.reason for row in rows if isinstance(row, BadRow))
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        '"a quote that is not closed',
-        '"closed" and then more',
-        "a zero \0 byte",
-        "x" * (MAX_ROW_BYTES + 10),
-        '"' + "x" * (3 * MAX_ROW_BYTES),
-    ],
-)
+@pytest.mark.parametrize("broken", ['"closed" and then more', "a zero \0 byte", "x" * (MAX_ROW_BYTES + 10)])
 def test_a_broken_csv_line_costs_only_itself(broken: str) -> None:
     text = "prompt\nfirst\n" + broken + "\n" + "\n".join(f"after {n}" for n in range(400)) + "\n"
     rows = rows_of(text)
     assert prompts_of(rows) == ["first", None, *(f"after {n}" for n in range(400))]
     assert rows[1].line == 3
     assert rows[-1].line == 403
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        '"a quote that is not closed',
+        '"a quote that is closed\nby that of" another row',
+        '"two lines,\nthe second with a zero \0 byte"',
+        '"' + ("x" * 100_000 + "\n") * 2 + '"',
+        '"' + "\n" * 300 + '"',
+    ],
+)
+@pytest.mark.parametrize("after", ["", "after\n" * 400])
+def test_a_quote_that_is_not_closed_ends_the_table_at_its_line(broken: str, after: str) -> None:
+    table = CsvTable("x.csv", Lines(io.BytesIO(f"prompt\nfirst\n{broken}\n{after}".encode())))
+    rows = table.rows()
+    assert next(rows) == Cells(2, {"prompt": "first"})
+    with pytest.raises(BadInput, match=r"x\.csv is damaged at line 3: a quote is opened there and not closed properly"):
+        next(rows)
 
 
 def test_a_quoted_cell_may_span_lines_and_rows_keep_their_line_numbers() -> None:
@@ -199,7 +218,7 @@ def test_an_index_column_without_a_name_means_nothing() -> None:
     ("data", "kind", "words"),
     [
         (b"", "csv", "empty"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "csv", "no table"),
+        (b"\x89PNG\r\n\x1a\n\0\0", "csv", "not a table"),
         ("prompt\n".encode("utf-16"), "tsv", "UTF-8"),
         (b"x" * (MAX_ROW_BYTES + 1), "csv", "longer than"),
         (b'[{"prompt": "a"}]', "jsonl", "one JSON object a line"),
@@ -231,14 +250,14 @@ def test_a_table_with_a_header_alone_has_no_rows() -> None:
     assert rows_of("prompt\n") == []
 
 
-@pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.parquet.gz", "a.csv/prompts"])
+@pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.parquet.gz", "prompts.csv.gz", "a.csv/prompts"])
 def test_a_name_that_tells_no_format_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match=r"\.csv, \.tsv, \.jsonl or \.parquet"):
         open_source(name)
 
 
 @pytest.mark.parametrize(
-    ("source", "name"), [("s3://b/in/spring.csv", "spring"), ("/a/x.y.jsonl", "x.y"), ("p.tsv.gz", "p")]
+    ("source", "name"), [("s3://b/in/spring.csv", "spring"), ("/a/x.y.jsonl", "x.y"), ("p.TSV", "p")]
 )
 def test_the_base_name_is_the_file_without_its_format(source: str, name: str) -> None:
     assert base_name(source) == name
@@ -250,19 +269,6 @@ def test_a_missing_file_and_a_folder_say_so(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(BadInput, match="folder"):
         open_source(str(tmp_path / "folder.csv"))
-
-
-def test_gzipped_text_is_read_and_a_cut_one_says_where(tmp_path: Path) -> None:
-    whole = gzip.compress(("prompt\n" + "\n".join(f"fox {n} {n**50}" for n in range(5_000))).encode())
-    (tmp_path / "p.csv.gz").write_bytes(whole)
-    with closing(open_source(str(tmp_path / "p.csv.gz"))) as source:
-        assert len(list(source.rows())) == 5_000
-    (tmp_path / "cut.csv.gz").write_bytes(whole[: len(whole) // 2])
-    with (
-        closing(open_source(str(tmp_path / "cut.csv.gz"))) as source,
-        pytest.raises(BadInput, match="damaged after line"),
-    ):
-        list(source.rows())
 
 
 def test_parquet_keeps_types_and_counts_rows(tmp_path: Path) -> None:
@@ -319,7 +325,7 @@ def test_reading_takes_no_more_memory_for_a_long_table(tmp_path: Path) -> None:
     assert peak_bytes < 500_000, "30,000 rows are some 3 MB"
 
 
-# The same from a bucket, in blocks.
+# The same from a bucket.
 
 
 @pytest.fixture
@@ -342,24 +348,66 @@ def _put(bucket: LocalS3, key: str, body: bytes) -> None:
         client.put_object(Bucket="in-bucket", Key=key, Body=body)
 
 
-def test_a_source_in_a_bucket_is_read_in_blocks(bucket: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(byte_streams, "BLOCK_BYTES", 1_000)
-    body = ("prompt\n" + "\n".join(f"fox {number}" for number in range(1_000))).encode()
-    _put(bucket, "in/foxes.csv", body)
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_source_in_a_bucket_is_downloaded_once(bucket: LocalS3, kind: str) -> None:
+    prompts = [f"fox {number}" for number in range(1_000)]
+    body = "\n".join(["prompt", *prompts]).encode()
+    if kind == "parquet":
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        buffer = io.BytesIO()
+        parquet.write_table(pyarrow.table({"prompt": prompts}), buffer)
+        body = buffer.getvalue()
+    _put(bucket, f"in/foxes.{kind}", body)
     before = sum(bucket.counts().values())
-    with closing(open_source("s3://in-bucket/in/foxes.csv", bucket.access)) as source:
-        assert prompts_of(list(source.rows())) == [f"fox {number}" for number in range(1_000)]
+    with closing(open_source(f"s3://in-bucket/in/foxes.{kind}", bucket.access)) as source:
+        assert prompts_of(list(source.rows())) == prompts
         assert source.fraction_read() == 1.0
-    assert sum(bucket.counts().values()) - before == -(-len(body) // 1_000)
+    assert sum(bucket.counts().values()) - before == 1
 
 
-def test_parquet_in_a_bucket_is_read_where_it_is_needed(bucket: LocalS3) -> None:
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table({"prompt": [f"fox {number}" for number in range(1_000)]}), buffer)
-    _put(bucket, "in/foxes.parquet", buffer.getvalue())
-    with closing(open_source("s3://in-bucket/in/foxes.parquet", bucket.access)) as source:
-        assert prompts_of(list(source.rows())) == [f"fox {number}" for number in range(1_000)]
+def test_a_download_that_is_cut_goes_on_where_it_was(bucket: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(bucket, "in/foxes.csv", b"prompt\n" + b"a fox\n" * 1_000)
+    whole, asked = StreamingBody.iter_chunks, list[int]()
+
+    def cut(body: StreamingBody, size: int) -> Iterator[bytes]:
+        asked.append(size)
+        if len(asked) > 2:
+            yield from whole(body, size)
+            return
+        yield body.read(1_000)
+        raise IncompleteReadError(actual_bytes=1_000, expected_bytes=6_007)
+
+    monkeypatch.setattr(StreamingBody, "iter_chunks", cut)
+    with closing(open_source("s3://in-bucket/in/foxes.csv", bucket.access)) as source:
+        assert prompts_of(list(source.rows())) == ["a fox"] * 1_000
+    assert len(asked) == 3
+    asked[:] = [0]
+    _put(bucket, "in/foxes.csv", b"prompt\n")
+    monkeypatch.setattr(files, "ATTEMPTS", 1)
+    with pytest.raises(StoreFailed, match="did not answer"):
+        open_source("s3://in-bucket/in/foxes.csv", bucket.access)
+
+
+def test_a_source_that_is_replaced_while_it_is_read_is_not_patched_together(
+    bucket: LocalS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _put(bucket, "in/foxes.csv", b"prompt\n" + b"a fox\n" * 1_000)
+
+    def replaced(body: StreamingBody, size: int) -> Iterator[bytes]:
+        yield body.read(1_000)
+        _put(bucket, "in/foxes.csv", b"prompt\n" + b"a dog\n" * 1_000)
+        raise IncompleteReadError(actual_bytes=1_000, expected_bytes=6_007)
+
+    monkeypatch.setattr(StreamingBody, "iter_chunks", replaced)
+    with pytest.raises(BadInput, match="was replaced while it was read"):
+        open_source("s3://in-bucket/in/foxes.csv", bucket.access)
+
+
+def test_a_source_that_would_fill_the_disk_is_refused(bucket: LocalS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    _put(bucket, "in/foxes.csv", b"prompt\na fox\n")
+    monkeypatch.setattr(files, "MOST_BYTES", 12)
+    with pytest.raises(BadInput, match="larger than 5 GiB"):
+        open_source("s3://in-bucket/in/foxes.csv", bucket.access)
 
 
 def test_a_source_that_is_missing_in_its_bucket_says_which(bucket: LocalS3) -> None:
@@ -388,7 +436,7 @@ def test_what_a_csv_writer_wrote_comes_back(rows: list[tuple[str, str]]) -> None
     writer = csv.writer(buffer)
     writer.writerows([("prompt", "label"), *rows])
     data = buffer.getvalue().encode()
-    table = CsvTable("x.csv", Lines("x.csv", io.BytesIO(data), len(data), zipped=False))
+    table = CsvTable("x.csv", Lines(io.BytesIO(data)))
     found = [row for row in table.rows() if not isinstance(row, BadRow)]
     assert [(row.values["prompt"], row.values["label"]) for row in found] == rows
 

@@ -19,8 +19,7 @@ from pyarrow import parquet
 
 from prefect_eachlabs.batch.outcomes import Outcome
 from prefect_eachlabs.batch.source import Source, Wanted, open_source
-from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable
-from prefect_eachlabs.batch.text_lines import Lines
+from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, Lines
 from prefect_eachlabs.errors import (
     BadInput,
     DownloadFailed,
@@ -175,7 +174,7 @@ def test_a_date_that_cannot_be_reckoned_with_counts_as_not_sent(text: str) -> No
 
 def only_row(line: str) -> Wanted | BadRow:
     data = line.encode() + b"\n"
-    table = JsonLinesTable("x.jsonl", Lines("x.jsonl", io.BytesIO(data), len(data), zipped=False))
+    table = JsonLinesTable("x.jsonl", Lines(io.BytesIO(data)))
     (row,) = Source(table, "x.jsonl").rows()
     return row
 
@@ -188,8 +187,8 @@ def test_a_label_whose_name_is_half_a_character_costs_nothing() -> None:
 
 @pytest.mark.parametrize("data", [b"\xef\xbb\xbf", b"\n", b"\r\n\r\n"])
 def test_a_csv_without_a_cell_is_no_table(data: bytes) -> None:
-    with pytest.raises(BadInput, match="is no table"):
-        CsvTable("x.csv", Lines("x.csv", io.BytesIO(data), len(data), zipped=False))
+    with pytest.raises(BadInput, match="is not a table"):
+        CsvTable("x.csv", Lines(io.BytesIO(data)))
 
 
 def test_times_in_nanoseconds_are_labels_as_any_others(tmp_path: Path) -> None:
