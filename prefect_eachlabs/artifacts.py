@@ -13,29 +13,26 @@ import asyncio
 import base64
 import hashlib
 import html
-import importlib
-import io
 import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
 from urllib.parse import quote, urlsplit
 
 from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifact
 
+from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.images.png import SIGNATURE
+from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
 from prefect_eachlabs.models import Destination, StoredImage
 from prefect_eachlabs.storage.s3_client import S3Access, client_of
 
 logger = logging.getLogger(__name__)
 
 THUMBNAIL_PX = 320
-JPEG_QUALITY = 80
 MOST_UNTOUCHED_BYTES = 200_000
 """Without Pillow a PNG up to this size is its own thumbnail."""
-MOST_PIXELS = 64_000_000
-"""A larger picture is not opened for its thumbnail."""
 SHOWN_CHARACTERS = 2_000
 MOST_PROBLEMS = 200
 _BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
@@ -69,38 +66,31 @@ def _harmless(character: str) -> str:
     return "" if ord(character) in _BIDI_CONTROLS or unicodedata.category(character) in ("Cc", "Cs") else character
 
 
-def thumbnail_url(png: bytes) -> str | None:
-    """The picture as a `data:` URL: a JPEG of 320 px by Pillow; without it the PNG itself if it is small, else None."""
+def thumbnail_url(picture: bytes) -> str:
+    """The picture as a `data:` URL: a JPEG of 320 px; without Pillow a small PNG itself. Blocks.
+
+    Raises:
+        NoThumbnail: There is none; says why.
+    """
     try:
-        image_module: Any = importlib.import_module("PIL.Image")
-    except ImportError:
-        return _data_url("image/png", png) if len(png) <= MOST_UNTOUCHED_BYTES else None
-    try:
-        with image_module.open(io.BytesIO(png), formats=["PNG"]) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                return None
-            picture = opened.convert("RGBA")
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-        ground = image_module.new("RGB", picture.size, "white")
-        ground.paste(picture, mask=picture.getchannel("A"))
-        out = io.BytesIO()
-        ground.save(out, "JPEG", quality=JPEG_QUALITY)
-    except Exception as error:  # a picture that Pillow cannot read may still be a whole PNG
-        logger.info("No thumbnail: %s: %s", type(error).__name__, str(error)[:200])
-        return None
-    return _data_url("image/jpeg", out.getvalue())
+        return _data_url("image/jpeg", thumbnail(picture, edge_px=THUMBNAIL_PX))
+    except NotInstalled as error:
+        if picture.startswith(SIGNATURE) and len(picture) <= MOST_UNTOUCHED_BYTES:
+            return _data_url("image/png", picture)
+        raise NoThumbnail("thumbnails are made by Pillow, which is not installed on the worker") from error
 
 
 def _data_url(media_type: str, data: bytes) -> str:
     return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
-def picture_markdown(image: StoredImage, *, thumbnail: str | None, link: str | None = None) -> str:
+def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "", link: str | None = None) -> str:
     """The thumbnail, the prompt, and a table of the facts; whatever others wrote is escaped.
 
     Args:
         image: The picture.
         thumbnail: Its `data:` URL.
+        note: Why there is none.
         link: Where a person who may see the bucket opens it.
     """
     uri = escaped(image.uri)
@@ -123,6 +113,8 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, link: str | N
     lines = []
     if thumbnail is not None:
         lines.append(f'<p><img alt="{escaped(image.item_id)}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>')
+    elif note:
+        lines.append(f"<p>No thumbnail: {escaped(note, 300)}.</p>")
     if image.prompt:
         lines.append(f"<p>{escaped(image.prompt)}</p>")
     return "\n".join([*lines, table(facts)])
@@ -152,7 +144,12 @@ async def _read(gateway: Gateway, image: StoredImage, place: Destination, access
 
 
 def _markdown(image: StoredImage, data: bytes | None, access: S3Access | None) -> str:
-    return picture_markdown(image, thumbnail=thumbnail_url(data) if data else None, link=console_link(image, access))
+    small, note = None, ""
+    try:
+        small = thumbnail_url(data) if data else None
+    except NoThumbnail as error:
+        note = str(error)
+    return picture_markdown(image, thumbnail=small, note=note, link=console_link(image, access))
 
 
 def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:

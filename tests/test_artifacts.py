@@ -7,7 +7,6 @@ import base64
 import io
 import logging
 import re
-import sys
 from html.parser import HTMLParser
 from typing import Any
 
@@ -30,7 +29,9 @@ from prefect_eachlabs import (
     generate_image,
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
+from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.images.thumbnails import NoThumbnail
 from tests.flows.flow_fixtures import Studio
 
 HOSTILE = [
@@ -116,9 +117,7 @@ def test_the_facts_are_there_and_what_was_not_told_says_so() -> None:
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_whole_picture() -> None:
-    url = thumbnail_url(png(1000, 500))
-    assert url is not None
-    head, _, data = url.partition(",")
+    head, _, data = thumbnail_url(png(1000, 500)).partition(",")
     assert head == "data:image/jpeg;base64"
     with Image.open(io.BytesIO(base64.b64decode(data))) as small:
         assert small.size == (320, 160)
@@ -127,16 +126,25 @@ def test_a_thumbnail_is_a_small_jpeg_of_the_whole_picture() -> None:
 def test_without_pillow_a_small_png_is_its_own_thumbnail_and_a_large_one_has_none(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def missing(*_: object, **__: object) -> bytes:
+        raise NotInstalled("No module named 'PIL'")
+
+    monkeypatch.setattr(artifacts, "thumbnail", missing)
     small, large = png(), png(600, 600, noise=True)
-    monkeypatch.setitem(sys.modules, "PIL", None)
-    monkeypatch.setitem(sys.modules, "PIL.Image", None)
     assert thumbnail_url(small) == "data:image/png;base64," + base64.b64encode(small).decode()
     assert len(large) > artifacts.MOST_UNTOUCHED_BYTES
-    assert thumbnail_url(large) is None
+    for data in (large, b"<svg/>"):
+        with pytest.raises(NoThumbnail, match="Pillow, which is not installed"):
+            thumbnail_url(data)
 
 
-def test_what_pillow_cannot_read_has_no_thumbnail() -> None:
-    assert thumbnail_url(b"no picture") is None
+def test_what_has_no_thumbnail_says_why_in_its_place() -> None:
+    with pytest.raises(NoThumbnail, match="it cannot be read"):
+        thumbnail_url(b"no picture")
+    with pytest.raises(NoThumbnail, match="8000 × 8000 px are too many for a thumbnail") as none:
+        thumbnail_url(png(8000, 8000))
+    seen = rendered(picture_markdown(image(), thumbnail=None, note=str(none.value)))
+    assert "No thumbnail: 8000 × 8000 px are too many" in seen.text
 
 
 @pytest.mark.parametrize("item_id", ["fox-1", "Fox_1", "fox_1", "__", "A" * 128, "0123456789abcdef"])

@@ -9,12 +9,15 @@ import logging
 import math
 import string
 import textwrap
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_eachlabs.batch.outcomes import Outcome
 from prefect_eachlabs.batch.report import Worker
+from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.storage.base import ObjectStore
 
@@ -26,6 +29,8 @@ logger = logging.getLogger(__name__)
 MOST_FRAMES = 60
 MOST_COLUMNS = 8
 THUMBNAIL_PX = 240
+MOST_SECONDS = 60.0
+"""For all thumbnails together: pictures that are made to be slow must not hold the batch's end."""
 GAP_PX = 16
 TEXT_PX, LINE_PX = 13, 17
 CAPTION_LINES = 2
@@ -47,13 +52,15 @@ def frame(data: bytes | None, caption: str, item_id: str, note: str) -> Frame:
     """A frame that keeps no more of its picture than a thumbnail."""
     from PIL import Image
 
-    try:
-        with Image.open(io.BytesIO(data or b"")) as opened:
-            opened.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-            return Frame(opened.convert("RGBA"), caption, item_id, note)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        logger.info("Item %s: Pillow cannot read its picture.", item_id)
+    if data is None:
         return Frame(None, caption, item_id, note)
+    try:
+        small = thumbnail(data, edge_px=THUMBNAIL_PX, format="PNG")
+    except (NoThumbnail, NotInstalled) as error:
+        logger.info("Item %s is on the contact sheet without its picture: %s.", item_id, error)
+        return Frame(None, caption, item_id, note)
+    with Image.open(io.BytesIO(small)) as opened:
+        return Frame(opened.convert("RGBA"), caption, item_id, note)
 
 
 def contact_sheet(frames: Sequence[Frame], title: str) -> bytes:
@@ -103,6 +110,7 @@ async def draw_sheet(
         logger.info("No contact sheet: it is drawn with Pillow: pip install 'prefect-eachlabs[demo]'.")
         return None
     frames: list[Frame] = []
+    taken_seconds = 0.0
     for outcome in outcomes:
         try:
             found = await store.get(destination.key(f"images/{outcome.file_name}"))
@@ -112,7 +120,9 @@ async def draw_sheet(
         if found is not None:
             facts = [f"row {outcome.row}"] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
             item_id = outcome.item_id or ""
-            frames.append(await worker(frame, found.body, outcome.prompt or item_id, item_id, " · ".join(facts)))
+            body, began = found.body if taken_seconds < MOST_SECONDS else None, time.monotonic()
+            frames.append(await worker(frame, body, outcome.prompt or item_id, item_id, " · ".join(facts)))
+            taken_seconds += time.monotonic() - began
     if not frames:
         return None
     count, cost_usd = totals.get("stored", 0) + totals.get("reused", 0), totals.get("pictures_cost_usd", 0)
