@@ -6,12 +6,16 @@ reference picture. What it refers to elsewhere is not fetched; one that is no sc
 
 from __future__ import annotations
 
+import asyncio
+import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from prefect_eachlabs.api.once import Once
+from prefect_eachlabs.api.schema_check import faults_of, listed
+from prefect_eachlabs.confined import ConfinedError, JobFailed, TooCostly
 from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import DEFAULT_MODEL, Item
@@ -20,7 +24,7 @@ from prefect_eachlabs.reference_images import REFERENCE_FIELDS
 logger = logging.getLogger(__name__)
 
 MOST_FAULTS = 8
-FAULT_CHARACTERS = 200
+MOST_SCHEMA_BYTES = 256 * 1024
 ROWS_A_PAGE = 100
 MOST_PAGES = 50
 
@@ -41,7 +45,7 @@ class ReferenceField:
     takes_list: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Model:
     """A model of the catalogue, as far as it is described.
 
@@ -50,12 +54,14 @@ class Model:
         title: What people call it.
         output_type: `string` or `array`, as the vendor says.
         request_schema: The JSON Schema of its input; None: there is none.
+        is_checked: Whether inputs are held against it; not any more once that took too long.
     """
 
     slug: str
     title: str
     output_type: str
     request_schema: Mapping[str, Any] | None = None
+    is_checked: bool = True
 
     @classmethod
     def parse(cls, answer: Mapping[str, Any], slug: str = "") -> Model:
@@ -97,7 +103,7 @@ class Model:
             return dict(input)
         if field is None:
             raise BadInput(
-                f"image_url: model {self.slug!r} takes no reference picture (its fields: {_listed(self.properties)}). "
+                f"image_url: model {self.slug!r} takes no reference picture (its fields: {listed(self.properties)}). "
                 "Leave it out, or take another model. Nothing was bought."
             )
         if field.name == "image_url":
@@ -114,38 +120,19 @@ class Model:
         return {**placed, field.name: [picture, *(others if isinstance(others, list) else [others])]}
 
     def faults_of(self, input: Mapping[str, Any]) -> list[str]:
-        """What the model's schema has against an input, field by field; none where there is no schema to go by."""
-        if self.request_schema is None:
+        """What the model's schema has against an input, field by field; none where there is none to go by. Blocks."""
+        if self.request_schema is None or not self.is_checked:
             return []
-        # Half a second, which most runs need not pay.
-        from jsonschema.validators import Draft202012Validator, validator_for  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types
-        from referencing import Registry  # noqa: PLC0415
-
-        kind = validator_for(self.request_schema, default=Draft202012Validator)
         try:
-            # An empty registry: what the schema refers to elsewhere is not fetched.
-            faults = sorted(
-                kind(self.request_schema, registry=Registry()).iter_errors(dict(input)),
-                key=lambda fault: [str(step) for step in fault.absolute_path],
-            )
-            return [line for fault in faults for line in self._worded(fault)]
-        except Exception as error:
+            schema = json.dumps(self.request_schema).encode()
+            if len(schema) > MOST_SCHEMA_BYTES:
+                raise JobFailed(f"it has {len(schema)} bytes")
+            return faults_of(schema, input)
+        except (ConfinedError, OSError, ValueError, RecursionError) as error:
             logger.warning("Model %s: its schema cannot be used (%s): inputs go unchecked.", self.slug, error)
+            # The next input would take as long, and be told the same.
+            self.is_checked = not isinstance(error, TooCostly)
             return []
-
-    def _worded(self, fault: Any) -> Iterator[str]:
-        path = ".".join(["input", *map(str, fault.absolute_path)])
-        if fault.validator == "required" and isinstance(fault.instance, Mapping):
-            missing = [name for name in fault.validator_value if name not in fault.instance]
-            yield from (f"{path}.{name}: missing" for name in missing if f"'{name}'" in fault.message)
-        elif fault.validator == "additionalProperties" and not fault.absolute_path:
-            unknown = [name for name in fault.instance if name not in self.properties]
-            yield f"{path}.{_listed(unknown)}: not known to this model, which takes {_listed(self.properties)}"
-        else:
-            said = fault.message
-            # It begins with the value, which may be long, and ends with what is wrong about it.
-            too_long = len(said) > FAULT_CHARACTERS
-            yield f"{path}: {said[:60]}…{said[-FAULT_CHARACTERS + 60 :]}" if too_long else f"{path}: {said}"
 
 
 def _takes_list(schema: Mapping[str, Any]) -> bool:
@@ -155,11 +142,6 @@ def _takes_list(schema: Mapping[str, Any]) -> bool:
         choices = schema.get(name)
         kinds += [c.get("type") for c in choices if isinstance(c, Mapping)] if isinstance(choices, list) else []
     return "array" in kinds and "string" not in kinds
-
-
-def _listed(names: Any) -> str:
-    shown = [str(name)[:60] for name in names]
-    return ", ".join(shown[:20]) + (", ..." if len(shown) > 20 else "") or "none"
 
 
 class Catalogue:
@@ -174,6 +156,8 @@ class Catalogue:
         self._librarian = librarian
         self._limiter = limiter
         self._models: Once[str, Model | None] = Once()
+        self.beside_the_loop = asyncio.to_thread
+        """Where inputs are checked; tests whose time is virtual have no threads."""
 
     async def model(self, slug: str) -> Model | None:
         """A model of the catalogue; None: it is not there. Free; a request the first time.
@@ -223,7 +207,7 @@ class Catalogue:
         if model is None:
             return dict(item.input)
         input = model.placed(item.input)
-        faults = model.faults_of(_with_urls(input))
+        faults = await self.beside_the_loop(model.faults_of, _with_urls(input))
         if faults:
             more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
             raise BadInput(

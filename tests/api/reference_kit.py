@@ -66,6 +66,7 @@ class Shop:
             downloader=Downloader(transport),
             outside=transport,
         )
+        engine.account.catalogue.beside_the_loop = _here
         self._processes.append(engine)
         return engine
 
@@ -83,6 +84,10 @@ class Shop:
 
     def sent(self) -> list[dict[str, Any]]:
         return [prediction["input"] for prediction in self.api.predictions()]
+
+
+async def _here(work: Callable[..., Any], *args: Any) -> Any:
+    return work(*args)
 
 
 class _Unclosed(httpx.AsyncBaseTransport):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from prefect_eachlabs.api import schema_check
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
 from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.cli.main import main
@@ -129,6 +130,34 @@ def test_a_schema_that_is_none_checks_nothing_and_fetches_nothing(schema: object
     model = Model.parse({"slug": "m", "request_schema": schema, "title": 7, "output_type": ["x"]})
     assert model.faults_of({"prompt": "x"}) == []
     assert (model.title, model.output_type) == ("m", "")
+
+
+DOUBLING = {"$defs": {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)}} | {
+    "properties": {"prompt": {"$ref": "#/$defs/d0"}}
+}
+DOUBLING["$defs"]["d40"] = {}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": {"prompt": {"pattern": "^(a+)+$"}}}, DOUBLING, {"patternProperties": {"^(p?)*(r|rompt)+$$": {}}}],
+    ids=["a pattern that backtracks", "references that double", "a harmless one"],
+)
+def test_a_schema_that_would_take_years_is_given_up_once_and_inputs_go_unchecked(
+    schema: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(schema_check, "SECONDS", 0.5)
+    schema_check.faults_of(b"{}", {})  # the child is there
+    model = Model.parse({"slug": "m", "request_schema": schema})
+    assert model.faults_of({"prompt": "a" * 40 + "!"}) == []
+    assert model.faults_of({"prompt": "a" * 40 + "!"}) == []
+    assert caplog.text.count("took more than 0.5 s") == (0 if "patternProperties" in schema else 1)
+
+
+def test_a_schema_of_megabytes_checks_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = model_of(prompt={"description": "x" * 300_000, "maxLength": 1})
+    assert model.faults_of({"prompt": "long"}) == []
+    assert "its schema cannot be used (it has 300" in caplog.text
 
 
 # --------------------------------------------------------------------------------------------------- asked
