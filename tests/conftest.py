@@ -5,14 +5,20 @@ from __future__ import annotations
 import ipaddress
 import os
 import shutil
+import signal
 import socket
+import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import hypothesis
 import pytest
+
+if TYPE_CHECKING:
+    from tests.seaweed import SeaweedFS
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -50,6 +56,10 @@ os.environ.update(
     }
 )
 (_SCRATCH / "prefect").mkdir()
+
+# A script that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
+if threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -144,7 +154,8 @@ def require_tool() -> Callable[[str], Path]:
 
     def require(name: str) -> Path:
         debian_postgresql = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-        path = os.pathsep.join([os.environ.get("PATH", os.defpath), *map(str, debian_postgresql)])
+        beside_python = str(Path(sys.executable).parent)
+        path = os.pathsep.join([os.environ.get("PATH", os.defpath), beside_python, *map(str, debian_postgresql)])
         found = shutil.which(name, path=path)
         if found is None:
             _missing(f"{name} is not installed")
@@ -164,6 +175,16 @@ def require_shared() -> Callable[[str], Path]:
         return path
 
     return require
+
+
+@pytest.fixture(scope="session")
+def seaweedfs(require_tool: Callable[[str], Path]) -> Iterator[SeaweedFS]:
+    """A second S3, once for all tests (of a process), with the bucket `pictures`; for slow tests."""
+    weed = require_tool("weed")
+    from tests.seaweed import SeaweedFS
+
+    with tempfile.TemporaryDirectory(prefix="weed-") as folder, SeaweedFS(weed, Path(folder), bucket="pictures") as s3:
+        yield s3
 
 
 from tests.flows.flow_fixtures import local_s3, prefect_server, studio  # noqa: E402, F401 - fixtures; after the environment is set

@@ -1,14 +1,20 @@
-"""The same with real processes, a real bucket over HTTP and real signals: SIGKILL and SIGSTOP at every boundary."""
+"""The same with real processes, real buckets over HTTP and real signals: SIGKILL and SIGSTOP at every boundary.
+
+Each against two stores: moto's S3, and SeaweedFS, which is a distributed store with conditional writes of its own.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,24 +22,30 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.ledger.records import Record, RecordState
+from prefect_eachlabs.storage.s3 import PreconditionFailed, S3Store
 from prefect_eachlabs.storage.s3_client import client_of
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
 from tests.protocol.test_one_item import BEFORE_THE_POST, BOUNDARIES
+from tests.seaweed import SeaweedFS
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BUCKET = "pictures"
+WRITERS = 12
 # Short enough to wait for, long enough for a busy machine: a POST begins within 3 s of its claim.
 TIMES = {"claim_seconds": 18.0, "settling_seconds": 2.0, "deadline_seconds": 120.0}
 AT_A_TIME = 4
+STAGE_SECONDS = 120
+
+Store = LocalS3 | SeaweedFS
 
 
 class Scene:
     """An emulator, a bucket, and children that are run at them."""
 
-    def __init__(self, emulator: EmulatorServer, s3: LocalS3, name: str) -> None:
+    def __init__(self, emulator: EmulatorServer, s3: Store, name: str) -> None:
         self.emulator = emulator
         self._s3 = s3
         self._prefix = name
@@ -81,8 +93,7 @@ class Scene:
         return Record.model_validate_json(body)
 
     def pictures(self) -> int:
-        listed = client_of(self._s3.access).list_objects_v2(Bucket=BUCKET, Prefix=f"{self._prefix}/images/")
-        return int(listed["KeyCount"])
+        return self.keys("images/")
 
     def check(self, items: list[dict[str, str]], *, may_be_too_many: int = 0) -> None:
         tallies = self.emulator.tallies()
@@ -95,6 +106,35 @@ class Scene:
         assert tallies["billed"] == len(named) == len(items) + too_many
         assert too_many <= may_be_too_many
 
+    def keys(self, folder: str) -> int:
+        """How many objects there are under a folder of the destination."""
+        listed = client_of(self._s3.access).list_objects_v2(Bucket=BUCKET, Prefix=f"{self._prefix}/{folder}")
+        return int(listed["KeyCount"])
+
+    def batch(self, source: Path, log: Path) -> subprocess.Popen[str]:
+        """`prefect-eachlabs batch SOURCE`, with what it writes in `log`."""
+        environment = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
+            **self._s3.environment(),
+            "EACHLABS_API_KEY": "kit",
+            "EACHLABS_BASE_URL": self.emulator.url,
+            "EACHLABS_REQUESTS_PER_MINUTE": "none",
+            "EACHLABS_CLAIM_SECONDS": "12",
+            "EACHLABS_SETTLING_SECONDS": "2",
+            "PYTHONPATH": str(ROOT),
+        }
+        command = [sys.executable, "-m", "prefect_eachlabs", "batch", str(source)]
+        with log.open("w") as written:
+            child = subprocess.Popen(
+                [*command, "--to", f"s3://{BUCKET}/{self._prefix}"],
+                env=environment,
+                stdout=written,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        self._children.append(child)
+        return child
+
     def end(self) -> None:
         for child in self._children:
             child.kill()
@@ -105,21 +145,29 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[tuple[EmulatorServer, LocalS3]]:
-    pytest.importorskip("moto")
+def emulator() -> Iterator[EmulatorServer]:
     options = EmulatorOptions(
         service_seconds=0.3, requests_per_minute=None, max_in_flight=None, image_size_px=32, pictures="plain"
     )
-    with EmulatorServer(options) as emulator, LocalS3(buckets=[BUCKET]) as s3:
-        yield emulator, s3
+    with EmulatorServer(options) as server:
+        yield server
+
+
+@pytest.fixture(scope="module", params=["moto", "SeaweedFS"])
+def s3(request: pytest.FixtureRequest) -> Iterator[Store]:
+    if request.param == "SeaweedFS":
+        yield request.getfixturevalue("seaweedfs")
+        return
+    pytest.importorskip("moto")
+    with LocalS3(buckets=[BUCKET]) as server:
+        yield server
 
 
 @pytest.fixture
-def scene(servers: tuple[EmulatorServer, LocalS3], request: pytest.FixtureRequest) -> Iterator[Scene]:
-    emulator, s3 = servers
+def scene(emulator: EmulatorServer, s3: Store, request: pytest.FixtureRequest) -> Iterator[Scene]:
     emulator.reset()
     emulator.set_faults()
-    made = Scene(emulator, s3, request.node.name.partition("[")[0][:60])
+    made = Scene(emulator, s3, re.sub(r"\W+", "-", request.node.name)[-60:])
     yield made
     made.end()
 
@@ -188,3 +236,67 @@ def test_two_processes_racing_for_the_same_fifty_items_buy_each_once(scene: Scen
     assert not [line for line in said if "error" in line]
     scene.check(items)
     assert len({line["prediction_id"] for line in said}) == len(items)
+
+
+def test_of_twelve_writers_one_makes_a_record_and_one_changes_it(s3: Store) -> None:
+    """What the whole promise stands on: conditional writes of which one wins, in each of ten races."""
+    store = S3Store(BUCKET, s3.access)
+
+    async def race(key: str, **condition: Any) -> list[str]:
+        async def write(number: int) -> str | None:
+            body = f"{number} {condition}".encode()  # an ETag is a digest: no body may come twice
+            try:
+                return await store.put(key, body, content_type="application/json", **condition)
+            except PreconditionFailed:
+                return None
+
+        written = await asyncio.gather(*(write(number) for number in range(WRITERS)))
+        return [etag for etag in written if etag is not None]
+
+    async def story() -> None:
+        for number in range(10):
+            key = f"races/{number}.json"
+            (made,) = await race(key, if_absent=True)
+            (changed,) = await race(key, if_match=made)
+            found = await store.get(key)
+            assert found is not None
+            assert found.etag == changed
+            assert await race(f"races/{number}-missing.json", if_match=made) == [], "neither a 404 nor a 412 is a win"
+
+    asyncio.run(story())
+
+
+STAGES: dict[str, Callable[[Scene], bool]] = {
+    "while it starts": lambda scene: True,
+    "at its first claims": lambda scene: scene.keys("records/") > 0,
+    "with predictions in flight": lambda scene: scene.emulator.tallies()["in_flight"] >= 5,
+    "while pictures are stored": lambda scene: scene.pictures() >= 3,
+    "near its end": lambda scene: scene.pictures() >= 20,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_batch_that_is_interrupted_at_any_stage_is_finished_by_the_next(
+    scene: Scene, stage: str, tmp_path: Path
+) -> None:
+    """One order in ten loses its answer; what Ctrl-C cancelled cost nothing, and may be bought again."""
+    scene.emulator.set_faults("create:lost_answer=0.1")
+    prompts = [f"picture {number}" for number in range(24)]
+    source = tmp_path / "rows.csv"
+    source.write_text("id,prompt\n" + "".join(f"i{number},{prompt}\n" for number, prompt in enumerate(prompts)))
+    interrupted = scene.batch(source, tmp_path / "first")
+    deadline = time.monotonic() + STAGE_SECONDS
+    while not STAGES[stage](scene):
+        assert interrupted.poll() is None, (tmp_path / "first").read_text()
+        assert time.monotonic() < deadline, f"never {stage}"
+        time.sleep(0.02)
+    interrupted.send_signal(signal.SIGINT)
+    assert interrupted.wait(STAGE_SECONDS) in (130, -signal.SIGINT), (tmp_path / "first").read_text()
+    for attempt in ("second", "third"):  # what is too young to be settled at first
+        again = scene.batch(source, tmp_path / attempt)
+        if again.wait(180) == 0:
+            break
+    assert again.returncode == 0, (tmp_path / "third").read_text()
+    paid = Counter(one["input"]["prompt"] for one in scene.emulator.predictions() if one["cost_usd"])
+    assert paid == Counter(prompts)
+    assert scene.pictures() == len(prompts)

@@ -60,11 +60,15 @@ def backend() -> Any:
     return s3_backends[ACCOUNT]["aws"].buckets["pictures"]
 
 
-@pytest.fixture(params=["S3", "memory"])
+@pytest.fixture(params=["S3", "memory", pytest.param("SeaweedFS", marks=pytest.mark.slow)])
 def both(request: pytest.FixtureRequest) -> tuple[ObjectStore, Runner]:
-    """A store and what runs a coroutine against it: real time for the real one, virtual time for the fake."""
+    """A store and what runs a coroutine against it: real time for the real ones, virtual time for the fake."""
     if request.param == "S3":
         return request.getfixturevalue("bucket"), asyncio.run
+    if request.param == "SeaweedFS":
+        seaweedfs = request.getfixturevalue("seaweedfs")
+        seaweedfs.empty()
+        return S3Store("pictures", seaweedfs.access), asyncio.run
     return MemoryStore("pictures"), run
 
 
