@@ -1,6 +1,6 @@
 """Deployed entry points: a table of prompts becomes PNGs in S3 and a report; and a share of one, for shards=N."""
 
-from prefect_eachlabs.flows.generate_batch import generate_batch, generate_shard
+from prefect_eachlabs.flows.batch import generate_batch, generate_shard
 
 __all__ = ["generate_batch", "generate_shard"]
 

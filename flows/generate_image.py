@@ -3,8 +3,8 @@
 from prefect import flow
 
 from prefect_eachlabs import StoredImage
-from prefect_eachlabs import generate_image as body
-from prefect_eachlabs.flows.generate_image import json_fields, named_for_its_item
+from prefect_eachlabs.flows import generate_image as body
+from prefect_eachlabs.flows.image import json_fields, named_for_its_item
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION
 
 

@@ -1,155 +1,39 @@
 """Generated pictures in Prefect pipelines: bought once, never in vain, as fast as the account allows.
 
-The names below load on first use, so that `prefect-eachlabs --help` and a worker's start stay quick.
+Public beside these: `prefect_eachlabs.errors`, `prefect_eachlabs.flows` and `prefect_eachlabs.testing`.
 """
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination
-    from prefect_eachlabs.errors import (
-        BadInput,
-        ContentRefused,
-        DownloadFailed,
-        EachlabsError,
-        FormatNotAllowed,
-        HostNotAllowed,
-        InsufficientBalance,
-        ItemConflict,
-        KeyRefused,
-        NotAPng,
-        NotSent,
-        NotYetSafe,
-        OutcomeUnknown,
-        OutputMissing,
-        PictureMissing,
-        PredictionCancelled,
-        PredictionFailed,
-        PredictionTimedOut,
-        Rejected,
-        SetupError,
-        Skipped,
-        StoreFailed,
-        Throttled,
-        Unanswered,
+from prefect_eachlabs._late import late
+
+if TYPE_CHECKING:  # what an editor and a type checker see of the map below
+    from prefect_eachlabs.blocks import EachlabsCredentials as EachlabsCredentials
+    from prefect_eachlabs.blocks import S3Destination as S3Destination
+    from prefect_eachlabs.errors import EachlabsError as EachlabsError
+    from prefect_eachlabs.models import Prediction as Prediction
+    from prefect_eachlabs.models import PredictionStatus as PredictionStatus
+    from prefect_eachlabs.models import StoredImage as StoredImage
+    from prefect_eachlabs.tasks import aawait_result as aawait_result
+    from prefect_eachlabs.tasks import acancel_prediction as acancel_prediction
+    from prefect_eachlabs.tasks import acreate_prediction as acreate_prediction
+    from prefect_eachlabs.tasks import agenerate_and_store as agenerate_and_store
+    from prefect_eachlabs.tasks import astore_image as astore_image
+    from prefect_eachlabs.tasks import await_result as await_result
+    from prefect_eachlabs.tasks import cancel_prediction as cancel_prediction
+    from prefect_eachlabs.tasks import create_prediction as create_prediction
+    from prefect_eachlabs.tasks import generate_and_store as generate_and_store
+    from prefect_eachlabs.tasks import store_image as store_image
+else:
+    __all__, __getattr__, __dir__ = late(
+        __name__,
+        {
+            "blocks": "EachlabsCredentials S3Destination",
+            "errors": "EachlabsError",
+            "models": "Prediction PredictionStatus StoredImage",
+            "tasks": "create_prediction await_result cancel_prediction store_image generate_and_store "
+            "acreate_prediction aawait_result acancel_prediction astore_image agenerate_and_store",
+        },
     )
-    from prefect_eachlabs.flows.generate_image import generate_image
-    from prefect_eachlabs.models import Prediction, PredictionStatus, StoredImage
-    from prefect_eachlabs.tasks import (
-        aawait_result,
-        acancel_prediction,
-        acreate_prediction,
-        agenerate_and_store,
-        astore_image,
-        await_result,
-        cancel_prediction,
-        create_prediction,
-        generate_and_store,
-        store_image,
-    )
-
-_ROOMS = {
-    "blocks": ("EachlabsCredentials", "S3Destination"),
-    "errors": (
-        "BadInput",
-        "ContentRefused",
-        "DownloadFailed",
-        "EachlabsError",
-        "FormatNotAllowed",
-        "HostNotAllowed",
-        "InsufficientBalance",
-        "ItemConflict",
-        "KeyRefused",
-        "NotAPng",
-        "NotSent",
-        "NotYetSafe",
-        "OutcomeUnknown",
-        "OutputMissing",
-        "PictureMissing",
-        "PredictionCancelled",
-        "PredictionFailed",
-        "PredictionTimedOut",
-        "Rejected",
-        "SetupError",
-        "Skipped",
-        "StoreFailed",
-        "Throttled",
-        "Unanswered",
-    ),
-    "flows.generate_image": ("generate_image",),
-    "models": ("Prediction", "PredictionStatus", "StoredImage"),
-    "tasks": (
-        "aawait_result",
-        "acancel_prediction",
-        "acreate_prediction",
-        "agenerate_and_store",
-        "astore_image",
-        "await_result",
-        "cancel_prediction",
-        "create_prediction",
-        "generate_and_store",
-        "store_image",
-    ),
-}
-_ROOM_OF = {name: room for room, names in _ROOMS.items() for name in names}
-
-__all__ = [
-    "BadInput",
-    "ContentRefused",
-    "DownloadFailed",
-    "EachlabsCredentials",
-    "EachlabsError",
-    "FormatNotAllowed",
-    "HostNotAllowed",
-    "InsufficientBalance",
-    "ItemConflict",
-    "KeyRefused",
-    "NotAPng",
-    "NotSent",
-    "NotYetSafe",
-    "OutcomeUnknown",
-    "OutputMissing",
-    "PictureMissing",
-    "Prediction",
-    "PredictionCancelled",
-    "PredictionFailed",
-    "PredictionStatus",
-    "PredictionTimedOut",
-    "Rejected",
-    "S3Destination",
-    "SetupError",
-    "Skipped",
-    "StoreFailed",
-    "StoredImage",
-    "Throttled",
-    "Unanswered",
-    "aawait_result",
-    "acancel_prediction",
-    "acreate_prediction",
-    "agenerate_and_store",
-    "astore_image",
-    "await_result",
-    "cancel_prediction",
-    "create_prediction",
-    "generate_and_store",
-    "generate_image",
-    "store_image",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("prefect-eachlabs")
-    room = _ROOM_OF.get(name)
-    if room is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{room}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]

@@ -17,7 +17,6 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 
 from prefect_eachlabs import (
-    PredictionFailed,
     StoredImage,
     acreate_prediction,
     agenerate_and_store,
@@ -26,11 +25,12 @@ from prefect_eachlabs import (
     create_prediction,
     events,
     generate_and_store,
-    generate_image,
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.errors import PredictionFailed
+from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
 from tests.flows.flow_fixtures import Studio
 

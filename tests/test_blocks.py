@@ -14,8 +14,10 @@ from prefect.testing.standard_test_suites import BlockStandardTestSuite
 from pydantic import ValidationError
 
 import prefect_eachlabs
-from prefect_eachlabs import EachlabsCredentials, S3Destination, SetupError, generate_image
+from prefect_eachlabs import EachlabsCredentials, S3Destination
 from prefect_eachlabs.blocks import access_of_block, load_block, where
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.flows import generate_image
 from tests.flows.flow_fixtures import Studio
 
 KEY = "key-that-nobody-may-see"

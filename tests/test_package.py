@@ -17,6 +17,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import prefect_eachlabs
+from prefect_eachlabs import flows, testing
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
@@ -40,24 +41,28 @@ def test_the_version_is_written_in_one_place() -> None:
     assert written.group(1) == VERSION, "the installed version is another: run make install"
 
 
-def test_what_is_public_is_sorted_and_there_and_documented() -> None:
-    public = prefect_eachlabs.__all__
+@pytest.mark.parametrize("package", [prefect_eachlabs, flows, testing], ids=lambda package: package.__name__)
+def test_what_is_public_is_sorted_and_there_and_documented(package: Any) -> None:
+    public = package.__all__
     assert list(public) == sorted(public)
-    assert set(public) <= set(dir(prefect_eachlabs))
+    assert set(public) <= set(dir(package))
     for name in public:
-        thing: Any = getattr(prefect_eachlabs, name)
-        if callable(thing):
-            assert (getattr(thing, "__doc__", None) or "").strip(), f"{name} has no docstring"
+        thing: Any = getattr(package, name)
+        assert callable(thing), f"{name} is {thing}"
+        assert (getattr(thing, "__doc__", None) or "").strip(), f"{name} has no docstring"
+    with pytest.raises(AttributeError, match="has no attribute 'none_such'"):
+        package.none_such  # noqa: B018
 
 
-def test_what_loads_on_first_use_is_what_is_public() -> None:
-    assert sorted(prefect_eachlabs._ROOM_OF) == prefect_eachlabs.__all__
+def test_sixteen_names_are_public() -> None:
+    assert len(prefect_eachlabs.__all__) == 16
+    assert prefect_eachlabs.__version__ == VERSION
 
 
 def test_every_public_name_is_used_in_the_file_that_the_type_checker_reads() -> None:
     tree = ast.parse((ROOT / "tests" / "typed_api.py").read_text(encoding="utf-8"))
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    assert set(prefect_eachlabs.__all__) <= used
+    assert {*prefect_eachlabs.__all__, *flows.__all__, *testing.__all__} <= used
     assert '"tests/typed_api.py"' in PYPROJECT, "mypy is not told of it"
 
 

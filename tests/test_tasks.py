@@ -12,19 +12,10 @@ from prefect.states import Failed
 
 import prefect_eachlabs
 from prefect_eachlabs import (
-    BadInput,
     EachlabsError,
-    ItemConflict,
-    NotSent,
-    OutcomeUnknown,
     Prediction,
-    PredictionFailed,
     PredictionStatus,
-    Rejected,
-    SetupError,
     StoredImage,
-    StoreFailed,
-    Throttled,
     aawait_result,
     acancel_prediction,
     acreate_prediction,
@@ -34,9 +25,20 @@ from prefect_eachlabs import (
     cancel_prediction,
     create_prediction,
     generate_and_store,
-    generate_image,
     store_image,
 )
+from prefect_eachlabs.errors import (
+    BadInput,
+    ItemConflict,
+    NotSent,
+    OutcomeUnknown,
+    PredictionFailed,
+    Rejected,
+    SetupError,
+    StoreFailed,
+    Throttled,
+)
+from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.tasks import may_be_repeated
 from tests.flows.flow_fixtures import Studio
 

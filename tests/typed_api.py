@@ -5,17 +5,36 @@ What stands in `assert_type` is what an editor shows and a user's own type check
 
 from __future__ import annotations
 
+from typing import Any
+
 from prefect import flow
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
 from typing_extensions import assert_type
 
 import prefect_eachlabs
 from prefect_eachlabs import (
+    EachlabsCredentials,
+    EachlabsError,
+    Prediction,
+    PredictionStatus,
+    S3Destination,
+    StoredImage,
+    aawait_result,
+    acancel_prediction,
+    acreate_prediction,
+    agenerate_and_store,
+    astore_image,
+    await_result,
+    cancel_prediction,
+    create_prediction,
+    generate_and_store,
+    store_image,
+)
+from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
     DownloadFailed,
-    EachlabsCredentials,
-    EachlabsError,
     FormatNotAllowed,
     HostNotAllowed,
     InsufficientBalance,
@@ -27,31 +46,18 @@ from prefect_eachlabs import (
     OutcomeUnknown,
     OutputMissing,
     PictureMissing,
-    Prediction,
     PredictionCancelled,
     PredictionFailed,
-    PredictionStatus,
     PredictionTimedOut,
     Rejected,
-    S3Destination,
     SetupError,
     Skipped,
-    StoredImage,
     StoreFailed,
     Throttled,
     Unanswered,
-    aawait_result,
-    acancel_prediction,
-    acreate_prediction,
-    agenerate_and_store,
-    astore_image,
-    await_result,
-    cancel_prediction,
-    create_prediction,
-    generate_and_store,
-    generate_image,
-    store_image,
 )
+from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
+from prefect_eachlabs.testing import EmulatorOptions, EmulatorServer, LocalS3
 
 PLACE = "s3://acme/daily"
 
@@ -97,6 +103,14 @@ async def awaited(prompt: str) -> None:
 
 def flows_within_flows() -> None:
     assert_type(generate_image("a red fox", PLACE), StoredImage)
+    assert_type(scheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
+    assert_type(generate_batch("s3://acme/in/prompts.csv", PLACE), State[dict[str, Any]])
+    assert_type(settle_leftovers(PLACE), State[dict[str, Any]])
+
+
+def testing() -> None:
+    with EmulatorServer(EmulatorOptions(service_seconds=1)) as api, LocalS3(buckets=["acme"]) as s3:
+        assert_type((api, s3), tuple[EmulatorServer, LocalS3])
 
 
 def blocks() -> None:
@@ -138,4 +152,4 @@ def errors(prediction: Prediction) -> None:
         assert_type(error.message, str)
 
 
-print(prefect_eachlabs.__all__)
+print(prefect_eachlabs.StoredImage)

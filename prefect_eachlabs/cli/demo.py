@@ -136,7 +136,7 @@ def _run_flows(
 ) -> None:
     """One run of the flow `generate_image` for each prompt, all at once; their places are the account's."""
     from prefect_eachlabs.cli.demo_progress import FAILED, STORED
-    from prefect_eachlabs.flows.generate_image import generate_image
+    from prefect_eachlabs.flows.image import generate_image
 
     ended: queue.Queue[tuple[str, StoredImage | BaseException]] = queue.Queue()
 

@@ -183,7 +183,7 @@ class Stage:
             os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
             import PIL  # noqa: F401 - is it here?
 
-            import prefect_eachlabs.flows.generate_image  # noqa: F401 - loaded, not used here
+            import prefect_eachlabs.flows.image  # noqa: F401 - loaded, not used here
         except ImportError as error:
             started.set_exception(SetupError(f"The demo needs {error.name}: pip install 'prefect-eachlabs[demo]'."))
         except BaseException as error:

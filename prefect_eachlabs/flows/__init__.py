@@ -1,0 +1,23 @@
+"""The flows, ready to call, to serve and to deploy. Each is in a module of its own, and loads on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prefect_eachlabs._late import late
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.flows.batch import generate_batch as generate_batch
+    from prefect_eachlabs.flows.image import generate_image as generate_image
+    from prefect_eachlabs.flows.schedule import scheduled_image as scheduled_image
+    from prefect_eachlabs.flows.settle import settle_leftovers as settle_leftovers
+else:
+    __all__, __getattr__, __dir__ = late(
+        __name__,
+        {
+            "batch": "generate_batch",
+            "image": "generate_image",
+            "schedule": "scheduled_image",
+            "settle": "settle_leftovers",
+        },
+    )

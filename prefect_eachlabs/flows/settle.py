@@ -16,7 +16,7 @@ from prefect.states import Completed, Failed
 from prefect_eachlabs.artifacts import settle_markdown
 from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.cleanup import SettleReport
-from prefect_eachlabs.flows.generate_image import target
+from prefect_eachlabs.flows.image import target
 
 __all__ = ["settle_leftovers"]
 

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_eachlabs import EachlabsCredentials, S3Destination, SetupError
+from prefect_eachlabs import EachlabsCredentials, S3Destination
 from prefect_eachlabs.blocks import _loaded
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.setup import credentials_given, destination_given, make_blocks, make_work_pool, save
+from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.models import Destination
 
 KEY = "key-that-nobody-may-see"

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import prefect_eachlabs
-from prefect_eachlabs.testing import emulator
+from prefect_eachlabs import errors, flows, testing
 from tests.docs.docs_kit import PAGES, ROOT
 from tests.docs.docs_made import DOCS, MADE, parts_of
 
@@ -21,11 +21,18 @@ def module_of(thing: object) -> str:
     return str(getattr(getattr(thing, "fn", thing), "__module__", ""))
 
 
-@pytest.mark.parametrize("package", [prefect_eachlabs, emulator], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [prefect_eachlabs, flows, testing], ids=lambda package: package.__name__)
 def test_every_public_name_is_in_the_reference(package: object) -> None:
     for name in package.__all__:  # type: ignore[attr-defined]
         wanted = f"::: {module_of(getattr(package, name))}.{name}\n"
         assert wanted in REFERENCE, f"docs/reference lacks {wanted}"
+
+
+@pytest.mark.parametrize(
+    "error", [e for e in vars(errors).values() if isinstance(e, type) and e.__module__ == errors.__name__]
+)
+def test_every_error_is_in_the_reference(error: type[BaseException]) -> None:
+    assert f"::: prefect_eachlabs.errors.{error.__name__}\n" in REFERENCE
 
 
 @pytest.mark.parametrize(("page", "name", "text"), PARTS, ids=[name for _, name, _ in PARTS])

@@ -10,8 +10,8 @@ import pytest
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
 
-from prefect_eachlabs import BadInput
-from prefect_eachlabs.flows.generate_image import json_fields
+from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.flows.image import json_fields
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import Studio
 

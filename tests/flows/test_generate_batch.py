@@ -24,9 +24,9 @@ from prefect.client.schemas.objects import State
 
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.errors import BadInput, SetupError
-from prefect_eachlabs.flows import generate_batch as batch_flow
+from prefect_eachlabs.flows import batch as batch_flow
+from prefect_eachlabs.flows.batch import generate_batch
 from prefect_eachlabs.flows.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
-from prefect_eachlabs.flows.generate_batch import generate_batch
 from prefect_eachlabs.testing.emulator import EmulatorOptions
 from tests.flows.flow_fixtures import BUCKET, Studio
 

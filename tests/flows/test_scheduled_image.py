@@ -13,8 +13,9 @@ from prefect.flow_engine import run_flow
 from prefect.runtime import flow_run
 from prefect.states import Scheduled
 
-from prefect_eachlabs import BadInput, ItemConflict, StoredImage
-from prefect_eachlabs.flows.scheduled_image import filled, scheduled_image, zone
+from prefect_eachlabs import StoredImage
+from prefect_eachlabs.errors import BadInput, ItemConflict
+from prefect_eachlabs.flows.schedule import filled, scheduled_image, zone
 from tests.flows.flow_fixtures import Studio
 
 SUNDAY = datetime(2026, 11, 22, 23, 30, tzinfo=timezone.utc)

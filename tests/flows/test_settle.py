@@ -9,9 +9,11 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
-from prefect_eachlabs import SetupError, create_prediction, generate_image
+from prefect_eachlabs import create_prediction
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.engine import Engine
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.flows import settle as settle_flow
 from prefect_eachlabs.flows.settle import settle_leftovers
 from tests.flows.flow_fixtures import Studio

@@ -10,11 +10,10 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.states import Scheduled
 
-from prefect_eachlabs import SetupError
 from prefect_eachlabs.batch.run import shard_of
-from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.flows import shards
-from prefect_eachlabs.flows.generate_batch import generate_batch, generate_shard
+from prefect_eachlabs.flows.batch import generate_batch, generate_shard
 from tests.flows.flow_fixtures import Studio
 
 ROWS = 12

@@ -31,7 +31,7 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Unanswered,
 )
-from prefect_eachlabs.flows.scheduled_image import filled
+from prefect_eachlabs.flows.schedule import filled
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
 from prefect_eachlabs.ledger.echoes import fit

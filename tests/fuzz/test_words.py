@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import BadInput, HostNotAllowed, NotYetSafe, SetupError
-from prefect_eachlabs.flows.scheduled_image import filled, zone
+from prefect_eachlabs.flows.schedule import filled, zone
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import Destination, is_http_url
 from prefect_eachlabs.net.addresses import PrivateHosts, address_in, host_as_written, kind_of, meant

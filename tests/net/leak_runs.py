@@ -87,7 +87,7 @@ def flows(folder: Path, facts: dict[str, Any]) -> int:
         generate_and_store,
         store_image,
     )
-    from prefect_eachlabs.flows.generate_batch import generate_batch
+    from prefect_eachlabs.flows.batch import generate_batch
 
     log_everything(folder)
     send_to_prefect()

@@ -10,7 +10,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.generate_image import target
+from prefect_eachlabs.flows.image import target
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import generate_and_store
