@@ -1,7 +1,7 @@
 """Learns the end of each prediction in flight with as few requests as the limits make necessary.
 
-One task asks `schedule` what to ask and when, with one timer; each question runs in a task of its own, so a GET that
-the API holds open holds nothing else up. What the answers mean is in `answers`.
+One task asks `schedule` what to ask and when, with one timer; each question runs in a task of its own, so that an
+answer that is late holds nothing else up.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Coroutine
-from typing import Any, Protocol
+from collections import OrderedDict
+from datetime import datetime, timezone
+from typing import Protocol
 
-from prefect_eachlabs.errors import NotSent
+from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Execution, Prediction
-from prefect_eachlabs.polling.answers import Answers, age_seconds, quiet
-from prefect_eachlabs.polling.durations import Durations
-from prefect_eachlabs.polling.executions import Sweeping
-from prefect_eachlabs.polling.listing import PAGE_ROWS
-from prefect_eachlabs.polling.schedule import LOOK_SECONDS, Question, Schedule
-from prefect_eachlabs.polling.watched import Watched
+from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
+from prefect_eachlabs.polling.schedule import LOOK_SECONDS, Durations, Question, Schedule, Watched
 
 logger = logging.getLogger(__name__)
 
-PLACE_KEPT_SECONDS = 3600.0
+SLOT_KEPT_SECONDS = 3600.0
 """A slot in flight is not kept for longer for an end that nobody has seen."""
+ENDS_REMEMBERED = 10_000
+UNKNOWN_ID_GRACE_SECONDS = 30.0
+"""A prediction may be invisible right after its creation: a 404 counts only after so long."""
+GIVEN_UP_SECONDS = 86_400.0
+"""Outputs are kept for 24 h: after that there is nothing to be had."""
+KEY_GOOD_SECONDS = 60.0
+"""An answer this recent shows that the key is accepted."""
+LONGEST_ASKED_QUIET_SECONDS = 120.0
+LONGEST_GROWN_QUIET_SECONDS = 30.0
 SHORTEST_SLEEP_SECONDS = 0.01
 
 
@@ -33,7 +39,7 @@ class Asker(Protocol):
     """Who asks the API; `EachlabsClient` does."""
 
     async def get(self, prediction_id: str) -> Prediction:
-        """What has become of it; may be held open until its end."""
+        """What has become of it."""
 
     async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
         """A page of executions, newest first."""
@@ -44,21 +50,22 @@ class Poller:
 
     Args:
         asker: Asks the API.
-        slots: Each question takes a request slot of its own, before the creates.
+        limiter: Each question takes a request slot of its own, before the creates.
     """
 
     def __init__(self, asker: Asker, limiter: RateLimiter) -> None:
         self._asker = asker
         self._limiter = limiter
         self._durations = Durations()
-        sweeping = Sweeping()
-        self._schedule = Schedule(limiter, sweeping, self._durations)
-        self._answers = Answers(self._schedule, sweeping, self._durations)
+        self._executions = Executions()
+        self._schedule = Schedule(limiter, self._executions, self._durations)
+        self._ends: OrderedDict[str, Prediction] = OrderedDict()
         self._questions: set[asyncio.Task[None]] = set()
         self._main: asyncio.Task[None] | None = None
         self._in_hand: Slot | None = None
-        self._asleep: asyncio.Future[None] | None = None
-        self._asleep_until = 0.0
+        self._wake_up = asyncio.Event()
+        self._throttles_in_a_row = 0
+        self._answered_at = -math.inf
         self._closed = False
 
     def __repr__(self) -> str:
@@ -89,12 +96,12 @@ class Poller:
             watched.take_over(slot)
             watched.know_more(prediction)
             if watched.future.cancelled():  # an awaiter forgot to shield
-                watched.future = quiet(loop.create_future())
+                watched.future = _without_noise(loop.create_future())
             return watched.future
+        future = _without_noise(loop.create_future())
         end = self.end_of(prediction.id) or (prediction if prediction.status.ended else None)
-        future = quiet(loop.create_future())
         if end is not None:
-            self._answers.remember(end)
+            self._remember(end)
             if slot is not None:
                 slot.done()
             future.set_result(end)
@@ -104,15 +111,18 @@ class Poller:
 
     def end_of(self, prediction_id: str) -> Prediction | None:
         """Its end, when it was seen (the last 10,000 are remembered)."""
-        return self._answers.end_of(prediction_id)
+        return self._ends.get(prediction_id)
 
     def hurry(self, prediction_id: str) -> None:
         """Asks about it by id as soon as there is a request slot."""
         watched = self._schedule.watched.get(prediction_id)
         if watched is not None:
-            watched.not_before = 0.0
-            self._schedule.insist(watched, asyncio.get_running_loop().time())
-            self._wake_for(watched)
+            watched.not_before, watched.insisted = 0.0, True
+            self._wake_up.set()
+
+    def likely_seconds(self, model: str | None) -> float | None:
+        """What 99 of 100 predictions of the model do not exceed, as seen here; None before one was seen to end."""
+        return self._durations.quantile(model, 0.99) if self._durations.known(model) else None
 
     async def close(self) -> None:
         """Stops asking; futures not yet done are cancelled. Slots in flight are kept: their predictions go on."""
@@ -122,29 +132,32 @@ class Poller:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         self._put_back()
-        for watched in list(self._schedule.watched.values()):
-            self._schedule.remove(watched)
-            watched.forget()
+        for watched in self._schedule.watched.values():
+            if watched.release is not None:
+                watched.release.cancel()
+            watched.future.cancel()
+        self._schedule.watched.clear()
 
     def _begin(self, prediction: Prediction, future: asyncio.Future[Prediction], slot: Slot | None) -> None:
         loop = asyncio.get_running_loop()
-        now, age = loop.time(), age_seconds(prediction)
+        now, age = loop.time(), _age_seconds(prediction)
         # Of unknown age: it may well have ended, so it is asked about at once.
-        likely_age = self._durations.quantile(prediction.model, 0.99) if age is None else age
+        began_at = now - (self._durations.quantile(prediction.model, 0.99) if age is None else age)
+        self._schedule.newest += 1
         watched = Watched(
             prediction,
             future,
             slot,
             watched_at=now,
-            began_at=now - likely_age,
-            age_known=age is not None,
-            number=self._schedule.listing.next_number(),
+            began_at=began_at,
+            created_here=age is not None and age < 1.0,
+            number=self._schedule.newest,
         )
-        watched.release = loop.call_later(PLACE_KEPT_SECONDS, watched.give_back_slot)
-        self._schedule.add(watched)
+        watched.release = loop.call_later(SLOT_KEPT_SECONDS, watched.give_back_slot)
+        self._schedule.watched[prediction.id] = watched
         if self._main is None:
-            self._main = loop.create_task(self._run(), name="eachlabs watcher")
-        self._wake_for(watched)
+            self._main = loop.create_task(self._run(), name="eachlabs poller")
+        self._wake_up.set()
 
     # ---- the one task
 
@@ -153,78 +166,54 @@ class Poller:
             try:
                 await self._step()
             except Exception:
-                logger.exception("The watcher stumbled and goes on in a second; please report this.")
+                logger.exception("The poller stumbled and goes on in a second; please report this.")
                 await asyncio.sleep(1.0)
 
     async def _step(self) -> None:
         """Sends the next question, or sleeps until there is one to send."""
         loop = asyncio.get_running_loop()
-        began_at = loop.time()
-        choice = self._schedule.decide(began_at)
-        if self._in_hand is None and (isinstance(choice, Question) or self._wants_place_in_hand()):
+        self._wake_up.clear()
+        choice = self._schedule.decide(loop.time())
+        if self._in_hand is None and (isinstance(choice, Question) or self._schedule.wants_slot_in_hand()):
             self._in_hand = await self._limiter.take_request(question=True)
-            if loop.time() > began_at:  # waiting may have changed what is worth asking
-                choice = self._schedule.decide(loop.time())
+            choice = self._schedule.decide(loop.time())  # waiting may have changed what is worth asking
         if isinstance(choice, Question) and self._in_hand is not None:
             slot, self._in_hand = self._in_hand, None
-            self._send(choice, slot)
+            self._schedule.sent(choice, loop.time())
+            task = loop.create_task(self._ask(choice, slot))
+            self._questions.add(task)
+            task.add_done_callback(self._questions.discard)
             return
-        if not self._wants_place_in_hand():
-            self._put_back()
         until = choice if isinstance(choice, float) else loop.time()
-        if self._in_hand is not None:
+        if self._schedule.wants_slot_in_hand():
             until = min(until, loop.time() + LOOK_SECONDS)
-        await self._sleep_until(max(until, loop.time() + SHORTEST_SLEEP_SECONDS))
-
-    def _wants_place_in_hand(self) -> bool:
-        somebody = self._schedule.watched or self._limiter.in_flight_waiting or self._limiter.requests_waiting
-        return bool(somebody) and self._schedule.wants_place_in_hand()
+        else:
+            self._put_back()
+        until = max(until, loop.time() + SHORTEST_SLEEP_SECONDS)
+        timer = loop.call_at(until, self._wake_up.set) if until < math.inf else None
+        try:
+            await self._wake_up.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
 
     def _put_back(self) -> None:
         if self._in_hand is not None:
             slot, self._in_hand = self._in_hand, None
             slot.unused()
 
-    async def _sleep_until(self, at: float) -> None:
-        loop = asyncio.get_running_loop()
-        self._asleep = loop.create_future()
-        self._asleep_until = at
-        timer = loop.call_at(at, self._wake) if at < math.inf else None
-        try:
-            await self._asleep
-        finally:
-            self._asleep = None
-            if timer is not None:
-                timer.cancel()
-
-    def _wake(self) -> None:
-        if self._asleep is not None and not self._asleep.done():
-            self._asleep.set_result(None)
-
-    def _wake_for(self, watched: Watched) -> None:
-        if watched.due_at < self._asleep_until:
-            self._wake()
-
     # ---- one question
 
-    def _send(self, question: Question, slot: Slot) -> None:
+    async def _ask(self, question: Question, slot: Slot) -> None:
         loop = asyncio.get_running_loop()
-        self._schedule.sent(question, loop.time())
-        work: Coroutine[Any, Any, None]
-        if question.offset is None:
-            work = self._ask(question.watched, slot)
-        else:
-            work = self._sweep(question.watched, question.offset, slot)
-        task = loop.create_task(work)
-        self._questions.add(task)
-        task.add_done_callback(self._questions.discard)
-
-    async def _ask(self, watched: Watched, slot: Slot) -> None:
-        loop = asyncio.get_running_loop()
-        sent_at = loop.time()
+        watched, offset, sent_at = question.watched, question.offset, loop.time()
+        answer: Prediction | tuple[Execution, ...]
         try:
             try:
-                answer = await self._asker.get(watched.prediction.id)
+                if offset is None:
+                    answer = await self._asker.get(watched.prediction.id)
+                else:
+                    answer = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
             except NotSent:
                 slot.unused()
                 raise
@@ -232,29 +221,156 @@ class Poller:
                 slot.done()
                 raise
             finally:
-                self._schedule.asking -= 1
+                self._schedule.came_back(question)
             slot.done()
-            self._answers.told(watched, answer, sent_at, loop.time())
+            self._throttles_in_a_row, self._answered_at = 0, loop.time()
+            if isinstance(answer, Prediction):
+                self._told(watched, answer, sent_at)
+            else:
+                self._page(answer, question, sent_at)
+        except Throttled as error:
+            self._be_quiet(error)
+            if offset is None:
+                self._failed(watched, error)
         except Exception as error:
-            self._answers.failed(watched, error, loop.time())
-        self._wake()
+            if offset is None:
+                self._failed(watched, error)
+            else:
+                self._executions.failed(error, loop.time())
+        self._wake_up.set()
 
-    async def _sweep(self, target: Watched, offset: int, slot: Slot) -> None:
-        loop = asyncio.get_running_loop()
-        sent_at, newest = loop.time(), self._schedule.listing.newest
-        try:
-            try:
-                rows = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
-            except NotSent:
-                slot.unused()
-                raise
-            except BaseException:
-                slot.done()
-                raise
-            finally:
-                self._schedule.sweep_is_out = False
-            slot.done()
-            self._answers.page(rows, offset=offset, target=target, newest=newest, sent_at=sent_at, now=loop.time())
-        except Exception as error:
-            self._answers.sweep_failed(error, loop.time())
-        self._wake()
+    def _be_quiet(self, error: Throttled) -> None:
+        """Nothing is asked for a while."""
+        self._throttles_in_a_row += 1
+        grown = min(0.25 * 2.0 ** min(self._throttles_in_a_row, 10), LONGEST_GROWN_QUIET_SECONDS)
+        asked = min(error.retry_after_seconds or 0.0, LONGEST_ASKED_QUIET_SECONDS)
+        until = asyncio.get_running_loop().time() + max(asked, grown)
+        self._schedule.quiet_until = max(self._schedule.quiet_until, until)
+
+    # ---- what the answers mean
+
+    def _told(self, watched: Watched, answer: Prediction, sent_at: float) -> None:
+        """GET by id was answered."""
+        if self._schedule.watched.get(watched.prediction.id) is not watched:
+            return  # a page told its end while the question was out
+        if not answer.status.ended:
+            self._still_pending(watched, sent_at, by_id=True)
+            return
+        known = watched.prediction
+        end = answer.model_copy(
+            update={
+                "item_id": known.item_id,
+                "created_at": known.created_at,
+                "input": answer.input if known.input is None else known.input,
+                "model": known.model or answer.model,
+                "version": known.version or answer.version,
+            }
+        )
+        self._executions.learn(end)
+        self._end(watched, end)
+
+    def _page(self, rows: tuple[Execution, ...], question: Question, sent_at: float) -> None:
+        """A page of executions came. Where a row says more than it can tell, its prediction is asked about by id."""
+        offset = question.offset or 0
+        now = asyncio.get_running_loop().time()
+        ours = [(watched, row) for row in rows if (watched := self._schedule.watched.get(row.id)) is not None]
+        left_out = self._schedule.left_out(question, [watched for watched, _ in ours], sent_at)
+        for watched in left_out:
+            watched.by_id = True
+        self._executions.answered(expected=0 if offset else len(ours) + len(left_out), shown=len(ours), now=now)
+        for watched, row in ours:
+            known = watched.prediction
+            if self._executions.tells_the_end(row) and self._executions.believes(known, row.model):
+                told = {
+                    "status": row.status,
+                    "status_word": row.status_word,
+                    "output_urls": row.output_urls,
+                    "cost_usd": row.cost_usd,
+                    "predict_time_seconds": row.run_time_seconds,
+                    "model": known.model or row.model,
+                }
+                self._end(watched, known.model_copy(update=told))
+            elif row.status.ended:
+                watched.insisted = True
+            else:
+                self._still_pending(watched, sent_at, by_id=False)
+
+    def _failed(self, watched: Watched, error: Exception) -> None:
+        """GET by id was not answered, or with an error."""
+        now = asyncio.get_running_loop().time()
+        if isinstance(error, KeyRefused):
+            # 403 where the key was just good: this prediction is not ours to see, the others are.
+            only_this = error.status_code == 403 and now - self._answered_at < KEY_GOOD_SECONDS
+            for one in [watched] if only_this else list(self._schedule.watched.values()):
+                self._give_up(one, error)
+            return
+        if not isinstance(error, EachlabsError):
+            logger.error("Asking about prediction %s failed unexpectedly.", watched.prediction.id, exc_info=error)
+        if self._schedule.watched.get(watched.prediction.id) is not watched:
+            return
+        unknown = isinstance(error, Rejected) and error.status_code == 404
+        if unknown and now - watched.watched_at >= UNKNOWN_ID_GRACE_SECONDS:
+            self._give_up(watched, error)
+        elif not self._is_too_old(watched):
+            self._schedule.back_off(watched, now)
+
+    def _still_pending(self, watched: Watched, sent_at: float, *, by_id: bool) -> None:
+        if not self._is_too_old(watched):
+            now = asyncio.get_running_loop().time()
+            self._schedule.found_pending(watched, sent_at, now, by_id=by_id)
+
+    def _is_too_old(self, watched: Watched) -> bool:
+        if asyncio.get_running_loop().time() - watched.watched_at <= GIVEN_UP_SECONDS:
+            return False
+        error = PredictionTimedOut(
+            "The end of the prediction was not seen within 24 h and it is no longer asked about; look at it in the "
+            "vendor's dashboard.",
+            item_id=watched.prediction.item_id,
+            prediction_id=watched.prediction.id,
+        )
+        self._give_up(watched, error)
+        return True
+
+    def _end(self, watched: Watched, end: Prediction) -> None:
+        if watched.created_here:
+            self._durations.learn(
+                watched.prediction.model,
+                told_seconds=end.predict_time_seconds,
+                pending_at=max(0.0, (watched.pending_at or 0.0) - watched.began_at),
+                ended_at=asyncio.get_running_loop().time() - watched.began_at,
+            )
+        self._remember(end)
+        self._let_go(watched)
+        if not watched.future.done():
+            watched.future.set_result(end)
+
+    def _give_up(self, watched: Watched, error: Exception) -> None:
+        self._let_go(watched)
+        if not watched.future.done():
+            watched.future.set_exception(error)
+
+    def _let_go(self, watched: Watched) -> None:
+        self._schedule.watched.pop(watched.prediction.id, None)
+        watched.give_back_slot()
+
+    def _remember(self, end: Prediction) -> None:
+        self._ends[end.id] = end
+        if len(self._ends) > ENDS_REMEMBERED:
+            self._ends.popitem(last=False)
+
+
+def _age_seconds(prediction: Prediction) -> float | None:
+    """How long ago it was created, by this machine's clock; None when that is not known."""
+    created_at = prediction.created_at
+    if created_at is None:
+        return None
+    if created_at.tzinfo is None:
+        created_at = created_at.replace(tzinfo=timezone.utc)
+    seconds = (datetime.now(timezone.utc) - created_at).total_seconds()
+    return seconds if seconds > 1.0 else 0.0  # just now: the loop's clock is all that is needed
+
+
+def _without_noise(future: asyncio.Future[Prediction]) -> asyncio.Future[Prediction]:
+    """Its exception counts as seen: nobody may be awaiting any more, and that is no fault."""
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return future

@@ -1,51 +1,171 @@
-"""Which question is worth a request now, and when to look again: the watcher's policy.
+"""What to ask the API now, and when to look again: the poller's policy. Pure; all times are the loop's.
 
-Two ways to ask, by what requests are worth at the moment (`timing` says which):
+Two inequalities decide.
 
-- *Soon*, when requests are free: each prediction is looked at from an early quantile of its model's durations on,
-  again and again; a sweep where that tells of more than one.
-- *Late*, when they are scarce: one sweep when nearly all of those in flight are expected to have ended (waiting
-  costs nothing while all slots in flight are taken), or one question for each at an age that few exceed.
+*By the list or by id?* A page of executions costs one request and tells of all that are due, a question by id tells
+of one: so the list is asked when more than one prediction that it can tell of is due.
+
+*Soon or late?* Asked soon, each picture costs its create and about half a request more. Slots in flight that come
+back at once allow `60 * max_in_flight / typical_seconds` creates a minute: when one and a half times that exceeds the
+requests that a minute has, every question takes the place of a create. Then nothing is asked before it is nearly sure
+to find an end, and the list not before most of the group have ended. Else questions begin early and repeat.
 """
 
 from __future__ import annotations
 
-import heapq
+import asyncio
 import math
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prefect_eachlabs.limits.limiter import RateLimiter
-from prefect_eachlabs.polling.durations import Durations
-from prefect_eachlabs.polling.executions import Sweeping
-from prefect_eachlabs.polling.listing import ROWS_COUNTED_ON, Listing
-from prefect_eachlabs.polling.timing import LONGEST_INTERVAL_SECONDS, Timing
-from prefect_eachlabs.polling.watched import Watched
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot
+from prefect_eachlabs.models import Prediction
+from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
 
-QUESTIONS_AT_ONCE = 64
-"""By id; the client's connections must suffice for creates and sweeps as well."""
-INSISTED_AT_ONCE = QUESTIONS_AT_ONCE + 8
-HELD_AT_ONCE = 32
-"""So many questions may be left for the API to hold until their ends."""
-ANSWER_OVERDUE_SECONDS = 30.0
-"""A question by id that is out for so long is no reason not to ask again."""
-SWEEP_OVERDUE_SECONDS = 3.0
-"""A sweep that is out for so long is not waited for: ask by id."""
-INSISTED_TIMES = 5
+PRIOR_SECONDS = 5.0
+"""What the model's page states."""
+SHAPE = (0.7, 0.8, 0.88, 0.95, 1.0, 1.05, 1.12, 1.25, 1.4)
+"""How durations spread around their median, as long as few have been seen."""
+FEW = 20
+REMEMBERED = 40
+"""An API that was slow for a while and is fast again is believed soon."""
+
+LATE_SHARE_LISTED = 0.9
+"""A page may find one of ten still pending: the next page tells of it."""
+LATE_SHARE_BY_ID = 0.97
+"""A question by id that finds its prediction pending was wasted: ask later."""
 GROUP_SHARE = 0.9
-"""A sweep waits until so many of the group are at their late age: a straggler must not hold the others up."""
+"""A page waits until so many of the group are at their late age: a straggler must not hold the others up."""
 ENOUGH_ROWS = 20
-"""A sweep that is expected to tell so many ends costs less than 5 % of the requests: no need to wait for more."""
+"""A page that is expected to tell so many ends costs less than 5 % of the requests: it waits for no more."""
 HOLD_SECONDS = 6.0
-"""While creates wait for requests, a sweep frees nothing that they could use: it waits for more ends."""
-STRAGGLE_SHARE = 0.2
-"""After so much of the usual duration a straggler is asked about again."""
+"""While creates wait for requests, a page frees nothing that they could use: it waits for more ends."""
+STRAGGLER_FACTOR = 1.3
+"""Who is pending beyond so many times the 99 % duration is waited for by itself, not with the others."""
 LOOK_SECONDS = 0.5
 """Under a tight limit things change without a word (a batch has no more to create): look twice a second."""
+FIRST_LOOK_SECONDS = 0.3
+"""Without a limit, at a model whose durations nobody knows."""
+LONGEST_INTERVAL_SECONDS = 60.0
+BY_ID_AT_ONCE = 64
+"""The client's connections must suffice for creates and pages as well."""
+BY_ID_OVERDUE_SECONDS = 30.0
+"""A question by id that is out for so long is no reason not to ask again."""
+PAGE_OVERDUE_SECONDS = 3.0
+"""A page that is out for so long is not waited for: ask by id."""
+ROWS_ABOVE = 75
+"""A page beyond the first shows so many of those created after the one it is asked for."""
+SPARE_ROWS = 10
+"""Creations within a second of each other may be listed either way round, and others' rows come in between."""
+LISTED_WITHIN_SECONDS = 1.0
+"""A page that was asked for sooner after the creation need not show it."""
 
-STALE_ENTRIES = 64
-"""Entries that no longer hold are left in a heap until it has so many and more."""
 
-_Heap = list[tuple[float, Watched]]
+class Durations:
+    """Seconds from a prediction's creation to its end: quantiles of a model's last 40."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str | None, deque[float]] = {}
+        self._sorted: dict[str | None, list[float]] = {}
+        self._unknown = [PRIOR_SECONDS * part for part in SHAPE]
+
+    def known(self, model: str | None) -> bool:
+        """Whether an end of this model has been seen."""
+        return model in self._seen
+
+    def quantile(self, model: str | None, share: float) -> float:
+        """The duration that this share of the model's predictions does not exceed."""
+        values = self._sorted.get(model, self._unknown)
+        position = share * (len(values) - 1)
+        low = int(position)
+        high = min(low + 1, len(values) - 1)
+        return values[low] + (values[high] - values[low]) * (position - low)
+
+    def learn(self, model: str | None, *, told_seconds: float | None, pending_at: float, ended_at: float) -> None:
+        """Learns from one end.
+
+        "It took until we asked" would make the next question later still, and so on without end: so a sample lies
+        between what is certain, the age at which it was last seen pending and the one at which it was seen ended.
+
+        Args:
+            model: The model's slug.
+            told_seconds: The API's own figure (`predict_time`, `run_time`), when it gave one.
+            pending_at: The highest age in seconds at which it was seen pending, 0 when it never was.
+            ended_at: The age in seconds at which it was seen ended.
+        """
+        ended_at = max(pending_at, ended_at)
+        usual = self.quantile(model, 0.5)
+        if told_seconds is not None and pending_at <= told_seconds <= ended_at:
+            seconds = told_seconds
+        elif pending_at > 0:
+            seconds = min((pending_at + ended_at) / 2, pending_at + 0.2 * usual)
+        else:  # "before we asked" and no more: the guess goes down a little, until a question finds one pending
+            seconds = min(ended_at, 0.95 * usual)
+        if seconds <= 0:
+            return
+        seen = self._seen.setdefault(model, deque(maxlen=REMEMBERED))
+        seen.append(seconds)
+        values = sorted(seen)
+        if len(values) < FEW:
+            # Two that took what the page states hold the first down: one that took an hour makes nobody wait for hours.
+            middles = sorted([*values, PRIOR_SECONDS, PRIOR_SECONDS])
+            middle = max(values[len(values) // 2], 0.0) if values[-1] <= PRIOR_SECONDS else middles[len(middles) // 2]
+            values = [min(value, 2 * middle) for value in values]
+            for part in SHAPE:
+                insort(values, middle * part)
+        self._sorted[model] = values
+
+
+@dataclass(eq=False)
+class Watched:
+    """A prediction whose end is not known yet, and what has been learned about it so far."""
+
+    prediction: Prediction
+    future: asyncio.Future[Prediction]
+    slot: Slot | None
+    watched_at: float
+    began_at: float
+    """Its creation, as far as known."""
+    created_here: bool
+    """Whether it was watched right from its creation: its age is certain, and its number says where it is listed."""
+    number: int
+    """Counts what is watched: whose number is higher stands higher in the list of executions."""
+    not_before: float = 0.0
+    """A back-off, or a question that is out."""
+    insisted: bool = False
+    """It is asked about by id as soon as there is a slot: a row says that it ended, or somebody is in a hurry."""
+    by_id: bool = False
+    """The list does not show it, or says pending for longer than is likely."""
+    doubted_at_age: float = 0.0
+    pending_at: float | None = None
+    """When the last question was sent that found it pending."""
+    failures: int = 0
+    release: asyncio.TimerHandle | None = None
+    """Gives its slot back when nobody has seen its end for too long."""
+
+    def take_over(self, slot: Slot | None) -> None:
+        """Its slot in flight; of two the second is given back at once."""
+        if self.slot is None:
+            self.slot = slot
+        elif slot is not None and slot is not self.slot:
+            slot.done()
+
+    def give_back_slot(self) -> None:
+        if self.release is not None:
+            self.release.cancel()
+            self.release = None
+        if self.slot is not None:
+            self.slot.done()
+            self.slot = None
+
+    def know_more(self, prediction: Prediction) -> None:
+        """It was known by its id alone, perhaps, and now comes with its input."""
+        known = self.prediction
+        more = {name: value for name, value in prediction if value is not None and getattr(known, name) is None}
+        if more:
+            self.prediction = known.model_copy(update=more)
 
 
 @dataclass(frozen=True)
@@ -54,202 +174,225 @@ class Question:
 
     watched: Watched
     offset: int | None = None
+    newest: int = 0
+    """The number of the newest prediction when the page was asked for."""
 
 
 class Schedule:
     """All that is watched, and what of it to ask about now."""
 
-    def __init__(self, limiter: RateLimiter, sweeping: Sweeping, durations: Durations) -> None:
+    def __init__(self, limiter: RateLimiter, executions: Executions, durations: Durations) -> None:
         self.watched: dict[str, Watched] = {}
-        self.listing = Listing()
-        self.asking = 0
-        """Questions by id that are out."""
-        self.sweep_is_out = False
+        self.newest = 0
+        """The number of the newest prediction."""
         self.quiet_until = 0.0
         """The API throttles questions too: nothing is asked before."""
-        self.holds = False
-        """The API was seen to hold a GET open until the end."""
-        self._timing = Timing(limiter, durations)
-        self._sweeping = sweeping
+        self._limiter = limiter
+        self._executions = executions
         self._durations = durations
-        self._sweep_sent_at = -math.inf
-        self._sweep_spacing = 0.0
-        self._common: _Heap = []
-        self._insisted: _Heap = []
-        self._overdue: set[str] = set()
-        self._early: dict[str | None, float] = {}
+        self._by_id_out = 0
+        self._page_is_out = False
+        self._page_sent_at = -math.inf
 
     # ---- what comes and goes
-
-    def add(self, watched: Watched) -> None:
-        self.watched[watched.prediction.id] = watched
-        self._early.setdefault(watched.prediction.model, self._timing.age(watched, 0.05))
-        self._due(watched, self._timing.start_at(watched))
-
-    def remove(self, watched: Watched) -> None:
-        self.watched.pop(watched.prediction.id, None)
-        self._overdue.discard(watched.prediction.id)
 
     def sent(self, question: Question, now: float) -> None:
         """A question goes out."""
         if question.offset is not None:
-            self.sweep_is_out, self._sweep_sent_at = True, now
+            self._page_is_out, self._page_sent_at = True, now
         else:
-            self.asking += 1
-            question.watched.not_before = now + ANSWER_OVERDUE_SECONDS
-            self._due(question.watched, question.watched.not_before)
+            self._by_id_out += 1
+            question.watched.not_before = now + BY_ID_OVERDUE_SECONDS
 
-    def insist(self, watched: Watched, at: float) -> None:
-        """It is asked about by id, before anything else."""
-        watched.insisted = True
-        self._due(watched, max(at, watched.not_before))
+    def came_back(self, question: Question) -> None:
+        """It was answered, or was not."""
+        if question.offset is not None:
+            self._page_is_out = False
+        else:
+            self._by_id_out -= 1
+            question.watched.not_before = 0.0
 
     def back_off(self, watched: Watched, now: float) -> None:
         """A question got no answer, or one that contradicts another: ask again, later each time."""
         watched.failures += 1
         watched.not_before = now + min(0.25 * 2.0 ** min(watched.failures, 10), LONGEST_INTERVAL_SECONDS)
-        self._due(watched, watched.not_before)
 
     def found_pending(self, watched: Watched, sent_at: float, now: float, *, by_id: bool) -> None:
         """An answer says that it had not ended when the question was sent."""
         watched.pending_at = max(sent_at, watched.pending_at or sent_at)
         age = sent_at - watched.began_at
-        if age > self._timing.age(watched, 0.99) + LONGEST_INTERVAL_SECONDS:
-            self._overdue.add(watched.prediction.id)
         if by_id and watched.insisted:  # a row knew better, or a cancel takes its time: again, patiently
-            watched.insisted = watched.failures < INSISTED_TIMES
+            watched.insisted = watched.failures < 5
             self.back_off(watched, now)
-            return
-        if by_id:
-            watched.failures, watched.doubtful, watched.not_before = 0, False, 0.0
-        elif self._timing.straggles(watched) and age > 2.0 * watched.doubted_at_age:
-            watched.doubtful, watched.doubted_at_age = True, age
-        if not watched.insisted:
-            again_at = self._again_at(watched, self._timing.interval(watched))
-            self._due(watched, max(self._timing.start_at(watched), again_at))
+        elif by_id:
+            watched.failures, watched.by_id = 0, False
+        elif self._straggles(watched) and age > 2.0 * watched.doubted_at_age:
+            watched.by_id, watched.doubted_at_age = True, age
 
-    def learned(self, model: str | None) -> None:
-        """Its durations have changed: where it turns out much faster than thought, look sooner."""
-        early = self._durations.quantile(model, 0.05)
-        if early > 0.75 * self._early.get(model, math.inf):
-            self._early[model] = max(early, self._early.get(model, early))
-            return
-        self._early[model] = early
-        for watched in self.watched.values():
-            if watched.prediction.model == model and watched.pending_at is None and not watched.insisted:
-                self._due(watched, max(watched.not_before, self._timing.start_at(watched)))
-
-    def _due(self, watched: Watched, at: float) -> None:
-        watched.due_at = at
-        heap = self._insisted if watched.insisted else self._common
-        heapq.heappush(heap, (at, watched))
-        if len(heap) > STALE_ENTRIES + 4 * len(self.watched):
-            heap[:] = [entry for entry in heap if self._holds_true(heap, *entry)]
-            heapq.heapify(heap)
-
-    def _holds_true(self, heap: _Heap, at: float, watched: Watched) -> bool:
-        in_place = watched.insisted is (heap is self._insisted)
-        return in_place and watched.due_at == at and self.watched.get(watched.prediction.id) is watched
-
-    def _first(self, heap: _Heap) -> Watched | None:
-        """The first of a heap whose entry still holds."""
-        while heap and not self._holds_true(heap, *heap[0]):
-            heapq.heappop(heap)
-        return heap[0][1] if heap else None
-
-    def _again_at(self, watched: Watched, interval: float) -> float:
-        alone = watched.alone or not self._sweeping.allowed(watched.pending_at or 0.0)
-        rationed_among = len(self._overdue) if alone and watched.prediction.id in self._overdue else 0
-        return max(watched.not_before, self._timing.again_at(watched, interval, rationed_among=rationed_among))
+    def left_out(self, page: Question, shown: Sequence[Watched], sent_at: float) -> list[Watched]:
+        """Those that a page should have shown and did not: the one it was asked for, and those around it."""
+        known = {id(one) for one in shown}
+        last = page.newest - (page.offset or 0)
+        return [
+            one
+            for one in self.watched.values()
+            if id(one) not in known
+            and one.watched_at < sent_at - LISTED_WITHIN_SECONDS
+            and (
+                one is page.watched
+                or (
+                    one.created_here
+                    and last - PAGE_ROWS + SPARE_ROWS < one.number <= last - SPARE_ROWS * bool(page.offset)
+                )
+            )
+        ]
 
     # ---- the decision
 
-    def wants_place_in_hand(self) -> bool:
-        """Whether to have a request slot ready before it is needed."""
-        return self._timing.wants_place_in_hand(self.watched.values())
-
     def decide(self, now: float) -> Question | float:
         """What to ask now; or when to look again, should nothing happen before."""
-        if not self.watched:
-            return math.inf
-        if now < self.quiet_until:
-            return self.quiet_until
-        insisted = self._first(self._insisted)
-        if insisted is not None and insisted.due_at <= now and self.asking < INSISTED_AT_ONCE:
-            return Question(insisted)
-        choice = self._late(now) if self._timing.scarce(self.watched.values()) else self._soon(now)
-        if isinstance(choice, float) and insisted is not None and insisted.due_at > now:
-            return min(choice, insisted.due_at)
+        if not self.watched or now < self.quiet_until:
+            return self.quiet_until if self.watched else math.inf
+        if self._by_id_out < BY_ID_AT_ONCE + 8:
+            insisted = [one for one in self.watched.values() if one.insisted]
+            if insisted and (first := min(insisted, key=lambda one: one.not_before)).not_before <= now:
+                return Question(first)
+        else:
+            insisted = []
+        choice = self._late(now) if self._scarce() else self._soon(now)
+        if isinstance(choice, float) and insisted:
+            return min(choice, *(one.not_before for one in insisted))
         return choice
 
-    def _may_sweep(self, now: float) -> bool:
-        overdue = self.sweep_is_out and now >= self._sweep_sent_at + SWEEP_OVERDUE_SECONDS
-        return self._sweeping.allowed(now) and not overdue
+    def wants_slot_in_hand(self) -> bool:
+        """Whether to have a request slot before it is needed.
 
-    def _sweep(self, oldest: Watched) -> Question:
-        return Question(oldest, offset=self.listing.offset_for(oldest.number))
+        Else creates take the last ones, and ten finished pictures wait for one slot to come back.
+        """
+        return bool(self.watched) and self._limiter.pressure(Kind.REQUESTS) >= 0.8 and self._scarce()
+
+    def _age(self, watched: Watched, share: float) -> float:
+        return self._durations.quantile(watched.prediction.model, share)
+
+    def _straggles(self, watched: Watched) -> bool:
+        """Whether it was found pending at an age that hardly any reaches."""
+        if watched.pending_at is None:
+            return False
+        return watched.pending_at - watched.began_at > STRAGGLER_FACTOR * self._age(watched, 0.99)
+
+    def _scarce(self) -> bool:
+        """Whether a request spent on asking is missing for creating (see above)."""
+        limit = self._limiter.limit(Kind.REQUESTS)
+        if limit is None:
+            return False
+        if self._limiter.requests_waiting:
+            return True
+        in_flight = self._limiter.limit(Kind.IN_FLIGHT)
+        pressure = self._limiter.pressure(Kind.REQUESTS)
+        all_taken = self._limiter.pressure(Kind.IN_FLIGHT) >= 1.0 and pressure >= 0.3
+        if in_flight is None or not (self._limiter.in_flight_waiting or all_taken):
+            return False
+        typical_seconds = next((self._age(one, 0.5) for one in self.watched.values()), PRIOR_SECONDS)
+        return pressure > 0.9 or 1.5 * 60.0 * in_flight / max(typical_seconds, 0.01) >= limit
+
+    def _page_may_tell(self, watched: Watched) -> bool:
+        return not watched.by_id and not watched.insisted
+
+    def _may_ask_list(self, now: float) -> bool:
+        return self._executions.allowed(now) and not (
+            self._page_is_out and now >= self._page_sent_at + PAGE_OVERDUE_SECONDS
+        )
+
+    def _page_for(self, oldest: Watched) -> Question:
+        row = self.newest - oldest.number
+        return Question(oldest, offset=0 if row < PAGE_ROWS - SPARE_ROWS else row - ROWS_ABOVE, newest=self.newest)
+
+    def _again_at(self, watched: Watched, interval: float) -> float:
+        """After it was found pending: further apart the longer it is overdue."""
+        if watched.pending_at is None:
+            return watched.not_before
+        beyond = watched.pending_at - watched.began_at - self._age(watched, 0.99)
+        return max(watched.not_before, watched.pending_at + max(interval, min(0.1 * beyond, LONGEST_INTERVAL_SECONDS)))
+
+    # ---- where requests are free
+
+    def _interval(self, watched: Watched) -> float:
+        """Between two looks: 3 % of the usual duration; under a limit a tenth of it or less, more as it fills."""
+        shortest = min(max(0.03 * self._age(watched, 0.5), 0.05), 0.25)
+        limit = self._limiter.limit(Kind.REQUESTS)
+        if limit is None:
+            return shortest
+        relaxed = min(max(600.0 / limit, shortest), 0.5)
+        return min(5.0, relaxed * max(1.0, 0.3 / max(1.0 - self._limiter.pressure(Kind.REQUESTS), 0.01)))
+
+    def _soon_at(self, watched: Watched) -> float:
+        if self._limiter.limit(Kind.REQUESTS) is not None:
+            age = self._age(watched, max(0.05, min(self._limiter.pressure(Kind.REQUESTS), 0.95)))
+        elif not self._durations.known(watched.prediction.model):
+            age = FIRST_LOOK_SECONDS
+        else:
+            age = self._age(watched, 0.05)
+        return max(watched.began_at + age, self._again_at(watched, self._interval(watched)))
 
     def _soon(self, now: float) -> Question | float:
-        first = self._first(self._common)
-        if first is None:
+        due = [(self._soon_at(one), one.number, one) for one in self.watched.values() if not one.insisted]
+        if not due:
             return math.inf
-        if first.due_at > now:
-            return first.due_at
-        held = self.holds and self.asking < HELD_AT_ONCE
-        if not first.alone and not held and self._may_sweep(now):
-            if self.sweep_is_out:
-                return self._sweep_sent_at + SWEEP_OVERDUE_SECONDS
-            interval = self._timing.interval(first)
-            if self._another_is_due(now + interval):
-                at = self._sweep_sent_at + self._sweep_spacing
-                if at > now:
-                    return at
-                due = sum(1 for one in self.watched.values() if one.due_at <= now + interval)
-                self._sweep_spacing = interval / math.ceil(due / ROWS_COUNTED_ON)
-                return self._sweep(first)
-        return Question(first) if self.asking < QUESTIONS_AT_ONCE else math.inf
+        at, _, first = min(due)
+        if at > now:
+            return at
+        if self._page_may_tell(first) and self._may_ask_list(now):
+            if self._page_is_out:
+                return self._page_sent_at + PAGE_OVERDUE_SECONDS
+            interval = self._interval(first)
+            told = sum(1 for at, _, one in due if at <= now + interval and self._page_may_tell(one))
+            if told > 1:
+                next_page_at = self._page_sent_at + interval / math.ceil(told / ROWS_ABOVE)
+                return self._page_for(first) if next_page_at <= now else next_page_at
+        return Question(first) if self._by_id_out < BY_ID_AT_ONCE else math.inf
 
-    def _another_is_due(self, by: float) -> bool:
-        """Whether a sweep would tell of more than the first."""
-        first = heapq.heappop(self._common)
-        second = self._first(self._common)
-        heapq.heappush(self._common, first)
-        return second is not None and second is not first[1] and second.due_at <= by
+    # ---- where requests are scarce
+
+    def _late_at(self, watched: Watched, *, listed: bool) -> float:
+        age = self._age(watched, LATE_SHARE_LISTED)
+        if not listed:  # a long tail is no reason to wait for it with all the others
+            age = min(1.25 * age, self._age(watched, LATE_SHARE_BY_ID))
+        return max(watched.began_at + age, self._again_at(watched, 0.2 * self._age(watched, 0.5)))
 
     def _late(self, now: float) -> Question | float:
-        swept: _Heap = []
-        asked: _Heap = []
-        may_sweep = self._may_sweep(now)
-        for watched in self.watched.values():
-            if not watched.insisted:
-                by_sweep = may_sweep and not watched.alone and self._sweeping.believes(watched.prediction)
-                (swept if by_sweep else asked).append((self._late_at(watched, by_sweep=by_sweep), watched))
-        if len(swept) == 1:
-            watched = swept.pop()[1]
-            asked.append((self._late_at(watched, by_sweep=False), watched))
+        may_list = self._may_ask_list(now)
+        listed = [
+            one
+            for one in self.watched.values()
+            if may_list and self._page_may_tell(one) and self._executions.believes(one.prediction)
+        ]
+        if len(listed) == 1:
+            listed = []
+        on_list = {id(one) for one in listed}
         again_at = now + LOOK_SECONDS
-        if swept and not self.sweep_is_out:
-            sweep_at = self._sweep_at(swept)
-            if sweep_at <= now:
-                return self._sweep(min(swept)[1])
-            again_at = min(again_at, sweep_at)
-        if asked and self.asking < QUESTIONS_AT_ONCE:
-            at, watched = min(asked)
+        if listed and not self._page_is_out:
+            page_at = self._page_at(listed)
+            if page_at <= now:
+                return self._page_for(min(listed, key=lambda one: one.number))
+            again_at = min(again_at, page_at)
+        by_id = [
+            (self._late_at(one, listed=False), one.number, one)
+            for one in self.watched.values()
+            if id(one) not in on_list and not one.insisted
+        ]
+        if by_id and self._by_id_out < BY_ID_AT_ONCE:
+            at, _, watched = min(by_id)
             if at <= now:
                 return Question(watched)
             again_at = min(again_at, at)
         return again_at
 
-    def _late_at(self, watched: Watched, *, by_sweep: bool) -> float:
-        again_at = self._again_at(watched, STRAGGLE_SHARE * self._timing.age(watched, 0.5))
-        return max(watched.began_at + self._timing.late_age(watched, by_sweep=by_sweep), again_at)
-
-    def _sweep_at(self, swept: _Heap) -> float:
-        """When a sweep is worth its request: stragglers are told of by the sweeps for the others."""
-        times = sorted(at for at, watched in swept if not self._timing.straggles(watched))
+    def _page_at(self, listed: Sequence[Watched]) -> float:
+        """When a page is worth its request; stragglers are told of by the pages for the others."""
+        times = sorted(self._late_at(one, listed=True) for one in listed if not self._straggles(one))
         if not times:
-            return min(at for at, _ in swept)
+            return min(self._late_at(one, listed=True) for one in listed)
         at = times[math.ceil(GROUP_SHARE * len(times)) - 1]
-        if self._timing.creates_wait_for_requests():
+        if self._limiter.requests_waiting:
             at = times[0] + HOLD_SECONDS
         return min(at, times[ENOUGH_ROWS - 1]) if len(times) >= ENOUGH_ROWS else at

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefect_eachlabs.polling.durations import Durations
+from prefect_eachlabs.polling.schedule import Durations
 
 
 def learn(durations: Durations, *, told: float | None, pending_at: float = 0.0, ended_at: float) -> None:
-    durations.learn("m", told_seconds=told, pending_at_seconds=pending_at, ended_at_seconds=ended_at)
+    durations.learn("m", told_seconds=told, pending_at=pending_at, ended_at=ended_at)
 
 
 def test_before_anything_is_known_it_is_what_the_models_page_states() -> None:

@@ -116,20 +116,6 @@ def test_a_list_that_hangs_does_not_keep_the_ends_from_being_known() -> None:
     assert run(story()) < 12
 
 
-@pytest.mark.parametrize("requests_per_minute", [None, 60])
-def test_a_list_that_is_far_behind_is_found_out_and_left_alone(requests_per_minute: int | None) -> None:
-    async def story(shop: Shop) -> tuple[float, int, int]:
-        await asyncio.gather(*(shop.buy() for _ in range(10)))
-        await asyncio.gather(*(shop.buy() for _ in range(10)))
-        sweeps = shop.api.count("executions")
-        await asyncio.gather(*(shop.buy() for _ in range(10)))
-        return max(shop.delays()), sweeps, shop.api.count("executions")
-
-    worst, sweeps, sweeps_then = in_shop(story, requests_per_minute=requests_per_minute, list_lag_seconds=60)
-    assert worst < 60
-    assert sweeps_then == sweeps
-
-
 def test_a_list_a_second_behind_is_good_enough() -> None:
     async def story(shop: Shop) -> int:
         for _ in range(4):
