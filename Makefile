@@ -35,8 +35,9 @@ test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
 	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
 
-check: $(STAMP)  ## lint, format and types
+check: $(STAMP)  ## lint, format, types, and who imports whom
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
