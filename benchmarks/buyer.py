@@ -20,17 +20,22 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import httpx
 from pydantic import SecretStr
 
-from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeSource, local_source
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Item, Prediction
+from prefect_eachlabs.models import Destination, Item, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.memory_store import MemoryStore
+
 KEY = "a-benchmark-key"
+TO = Destination.parse("s3://benchmark")
 MODEL, VERSION = "gemini", "2.0-flash-exp-image-generation"
 LAST_ENDS_SECONDS = 12.0
 """What was bought within the time may end so much later."""
@@ -108,14 +113,20 @@ async def plain_asyncio(url: str, in_flight: int, seconds: float) -> Known:
     return known
 
 
-def prepare_ours(settings: AccountSettings, wanted_at_a_time: int) -> Callable[[float], Known]:
-    """This package: `engine.create`, then `engine.wait`, on the gateway's loop; nothing is downloaded."""
-    make_source = None
+def prepare_ours(
+    settings: AccountSettings, wanted_at_a_time: int
+) -> tuple[Callable[[float], Known], Callable[[], None]]:
+    """This package: `engine.create`, then `engine.wait`, on the gateway's loop; nothing is downloaded.
+
+    The records' bucket is in memory: what is measured is how the account's requests are spent.
+    """
+    make_source: MakeSource = local_source
     if os.environ.get("PREFECT_API_URL"):
         from prefect_eachlabs.limits import lot_source_for  # noqa: PLC0415 - it imports Prefect
 
         make_source = lot_source_for
-    gateway = gateway_for(settings, make_source=make_source)
+    store = MemoryStore()
+    gateway = Gateway(settings, LoopThread(), make_source=make_source, store_for=lambda _, __: store)
     engine = gateway.engine
     known: Known = {}
     numbers = itertools.count()
@@ -129,7 +140,7 @@ def prepare_ours(settings: AccountSettings, wanted_at_a_time: int) -> Callable[[
         while time.monotonic() < until:
             item = Item.wanted(f"picture {os.getpid()}/{next(numbers)}")
             try:
-                prediction = await engine.create(item, options=PurchaseOptions())
+                prediction = await engine.create(item, TO, options=PurchaseOptions())
                 task = asyncio.ensure_future(until_it_ends(prediction))
                 waiting.add(task)
                 await asyncio.shield(task)
@@ -146,7 +157,7 @@ def prepare_ours(settings: AccountSettings, wanted_at_a_time: int) -> Callable[[
         await asyncio.wait(waiting, timeout=LAST_ENDS_SECONDS)
         return known
 
-    return lambda seconds: gateway.call(all_of_it(seconds))
+    return lambda seconds: gateway.call(all_of_it(seconds)), gateway.close
 
 
 def settings_of(arguments: argparse.Namespace) -> AccountSettings:
@@ -173,8 +184,9 @@ def main() -> None:
         "vendor": lambda seconds: vendors_loop(arguments.url, arguments.in_flight, seconds),
         "plain": lambda seconds: asyncio.run(plain_asyncio(arguments.url, arguments.in_flight, seconds)),
     }
+    close: Callable[[], None] | None = None
     if arguments.way == "ours":
-        buy = prepare_ours(settings_of(arguments), arguments.in_flight + BEYOND_THE_LIMIT)
+        buy, close = prepare_ours(settings_of(arguments), arguments.in_flight + BEYOND_THE_LIMIT)
     else:
         buy = ways[arguments.way]
     print("ready", flush=True)
@@ -183,7 +195,8 @@ def main() -> None:
     usage = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps({"known": known, "cpu_seconds": usage.ru_utime + usage.ru_stime}), flush=True)
     with suppress(Exception):
-        close_gateways()
+        if close is not None:
+            close()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,12 @@ from prefect_eachlabs.engine.runtime import Gateway, gateway_for
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.limits import lot_source_for
 from prefect_eachlabs.models import Destination
-from prefect_eachlabs.settings import AccountSettings, check_base_url, settings_from_environment
+from prefect_eachlabs.settings import (
+    AccountSettings,
+    check_base_url,
+    destination_from_environment,
+    settings_from_environment,
+)
 from prefect_eachlabs.storage.s3_client import S3Access
 
 Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
@@ -34,7 +39,7 @@ class EachlabsCredentials(CredentialsBlock):
         from prefect_eachlabs import EachlabsCredentials, create_prediction
 
         credentials = EachlabsCredentials.load("BLOCK_NAME")
-        create_prediction("a red fox", credentials=credentials)
+        create_prediction("a red fox", destination="s3://acme/daily", credentials=credentials)
         ```
     """
 
@@ -268,12 +273,14 @@ def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
     return gateway_for(settings or settings_from_environment(), make_source=lot_source_for)
 
 
-def where(destination: S3Destination | Destination | str) -> tuple[Destination, S3Access | None]:
-    """A destination and how to get in, from a block or from `s3://bucket/prefix`.
+def where(destination: S3Destination | Destination | str | None) -> tuple[Destination, S3Access | None]:
+    """A destination and how to get in, from a block or from `s3://bucket/prefix`; the environment's when none is named.
 
     Raises:
         BadInput: It is neither.
+        SetupError: None is named here, and none in the environment.
     """
+    destination = destination or destination_from_environment()
     if isinstance(destination, S3Destination):
         return destination.destination(), destination.access()
     return Destination.parse(destination), None

@@ -18,6 +18,8 @@ from prefect_eachlabs.reference_images import ROOTS_VARIABLE, Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
 
+DESTINATION_VARIABLE = "EACHLABS_DESTINATION"
+
 ACCOUNT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -157,6 +159,21 @@ ENVIRONMENT: dict[str, str] = {
     "private_hosts": "EACHLABS_PRIVATE_HOSTS",
 }
 """Field of `AccountSettings` → environment variable."""
+
+
+def destination_from_environment(environ: Mapping[str, str] | None = None) -> str:
+    """Where pictures and records go when a call names no destination: `EACHLABS_DESTINATION`.
+
+    Raises:
+        SetupError: It is not set. Without a destination there is no record, and nothing is bought without one.
+    """
+    text = (os.environ if environ is None else environ).get(DESTINATION_VARIABLE, "").strip()
+    if not text:
+        raise SetupError(
+            "No destination: name one (destination='s3://bucket/prefix', --to s3://bucket/prefix) or set "
+            f"{DESTINATION_VARIABLE}. Its record is what keeps a picture from being bought twice. Nothing was bought."
+        )
+    return text
 
 
 def settings_from_environment(environ: Mapping[str, str] | None = None, **given: Any) -> AccountSettings:

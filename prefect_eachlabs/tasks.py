@@ -28,7 +28,6 @@ from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
 from prefect_eachlabs.images.formats import check_formats
-from prefect_eachlabs.keys import OnceInAFlowRun
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
 from prefect_eachlabs.reference_images import Picture, Roots, opened
@@ -95,7 +94,8 @@ def _api_task(verb: str, **more: Any) -> dict[str, Any]:
     }
 
 
-_CREATE = _api_task("create", persist_result=True, cache_policy=OnceInAFlowRun())
+# The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked.
+_CREATE = _api_task("create", persist_result=False, cache_policy=NO_CACHE)
 # What has ended holds its pictures' URLs, which may be signed: where results are kept by default, these are not. Asking
 # again costs a request.
 _AWAIT = _api_task("await", persist_result=False, cache_policy=NO_CACHE)
@@ -119,7 +119,7 @@ def _create(
     prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
 ) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
     item = _item(prompt, **wanted)
-    place, access = where(destination) if destination is not None else (None, None)
+    place, access = where(destination)
     gateway = gateway_of(credentials)
     return gateway, gateway.engine.create(item, place, options=options, access=access)
 
@@ -140,15 +140,13 @@ def create_prediction(
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
+    retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
 ) -> Prediction:
     """Buys one prediction. **Each call costs money**, unless it finds what was bought before.
 
-    With a `destination` the purchase goes under a record in the bucket: repeated at will, it is bought once.
-    Without one, its result is kept under a key of the flow run, so that task retries, flow retries and
-    `prefect flow-run retry` do not buy again, as long as the result storage lasts (it is this machine's disk unless
-    you configure another). A crash between the POST and the keeping of its result loses the prediction; a lost answer
-    fails, since without a record nobody can find out what it bought.
+    The purchase goes under a record in the destination's bucket: a retry of the task or the flow, and the same call
+    on another day or machine, finds what was bought.
 
     Args:
         prompt: What the picture shows.
@@ -161,18 +159,21 @@ def create_prediction(
         sample: The number of this one among several of the same input: 2, 3 ... are items of their own.
         formats: What may be stored of it: `("png", "jpeg", "webp", "gif", "mp4")` or fewer; PNG alone when left out.
             Kept in the record.
-        destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes.
+        destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes, and later the picture;
+            the environment's EACHLABS_DESTINATION when left out.
         credentials: An `EachlabsCredentials` block or its name; the environment's account when left out.
         replace: Buy although the item id stands for another input.
         rebuy_missing: Buy again when the stored picture is gone from the bucket.
         retry_failed: Buy again what failed for good.
+        retry_ambiguous: Somebody has looked in the vendor's dashboard, and it was not bought: buy what stands as
+            ambiguous, once. The record keeps that this was said.
         on_ambiguous: After a lost answer `settle` (find out what it bought) or `fail` (report it).
 
     Returns:
         The prediction, not finished yet; with a record that says `stored`, finished.
 
     Raises:
-        BadInput, SetupError: Refused before anything was bought.
+        BadInput, SetupError: Refused before anything was bought; SetupError also when no destination is named.
         NotSent, Throttled, InsufficientBalance, Rejected: The API did not take it; nothing was bought.
         OutcomeUnknown: It may have been bought; it is never repeated blindly.
 
@@ -183,7 +184,13 @@ def create_prediction(
     """
     since = datetime.now(timezone.utc)
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous=on_ambiguous, formats=check_formats(formats)
+        run_id=_run_id(),
+        replace=replace,
+        rebuy_missing=rebuy_missing,
+        retry_failed=retry_failed,
+        retry_ambiguous=retry_ambiguous,
+        on_ambiguous=on_ambiguous,
+        formats=check_formats(formats),
     )
     gateway, work = _create(
         prompt,
@@ -216,12 +223,19 @@ async def acreate_prediction(
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
+    retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
 ) -> Prediction:
     """`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
     since = datetime.now(timezone.utc)
     options = PurchaseOptions(
-        _run_id(), replace, rebuy_missing, retry_failed, on_ambiguous=on_ambiguous, formats=check_formats(formats)
+        run_id=_run_id(),
+        replace=replace,
+        rebuy_missing=rebuy_missing,
+        retry_failed=retry_failed,
+        retry_ambiguous=retry_ambiguous,
+        on_ambiguous=on_ambiguous,
+        formats=check_formats(formats),
     )
     gateway, work = _create(
         prompt,
@@ -373,18 +387,26 @@ class _Storing(NamedTuple):
 
 
 def _store(
-    finished: Prediction, destination: Target, credentials: Credentials, formats: Sequence[str] | None
+    finished: Prediction, destination: Target | None, credentials: Credentials, formats: Sequence[str] | None
 ) -> _Storing:
     allowed = check_formats(formats)
-    place, access = where(destination)
     gateway = gateway_of(credentials)
+    place, access = _place_of(finished, gateway) if destination is None else where(destination)
     return _Storing(gateway, place, access, gateway.engine.store(finished, place, access=access, formats=allowed))
+
+
+def _place_of(finished: Prediction, gateway: Gateway) -> tuple[Destination, S3Access | None]:
+    """Where the prediction was bought, by the way in that it was bought by; else the environment's destination."""
+    bought = gateway.engine.account.bought_here(finished.id)
+    if bought is not None:
+        return bought.books.ledger.destination, bought.books.ledger.access
+    return where(finished.destination)
 
 
 @task(name="store-image", **_STORE)
 def store_image(
     finished: Prediction,
-    destination: Target,
+    destination: Target | None = None,
     *,
     credentials: Credentials = None,
     formats: Sequence[str] | None = None,
@@ -392,9 +414,13 @@ def store_image(
 ) -> StoredImage:
     """Downloads a finished prediction's picture, verifies it and uploads it, its bytes unchanged. Free.
 
+    A prediction that has no record there (ordered by another tool, or for another destination) gets one, so that
+    storing it again finds it: under its item's id, or its own.
+
     Args:
         finished: What `await_result` returned.
-        destination: `s3://bucket/prefix` or an `S3Destination` block; the key is `PREFIX/images/ITEM_ID.png`.
+        destination: `s3://bucket/prefix` or an `S3Destination` block; the key is `PREFIX/images/ITEM_ID.png`. When
+            left out: where the prediction was bought, else the environment's EACHLABS_DESTINATION.
         credentials: As for `create_prediction`.
         formats: What may be stored, as for `create_prediction`; what its record says when left out. Several outputs
             are several files, `ITEM_ID.2.png` and so on.
@@ -406,7 +432,8 @@ def store_image(
     Raises:
         NotAPng, DownloadFailed, StoreFailed: It is paid for and not yet safe: run again, the error keeps id and URL.
         FormatNotAllowed: It is of another format than `formats` allows.
-        BadInput: The prediction has not ended, or the destination is none.
+        ItemConflict: The destination has a record of this item that names another prediction.
+        BadInput, SetupError: The prediction has not ended, or there is no destination.
     """
     return _store(finished, destination, credentials, formats).done(with_artifact=with_artifact)
 
@@ -414,7 +441,7 @@ def store_image(
 @task(name="store-image", **_STORE)
 async def astore_image(
     finished: Prediction,
-    destination: Target,
+    destination: Target | None = None,
     *,
     credentials: Credentials = None,
     formats: Sequence[str] | None = None,
@@ -431,7 +458,7 @@ def _stored(image: StoredImage) -> StoredImage:
 
 
 def _generate(
-    prompt: str | None, credentials: Credentials, destination: Target, options: PurchaseOptions, **wanted: Any
+    prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
 ) -> _Storing:
     item = _item(prompt, **wanted)
     place, access = where(destination)
@@ -444,7 +471,7 @@ def _generate(
 def generate_and_store(
     prompt: str | None = None,
     *,
-    destination: Target,
+    destination: Target | None = None,
     image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
@@ -457,6 +484,7 @@ def generate_and_store(
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
+    retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
     with_artifact: bool = False,
 ) -> StoredImage:
@@ -464,10 +492,11 @@ def generate_and_store(
 
     Args:
         prompt: What the picture shows.
-        destination: `s3://bucket/prefix` or an `S3Destination` block: picture and record go there.
+        destination: `s3://bucket/prefix` or an `S3Destination` block: picture and record go there; the environment's
+            EACHLABS_DESTINATION when left out.
         image_url, model, version, item_id, input, sample, formats, credentials: As for `create_prediction`.
         deadline_seconds: From the POST; the account's (300) when left out.
-        replace, rebuy_missing, retry_failed, on_ambiguous: As for `create_prediction`.
+        replace, rebuy_missing, retry_failed, retry_ambiguous, on_ambiguous: As for `create_prediction`.
         with_artifact: Show it in the Prefect UI, as `store_image` does.
 
     Returns:
@@ -482,10 +511,11 @@ def generate_and_store(
         ```
     """
     options = PurchaseOptions(
-        _run_id(),
-        replace,
-        rebuy_missing,
-        retry_failed,
+        run_id=_run_id(),
+        replace=replace,
+        rebuy_missing=rebuy_missing,
+        retry_failed=retry_failed,
+        retry_ambiguous=retry_ambiguous,
         on_ambiguous=on_ambiguous,
         deadline_seconds=deadline_seconds,
         formats=check_formats(formats),
@@ -512,7 +542,7 @@ def generate_and_store(
 async def agenerate_and_store(
     prompt: str | None = None,
     *,
-    destination: Target,
+    destination: Target | None = None,
     image_url: Reference | None = None,
     model: str = DEFAULT_MODEL,
     version: str | None = None,
@@ -525,15 +555,17 @@ async def agenerate_and_store(
     replace: bool = False,
     rebuy_missing: bool = False,
     retry_failed: bool = False,
+    retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
     with_artifact: bool = False,
 ) -> StoredImage:
     """`generate_and_store` for async flows: awaited. **Costs money** once."""
     options = PurchaseOptions(
-        _run_id(),
-        replace,
-        rebuy_missing,
-        retry_failed,
+        run_id=_run_id(),
+        replace=replace,
+        rebuy_missing=rebuy_missing,
+        retry_failed=retry_failed,
+        retry_ambiguous=retry_ambiguous,
         on_ambiguous=on_ambiguous,
         deadline_seconds=deadline_seconds,
         formats=check_formats(formats),

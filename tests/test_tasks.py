@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.schemas.objects import State
@@ -115,65 +117,101 @@ def test_async_tasks_are_awaited_and_sync_ones_submitted_from_an_async_flow(stud
     assert studio.billed == 5
 
 
-def test_a_flow_retry_does_not_create_a_second_prediction_and_two_equal_prompts_stay_two(studio: Studio) -> None:
-    """Without a destination: the result is kept under the flow run's own key, the n-th equal input apart."""
+def test_a_flow_retry_does_not_create_a_second_prediction(studio: Studio) -> None:
+    """Nor in a subflow; and equal prompts are one item, bought once."""
     attempts: list[list[str]] = []
 
-    @flow(retries=1)
-    def bare() -> None:
-        direct = [create_prediction("the same").id, create_prediction("the same").id]
-        mapped = [future.result().id for future in create_prediction.map(["other", "other", "third"])]
-        attempts.append(direct + sorted(mapped))
-        if len(attempts) == 1:
-            raise RuntimeError("after the purchases")
-
-    bare()
-    assert attempts[0] == attempts[1]
-    assert len(set(attempts[0])) == 5
-    assert studio.billed == 5
-
-
-def test_a_retried_flow_does_not_buy_again_in_its_subflow(studio: Studio) -> None:
-    attempts: list[tuple[str, str]] = []
-
     @flow
-    def innermost() -> str:
-        return create_prediction("nested").id
-
-    @flow
-    def inner() -> tuple[str, str]:
-        return innermost(), create_prediction("nested").id
+    def inner() -> str:
+        return create_prediction("nested", destination=studio.destination).id
 
     @flow(retries=1)
     def outer() -> None:
-        attempts.append(inner())
+        direct = [create_prediction("the same", destination=studio.destination).id for _ in range(2)]
+        mapped = create_prediction.map(["other", "other", "third"], destination=studio.destination)
+        attempts.append([inner(), *direct, *(future.result().id for future in mapped)])
         if len(attempts) == 1:
-            raise RuntimeError("after the purchase")
+            raise RuntimeError("after the purchases")
 
     outer()
     assert attempts[0] == attempts[1]
-    assert studio.billed == 2
+    assert len(set(attempts[0])) == 4
+    assert studio.billed == 4
 
 
-def test_two_flow_runs_of_one_bare_prompt_are_two_purchases(studio: Studio) -> None:
-    @flow
-    def bare() -> str:
-        return create_prediction("the same").id
-
-    assert bare() != bare()
-    assert studio.billed == 2
-
-
-def test_a_lost_answer_without_a_ledger_fails_and_is_not_bought_again(studio: Studio) -> None:
-    """Nobody can find out what it bought, so no retry may try."""
+def test_a_retried_flow_finds_what_a_lost_answer_bought(studio: Studio) -> None:
+    """The answer is lost, the task fails, Prefect repeats the flow: the record leads to what the order bought."""
     studio.api.set_faults("create:lost_answer,next=1")
 
-    @flow
-    def bare() -> State[Prediction]:
-        return create_prediction("once", return_state=True)
+    @flow(retries=2)
+    def careful() -> StoredImage:
+        prediction = create_prediction("once", destination=studio.destination, on_ambiguous="fail")
+        return store_image(await_result(prediction))
 
-    with pytest.raises(OutcomeUnknown, match="may have been billed"):
-        bare()
+    assert careful().uri.startswith(f"{studio.destination}/images/")
+    assert studio.billed == 1
+
+
+@pytest.mark.parametrize(
+    "buy",
+    [
+        lambda: create_prediction.fn("a fox"),
+        lambda: generate_and_store.fn("a fox"),
+        lambda: asyncio.run(acreate_prediction.fn("a fox")),
+        lambda: asyncio.run(agenerate_and_store.fn("a fox")),
+        lambda: generate_image("a fox"),
+    ],
+    ids=["create", "generate", "acreate", "agenerate", "flow"],
+)
+def test_nothing_is_bought_without_a_record(studio: Studio, buy: Callable[[], object]) -> None:
+    """No destination anywhere: one sentence that says where to put one, and no request."""
+    with pytest.raises(SetupError, match=r"No destination: .*EACHLABS_DESTINATION.*Nothing was bought\."):
+        buy()
+    assert studio.api.tallies()["requests"] == 0
+
+
+def test_the_environments_destination_is_for_calls_that_name_none(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EACHLABS_DESTINATION", studio.destination)
+
+    @flow
+    def pictures() -> list[StoredImage]:
+        steps = store_image(await_result(create_prediction("step by step", item_id="steps")))
+        elsewhere = generate_and_store("at once", item_id="named", destination=f"{studio.destination}/named")
+        return [steps, generate_and_store("at once", item_id="at-once"), elsewhere]
+
+    prefix = studio.destination
+    assert [image.uri for image in pictures()] == [
+        f"{prefix}/images/steps.png",
+        f"{prefix}/images/at-once.png",
+        f"{prefix}/named/images/named.png",
+    ]
+
+
+def test_a_prediction_is_stored_where_it_was_bought_when_no_destination_is_named(studio: Studio) -> None:
+    @flow
+    def picture() -> StoredImage:
+        return store_image(await_result(create_prediction("a fox", destination=studio.destination, item_id="fox")))
+
+    assert picture().uri == f"{studio.destination}/images/fox.png"
+
+
+def test_what_another_tool_ordered_is_stored_under_a_record_of_its_own(studio: Studio) -> None:
+    """By its id alone; storing it again finds the record."""
+    order = {"model": "gemini", "version": "2.0-flash-exp-image-generation", "input": {"prompt": "an old order"}}
+    key = {"X-API-Key": "a-key-of-tests"}
+    answer = httpx.post(f"{studio.api.url}/v1/prediction/", json=order, headers=key).json()
+
+    @flow
+    def rescue() -> StoredImage:
+        return store_image(await_result(answer["predictionID"]), studio.destination)
+
+    first, again = rescue(), rescue()
+    assert first.uri == f"{studio.destination}/images/{answer['predictionID']}.png"
+    assert (again.uri, again.reused) == (first.uri, True)
+    assert studio.keys("records/") == [f"{answer['predictionID']}.json"]
+    assert first.prompt == "an old order"
     assert studio.billed == 1
 
 
@@ -182,7 +220,7 @@ def test_cancelling_asks_the_api_and_tells_the_truth(studio: Studio) -> None:
 
     @flow
     def change_of_mind() -> Prediction:
-        return cancel_prediction(create_prediction("never mind"))
+        return cancel_prediction(create_prediction("never mind", destination=studio.destination))
 
     assert change_of_mind().status is PredictionStatus.CANCELLED
     assert studio.api.tallies()["cancelled"] == 1

@@ -124,11 +124,12 @@ async def _work(
     from prefect_eachlabs.batch.run import window_for
     from prefect_eachlabs.batch.source import Defaults
     from prefect_eachlabs.models import DEFAULT_MODEL, Destination, check_model_name
+    from prefect_eachlabs.settings import destination_from_environment
 
     batch = await open_batch(
         gateway.engine,
         arguments.source,
-        Destination.parse(arguments.to),
+        Destination.parse(arguments.to or destination_from_environment()),
         options,
         batch_id=arguments.batch_id,
         defaults=Defaults(check_model_name(arguments.model or DEFAULT_MODEL), arguments.version),

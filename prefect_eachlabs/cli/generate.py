@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item
     from prefect_eachlabs.reference_images import Roots, opened
+    from prefect_eachlabs.settings import destination_from_environment
 
     item = Item.wanted(
         arguments.prompt,
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
         item_id=arguments.item_id,
         input=dict(arguments.input),
     )
-    destination = Destination.parse(arguments.to)
+    destination = Destination.parse(arguments.to or destination_from_environment())
     try:
         image = _generate(item, destination, arguments)
     except EachlabsError as error:

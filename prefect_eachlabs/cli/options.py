@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
     """What may be done about an item beyond the first purchase, and for how long."""
-    parser.add_argument("--to", required=True, metavar="s3://BUCKET/PREFIX", help="where pictures and records go")
+    parser.add_argument(
+        "--to", metavar="s3://BUCKET/PREFIX", help="where pictures and records go (EACHLABS_DESTINATION)"
+    )
     parser.add_argument("--model", metavar="SLUG", help="the model's slug (gemini)")
     parser.add_argument("--version", metavar="V", help="the model's version (the default model has its own)")
     parser.add_argument(

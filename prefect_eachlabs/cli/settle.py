@@ -26,7 +26,12 @@ example:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
-    parser.add_argument("destination", metavar="S3_URI", help="s3://bucket/prefix, as it was given when buying")
+    parser.add_argument(
+        "destination",
+        metavar="S3_URI",
+        nargs="?",
+        help="s3://bucket/prefix, as it was given when buying (EACHLABS_DESTINATION)",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
 
 
@@ -34,8 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
     from prefect_eachlabs.models import Destination
+    from prefect_eachlabs.settings import destination_from_environment
 
-    destination = Destination.parse(arguments.destination)
+    destination = Destination.parse(arguments.destination or destination_from_environment())
     try:
         gateway = gateway_for(make_source=source_of_places())
         report = gateway.call(gateway.engine.settle(destination, run_id=uuid4().hex))

@@ -58,9 +58,9 @@ class Bought:
     """What this process remembers of a prediction that it bought."""
 
     at: float
-    books: Books | None = None
-    item_id: str | None = None
-    run_id: str = ""
+    books: Books
+    item_id: str
+    run_id: str
 
 
 class Account:
@@ -103,7 +103,7 @@ class Account:
         now = asyncio.get_running_loop().time()
         return {prediction_id: now - bought.at for prediction_id, bought in self._bought.items()}
 
-    def remember(self, job: Job, books: Books | None, item_id: str) -> None:
+    def remember(self, job: Job, books: Books, item_id: str) -> None:
         if job.prediction_id is not None and job.prediction_id not in self._bought:
             now = asyncio.get_running_loop().time()
             self._bought[job.prediction_id] = Bought(now, books, item_id, job.run_id)
@@ -172,7 +172,7 @@ class Account:
             finally:
                 request.done()
 
-    async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books | None, item_id: str) -> None:
+    async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books, item_id: str) -> None:
         """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""
         await job.until_it_may_be_interrupted()
         if not task.done():
@@ -185,21 +185,19 @@ class Account:
     async def cancel_and_note(self, prediction_id: str, bought: Bought) -> None:
         """Cancels what a cancelled run has in flight, looks again and writes down the truth; a success is stored."""
         try:
-            ledger = bought.books.ledger if bought.books is not None else None
-            held = await ledger.read(bought.item_id) if ledger is not None and bought.item_id else None
-            mine = (
-                held is not None
-                and held.record.state is RecordState.CREATED
-                and held.record.prediction_id == prediction_id
-                and held.record.run_id == bought.run_id
-            )
-            if held is not None and not mine:
+            ledger = bought.books.ledger
+            held = await ledger.read(bought.item_id)
+            if (
+                held is None
+                or held.record.state is not RecordState.CREATED
+                or held.record.prediction_id != prediction_id
+                or held.record.run_id != bought.run_id
+            ):
                 return
-            if ledger is not None and held is not None:
-                held = await ledger.write(amended(held.record, cancel_requested=True), replacing=held)
+            held = await ledger.write(amended(held.record, cancel_requested=True), replacing=held)
             end = await self.cancel(prediction_id)
             logger.info("Prediction %s was cancelled with its run; it ended as %s.", prediction_id, end.status.value)
-            if ledger is not None and held is not None and end.status.ended:
+            if end.status.ended:
                 await self.image_store.finish(ledger, held, end, fresh=False)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Prediction %s could not be cancelled cleanly: %s", prediction_id, error)

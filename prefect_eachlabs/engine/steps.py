@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Sequence
 
-from prefect_eachlabs.engine.account import Account, Books, Bought, named
+from prefect_eachlabs.engine.account import Account, Books, named
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, PictureMissing
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.purchase import Job
-from prefect_eachlabs.ledger.records import Overtaken, RecordState, VersionedRecord
+from prefect_eachlabs.ledger.records import (
+    Ledger,
+    Overtaken,
+    Record,
+    RecordState,
+    VersionedRecord,
+    amended,
+    new_record,
+)
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
-from prefect_eachlabs.models import Destination, Item, Prediction, PredictionStatus, StoredImage
+from prefect_eachlabs.models import (
+    ITEM_ID_PATTERN,
+    Destination,
+    Item,
+    Prediction,
+    PredictionStatus,
+    StoredImage,
+    fingerprint_of,
+)
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -29,16 +46,13 @@ class Steps:
     async def create(
         self,
         item: Item,
-        destination: Destination | None = None,
+        destination: Destination,
         *,
         options: PurchaseOptions,
         access: S3Access | None = None,
     ) -> Prediction:
-        """Buys the item's prediction, or finds the one its record names. **Costs money.**
-
-        Without a destination there is no record, and each call buys.
-        """
-        books = None if destination is None else self._account.books(destination, access)
+        """Buys the item's prediction, or finds the one its record names. **Costs money.**"""
+        books = self._account.books(destination, access)
         job = Job(options.run_id)
         task = asyncio.ensure_future(self._create(item, books, options, job))
         try:
@@ -47,11 +61,7 @@ class Steps:
             await self._account.interrupt(task, job, books, item.item_id)
             raise
 
-    async def _create(self, item: Item, books: Books | None, options: PurchaseOptions, job: Job) -> Prediction:
-        if books is None:
-            prediction = await self._account.purchaser.buy_bare(item, options, job)
-            self._account.remember(job, None, item.item_id)
-            return prediction
+    async def _create(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> Prediction:
         while True:
             held = await books.ledger.read(item.item_id)
             step = next_step(held, item, options, claim_seconds=self._account.settings.claim_seconds)
@@ -94,11 +104,11 @@ class Steps:
         if prediction.status.ended:
             return prediction.raise_for_end()
         future = self._account.poller.watch(prediction, slot=None)
-        bought = self._account.bought_here(prediction.id) or self._bought_under_a_record(prediction)
+        bought = self._account.bought_here(prediction.id)
         try:
             end = await self._account.end_within(future, prediction, deadline_seconds)
         except asyncio.CancelledError:
-            if self._account.bought_here(prediction.id) is not None:
+            if bought is not None:
                 await self._account.cancel_and_note(prediction.id, bought)
             raise
         ours = ("item_id", "created_at", "destination", "model", "version", "input")
@@ -107,24 +117,19 @@ class Steps:
             return end.raise_for_end()
         except EachlabsError:
             # Nobody will store it, so its record is closed here.
-            await self._note_end(end, bought)
+            if bought is not None:
+                await self._note_end(bought.books.ledger, bought.item_id, end)
+            elif end.destination is not None and end.item_id is not None:
+                await self._note_end(self._account.books(Destination.parse(end.destination)).ledger, end.item_id, end)
             raise
 
-    def _bought_under_a_record(self, prediction: Prediction) -> Bought:
-        if prediction.destination is None:
-            return Bought(0.0)
-        return Bought(0.0, self._account.books(Destination.parse(prediction.destination)), prediction.item_id)
-
-    async def _note_end(self, end: Prediction, bought: Bought) -> None:
-        if bought.books is None or bought.item_id is None:
-            return
-        ledger = bought.books.ledger
+    async def _note_end(self, ledger: Ledger, item_id: str, end: Prediction) -> None:
         try:
-            held = await ledger.read(bought.item_id)
+            held = await ledger.read(item_id)
             if held is not None and held.record.state is RecordState.CREATED and held.record.prediction_id == end.id:
                 await self._account.image_store.finish(ledger, held, end, fresh=False)
         except (EachlabsError, Overtaken) as error:
-            logger.warning("Item %s: its end could not be written down: %s", bought.item_id, error)
+            logger.warning("Item %s: its end could not be written down: %s", item_id, error)
 
     async def store(
         self,
@@ -134,41 +139,41 @@ class Steps:
         access: S3Access | None = None,
         formats: Sequence[str] | None = None,
     ) -> StoredImage:
-        """Downloads, verifies and uploads a finished prediction's pictures; its record, if it has one, says so then.
+        """Downloads, verifies and uploads a finished prediction's pictures; its record says so then.
 
-        `formats` is what they may be; None: what the record says, PNG alone without one.
+        A prediction without a record in the destination (ordered elsewhere, or by another tool) gets one: under its
+        item's id if it has one, else under its own. `formats` is what the pictures may be; None: what the record says.
 
         Raises:
             NotYetSafe: The picture is paid for and could not be stored: run again.
             BadInput: The prediction has not ended.
+            PredictionFailed, PredictionCancelled: There is no picture.
             ItemConflict: The item's record names another prediction.
         """
         if not prediction.status.ended:
             raise BadInput("store_image wants a finished prediction: await it first.", prediction_id=prediction.id)
         books = self._account.books(destination, access)
-        if prediction.item_id is None:
-            return await self._account.image_store.store_bare(
-                books.ledger.store, destination, prediction, formats=formats
-            )
+        item_id = item_id_of(prediction)
         while True:
-            held = await books.ledger.read(prediction.item_id)
+            held = await books.ledger.read(item_id)
             if held is None:
-                bare = self._account.image_store.store_bare
-                return await bare(books.ledger.store, destination, prediction, formats=formats)
+                prediction.raise_for_end()
+                try:
+                    held = await books.ledger.write(record_of(prediction), replacing=None)
+                except Overtaken:
+                    continue
             if held.record.prediction_id != prediction.id:
                 raise ItemConflict(
-                    f"{destination} holds a record of item {prediction.item_id!r} that names another prediction "
+                    f"{destination} holds a record of item {item_id!r} that names another prediction "
                     f"({held.record.prediction_id}): choose another item id or destination.",
-                    item_id=prediction.item_id,
+                    item_id=item_id,
                     prediction_id=prediction.id,
                 )
             if held.record.state is RecordState.STORED:
                 if await self._account.image_store.find(books.ledger, held.record) is not None:
                     return stored_image(held.record, reused=True)
                 if not any(url.startswith("http") for url in prediction.output_urls):
-                    raise PictureMissing(
-                        f"{held.record.uri} was stored and is gone from the bucket.", item_id=prediction.item_id
-                    )
+                    raise PictureMissing(f"{held.record.uri} was stored and is gone from the bucket.", item_id=item_id)
             try:
                 done = await self._account.image_store.finish(
                     books.ledger, held, prediction, fresh=False, formats=formats
@@ -178,3 +183,35 @@ class Steps:
             if done.record.state is RecordState.STORED:
                 return stored_image(done.record, reused=False)
             prediction.raise_for_end()
+
+
+def item_id_of(prediction: Prediction) -> str:
+    """The item that a prediction was bought for; its own id, for what was ordered without one."""
+    if prediction.item_id is not None:
+        return prediction.item_id
+    if ITEM_ID_PATTERN.fullmatch(prediction.id):
+        return prediction.id
+    return hashlib.sha256(prediction.id.encode()).hexdigest()[:32]
+
+
+def record_of(prediction: Prediction) -> Record:
+    """The record of a prediction that was bought without one, as far as its answer tells what was ordered."""
+    model, input = prediction.model or "", prediction.input or {}
+    item = Item(
+        item_id=item_id_of(prediction),
+        model=model,
+        version=prediction.version,
+        input=input,
+        fingerprint=fingerprint_of(model, prediction.version, input),
+    )
+    try:
+        record = new_record(item, run_id="")
+    except BadInput:  # it holds a whole picture, say, and is paid for all the same
+        record = new_record(item.model_copy(update={"input": {}}), run_id="")
+    return amended(
+        record,
+        state=RecordState.CREATED,
+        intent=None,
+        prediction_id=prediction.id,
+        created_at=prediction.created_at,
+    )

@@ -45,6 +45,7 @@ from prefect_eachlabs.flows.batch_artifacts import (
 from prefect_eachlabs.flows.shards import MOST_SHARDS, other_shards
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
+from prefect_eachlabs.settings import destination_from_environment
 from prefect_eachlabs.tasks import shortened
 
 logger = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ def _named_for_its_batch() -> str:
 )
 def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     source: str,
-    destination: str,
+    destination: str = "",
     batch_id: str | None = None,
     budget_usd: float | None = None,
     dry_run: bool = False,
@@ -146,6 +147,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         source: CSV, TSV, JSON Lines or Parquet: s3://bucket/key, or a path that the worker can read. It needs a
             column prompt (or Prompt).
         destination: Where pictures and report go: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a block.
+            Empty: the worker's setting EACHLABS_DESTINATION.
         batch_id: Names the report's folder. Empty: the source's base name.
         budget_usd: Spend at most so much in this run; what it does not cover is left out. Empty: no budget.
         dry_run: Check every row, estimate cost and time, buy nothing.
@@ -189,6 +191,8 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
         formats=check_formats(formats or None),
     )
+    # Every shard has the same, whatever its own worker's environment says.
+    destination = destination.strip() or destination_from_environment()
     table = Table(source.strip(), destination, batch_id or None, model, version or None, credentials_block or None)
     if dry_run:
         return _planned(table, options)

@@ -60,7 +60,7 @@ def named_for_its_item() -> str:
 )
 def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     prompt: str,
-    destination: str,
+    destination: str = "",
     image_url: str = "",
     model: str = DEFAULT_MODEL,
     version: str = DEFAULT_VERSION,
@@ -74,6 +74,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     Args:
         prompt: What the picture shows: subject, action, surroundings, style.
         destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+            Empty: the worker's setting EACHLABS_DESTINATION.
         image_url: A reference picture: its public https URL, s3://bucket/key, or a file in a folder that the worker's
             setting EACHLABS_REFERENCE_ROOTS names. Optional.
         model: The model's slug.

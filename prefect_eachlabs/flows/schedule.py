@@ -103,7 +103,7 @@ def named_for_its_date() -> str:
 )
 def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     prompt_template: str,
-    destination: str,
+    destination: str = "",
     item_id_template: str = "{date:%Y-%m-%d}",
     time_zone: str = "UTC",
     image_url: str = "",
@@ -117,8 +117,8 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     Args:
         prompt_template: What the picture shows, with the date the run was scheduled for: {date:%A} is the weekday,
             {date:%d %B %Y} the day; any code of strftime.
-        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block. A
-            prefix for each schedule keeps their dates apart.
+        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+            Empty: the worker's setting EACHLABS_DESTINATION. A prefix for each schedule keeps their dates apart.
         item_id_template: Names the picture. Runs with the same name buy once: with %Y-%m-%d once a day, with
             %Y-%m-%d-%H once an hour.
         time_zone: In which the date is told, such as Europe/Berlin. Give the schedule the same.

@@ -26,11 +26,12 @@ SHOWN_REASONS = 5
 
 
 @flow(name="settle", description="Finds out what runs left behind in a bucket and stores what was paid for.")
-def settle_leftovers(destination: str, credentials_block: str = "") -> State[dict[str, Any]]:
+def settle_leftovers(destination: str = "", credentials_block: str = "") -> State[dict[str, Any]]:
     """Settles what killed or cut-off runs left behind: stores what was paid for. Buys nothing, and may run at any time.
 
     Args:
         destination: Where pictures and records are: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a block.
+            Empty: the worker's setting EACHLABS_DESTINATION.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
 
     Returns:

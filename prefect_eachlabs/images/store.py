@@ -26,12 +26,10 @@ from prefect_eachlabs.ledger.records import (
     amended,
 )
 from prefect_eachlabs.models import (
-    Destination,
     Media,
     Prediction,
     PredictionStatus,
     StoredImage,
-    fingerprint_of,
 )
 from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
 
@@ -211,51 +209,6 @@ class ImageStore:
                     await asyncio.sleep(pause_seconds * (0.5 + random.random()))
                     pause_seconds *= 2
                     present = await ledger.store.head(key)
-
-    async def store_bare(
-        self, store: ObjectStore, destination: Destination, end: Prediction, *, formats: Sequence[str] | None = None
-    ) -> StoredImage:
-        """Stores a finished prediction's pictures without a record, under the item's id or the prediction's.
-
-        Raises:
-            NotYetSafe: As for `finish`.
-            PredictionFailed, PredictionCancelled: There is no picture.
-        """
-        end.raise_for_end()
-        item_id = end.item_id or end.id
-        known = end.input is not None and end.model is not None
-        fingerprint = fingerprint_of(end.model or "", end.version, end.input or {}) if known else ""
-        uris: list[str] = []
-        found: list[str] = []
-        media: Media | None = None
-        async with self._at_a_time:
-            # The first picture goes last: where it is, the others are.
-            for number, url in reversed(list(enumerate(end.output_urls, start=1))):
-                media = await self._fetch(url, end, item_id, formats or PNG_ALONE)
-                key = destination.image_key(item_id, number, FORMATS[media.format].suffix)
-                metadata = _metadata(end, end.model or "", fingerprint, found)
-                try:
-                    await put_image(store, key, media, metadata, None, conditional=False)
-                except StoreFailed as error:
-                    raise self._not_safe(error, end, item_id, url) from error
-                uris.insert(0, store.uri(key))
-                found.insert(0, media.format)
-        assert media is not None, "a prediction that succeeded has a picture"
-        return StoredImage(
-            item_id=item_id,
-            prediction_id=end.id,
-            uri=uris[0],
-            sha256=media.sha256,
-            size_bytes=len(media.data),
-            width_px=media.width_px,
-            height_px=media.height_px,
-            cost_usd=end.cost_usd,
-            predict_time_seconds=end.predict_time_seconds,
-            model=end.model,
-            prompt=_prompt(end.input),
-            more_uris=tuple(uris[1:]),
-            format=media.format,
-        )
 
     async def _fetch(self, url: str, end: Prediction, item_id: str, formats: Sequence[str]) -> Media:
         """Downloads until it is whole: a cut or a hiccup is no reason to lose what was paid for."""

@@ -129,26 +129,6 @@ class Purchaser:
         self._settings = settings
         self._orders = orders
 
-    async def buy_bare(self, item: Item, options: PurchaseOptions, job: Job) -> Prediction:
-        """One POST without a ledger, in its slots. **Costs money**; who dies before keeping the result loses it.
-
-        Raises:
-            NotSent, Throttled, InsufficientBalance, Rejected: Nothing was bought.
-            OutcomeUnknown: It may have been bought, and without a ledger nobody finds out.
-        """
-        order = await self._orders.prepare(item, None, options)
-        try:
-            while True:
-                request = await self._take_slots(job)
-                sent = await self._sent(order, request)
-                with job.critical():
-                    try:
-                        return await self._post(sent, request, job)
-                    except Throttled as error:
-                        self._fail_without_balance(error)
-        finally:
-            job.give_back_slot()
-
     async def buy(
         self,
         item: Item,

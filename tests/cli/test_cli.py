@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -101,9 +102,7 @@ def test_the_version_is_the_packages(capsys: Printed) -> None:
     [
         ([], "required: COMMAND"),
         (["paint"], "invalid choice: 'paint'"),
-        (["generate"], "required: --to"),
         (["generate", "a fox", "--to", "s3://acme/a", "--input", "seed"], "'seed' must be NAME=JSON"),
-        (["generate", "a fox"], "required: --to"),
         (["generate", "a fox", "--to", "s3://acme/a", "--color", "red"], "unrecognized arguments: --color"),
         (["generate", "a fox", "--to", "s3://acme/a", "--on-ambiguous", "guess"], "invalid choice: 'guess'"),
         (["generate", "a fox", "--to", "s3://acme/a", "--deadline-seconds", "0"], "0 must be greater than 0"),
@@ -121,6 +120,15 @@ def test_words_that_are_no_command_line_end_with_2_and_say_why(words: list[str],
     assert said in printed.err
     assert "usage:" in printed.err
     assert "--help" in printed.err
+
+
+@pytest.mark.parametrize("words", [["generate", "a fox"], ["batch", "prompts.csv"], ["settle"]])
+def test_without_a_destination_nothing_begins(
+    words: list[str], capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EACHLABS_API_KEY", "a-key-of-tests")
+    assert main(words) == 2
+    assert re.search(r"No destination: .*EACHLABS_DESTINATION", capsys.readouterr().err)
 
 
 def test_a_script_that_asks_for_json_gets_json_for_wrong_usage_too(capsys: Printed) -> None:

@@ -213,7 +213,7 @@ def test_wait_takes_an_id_alone() -> None:
     async def story() -> None:
         world = World()
         process = world.process()
-        bought = await process.run(process.engine.create(A, options=options()))
+        bought = await process.run(process.engine.create(A, world.destination, options=options()))
         ended = await process.engine.wait(bought.id)
         assert (ended.id, ended.status) == (bought.id, PredictionStatus.SUCCEEDED)
         assert ended.output_urls
@@ -238,15 +238,23 @@ def test_store_wants_an_end_and_the_items_own_prediction() -> None:
     play(story)
 
 
-def test_store_without_an_item_goes_by_the_predictions_id() -> None:
+def test_what_has_no_record_is_stored_under_one_of_its_own() -> None:
+    """Ordered by hand, or for another destination: by its item's id if it has one, else by its own."""
+
     async def story() -> None:
         world = World()
         process = world.process()
-        bought = await process.run(process.engine.create(A, options=options()))
+        elsewhere = Destination.parse("s3://bucket/elsewhere")
+        bought = await process.run(process.engine.create(A, world.destination, options=options()))
         ended = (await process.engine.wait(bought)).model_copy(update={"item_id": None})
-        image = await process.engine.store(ended, world.destination)
-        assert image.uri == f"s3://bucket/kit/images/{bought.id}.png"
-        assert not world.store.keys("kit/records/")
+        images = [await process.engine.store(ended, elsewhere) for _ in range(2)]
+        assert {image.uri for image in images} == {f"s3://bucket/elsewhere/images/{bought.id}.png"}
+        assert [image.reused for image in images] == [False, True]
+        named = await process.engine.store(ended.model_copy(update={"item_id": "fox"}), elsewhere)
+        assert named.uri == "s3://bucket/elsewhere/images/fox.png"
+        assert world.store.keys("elsewhere/records/") == [
+            f"elsewhere/records/{name}.json" for name in sorted([bought.id, "fox"])
+        ]
 
     play(story)
 

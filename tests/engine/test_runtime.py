@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
+import boto3
 import pytest
 
 from prefect_eachlabs.engine import runtime as gateway_room
@@ -23,6 +25,7 @@ from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+from prefect_eachlabs.testing.s3 import LocalS3
 from tests.memory_store import MemoryStore
 
 DESTINATION = Destination.parse("s3://bucket/kit")
@@ -295,18 +298,28 @@ def test_neither_a_gateway_nor_its_parts_show_the_key(gateway: Gateway) -> None:
     assert "api_key" not in shown
 
 
+@pytest.fixture
+def bucket(local_s3: LocalS3, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A destination that scripts reach through the environment."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", local_s3.url)
+    with closing(boto3.client("s3")) as s3:
+        s3.create_bucket(Bucket="runtime")
+    return "s3://runtime"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_forked_child_makes_a_loop_of_its_own(emulator: EmulatorServer) -> None:
+def test_a_forked_child_makes_a_loop_of_its_own(emulator: EmulatorServer, bucket: str) -> None:
     script = f"""
 import os, sys
 from prefect_eachlabs.engine.runtime import gateway_for
-from prefect_eachlabs.models import Item
+from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.settings import AccountSettings
 settings = AccountSettings(api_key="k", base_url={emulator.url!r}, requests_per_minute=None, max_in_flight=None)
+to = Destination.parse({bucket + "/fork"!r})
 def buy(prompt):
     gateway = gateway_for(settings)
-    return gateway.call(gateway.engine.create(Item.wanted(prompt), options=PurchaseOptions())).id
+    return gateway.call(gateway.engine.create(Item.wanted(prompt), to, options=PurchaseOptions())).id
 mine = buy("parent")
 child = os.fork()
 if child == 0:
@@ -321,13 +334,14 @@ print("parent", status, buy("parent again") != mine, flush=True)
     assert emulator.tallies()["billed"] == 3
 
 
-def test_a_process_ends_by_itself_though_nobody_closed_its_gateway(emulator: EmulatorServer) -> None:
+def test_a_process_ends_by_itself_though_nobody_closed_its_gateway(emulator: EmulatorServer, bucket: str) -> None:
     script = f"""
 from prefect_eachlabs.engine.runtime import gateway_for
-from prefect_eachlabs.models import Item
+from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.settings import AccountSettings
+to = Destination.parse({bucket!r})
 gateway = gateway_for(AccountSettings(api_key="k", base_url={emulator.url!r}))
-print(gateway.call(gateway.engine.create(Item.wanted("a"), options=PurchaseOptions())).status.value)
+print(gateway.call(gateway.engine.create(Item.wanted("a"), to, options=PurchaseOptions())).status.value)
 """
     assert run_script(script) == "pending\n"

@@ -12,7 +12,7 @@ from prefect_eachlabs.errors import InsufficientBalance, NotSent, OutcomeUnknown
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.limits.limiter import Kind
-from prefect_eachlabs.models import Prediction
+from prefect_eachlabs.models import Item, Prediction
 from tests.protocol.kit import Process, World, options, patched_clocks, play, wanted
 
 ITEM = wanted()
@@ -25,8 +25,8 @@ def _machine_clocks() -> Any:
     undo()
 
 
-async def bare(process: Process, **given: Any) -> Prediction:
-    return await process.run(process.engine.create(ITEM, options=options(**given)))
+async def create(process: Process, item: Item = ITEM, **given: Any) -> Prediction:
+    return await process.run(process.engine.create(item, process.world.destination, options=options(**given)))
 
 
 # ---------------------------------------------------------------------- the critical section
@@ -93,41 +93,14 @@ def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
 # ------------------------------------------------------------------------ without a ledger
 
 
-def test_without_a_destination_each_call_buys_and_no_request_goes_to_the_bucket() -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process()
-        one, two = await bare(process), await bare(process)
-        assert one.id != two.id
-        assert [operation.name for operation in process.operations if "POST" in operation.name] == [
-            "POST /v1/prediction"
-        ] * 2
-        assert process.count("S3") == 0
-        assert one.item_id == ITEM.item_id
-
-    play(story)
-
-
-@pytest.mark.parametrize("fault", ["create:lost_answer", "create:error_after", "create:no_id", "create:html_after"])
-def test_without_a_destination_a_lost_answer_is_never_repeated(fault: str) -> None:
-    async def story() -> None:
-        world = World(fault)
-        process = world.process()
-        with pytest.raises(OutcomeUnknown):
-            await bare(process)
-        assert len(world.bought()) == process.count("POST") == 1
-
-    play(story)
-
-
 @pytest.mark.parametrize(("fault", "kind"), [("create:error,status=422", Rejected), ("create:cut", OutcomeUnknown)])
-def test_without_a_destination_a_refusal_gives_the_places_back(fault: str, kind: type[Exception]) -> None:
+def test_a_refusal_gives_the_slots_back(fault: str, kind: type[Exception]) -> None:
     async def story() -> None:
         world = World(f"{fault},next=30")
         process = world.process(max_in_flight=1)
-        for _ in range(3):
+        for number in range(3):
             with pytest.raises(kind):
-                await bare(process)
+                await create(process, wanted(number), on_ambiguous="fail")
         assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
 
     play(story)
@@ -137,20 +110,20 @@ def test_a_throttled_order_waits_and_is_sent_again() -> None:
     async def story() -> None:
         world = World("create:throttled,next=3", retry_after="seconds")
         process = world.process()
-        await bare(process)
+        await create(process)
         assert len(world.bought()) == 1
         assert process.count("POST") == 4
 
     play(story)
 
 
-@pytest.mark.parametrize("destination", [True, False])
-def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(destination: bool) -> None:
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(at_once: bool) -> None:
     async def story() -> None:
         world = World("create:no_balance")
         process = world.process()
         with pytest.raises(InsufficientBalance, match="Top"):
-            await (process.obtain(ITEM) if destination else bare(process))
+            await (process.obtain(ITEM) if at_once else create(process))
         assert not world.bought()
         assert process.count("POST") == 3
         world.set_faults()
@@ -178,11 +151,11 @@ def test_an_empty_balance_is_not_waited_for_by_one_item_after_the_other() -> Non
     play(story)
 
 
-def test_a_cancelled_bare_order_is_cancelled_at_the_api() -> None:
+def test_a_cancelled_order_is_cancelled_at_the_api() -> None:
     async def story() -> None:
         world = World(service_seconds=20.0)
         process = world.process()
-        work = asyncio.ensure_future(bare(process))
+        work = asyncio.ensure_future(create(process))
         while not process.count("POST"):
             await asyncio.sleep(0.01)
         work.cancel()
@@ -204,7 +177,7 @@ def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
 
         process.engine.account.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
         with pytest.raises(OutcomeUnknown, match="ZeroDivisionError"):
-            await bare(process)
+            await create(process, on_ambiguous="fail")
 
     play(story)
 

@@ -99,8 +99,8 @@ def flows(folder: Path, facts: dict[str, Any]) -> int:
         finished = await_result(create_prediction("a fox", image_url=signed, destination=to))
         one = store_image(finished, to)
         two = generate_and_store("an owl", destination=to, image_url=facts["object"])
-        bare = await_result(create_prediction("no ledger", image_url=signed))
-        store_image.with_options(retries=0)(bare, f"{to}/bare")
+        other = await_result(create_prediction("by its id", image_url=signed, destination=to).id)
+        store_image.with_options(retries=0)(other, f"{to}/other")
         with closing(boto3.client("s3")) as s3:
             theirs = s3.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "x"})
             s3.list_buckets()

@@ -59,7 +59,9 @@ def test_the_api_is_asked_for_nothing_but_orders_and_their_ends(limits: tuple[in
         else:
 
             async def bare(number: int) -> None:
-                prediction: Prediction = await process.engine.create(ITEMS[number], options=options())
+                prediction: Prediction = await process.engine.create(
+                    ITEMS[number], world.destination, options=options()
+                )
                 ended = await process.engine.wait(prediction)
                 assert ended.status is PredictionStatus.SUCCEEDED
 
