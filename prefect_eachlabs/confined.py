@@ -36,10 +36,9 @@ MAY_GROW_BYTES = 192 * 1024 * 1024
 START_SECONDS = 60.0
 """Importing a library takes half a second; on a machine that is very busy, many times that."""
 IDLE_SECONDS = 60.0
-"""A child that nobody calls ends."""
 MOST_SHOWN_CHARACTERS = 300
 
-_CHILD = "import sys; from prefect_eachlabs.confined import main; main(sys.argv[1], int(sys.argv[2]))"
+_CHILD = "import sys; from prefect_eachlabs.confined import main; main(*sys.argv[1:])"
 _HEAD = struct.Struct(">II")
 _MOST_BYTES = 1 << 30
 _PASSED_ON = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "LANG", "LC_ALL", "TZDIR", "PYTHONHOME")
@@ -72,11 +71,15 @@ class ConfinedProcess:
         job: `module:Class`.
         may_grow_bytes: How much memory the child may take beyond what it has once its libraries are loaded. Kept on
             Linux alone; elsewhere time is all that is limited.
+        idle_seconds: A child that nobody calls for so long ends; None: not before it is closed, for it remembers.
     """
 
-    def __init__(self, job: str, *, may_grow_bytes: int = MAY_GROW_BYTES) -> None:
+    def __init__(
+        self, job: str, *, may_grow_bytes: int = MAY_GROW_BYTES, idle_seconds: float | None = IDLE_SECONDS
+    ) -> None:
         self._job = job
         self._may_grow_bytes = may_grow_bytes
+        self._idle_seconds = idle_seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._used_at = 0.0
@@ -140,7 +143,7 @@ class ConfinedProcess:
             sent = ({}, read(*answer["read"]))
 
     def _started(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and time.monotonic() - self._used_at > IDLE_SECONDS / 2:
+        if self._idle_seconds is not None and time.monotonic() - self._used_at > self._idle_seconds / 2:
             self._end()  # it may be about to end by itself
         if self._process is not None and self._process.poll() is None:
             return self._process
@@ -155,7 +158,7 @@ class ConfinedProcess:
             "OPENBLAS_NUM_THREADS": "1",
         }
         self._process = process = subprocess.Popen(
-            [sys.executable, "-c", _CHILD, self._job, str(self._may_grow_bytes)],
+            [sys.executable, "-c", _CHILD, self._job, str(self._may_grow_bytes), str(self._idle_seconds or "")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -177,6 +180,9 @@ class ConfinedProcess:
         """Ends the child; a later call starts another."""
         with self._lock:
             self._end()
+
+    def __del__(self) -> None:
+        self._end()
 
     def _end(self) -> None:
         process, self._process = self._process, None
@@ -239,8 +245,9 @@ def _exactly(stream: IO[bytes], size: int) -> bytes:
 # ------------------------------------------------------------------------------------------------ in the child
 
 
-def main(job: str, may_grow_bytes: int) -> None:
+def main(job: str, may_grow_bytes: str, idle_seconds: str) -> None:
     """Does jobs until the parent is gone, or asks no more."""
+    patience = float(idle_seconds) if idle_seconds else None
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when this ends
     stdin, stdout = sys.stdin.buffer, os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what a library prints is no frame
@@ -251,7 +258,7 @@ def main(job: str, may_grow_bytes: int) -> None:
     except ImportError as error:
         _write(stdout, {"missing": str(error)[:MOST_SHOWN_CHARACTERS]}, b"")
         return
-    _limit_memory(may_grow_bytes)
+    _limit_memory(int(may_grow_bytes))
     _write(stdout, {}, b"")
 
     def read(offset: int, size: int) -> bytes:
@@ -259,7 +266,7 @@ def main(job: str, may_grow_bytes: int) -> None:
         return _read(stdin)[1]
 
     while True:
-        if os.name == "posix" and not select.select([stdin], [], [], IDLE_SECONDS)[0]:
+        if os.name == "posix" and not select.select([stdin], [], [], patience)[0]:
             return
         try:
             arguments, data = _read(stdin)

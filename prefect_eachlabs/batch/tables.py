@@ -17,13 +17,14 @@ from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from prefect_eachlabs.batch.files import open_file
+from prefect_eachlabs.batch.parquet import ParquetFile
+from prefect_eachlabs.confined import ConfinedError, ConfinedProcess, NotInstalled, TooCostly
 from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.storage.s3_client import S3Access
 
 MAX_ROW_BYTES = 128 * 1024
 """Beyond this a line is broken: records must stay small, and a file that is not a table must not fill the memory."""
 MAX_LINES_OF_A_ROW = 200
-PARQUET_ROWS_AT_A_TIME = 200
 SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
 
 
@@ -322,53 +323,35 @@ class ParquetTable:
 
     typed = True
 
-    def __init__(self, source: str, stream: BinaryIO) -> None:
+    def __init__(self, source: str, stream: BinaryIO, process: ConfinedProcess | None = None) -> None:
+        self._source = source
         try:
-            # An extra, without types, and slow to import.
-            import pyarrow as arrow  # type: ignore[import-untyped]  # noqa: PLC0415
-            from pyarrow import parquet  # noqa: PLC0415
-        except ImportError as error:
+            self._file = ParquetFile(stream, most_row_bytes=2 * MAX_ROW_BYTES, process=process)
+        except NotInstalled as error:
             raise SetupError("Parquet needs pyarrow: pip install 'prefect-eachlabs[parquet]'.") from error
-        self._source, self._stream, self._broken = source, stream, arrow.ArrowException
-        self._is_time, self._time = arrow.types.is_timestamp, arrow.timestamp
-        try:
-            self._file = parquet.ParquetFile(stream, pre_buffer=False)
-        except (arrow.ArrowException, OSError, ValueError) as error:
-            no_table(source, f"it is no Parquet file ({str(error)[:200]})")
-        self.columns = _columns(source, list(self._file.schema_arrow.names))
+        except ConfinedError as error:
+            no_table(source, f"it is no Parquet file ({error})")
+        self.columns = _columns(source, self._file.columns)
         self._line = 0
 
     def rows(self) -> Iterator[Cells | BadRow]:
         try:
-            for batch in self._file.iter_batches(batch_size=PARQUET_ROWS_AT_A_TIME, use_threads=False):
-                for values in self._values(batch):
-                    self._line += 1
-                    broken = isinstance(values, str)
-                    yield BadRow(self._line, f"broken row: {values}") if broken else Cells(self._line, values)
-        except (self._broken, OSError, ValueError) as error:
-            raise BadInput(f"{self._source} is damaged after row {self._line} ({str(error)[:200]}).") from error
-
-    def _values(self, batch: Any) -> Iterator[Any]:
-        """Each row's values; of a row whose values Python has no words for, what is wrong with them."""
-        for number, column in enumerate(batch.columns):
-            # Data frames write times in nanoseconds, which Python's own have no place for.
-            if self._is_time(column.type) and column.type.unit == "ns":
-                in_microseconds = column.cast(self._time("us", column.type.tz), safe=False)
-                batch = batch.set_column(number, batch.schema.names[number], in_microseconds)
-        try:
-            yield from batch.to_pylist()
-        except Exception:  # dates beyond the year 9999, time zones nobody knows, text that is no UTF-8
-            for number in range(batch.num_rows):
-                try:
-                    (values,) = batch.slice(number, 1).to_pylist()
-                except Exception as error:
-                    values = f"a value cannot be read ({type(error).__name__}: {str(error)[:100]})"
-                yield values
+            for values in self._file.rows():
+                self._line += 1
+                if isinstance(values, str):
+                    yield BadRow(self._line, f"broken row: {values}")
+                else:
+                    yield Cells(self._line, values)
+        except TooCostly as error:
+            raise BadInput(
+                f"{self._source} cannot be read after row {self._line}: {error}. Write it anew with smaller cells, or "
+                "leave out what is not needed."
+            ) from error
+        except ConfinedError as error:
+            raise BadInput(f"{self._source} is damaged after row {self._line} ({error}).") from error
 
     def fraction_read(self) -> float:
-        count = self._file.metadata.num_rows
-        return self._line / count if count else 1.0
+        return min(1.0, self._line / self._file.count) if self._file.count > 0 else 1.0
 
     def close(self) -> None:
         self._file.close()
-        self._stream.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -306,6 +307,26 @@ def test_a_row_that_would_not_fit_a_record_is_refused(tmp_path: Path) -> None:
     with closing(open_source(str(path))) as source:
         rows = list(source.rows())
     assert prompts_of(rows) == [None, "b"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is limited on Linux alone")
+@pytest.mark.parametrize("kind", ["a cell of 5 MB in 200 rows", "a page of 300 MB", "a list of 30 million nothings"])
+def test_a_small_parquet_file_that_stands_for_gigabytes_is_refused(tmp_path: Path, kind: str) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    labels = {
+        "a cell of 5 MB in 200 rows": pyarrow.array(["x" * 5_000_000] * 200),
+        "a page of 300 MB": pyarrow.array(["x" * 300_000_000]),
+        "a list of 30 million nothings": pyarrow.array([[None] * 30_000_000], pyarrow.list_(pyarrow.int8())),
+    }[kind]
+    path = tmp_path / "small.parquet"
+    table = pyarrow.table({"prompt": ["a fox"] * len(labels), "label": labels})
+    parquet.write_table(table, path, compression="zstd", use_dictionary="page" not in kind)
+    assert path.stat().st_size < 50_000
+    with (
+        closing(open_source(str(path))) as source,
+        pytest.raises(BadInput, match="cannot be read after row 0: it needs more than 192 MB"),
+    ):
+        list(source.rows())
 
 
 def test_reading_takes_no_more_memory_for_a_long_table(tmp_path: Path) -> None:

@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from prefect_eachlabs.batch.outcomes import Outcome, refused
+from prefect_eachlabs.batch.parquet import READER
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, Lines, ParquetTable, Table, TsvTable
+from prefect_eachlabs.confined import ConfinedProcess
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.records import Record, new_record
 from tests.fuzz import hostile
@@ -147,6 +149,10 @@ def parquets(draw: Any) -> bytes:
     return hostile.damaged(data, draw) if draw(st.booleans()) else data
 
 
+READER_OF_ALL = ConfinedProcess(READER)
+"""A process for each table would take half a second."""
+
+
 @fuzzed(parquets())
 def test_a_parquet_table_is_read_row_by_row_or_refused(data: bytes) -> None:
-    read(lambda: ParquetTable("x.parquet", io.BytesIO(data)))
+    read(lambda: ParquetTable("x.parquet", io.BytesIO(data), READER_OF_ALL))
