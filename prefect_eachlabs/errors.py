@@ -31,6 +31,8 @@ from __future__ import annotations
 from typing import Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
+from prefect_eachlabs.net.redaction import shown
+
 BODY_LIMIT_CHARACTERS = 500
 """Bodies that the API sent are cut here before they get into a message."""
 
@@ -52,6 +54,9 @@ def _rebuild(cls: type[EachlabsError], message: str, facts: dict[str, Any]) -> E
 
 class EachlabsError(Exception):
     """The root: says what happened and what to do next, and carries the ids a person needs.
+
+    Whatever others had a part in (the API's words, a table's cells, ids) is on one line here, its control characters
+    escaped and the secrets in use taken out: errors end in terminals, logs, states, records and reports.
 
     Args:
         message: What happened and what to do next; never holds a secret.
@@ -82,15 +87,16 @@ class EachlabsError(Exception):
         code: str | None = None,
         kind: str | None = None,
     ) -> None:
+        message = shown(message)
         super().__init__(message)
         self.message = message
-        self.item_id = item_id
-        self.prediction_id = prediction_id
+        self.item_id = shown(item_id) if item_id else item_id
+        self.prediction_id = shown(prediction_id) if prediction_id else prediction_id
         self.status_code = status_code
-        self.url = without_query(url) if url else None
-        self.details = details[:BODY_LIMIT_CHARACTERS] if details else None
+        self.url = shown(without_query(url)) if url else None
+        self.details = shown(details)[:BODY_LIMIT_CHARACTERS] if details else None
         self.retry_after_seconds = retry_after_seconds
-        self.code = code
+        self.code = shown(code) if code else code
         self.kind = kind or self.default_kind
 
     def __str__(self) -> str:

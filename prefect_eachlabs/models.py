@@ -27,6 +27,7 @@ from prefect_eachlabs.errors import (
     PredictionCancelled,
     PredictionFailed,
 )
+from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 
 DEFAULT_MODEL = "gemini"
@@ -125,7 +126,8 @@ def _unwrap_json(value: object) -> object:
 
 
 def _text(value: object) -> str | None:
-    return str(value)[:500] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    """A word or a sentence of the API, fit for logs, records and reports; None for anything else."""
+    return visible(str(value)[:500]) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 
 def parse_failure(output: object, logs: object = None) -> Failure | None:
@@ -288,7 +290,7 @@ def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Predic
     return Prediction(
         id=prediction_id,
         status=status,
-        status_word=str(word)[:80] if word is not None else "",
+        status_word=visible(str(word)[:80]) if word is not None else "",
         model=_text(answer.get("model")),
         version=_text(answer.get("version")),
         input=dict(echo) if isinstance(echo, Mapping) else None,
@@ -337,7 +339,7 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
                     id=found,
                     model=_text(row.get("model")),
                     status=parse_status(word),
-                    status_word=str(word)[:80] if word is not None else "",
+                    status_word=visible(str(word)[:80]) if word is not None else "",
                     cost_usd=_number(row.get("execution_cost")),
                     run_time_seconds=_number(row.get("run_time")),
                     created_at=_time(row.get("created_at")),
@@ -591,7 +593,8 @@ class Destination(BaseModel):
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
         fine = scheme == "s3" and BUCKET_PATTERN.fullmatch(bucket)
-        if not fine or len(prefix.encode(errors="replace")) > 700 or any(ord(c) < 32 or c in "?#" for c in prefix):
+        # It names objects and is shown in logs: characters that move terminals have no place in it.
+        if not fine or visible(prefix) != prefix or set("?#") & set(prefix) or len(prefix.encode()) > 700:
             raise BadInput(f"destination: {str(text)[:120]!r} must be s3://BUCKET or s3://BUCKET/PREFIX.")
         return cls(bucket=bucket, prefix=prefix)
 

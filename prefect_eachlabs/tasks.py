@@ -30,6 +30,7 @@ from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
+from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.reference_images import Picture, Roots, opened
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -53,8 +54,8 @@ def may_be_repeated(task: Any, task_run: TaskRun, state: State[Any]) -> bool:
 
 
 def shortened(text: str, most: int = 48) -> str:
-    """One line of at most so many characters."""
-    line = " ".join(text.split())
+    """One line of at most so many characters; it names runs, and Prefect logs those names."""
+    line = visible(" ".join(text.split()))
     return line if len(line) <= most else line[: most - 1] + "…"
 
 

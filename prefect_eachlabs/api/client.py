@@ -86,13 +86,12 @@ def parse_retry_after(value: str | None, *, now: datetime | None = None) -> floa
 
 
 class Answer:
-    """One HTTP answer, read within bounds; `secret` is never shown, should the API repeat it."""
+    """One HTTP answer, read within bounds, without the secrets that it may quote."""
 
-    def __init__(self, response: httpx.Response, body: bytes, *, whole: bool, secret: str) -> None:
+    def __init__(self, response: httpx.Response, body: bytes, *, whole: bool) -> None:
         self.status_code = response.status_code
         self.headers = response.headers
-        self._secret = secret
-        self.text = body[: 4 * BODY_LIMIT_CHARACTERS].decode("utf-8", "replace").replace(secret, "***")
+        self._body = body
         self.json: object = None
         self.is_json = False
         if whole:
@@ -111,10 +110,13 @@ class Answer:
         if isinstance(self.json, Mapping):
             words = [self.json.get(name) for name in ("error", "message", "details")]
             said = "; ".join(w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in words if w)
-            return said.replace(self._secret, "***")[:BODY_LIMIT_CHARACTERS]
-        if "<html" in self.text.lower() or "<!doctype" in self.text.lower():
-            return "an HTML page"
-        return self.text.strip()[:BODY_LIMIT_CHARACTERS]
+        else:
+            # Cut after it was cleaned: half a secret is not known any more.
+            said = redaction.without_secrets(self._body.decode("utf-8", "replace")).strip()
+            head = said[: 4 * BODY_LIMIT_CHARACTERS].lower()
+            if "<html" in head or "<!doctype" in head:
+                return "an HTML page"
+        return redaction.visible(said[:BODY_LIMIT_CHARACTERS])[:BODY_LIMIT_CHARACTERS]
 
     def retry_after_seconds(self) -> float | None:
         """Counted from the answer's own `Date`, so that our clock's error does not matter."""
@@ -145,7 +147,6 @@ class EachlabsClient:
         anonymous: bool = False,
     ) -> None:
         key = settings.api_key.get_secret_value()
-        self._key = key
         redaction.install()
         redaction.hide(key)
         auth = {"X-API-Key": key} if settings.auth_scheme == "x-api-key" else {"Authorization": f"Bearer {key}"}
@@ -394,7 +395,7 @@ class EachlabsClient:
             headers["Content-Type"] = "application/json"
         async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
             body, whole = await read_within(response, MAX_ANSWER_BYTES)
-            answer = Answer(response, body, whole=whole, secret=self._key)
+            answer = Answer(response, body, whole=whole)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
 

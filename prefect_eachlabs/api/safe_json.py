@@ -1,13 +1,18 @@
-"""JSON of others, read so that whatever was in it can be logged, written down and sent on. Pure."""
+"""JSON of others, read so that whatever was in it can be logged, written down and sent on."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from prefect_eachlabs.net import redaction
+
 
 def loads(text: bytes | str) -> Any:
-    """As `json.loads`; half characters (`"\\ud800"`) become question marks, for no file and no log takes them.
+    """As `json.loads`, without half characters and without secrets.
+
+    Half characters (`"\\ud800"`) become question marks, for no file and no log takes them. A secret value that is in
+    use (an answer may quote the request's headers) becomes `***` in every string, here, before anybody writes it down.
 
     Raises:
         ValueError, RecursionError: It is no JSON, or nested too deeply.
@@ -17,5 +22,5 @@ def loads(text: bytes | str) -> Any:
     try:
         whole.encode()
     except UnicodeEncodeError:
-        return json.loads(whole.encode("utf-8", "replace"))
-    return value
+        value = json.loads(whole.encode("utf-8", "replace"))
+    return redaction.cleaned(value) if redaction.holds_secret(whole) else value

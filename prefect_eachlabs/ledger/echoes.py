@@ -1,4 +1,4 @@
-"""Whether the input that the API echoes is the one that was sent; pure."""
+"""Whether the input that the API echoes is the one that was sent."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from prefect_eachlabs.models import without_signature
+from prefect_eachlabs.net.redaction import without_secrets
 
 
 def normalised(value: Any) -> Any:
     """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count."""
     if isinstance(value, str):
-        return without_signature(" ".join(unicodedata.normalize("NFC", value).split()))
+        # An echo comes without the secrets in use, so a prompt that happens to hold one is compared without it.
+        return without_signature(" ".join(unicodedata.normalize("NFC", without_secrets(value)).split()))
     if value is None:
         return value
     if isinstance(value, bool):

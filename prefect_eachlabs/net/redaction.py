@@ -1,4 +1,7 @@
-"""Keys, secrets and signatures are replaced by `***` in whatever is logged, at every level.
+"""What others wrote is made safe to show: secrets are replaced by `***`, control characters are written as escapes.
+
+Answers of the API are cleaned where their JSON is decoded, errors where they are made, and log records, at every level,
+as follows.
 
 Where it is done: at the making of each log record (`logging.setLogRecordFactory`). Filters of a logger do not see the
 records of its children (`httpcore.http11`, `botocore.auth`), filters of handlers are lost when Prefect (or anybody)
@@ -6,22 +9,26 @@ configures logging anew, and handlers that are added later (`PREFECT_LOGGING_EXT
 to the Prefect server) would have none. A record's making comes before all handlers, and no configuration resets it.
 It happens only where the logger's level is on, so that what is not logged costs nothing.
 
-What is replaced: secret values that are in use, in everybody's logs (`hide`, and those of the environment); what
-signs a URL; in the logs of the libraries at work here also headers and fields that carry secrets, by their names, and
-the whole query of any URL, for what a signature is called there is anybody's guess.
+What is replaced: secret values that are in use, in everybody's logs (`hide`, and those of the environment), as they
+are, and as URLs, JSON, HTML and base64 spell them; what signs a URL; in the logs of the libraries at work here also
+headers and fields that carry secrets, by their names, and the whole query of any URL, for what a signature is called
+there is anybody's guess. In the logs of this package and of those libraries, control characters are escaped.
 
 What is not: fields that a caller adds to a record (`extra=`), and what is printed instead of logged.
 """
 
 from __future__ import annotations
 
+import base64
+import html
 import io
+import json
 import logging
 import os
 import re
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -35,9 +42,10 @@ LONGEST_CHARACTERS = 200_000
 """botocore's debug log shows bodies whole; more of a library's message than this is not kept."""
 
 _WITH_QUERIES = ("httpx", "httpcore")
+_OURS = "prefect_eachlabs"
 _LIBRARIES = (
     *_WITH_QUERIES,
-    "prefect_eachlabs",
+    _OURS,
     "prefect",
     "boto3",
     "botocore",
@@ -64,15 +72,55 @@ _URL_QUERY = re.compile(r"(?i)(https?://[^\s'\"<>?]{1,2048})\?[^\s'\"<>]+")
 _QUERY = re.compile(r"(?<=[^\s'\"<>?])\?[^\s'\"<>]+")
 
 
+_MOVES_TERMINALS = re.compile(
+    # C0 and C1; what ends a line; what turns the direction of the text; half characters, which no file takes.
+    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def visible(text: str, *, keeping: str = "") -> str:
+    """Text that others wrote, on one line: control and direction characters as Python writes them, all else as it is.
+
+    >>> visible("fine \x1b[2J\nforged")
+    'fine \\x1b[2J\\nforged'
+
+    Args:
+        keeping: Characters that stay as they are.
+    """
+
+    def escape(found: re.Match[str]) -> str:
+        return found[0] if found[0] in keeping else found[0].encode("unicode_escape").decode()
+
+    return _MOVES_TERMINALS.sub(escape, text)
+
+
+def _spellings(secret: str) -> Iterator[str]:
+    """A secret as texts quote it: as it is, and as URLs, JSON, HTML and base64 spell it."""
+    yield secret
+    for quoted in (quote(secret, safe=""), quote(secret)):
+        yield quoted
+        yield re.sub("%..", lambda code: code[0].lower(), quoted)
+    in_json = json.dumps(secret)[1:-1]
+    yield in_json
+    yield in_json.replace("/", "\\/")
+    yield html.escape(secret)
+    for before in range(3):
+        # Three bytes become four characters: wherever it stands among them, these are its own.
+        encoded = base64.b64encode(bytes(before) + secret.encode()).decode()
+        own = encoded[(0, 2, 3)[before] : 8 * (before + len(secret.encode())) // 6]
+        yield own
+        yield own.translate(str.maketrans("+/", "-_"))
+
+
 class _Secrets:
-    """The values that are in use, and one pattern of them all."""
+    """The values that are in use, and all their spellings."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._given: dict[str, None] = {}
         self._changes = 0
         self._made_of: tuple[object, ...] = ()
-        self._pattern: re.Pattern[str] | None = None
+        self._spellings: tuple[str, ...] = ()
 
     def add(self, secret: str) -> None:
         with self._lock:
@@ -81,20 +129,24 @@ class _Secrets:
             while len(self._given) > MOST_SECRETS:
                 del self._given[next(iter(self._given))]
 
-    def hidden_in(self, text: str) -> str:
-        pattern = self._current_pattern()
-        return text if pattern is None else pattern.sub(HIDDEN, text)
+    def are_in(self, text: str) -> bool:
+        return any(spelling in text for spelling in self._current())
 
-    def _current_pattern(self) -> re.Pattern[str] | None:
+    def hidden_in(self, text: str) -> str:
+        for spelling in self._current():
+            text = text.replace(spelling, HIDDEN)
+        return text
+
+    def _current(self) -> tuple[str, ...]:
+        """The longest first, lest a shorter one leave the rest of it."""
         now = (self._changes, *map(os.environ.get, FROM_THE_ENVIRONMENT))
         if now != self._made_of:
             with self._lock:
                 values = {*self._given, *(os.environ.get(name, "").strip() for name in FROM_THE_ENVIRONMENT)}
             values = {value for value in values if len(value) >= SHORTEST_SECRET_CHARACTERS}
-            spellings = {spelling for value in values for spelling in (value, quote(value, safe=""))}
-            longest_first = sorted(map(re.escape, spellings), key=len, reverse=True)
-            self._pattern, self._made_of = re.compile("|".join(longest_first)) if longest_first else None, now
-        return self._pattern
+            spellings = {spelling for value in values for spelling in _spellings(value)}
+            self._spellings, self._made_of = tuple(sorted(spellings, key=len, reverse=True)), now
+        return self._spellings
 
 
 _secrets = _Secrets()
@@ -105,6 +157,34 @@ def hide(*secrets: str | None) -> None:
     for secret in secrets:
         if secret and len(secret) >= SHORTEST_SECRET_CHARACTERS:
             _secrets.add(secret)
+
+
+def holds_secret(text: str) -> bool:
+    """Whether a secret value that is in use stands in a text."""
+    return _secrets.are_in(text)
+
+
+def without_secrets(text: str) -> str:
+    """Any text without the secret values that are in use."""
+    return _secrets.hidden_in(text)
+
+
+def shown(text: str) -> str:
+    """Text that others had a part in, as it may be shown: `visible`, and without the secret values that are in use."""
+    return visible(without_secrets(text))
+
+
+def cleaned(value: Any) -> Any:
+    """Decoded JSON of others, every string in it without the secret values that are in use; the names too.
+
+    Raises:
+        RecursionError: It is nested too deeply.
+    """
+    if isinstance(value, str):
+        return without_secrets(value)
+    if isinstance(value, Mapping):
+        return {without_secrets(name): cleaned(inner) for name, inner in value.items()}
+    return [cleaned(inner) for inner in value] if isinstance(value, list) else value
 
 
 def redacted(text: str) -> str:
@@ -129,6 +209,10 @@ def _cleaner(logger: str) -> Callable[[str], str]:
         text = redacted(text[:LONGEST_CHARACTERS])
         if package in _WITH_QUERIES:
             text = _QUERY.sub(f"?{HIDDEN}", text)
+        if package == _OURS:
+            text = visible(text)  # each message of this package is one line: what would end it came from others
+        elif package != "prefect":  # which users log with, too
+            text = visible(text, keeping="\n\t")
         # A secret that was cut in two is not known any more.
         return f"{text[: LONGEST_CHARACTERS // 2]} ... (cut)" if cut else text
 
@@ -154,7 +238,7 @@ def _clean(record: logging.LogRecord) -> None:
         record.stack_info = redacted(record.stack_info)
     if record.exc_info and record.exc_info[0] is not None:
         text = _traceback(record.exc_info)
-        cleaned = redacted(text)
+        cleaned = visible(redacted(text), keeping="\n\t")
         if cleaned != text:
             # Formatters print `exc_text` where it is set, and would make it anew of `exc_info`.
             record.exc_info, record.exc_text = None, cleaned

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
@@ -138,7 +139,8 @@ def _make_client(access: S3Access) -> Any:
     redaction.install()
     redaction.hide(access.secret_access_key, access.session_token)
     # A session of its own: boto3's default one is shared with the user's code and not safe across threads.
-    return boto3.session.Session().client(
+    session = boto3.session.Session()
+    client = session.client(
         "s3",
         endpoint_url=access.endpoint_url,
         region_name=access.region,
@@ -156,6 +158,12 @@ def _make_client(access: S3Access) -> Any:
             response_checksum_validation="when_required",
         ),
     )
+    if access.access_key_id is None:
+        with suppress(BotoCoreError):  # the first request says what is wrong
+            keys = session.get_credentials()
+            frozen = keys.get_frozen_credentials() if keys is not None else None
+            redaction.hide(*(frozen.secret_key, frozen.token) if frozen is not None else ())
+    return client
 
 
 _processes: dict[int, S3Process] = {}
@@ -220,8 +228,10 @@ def code_and_status(error: ClientError) -> tuple[str, int]:
 def explain(error: Exception, *, uri: str, endpoint: str) -> EachlabsError:
     """What botocore raised, as an error of ours that names the object, the endpoint and what to do.
 
-    `uri` is `s3://bucket/key`. Keys and signed URLs never get into the message.
+    `uri` is `s3://bucket/key`. Keys and signed URLs never get into the message. What S3 said is cleaned in `error`,
+    too: it becomes the cause, which tracebacks print as it stands.
     """
+    error.args = tuple(redaction.shown(said) if isinstance(said, str) else said for said in error.args)
     place = f"{uri} at {endpoint}"
     if isinstance(error, ClientError):
         return _explain_refusal(error, place)
@@ -273,5 +283,6 @@ def _explain_refusal(error: ClientError, place: str) -> EachlabsError:
             status_code=status or None,
             code=code,
         )
-    words = str(error.response.get("Error", {}).get("Message") or "")
+    # Cleaned before it is cut: half a secret is not known any more.
+    words = redaction.shown(str(error.response.get("Error", {}).get("Message") or ""))
     return SetupError(f"{said}: {words[:300]} Mend the destination or the S3 settings.", status_code=status, code=code)

@@ -142,9 +142,54 @@ def flows(folder: Path, facts: dict[str, Any]) -> int:
     return 0
 
 
+QUOTING = ("refused", "plain", "lost", "error", "logs", "output", "url", "word")
+"""How an answer may quote the key: at the POST, or as the end of the prediction."""
+
+
+def quoted(folder: Path, facts: dict[str, Any]) -> int:
+    """A command, flow runs and batches, all of whose answers quote the key."""
+    from prefect import flow
+    from prefect_eachlabs.flows.generate_batch import generate_batch
+
+    from prefect_eachlabs import await_result, create_prediction, generate_and_store
+    from prefect_eachlabs.cli import main as cli
+
+    log_everything(folder)
+    to = facts["destination"]
+
+    @flow(persist_result=True)
+    def one(prompt: str) -> str:
+        once = generate_and_store.with_options(retries=0)
+        return str(once(prompt, destination=to, item_id=f"flow-{prompt}", on_ambiguous="fail").uri)
+
+    @flow
+    def steps(prompt: str) -> None:
+        await_result.with_options(retries=0)(create_prediction(prompt, destination=to, item_id=f"steps-{prompt}"))
+
+    for how in QUOTING:
+        attempt(lambda how=how: one(how))  # type: ignore[misc]
+    attempt(lambda: steps("error"))
+    attempt(lambda: generate_batch(facts["table"], f"{to}-flow", on_ambiguous="fail", return_state=True))
+    for how in ("error", "refused"):
+        cli.main(["generate", how, "--to", f"{to}-cli", "--json"])
+    cli.main(["batch", facts["table"], "--to", f"{to}-cli", "--on-ambiguous", "fail"])
+    return 0
+
+
+def without_the_filter() -> None:
+    """The control: what the search would find if nothing were taken out."""
+    from prefect_eachlabs.net import redaction
+
+    redaction._Secrets.are_in = lambda self, text: False  # type: ignore[method-assign]
+    redaction._Secrets.hidden_in = lambda self, text: text  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     keep_signatures()
+    if os.environ.get("LEAK_CONTROL"):
+        without_the_filter()
     with suppress(KeyboardInterrupt):
         if sys.argv[1] == "command":
             sys.exit(command(Path(sys.argv[2]), sys.argv[3:]))
-        sys.exit(flows(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())))
+        run = {"flows": flows, "quoted": quoted}[sys.argv[1]]
+        sys.exit(run(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())))

@@ -22,7 +22,8 @@ import pytest
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import Fault, LocalS3
 from tests.conftest import ROOT
-from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO
+from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO, QUOTING
+from tests.security.hostile import hostile_api
 
 BUCKET = "leak-search"
 SECRETS = {
@@ -43,7 +44,7 @@ GOOD_KEYS = frozenset((SECRETS["the key"], SECRETS["a block's key"]))
 class Scene:
     """An API and a bucket, and what came of runs against them."""
 
-    def __init__(self, api: EmulatorServer, s3: LocalS3, folder: Path) -> None:
+    def __init__(self, api_url: str, s3: LocalS3, folder: Path, api: EmulatorServer | None = None) -> None:
         self.api, self.s3, self.folder = api, s3, folder
         self.home = folder / "searched"
         self.home.mkdir()
@@ -52,7 +53,7 @@ class Scene:
         self.environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
             "EACHLABS_API_KEY": SECRETS["the key"],
-            "EACHLABS_BASE_URL": api.url,
+            "EACHLABS_BASE_URL": api_url,
             "EACHLABS_REQUESTS_PER_MINUTE": "none",
             "AWS_ENDPOINT_URL_S3": s3.url,
             "AWS_ACCESS_KEY_ID": "AKIALEAKSEARCH",
@@ -89,6 +90,7 @@ class Scene:
     def signed(self, prompt: str) -> str:
         """The signed URL of a picture that the API has made, good as a reference picture."""
         query = f"X-Amz-Signature={SECRETS['the reference picture' + chr(39) + 's signature']}&v=1"
+        assert self.api is not None, "it is the emulator's"
         (made,) = (one["id"] for one in self.api.predictions() if one["input"]["prompt"] == prompt)
         return f"{self.api.url}/files/{made}.png?{query}"
 
@@ -108,6 +110,16 @@ class Scene:
                     with found["Body"] as body:
                         yield f"s3 {row['Key']}", body.read() + json.dumps(found["Metadata"]).encode()
 
+    def unshown(self) -> list[str]:
+        """Where a sign that moves terminals stands in what a person reads."""
+        return [
+            f"{where}: {text[max(0, found.start() - 90) : found.end() + 20]!r}"
+            for where, data in self.outputs()
+            if where in ("stdout and stderr", "debug.log") or where.endswith((".html", ".txt"))
+            for text in [data.decode(errors="replace")]
+            for found in re.finditer("[\x1b\x07\x9b\u202e\u2066\u2028]|^2026-11-24", text, re.MULTILINE)
+        ]
+
     def leaks(self) -> list[str]:
         """Where a secret or a signature stands that should not."""
         made = {f"signature {n}": text for n, text in enumerate(self.signatures.read_text().split())}
@@ -115,7 +127,7 @@ class Scene:
         wanted = {
             spelling.encode(): name
             for name, secret in {**SECRETS, **made}.items()
-            for spelling in (secret, quote(secret, safe=""), base64.b64encode(secret.encode()).decode())
+            for spelling in {secret, quote(secret, safe=""), *(base64_inside(secret.encode()))}
         }
         pattern = re.compile(b"|".join(re.escape(spelling) for spelling in wanted))
         return [
@@ -123,6 +135,15 @@ class Scene:
             for where, text in self.outputs()
             for found in pattern.finditer(text)
         ]
+
+
+def base64_inside(secret: bytes) -> set[str]:
+    """What base64 makes of a secret wherever it stands in what is encoded: results are kept in base64."""
+    found = set()
+    for before in range(3):
+        whole = base64.b64encode(b"x" * before + secret).decode()
+        found.add(whole[-(-before * 4 // 3) : (before + len(secret)) // 3 * 4].strip("="))
+    return found
 
 
 def unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -159,9 +180,57 @@ def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
     local_s3.set_faults(refuse)
     with EmulatorServer(options) as api:
         try:
-            yield Scene(api, local_s3, tmp_path)
+            yield Scene(api.url, local_s3, tmp_path, api)
         finally:
             local_s3.set_faults()
+
+
+@pytest.fixture
+def quoting_scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
+    """An API that quotes the key in all its answers."""
+    local_s3.create_bucket(BUCKET)
+    with hostile_api() as url:
+        yield Scene(url, local_s3, tmp_path)
+
+
+def quoted(scene: Scene, folder: Path, **environment: str) -> None:
+    table = folder / "table.csv"
+    table.write_text("\n".join(["prompt,id", *(f"{how} fox,{how}" for how in QUOTING), ""]))
+    facts = {"destination": f"s3://{BUCKET}/quoted", "table": str(table)}
+    (folder / "facts.json").write_text(json.dumps(facts))
+    settings = {"EACHLABS_DEADLINE_SECONDS": "3", "EACHLABS_REFERENCE_ROOTS": str(folder)}
+    assert scene.run("quoted", str(folder / "facts.json"), **settings, **environment) == 0, scene.said[-5_000:]
+
+
+PLACES = (
+    "stdout",
+    "prefect.db flow_run_state",
+    "prefect.db log",
+    "s3 quoted/records",
+    "s3 quoted-cli/batches/table/runs",
+    "report.jsonl",
+    ".html",
+)
+
+
+@pytest.mark.slow
+def test_a_key_that_answers_quote_is_written_down_nowhere(quoting_scene: Scene, tmp_path: Path) -> None:
+    quoted(quoting_scene, tmp_path)
+    for place in (*PLACES, "prefect.db artifact", "s3 quoted-cli/records"):
+        assert any(place in where for where, _ in quoting_scene.outputs()), place
+    assert "upstream refused" in quoting_scene.said
+    assert quoting_scene.leaks() == []
+    assert quoting_scene.unshown() == []
+
+
+@pytest.mark.slow
+def test_the_search_finds_a_key_that_answers_quote_where_nothing_takes_it_out(
+    quoting_scene: Scene, tmp_path: Path
+) -> None:
+    quoted(quoting_scene, tmp_path, LEAK_CONTROL="1")
+    leaks = quoting_scene.leaks()
+    for place in PLACES:
+        assert any(place in where.partition(": ")[0] for where in leaks), f"the control does not leak: {place}"
 
 
 def generate(scene: Scene, prompt: str, *more: str, **environment: str) -> int:
