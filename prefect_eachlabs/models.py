@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf
 
-from prefect_eachlabs.api import safe_json
 from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
@@ -27,6 +26,7 @@ from prefect_eachlabs.errors import (
     PredictionCancelled,
     PredictionFailed,
 )
+from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 

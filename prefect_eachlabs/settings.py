@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.net.addresses import PrivateHosts
+from prefect_eachlabs.net.addresses import PrivateHosts, is_loopback
 from prefect_eachlabs.reference_images import ROOTS_VARIABLE, Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
@@ -21,16 +20,6 @@ AuthScheme = Literal["x-api-key", "bearer"]
 DESTINATION_VARIABLE = "EACHLABS_DESTINATION"
 
 ACCOUNT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host name or address is this machine itself."""
-    if host.lower() == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 def check_base_url(url: str) -> str:

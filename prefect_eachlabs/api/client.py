@@ -20,7 +20,6 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from prefect_eachlabs.api import safe_json
 from prefect_eachlabs.api.bodies import ACCEPTED_ENCODINGS, read_within
 from prefect_eachlabs.api.waking import within_waking_seconds
 from prefect_eachlabs.errors import (
@@ -43,9 +42,10 @@ from prefect_eachlabs.models import (
     parse_executions,
     parse_prediction,
 )
-from prefect_eachlabs.net import redaction
+from prefect_eachlabs.net import redaction, safe_json
+from prefect_eachlabs.net.addresses import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
-from prefect_eachlabs.settings import AccountSettings, is_loopback
+from prefect_eachlabs.settings import AccountSettings
 
 logger = logging.getLogger(__name__)
 

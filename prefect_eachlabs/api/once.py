@@ -56,6 +56,16 @@ class Once(Generic[K, V]):
         if self._asked.get(key) is task:
             del self._asked[key]
 
+    def known(self, key: K) -> V | None:
+        """The answer, where it is there."""
+        task = self._asked.get(key)
+        good = task is not None and task.done() and not task.cancelled() and task.exception() is None
+        return task.result() if task is not None and good else None
+
+    def forget(self, key: K) -> None:
+        """Whoever asks next asks anew."""
+        self._asked.pop(key, None)
+
     async def aclose(self) -> None:
         """Ends what is still being asked."""
         tasks = [task for task in self._asked.values() if not task.done()]

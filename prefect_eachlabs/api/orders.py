@@ -8,10 +8,9 @@ from typing import Any
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.references import References, Url
 from prefect_eachlabs.errors import EachlabsError
-from prefect_eachlabs.ledger.records import Ledger
-from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Item, without_signature
+from prefect_eachlabs.models import Destination, Item, without_signature
 from prefect_eachlabs.reference_images import REFERENCE_FIELDS
+from prefect_eachlabs.storage.s3_client import S3Access
 
 
 class Order:
@@ -41,8 +40,16 @@ class Orders:
         self._catalogue = catalogue
         self._references = references
 
-    async def prepare(self, item: Item, ledger: Ledger | None, options: PurchaseOptions | None = None) -> Order:
+    async def prepare(
+        self, item: Item, destination: Destination, access: S3Access | None, *, anywhere: bool = False
+    ) -> Order:
         """An order for the item. For the first model without a reference picture this asks nobody.
+
+        Args:
+            item: What is wanted.
+            destination: Its bucket's objects may be reference pictures, and with `anywhere` every bucket's.
+            access: How buckets are reached.
+            anywhere: A person at the command line named the pictures.
 
         Raises:
             BadInput: Model or vendor would refuse it; says which field and why.
@@ -54,7 +61,7 @@ class Orders:
             for field in REFERENCE_FIELDS:
                 for name in _names(input.get(field)):
                     url = await self._references.ready(
-                        name, item.sources.get(name), ledger, anywhere=options is not None and options.any_reference
+                        name, item.sources.get(name), destination, access, anywhere=anywhere
                     )
                     if url is not None:
                         urls[name] = url

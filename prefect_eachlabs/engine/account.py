@@ -82,7 +82,9 @@ class Account:
         self.catalogue = Catalogue(self.client, self.limiter)
         self.orders = Orders(self.catalogue, References(self.client, self.limiter, settings, store_for, outside))
         self.purchaser = Purchaser(self.client, self.limiter, self.poller, settings, self.orders)
-        self.image_store = ImageStore(downloader or Downloader(hosts=HostGuard.of(settings)))
+        self.image_store = ImageStore(
+            downloader or Downloader(hosts=HostGuard.of(settings.base_url, settings.private_hosts))
+        )
         self._source = source
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}

@@ -172,7 +172,9 @@ class Purchaser:
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None)
                 try:
-                    order = await self._orders.prepare(item, ledger, options)
+                    order = await self._orders.prepare(
+                        item, ledger.destination, ledger.access, anywhere=options.any_reference
+                    )
                     request = await self._take_approved_slots(item, options, job)
                     sent = await self._sent(order, request)
                 except EachlabsError:

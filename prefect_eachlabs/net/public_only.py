@@ -27,10 +27,10 @@ from prefect_eachlabs.net.addresses import (
     PrivateHosts,
     address_in,
     host_as_written,
+    is_loopback,
     kind_of,
     meant,
 )
-from prefect_eachlabs.settings import AccountSettings, is_loopback
 
 SETTING = "EACHLABS_PRIVATE_HOSTS"
 PATIENCE_SECONDS = 2.0
@@ -73,10 +73,9 @@ class HostGuard:
         self._resolve = resolve
 
     @classmethod
-    def of(cls, settings: AccountSettings, *, resolve: Resolve | None = addresses_of) -> HostGuard:
-        """The guard of an account."""
-        api_host = httpx.URL(settings.base_url).host
-        return cls(PrivateHosts.parse(settings.private_hosts), api_host, resolve=resolve)
+    def of(cls, base_url: str, private_hosts: str, *, resolve: Resolve | None = addresses_of) -> HostGuard:
+        """The guard of an account, by two of its settings."""
+        return cls(PrivateHosts.parse(private_hosts), httpx.URL(base_url).host, resolve=resolve)
 
     async def addresses(self, host: str) -> list[str]:
         """Those addresses of a host that may be connected to.

@@ -77,11 +77,6 @@ class Shop:
     def requests(self) -> Counter[str]:
         return Counter(self.api.journal.by_endpoint)
 
-    def note(self) -> dict[str, Any]:
-        (key,) = self.store.keys("p/uploads/")
-        note: dict[str, Any] = self.store.json(key)
-        return note
-
     def sent(self) -> list[dict[str, Any]]:
         return [prediction["input"] for prediction in self.api.predictions()]
 

@@ -64,7 +64,7 @@ def gateway(settings: AccountSettings, thread: LoopThread) -> Iterator[Gateway]:
         thread,
         make_source=local_source,
         store_for=lambda _destination, _access: store,
-        downloader=Downloader(hosts=HostGuard.of(settings)),
+        downloader=Downloader(hosts=HostGuard.of(settings.base_url, settings.private_hosts)),
     )
     yield made
     made.close()

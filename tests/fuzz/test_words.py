@@ -15,10 +15,10 @@ from prefect_eachlabs.errors import BadInput, HostNotAllowed, NotYetSafe, SetupE
 from prefect_eachlabs.flows.schedule import filled, zone
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import Destination, is_http_url
-from prefect_eachlabs.net.addresses import PrivateHosts, address_in, host_as_written, kind_of, meant
+from prefect_eachlabs.net.addresses import PrivateHosts, address_in, host_as_written, is_loopback, kind_of, meant
 from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
 from prefect_eachlabs.reference_images import Roots
-from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings, is_loopback, settings_from_environment
+from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings, settings_from_environment
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed, says
 from tests.virtual_time import run
@@ -171,7 +171,7 @@ def test_the_environment_makes_an_account_that_works_or_names_the_variable(
         # The host that one parser saw is the host that the other connects to: on it depends where the key goes.
         client = EachlabsClient(account)
         connected = client._http.base_url
-        HostGuard.of(account)
+        HostGuard.of(account.base_url, account.private_hosts)
         assert connected.scheme == "https" or is_loopback(connected.host.strip("[]"))
         seen = urlsplit(account.base_url).hostname or ""
         assert connected.raw_host.decode() == httpx.URL(scheme="https", host=seen).raw_host.decode()

@@ -249,7 +249,9 @@ def test_a_gateway_by_its_name_opens_its_network_only_when_all_of_its_addresses_
 def test_the_setting_opens_what_it_names(setting: str, host: str, address: str, opened: bool) -> None:
     environ = {"EACHLABS_BASE_URL": "https://93.184.215.14", "EACHLABS_PRIVATE_HOSTS": setting}
     account = settings_from_environment(environ, api_key="a-key")
-    assert (why_not(HostGuard.of(account, resolve=finding(address)), host) == "") is opened
+    assert (
+        why_not(HostGuard.of(account.base_url, account.private_hosts, resolve=finding(address)), host) == ""
+    ) is opened
 
 
 @pytest.mark.parametrize(
@@ -582,7 +584,7 @@ def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had
     store, settings = MemoryStore(), AccountSettings(api_key="a-key", base_url="https://api.invalid")  # type: ignore[arg-type]
 
     def engine(private_hosts: str) -> Engine:
-        guard = HostGuard.of(settings.model_copy(update={"private_hosts": private_hosts}), resolve=None)
+        guard = HostGuard.of(settings.base_url, private_hosts, resolve=None)
         return Engine(
             settings,
             LocalSlots(requests_per_minute=None, max_in_flight=None),

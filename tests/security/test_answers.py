@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.api import safe_json
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.echoes import fit
 from prefect_eachlabs.models import Item, Prediction
+from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import hide, visible
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.s3 import S3Store
