@@ -21,6 +21,9 @@ from prefect_eachlabs.net import redaction
 from prefect_eachlabs.net.public_only import SETTING, GuardedTransport, HostGuard, HostRefused
 
 MAX_REDIRECTS = 5
+COSTLY_ATTEMPTS = 2
+"""So often a process verifies a large picture that turns out not to be whole; retries must not multiply its cost."""
+REMEMBERED_REFUSALS = 1_000
 RETENTION_HOURS = 24
 """The vendor's documentation: outputs are kept at least so long."""
 
@@ -58,6 +61,7 @@ class Downloader:
         self._timeout = httpx.Timeout(read_seconds, connect=connect_seconds, pool=None)
         self._turns = asyncio.Semaphore(max_at_once)
         self._client: httpx.AsyncClient | None = None
+        self._refused: dict[str, tuple[int, str]] = {}
 
     async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
         """The verified PNG; see `fetch`."""
@@ -90,6 +94,7 @@ class Downloader:
         reader = MediaReader(formats, max_bytes=self._max_bytes)
         async with self._turns:
             try:
+                self._check_refusals(url)
                 return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
             except FormatRefused as error:
                 raise FormatNotAllowed(
@@ -101,6 +106,8 @@ class Downloader:
                     url=url,
                 ) from error
             except (PngError, MediaError) as error:
+                if reader.is_costly:
+                    self._remember_refusal(url, str(error))
                 raise NotAPng(
                     f"{what} is paid for, but what came is no whole {wanted}: {error}. Nothing was stored; run again "
                     "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
@@ -127,6 +134,18 @@ class Downloader:
                     f"{str(error)[:200]}): run again within {RETENTION_HOURS} h."
                 ) from error
 
+    def _remember_refusal(self, url: str, reason: str) -> None:
+        place = without_query(url)
+        count, _ = self._refused.pop(place, (0, ""))
+        self._refused[place] = (count + 1, reason)
+        while len(self._refused) > REMEMBERED_REFUSALS:
+            del self._refused[next(iter(self._refused))]
+
+    def _check_refusals(self, url: str) -> None:
+        count, reason = self._refused.get(without_query(url), (0, ""))
+        if count >= COSTLY_ATTEMPTS:
+            raise PngError(f"{reason} (seen {count} times; this process does not take it apart again)")
+
     async def _fetch(self, url: str, reader: MediaReader, what: str, failed: Callable[..., DownloadFailed]) -> Media:
         target = httpx.URL(url)
         for _ in range(MAX_REDIRECTS + 1):
@@ -140,11 +159,11 @@ class Downloader:
                     continue
                 self._check_answer(response, what, failed)
                 async for piece in response.aiter_bytes():
-                    reader.feed(piece)
+                    await reader.feed_in_turns(piece)
                 announced = _announced_bytes(response)
                 if announced not in (None, reader.size_bytes):
                     raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
-                # Decoding is not for the loop; a PNG was verified while it came.
+                # A PNG was verified while it came.
                 return await asyncio.to_thread(reader.finish) if reader.takes_long else reader.finish()
             finally:
                 await response.aclose()

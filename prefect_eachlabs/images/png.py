@@ -134,6 +134,13 @@ class PngReader:
         self._image: _ImageData | None = None
         self._image_ended = False
 
+    @property
+    def decompressed_bytes(self) -> int | None:
+        """How large its image data are according to its head; None: that has not come yet."""
+        if self._header is None:
+            return None
+        return sum(scanline_bytes * rows for scanline_bytes, rows in self._header.passes())
+
     def feed(self, data: bytes) -> None:
         """Takes the next piece.
 

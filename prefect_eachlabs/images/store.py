@@ -15,7 +15,7 @@ from prefect_eachlabs.errors import (
     StoreFailed,
 )
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify
+from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify_in_turns
 from prefect_eachlabs.ledger.records import (
     Ledger,
     Overtaken,
@@ -148,9 +148,7 @@ class ImageStore:
         if not whole or not _is_of(whole, held.record.prediction_id):
             return None
         try:
-            # A PNG is verified as quickly as it is read; decoding is not for the loop.
-            is_png = _format_of_key(whole.key) == "png"
-            media = verify(whole.body) if is_png else await asyncio.to_thread(verify, whole.body)
+            media = await verify_in_turns(whole.body)
         except MediaError:
             return None
         said = whole.metadata

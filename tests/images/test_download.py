@@ -219,6 +219,50 @@ def test_a_picture_that_grows_too_large_is_given_up_at_the_limit() -> None:
 # -------------------------------------------------------------------------- what does not come
 
 
+def large(end: bytes) -> bytes:
+    """80 MB of image data in 80 kB."""
+    return png(header(8_000, 10_000), idat(bytes(10_000 * 8_001)), end)
+
+
+def test_the_loop_has_its_turn_while_a_large_picture_is_verified() -> None:
+    data = large(IEND)
+
+    async def story() -> int:
+        turns = 0
+
+        async def others() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        beside = asyncio.ensure_future(others())
+        assert (await fetch(Downloader(Host(data).transport()))).data == data
+        beside.cancel()
+        return turns
+
+    assert run(story()) > len(data) / 4096
+
+
+def test_a_large_picture_that_is_refused_is_taken_apart_twice_and_not_for_each_retry() -> None:
+    host = Host(large(b""))
+
+    async def story() -> list[str]:
+        downloader = Downloader(host.transport())
+        said = []
+        for number in range(5):
+            with pytest.raises(NotAPng) as caught:
+                await downloader.fetch_png(f"{URL}-{number}", prediction_id="pred-1")
+            said.append(caught.value.message)
+        await downloader.aclose()
+        return said
+
+    said = run(story())
+    assert len(host.requests) == 2
+    assert all("is truncated" in line for line in said)
+    assert "seen 2 times; this process does not take it apart again" in said[-1]
+
+
 @pytest.mark.parametrize("status_code", [403, 404, 410])
 def test_a_picture_that_is_gone_says_how_long_the_vendor_keeps_it(status_code: int) -> None:
     error = failure(answering(status_code, b"<Error><SecretKey>secret</SecretKey></Error>"))
