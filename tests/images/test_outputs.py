@@ -271,8 +271,10 @@ def test_what_may_be_stored_stands_in_the_record_for_whoever_finishes_it(studio:
 
 
 def test_a_step_may_be_told_what_it_may_store(studio: Studio) -> None:
-    bare = create_prediction.fn("a fox", model="flux-1-1-pro", input={"output_format": "gif"})
-    finished = await_result.fn(bare)
+    created = create_prediction.fn(
+        "a fox", destination=studio.destination, model="flux-1-1-pro", input={"output_format": "gif"}
+    )
+    finished = await_result.fn(created)
     with pytest.raises(FormatNotAllowed):
         store_image.fn(finished, studio.destination)
     assert store_image.fn(finished, studio.destination, formats=["gif"]).uri.endswith(".gif")
