@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import httpx
 
 HERE = Path(__file__).resolve().parent
 ENDS_WITHIN_SECONDS = 20.0
+_STATE = tempfile.TemporaryDirectory(prefix="eachlabs-benchmark-")
 _FOREIGN = ("AWS_", "BOTO", "EACHLABS_", "PREFECT_", "PG")
 _PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"})
 
@@ -39,6 +41,8 @@ def clean_environment(**more: str) -> dict[str, str]:
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "AWS_EC2_METADATA_DISABLED": "true",
         "PYTHONUNBUFFERED": "1",
+        # The limits that processes without a Prefect server share are of one benchmark alone.
+        "XDG_STATE_HOME": _STATE.name,
         **more,
     }
 

@@ -37,6 +37,7 @@ for _name in list(os.environ):
 os.environ.update(
     {
         "PREFECT_HOME": str(_SCRATCH / "prefect"),
+        "XDG_STATE_HOME": str(_SCRATCH / "state"),
         "PREFECT_SERVER_MEMO_STORE_PATH": str(_SCRATCH / "prefect" / "memo_store.toml"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",

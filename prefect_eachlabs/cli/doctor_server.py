@@ -32,7 +32,7 @@ def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bo
         return [
             mend(
                 "Prefect",
-                "no server is configured: each process keeps the account's limits by itself",
+                "no server is configured: the processes of this machine share the account's limits",
                 "Right for one process at a time. For more: prefect server start, and set PREFECT_API_URL.",
             )
         ], False

@@ -117,7 +117,7 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
 
 
 def source_of_places() -> MakeSource | None:
-    """Where places come from: the Prefect server's limits where one may be configured, else this process alone."""
+    """Where places come from: the Prefect server's limits where one may be configured, else this machine's."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None
     from prefect_eachlabs.limits import lot_source_for

@@ -18,7 +18,8 @@ from typing import Any, Generic, TypeVar
 from prefect_eachlabs.engine import consoles
 from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.limits.limiter import LocalSlots, SlotSource
+from prefect_eachlabs.limits.limiter import SlotSource
+from prefect_eachlabs.limits.machine import machine_source
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net import redaction
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
@@ -183,11 +184,6 @@ def open_store(destination: Destination, access: S3Access | None) -> ObjectStore
     return S3Store(destination.bucket, access)
 
 
-def local_source(settings: AccountSettings) -> SlotSource:
-    """The account's limits, of this process alone."""
-    return LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
-
-
 class _Process:
     """What this process has: one loop thread, one gateway an account."""
 
@@ -206,7 +202,7 @@ def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSou
     Args:
         settings: The account; the environment's when None.
         make_source: Where an account's slots come from, heeded by the call that makes the gateway; the limits are
-            this process's alone when None.
+            shared with the processes of this machine alone when None.
 
     Raises:
         SetupError: No key, or a setting out of bounds.
@@ -217,7 +213,7 @@ def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSou
         if process.thread is None:
             process.thread = LoopThread()
         if settings not in process.gateways:
-            process.gateways[settings] = Gateway(settings, process.thread, make_source=make_source or local_source)
+            process.gateways[settings] = Gateway(settings, process.thread, make_source=make_source or machine_source)
         return process.gateways[settings]
 
 

@@ -1,6 +1,6 @@
 """The limits of an account on a Prefect server, shared by all its processes: a `SlotSource` over leased lots.
 
-Without a `PREFECT_API_URL` (the embedded server of a plain script) the limits are this process's alone.
+Without a `PREFECT_API_URL` (the embedded server of a plain script) the machine's processes share them: `machine`.
 
 What is promised, and how:
 

@@ -131,8 +131,8 @@ def _numbers(settings: AccountSettings) -> dict[Kind, int | None]:
 async def _server(settings: AccountSettings) -> AsyncIterator[AdminLeases]:
     if not PREFECT_API_URL.value():
         raise SetupError(
-            "No Prefect server is configured: without one the account's limits are each process's own, and there is "
-            "nothing to create or show. Set PREFECT_API_URL, e.g. to http://127.0.0.1:4200/api."
+            "No Prefect server is configured: without one the processes of a machine share the account's limits, and "
+            "there is nothing to create or show. Set PREFECT_API_URL, e.g. to http://127.0.0.1:4200/api."
         )
     leases = AdminLeases(settings.account)
     try:

@@ -7,6 +7,8 @@ who wait for one; where slots come from is a `SlotSource` (see `lots`), and the 
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 from collections import OrderedDict
 
 from prefect_eachlabs.limits.breaker import CircuitBreaker
@@ -14,6 +16,11 @@ from prefect_eachlabs.limits.window import Kind, LocalSlots, SlidingWindow, Slot
 
 __all__ = ["CircuitBreaker", "Kind", "LocalSlots", "RateLimiter", "SlidingWindow", "Slot", "SlotSource"]
 
+logger = logging.getLogger(__name__)
+
+STANDS_STILL_AFTER_SECONDS = 5.0
+"""Who waits for longer, for slots that others hold, says so."""
+SAY_AGAIN_SECONDS = 120.0
 QUESTIONS_IN_A_ROW = 3
 """So many questions may go before a create that waits; then the create has its turn."""
 
@@ -54,6 +61,12 @@ class RateLimiter:
         self._in_flight: _Queue = OrderedDict()
         self._questions_in_a_row = 0
         self._told = {Kind.REQUESTS: 0, Kind.IN_FLIGHT: 0}
+        self._waits_since: dict[Kind, float] = {}
+        """Kind → since when callers wait for it and none has been given any."""
+        self._said_at = dict.fromkeys(Kind, -math.inf)
+        self.standstill: str | None = None
+        """What everybody here waits for, when others hold it and nothing has moved for 5 s: for progress displays."""
+        self._look_at: float | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._looking = False
         self._look_again = False
@@ -126,8 +139,10 @@ class RateLimiter:
             self._look_again = True
             return
         self._looking = True
+        now = asyncio.get_running_loop().time()
         try:
             for kind in Kind:
+                granted = False
                 while (line := self._next_line(kind)) is not None:
                     slot = self._source.try_take(kind)
                     if slot is None:
@@ -135,10 +150,16 @@ class RateLimiter:
                     self._count_turns(line)
                     waiter, _ = line.popitem(last=False)
                     waiter.set_result(_TakenSlot(slot, self))
+                    granted = True
                 count = self._waiting(kind)
+                if granted or not count:
+                    self._waits_since.pop(kind, None)
+                if count:
+                    self._waits_since.setdefault(kind, now)
                 if count != self._told[kind]:
                     self._told[kind] = count
                     self._source.wanted(kind, count)
+            self._say_whether_it_stands_still(now)
             self._set_timer()
         finally:
             self._looking = False
@@ -168,8 +189,24 @@ class RateLimiter:
         elif line is self._questions:
             self._questions_in_a_row = self._questions_in_a_row + 1 if self._creates else 0
 
+    def _say_whether_it_stands_still(self, now: float) -> None:
+        self.standstill = None
+        self._look_at = None
+        for kind, since in self._waits_since.items():
+            if (held := self._source.held_by_others(kind)) is None:
+                continue
+            if now - since >= STANDS_STILL_AFTER_SECONDS:
+                self.standstill = f"Waiting for {held}."
+                if now - self._said_at[kind] >= SAY_AGAIN_SECONDS:
+                    self._said_at[kind] = now
+                    logger.warning("%s", self.standstill)
+            # The source may have nothing to tell meanwhile.
+            self._look_at = now + STANDS_STILL_AFTER_SECONDS if self.standstill else since + STANDS_STILL_AFTER_SECONDS
+
     def _set_timer(self) -> None:
         times = [at for kind in Kind if self._waiting(kind) and (at := self._source.next_change_at(kind)) is not None]
+        if self._look_at is not None:
+            times.append(self._look_at)
         at = min(times, default=None)
         if self._timer is not None:
             if self._timer.when() == at:

@@ -9,15 +9,16 @@ from collections.abc import Callable
 from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.limits.driver import LotDriver
-from prefect_eachlabs.limits.leases import Leases, PrefectLeases
+from prefect_eachlabs.limits.leases import LEASE_SECONDS, Leases, PrefectLeases
 from prefect_eachlabs.limits.limiter import Kind, LocalSlots, Slot, SlotSource
+from prefect_eachlabs.limits.machine import machine_source
 from prefect_eachlabs.limits.plan import LotPlan
 from prefect_eachlabs.limits.pool import LotPool
 from prefect_eachlabs.settings import AccountSettings
 
 
 def lot_source_for(settings: AccountSettings) -> SlotSource:
-    """Where the account's slots come from here: the Prefect server of `PREFECT_API_URL`, or this process alone.
+    """Where the account's slots come from here: the Prefect server of `PREFECT_API_URL`, or this machine's file.
 
     The embedded server counts as none: its leases outlive their process, and no other process shares it. A flow run
     on it has no `PREFECT_API_URL`, neither in its settings nor in its environment, so the setting alone decides.
@@ -25,7 +26,7 @@ def lot_source_for(settings: AccountSettings) -> SlotSource:
     limited = settings.requests_per_minute is not None or settings.max_in_flight is not None
     if limited and PREFECT_API_URL.value():
         return SharedLots(settings)
-    return LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
+    return machine_source(settings)
 
 
 def _loop_time() -> float:
@@ -100,6 +101,17 @@ class SharedLots:
         """The account's limit: its own number or the server's, whichever is smaller."""
         plan = self._plans.get(kind)
         return None if plan is None else plan.pool.limit
+
+    def held_by_others(self, kind: Kind) -> str | None:
+        """Which slots others hold, as long as the server has not even one for this process."""
+        plan = self._plans.get(kind)
+        if plan is None or not plan.was_denied(_loop_time()) or 2 * plan.pool.held >= plan.pool.limit:
+            return None
+        what = "requests a minute" if kind is Kind.REQUESTS else "slots in flight"
+        return (
+            f"{plan.pool.limit - plan.pool.held} of {plan.pool.limit} {what} of account {self._account!r} that other "
+            f"processes hold on the Prefect server; what a dead one held comes back within {LEASE_SECONDS:.0f} s"
+        )
 
     def on_change(self, listener: Callable[[], None]) -> None:
         """The listener is called, on the loop, when `try_take` may succeed now."""

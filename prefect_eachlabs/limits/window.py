@@ -52,11 +52,14 @@ class SlotSource(Protocol):
     def limit(self, kind: Kind) -> int | None:
         """The account's limit; None: there is none."""
 
+    def held_by_others(self, kind: Kind) -> str | None:
+        """What callers here wait for, as it ends the sentence "Waiting for ..."; None: for nobody but themselves."""
+
     def on_change(self, listener: Callable[[], None]) -> None:
         """The listener is called, on the loop, when `try_take` may succeed now."""
 
     async def close(self) -> None:
-        """Gives everything back."""
+        """Gives back what is not in use, within a few seconds."""
 
 
 class SlidingWindow:
@@ -192,6 +195,10 @@ class LocalSlots:
     def limit(self, kind: Kind) -> int | None:
         window = self._windows[kind]
         return None if window is None else window.limit
+
+    def held_by_others(self, kind: Kind) -> str | None:
+        """There are no others."""
+        return None
 
     def on_change(self, listener: Callable[[], None]) -> None:
         self._listeners.append(listener)

@@ -17,7 +17,7 @@ import boto3
 import pytest
 
 from prefect_eachlabs.engine import runtime as gateway_room
-from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways, gateway_for, local_source
+from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways, gateway_for, machine_source
 from prefect_eachlabs.errors import BadInput, PredictionTimedOut, SetupError
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
@@ -62,7 +62,7 @@ def gateway(settings: AccountSettings, thread: LoopThread) -> Iterator[Gateway]:
     made = Gateway(
         settings,
         thread,
-        make_source=local_source,
+        make_source=machine_source,
         store_for=lambda _destination, _access: store,
         downloader=Downloader(hosts=HostGuard.of(settings.base_url, settings.private_hosts)),
     )

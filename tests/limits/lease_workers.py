@@ -8,9 +8,10 @@ import random
 from collections.abc import Callable
 
 import pytest
+from typing_extensions import Self
 
 from prefect_eachlabs.limits import SharedLots
-from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot, SlotSource
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 
@@ -43,31 +44,27 @@ class Api:
         return sum(begin <= at < end for at, _, who in self.requests if name in (None, who))
 
 
-class Worker:
-    """A process with callers that each make one picture after the other: a place in flight, a POST, one question."""
+class Buyer:
+    """A process with callers that each make one picture after the other: a slot in flight, a POST, one question."""
 
     def __init__(
         self,
-        server: LeaseServer,
+        source: SlotSource,
         api: Api,
         name: str = "a",
         *,
-        requests_per_minute: int | None = 60,
-        max_in_flight: int | None = 10,
         latency_seconds: Callable[[], float] = lambda: random.uniform(0.05, 0.3),
+        prediction_seconds: float = PREDICTION_SECONDS,
     ) -> None:
-        settings = AccountSettings(
-            api_key="key", requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, account="acme"
-        )
-        self.client = server.client()
-        self.lots = SharedLots(settings, self.client)
-        self.limiter = RateLimiter(self.lots)
+        self.source = source
+        self.limiter = RateLimiter(source)
         self.api = api
         self.name = name
         self.latency_seconds = latency_seconds
+        self.prediction_seconds = prediction_seconds
         self.callers: list[asyncio.Task[None]] = []
 
-    def start(self, callers: int = 30, pictures: int = 1_000_000) -> Worker:
+    def start(self, callers: int = 30, pictures: int = 1_000_000) -> Self:
         self.callers += [asyncio.ensure_future(self._make(pictures)) for _ in range(callers)]
         return self
 
@@ -88,13 +85,40 @@ class Worker:
             await self.request()
             self.api.in_flight += 1
             self.api.most_in_flight = max(self.api.most_in_flight, self.api.in_flight)
-            asyncio.get_running_loop().call_later(PREDICTION_SECONDS, self._ended)
-            await asyncio.sleep(PREDICTION_SECONDS)
+            asyncio.get_running_loop().call_later(self.prediction_seconds, self._ended)
+            await asyncio.sleep(self.prediction_seconds)
             await self.request(question=True)
             place.done()
 
     def _ended(self) -> None:
         self.api.in_flight -= 1
+
+    async def stop(self) -> None:
+        for task in self.callers:
+            task.cancel()
+        await asyncio.gather(*self.callers, return_exceptions=True)
+        await self.source.close()
+
+
+class Worker(Buyer):
+    """One that leases its slots from a server."""
+
+    def __init__(
+        self,
+        server: LeaseServer,
+        api: Api,
+        name: str = "a",
+        *,
+        requests_per_minute: int | None = 60,
+        max_in_flight: int | None = 10,
+        latency_seconds: Callable[[], float] = lambda: random.uniform(0.05, 0.3),
+    ) -> None:
+        settings = AccountSettings(
+            api_key="key", requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, account="acme"
+        )
+        self.client = server.client()
+        self.lots = SharedLots(settings, self.client)
+        super().__init__(self.lots, api, name, latency_seconds=latency_seconds)
 
     def kill(self) -> None:
         """As SIGKILL does: nothing is given back."""
@@ -104,14 +128,8 @@ class Worker:
             if task is not None:
                 task.cancel()
 
-    async def stop(self) -> None:
-        for task in self.callers:
-            task.cancel()
-        await asyncio.gather(*self.callers, return_exceptions=True)
-        await self.lots.close()
 
-
-async def takes(worker: Worker, kind: Kind, within_seconds: float) -> Slot | None:
+async def takes(worker: Buyer, kind: Kind, within_seconds: float) -> Slot | None:
     """A place for one caller, if it comes in time."""
     take = worker.limiter.take_in_flight() if kind is Kind.IN_FLIGHT else worker.limiter.take_request()
     try:

@@ -14,6 +14,7 @@ from prefect_eachlabs.limits import SharedLots, lot_source_for
 from prefect_eachlabs.limits.leases import Holding
 from prefect_eachlabs.limits.limiter import Kind, LocalSlots
 from prefect_eachlabs.limits.lot import fair_share
+from prefect_eachlabs.limits.machine import MachineSlots
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 from tests.limits.lease_workers import WINDOW_SECONDS, Api, Worker, now, takes
@@ -43,7 +44,7 @@ def test_a_prefect_server_in_the_settings_shares_the_limits_and_nothing_else_doe
     limited = AccountSettings(api_key="key")
     unlimited = AccountSettings(api_key="key", requests_per_minute=None, max_in_flight=None)
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        assert isinstance(lot_source_for(limited), LocalSlots)
+        assert isinstance(lot_source_for(limited), MachineSlots)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
         assert isinstance(lot_source_for(limited), SharedLots)
         assert isinstance(lot_source_for(unlimited), LocalSlots)

@@ -64,6 +64,9 @@ class LeasedLots:
     def limit(self, kind: Kind) -> int | None:
         return 60
 
+    def held_by_others(self, kind: Kind) -> str | None:
+        return None
+
     def on_change(self, listener: Callable[[], None]) -> None:
         self.listeners.append(listener)
 
