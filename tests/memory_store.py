@@ -75,6 +75,8 @@ class MemoryStore:
         self.objects: dict[str, _Object] = {}
         self.operations: list[tuple[Operation, str]] = []
         self._faults = _Faults()
+        self.ahead_seconds = 0.0
+        """How far its clock is ahead of the loop's."""
 
     def beside(self, *, on_operation: Hook | None = None) -> MemoryStore:
         """The same bucket as another process sees it: shared objects, own faults, own count of operations."""
@@ -207,7 +209,7 @@ class MemoryStore:
                 await self.on_operation(name, key, "after")
 
     def _now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return asyncio.get_running_loop().time() + self.ahead_seconds
 
     def _described(self, key: str, found: _Object, body: bytes) -> StoredObject:
         now = math.floor(self._now())

@@ -11,6 +11,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
@@ -30,6 +31,7 @@ from prefect_eachlabs.errors import (
     NotSent,
     OutcomeUnknown,
     Rejected,
+    SetupError,
     Throttled,
     Unanswered,
 )
@@ -118,16 +120,44 @@ class Answer:
                 return "an HTML page"
         return redaction.visible(said[:BODY_LIMIT_CHARACTERS])[:BODY_LIMIT_CHARACTERS]
 
-    def retry_after_seconds(self) -> float | None:
-        """Counted from the answer's own `Date`, so that our clock's error does not matter."""
-        sent_at: datetime | None = None
+    def date(self) -> datetime | None:
+        """When the API answered, by its own clock (`Date`)."""
         try:
             sent_at = parsedate_to_datetime(self.headers["date"]) if "date" in self.headers else None
         except (TypeError, ValueError, IndexError, OverflowError):
-            sent_at = None
-        if sent_at is not None and sent_at.tzinfo is None:
-            sent_at = sent_at.replace(tzinfo=timezone.utc)
-        return parse_retry_after(self.headers.get("retry-after"), now=sent_at)
+            return None
+        return sent_at.replace(tzinfo=timezone.utc) if sent_at is not None and sent_at.tzinfo is None else sent_at
+
+    def retry_after_seconds(self) -> float | None:
+        """Counted from the answer's own `Date`, so that our clock's error does not matter."""
+        return parse_retry_after(self.headers.get("retry-after"), now=self.date())
+
+
+@dataclass(frozen=True)
+class ExecutionsPage:
+    """One page of executions.
+
+    Attributes:
+        rows: Those with a usable id.
+        row_count: How many rows the answer had.
+        date: When the API answered, by its own clock.
+        limit: The most rows that its pages have, by its own word.
+        total_count: How many rows there are, by its own word.
+    """
+
+    rows: tuple[Execution, ...]
+    row_count: int
+    date: datetime | None = None
+    limit: int | None = None
+    total_count: int | None = None
+
+    def is_last(self, offset: int) -> bool:
+        """Whether the list ends with this page, the rows before `offset` having been read with it."""
+        if self.row_count == 0:
+            return True
+        if self.total_count is not None:
+            return offset >= self.total_count
+        return self.limit is not None and self.row_count < self.limit
 
 
 class EachlabsClient:
@@ -187,6 +217,7 @@ class EachlabsClient:
             NotSent: No connection came about; nothing was created.
             Throttled, InsufficientBalance: 429, 402; nothing was created.
             Rejected, KeyRefused: Another 3xx or 4xx; nothing was created.
+            SetupError: A 404 or 405 that is not the API's own (a page of another server); nothing was created.
             OutcomeUnknown: Sent, and then a cut, a time-out, a 5xx, or a 2xx without an id. Never repeat it.
         """
         try:
@@ -250,20 +281,26 @@ class EachlabsClient:
         await self._ask(path, prediction_id=prediction_id, method="POST", needs_json=False)
 
     async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
+        """The rows of `executions_page`."""
+        return (await self.executions_page(limit=limit, offset=offset)).rows
+
+    async def executions_page(self, *, limit: int = 100, offset: int = 0) -> ExecutionsPage:
         """GET /v1/executions: one page, newest first, of all keys of the organization. Free.
 
         Args:
-            limit: Rows wanted, 1 to 100; fewer come only on the last page.
+            limit: Rows wanted, 1 to 100; the API may give fewer.
             offset: Rows to pass over.
 
         Raises:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
         """
         answer = await self._ask("/v1/executions", params={"limit": limit, "offset": offset})
-        rows = answer.json.get("executions") if isinstance(answer.json, Mapping) else answer.json
+        said = answer.json if isinstance(answer.json, Mapping) else {"executions": answer.json}
+        rows = said.get("executions")
         if not isinstance(rows, list):
             raise Unanswered("The API's list of executions is unreadable.")
-        return parse_executions(rows)
+        total = None if said.get("total_capped") is True else _count(said.get("total_count"))
+        return ExecutionsPage(parse_executions(rows), len(rows), answer.date(), _count(said.get("limit")), total)
 
     async def model(self, slug: str) -> Mapping[str, Any]:
         """GET /v1/model: one model of the catalogue, as the API describes it. Free; public.
@@ -371,6 +408,13 @@ class EachlabsClient:
                 f"The API at {self._host} answers with a redirect (HTTP {status}), which is never followed with a "
                 "key in hand. Set EACHLABS_BASE_URL to where the API really is."
             )
+        elif to_an_order and status in (404, 405) and not isinstance(answer.json, Mapping):
+            # The API's own refusals are JSON: this is some other server's page, and no fault of the item.
+            kind = SetupError
+            message = (
+                f"{self._host} does not take orders (HTTP {status}, {details or 'an empty page'}). Set "
+                "EACHLABS_BASE_URL to where the API is; if it is right, the API is being repaired: run again later."
+            )
         elif 400 <= status < 500 and status != 408:
             advice = "Mend it." if to_an_order else "Check what was asked for."
             message = f"The API refused the request (HTTP {status}){said}. {advice}"
@@ -398,6 +442,10 @@ class EachlabsClient:
             answer = Answer(response, body, whole=whole)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _reason(error: BaseException) -> str:

@@ -26,7 +26,7 @@ from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordError, RecordState, VersionedRecord, amended
-from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
+from prefect_eachlabs.ledger.rules import PurchaseOptions, Rules, Step
 from prefect_eachlabs.limits.limiter import SlotSource
 from prefect_eachlabs.models import Destination, Item, Prediction, StoredImage
 from prefect_eachlabs.settings import AccountSettings
@@ -39,12 +39,15 @@ logger = logging.getLogger(__name__)
 MOST_RESUBMISSIONS = 2
 
 
+_Key = tuple[int, str, str]
+"""The books, the item id and the fingerprint: another input under the same id is another job, as in another process."""
+
+
 @dataclass
 class Running:
     """A job under way, and how many callers wait for it."""
 
     job: Job
-    fingerprint: str
     task: asyncio.Task[StoredImage]
     callers: int = 0
     interrupted: asyncio.Event | None = None
@@ -81,7 +84,7 @@ class Engine:
         self.store = steps.store
         self.cancel = self.account.cancel
         self.settle = Cleanup(self.account).settle
-        self._running: dict[tuple[int, str], Running] = {}
+        self._running: dict[_Key, Running] = {}
         self._late: set[asyncio.Task[None]] = set()
 
     async def generate_and_store(
@@ -101,11 +104,12 @@ class Engine:
             EachlabsError: As `errors.py` draws them; each says what to do next.
         """
         books = self.account.books(destination, access)
-        key = (id(books), item.item_id)
+        options = options.named()
+        key = (id(books), item.item_id, item.fingerprint)
         while (running := self._running.get(key)) is not None and running.interrupted is not None:
             # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
             await running.interrupted.wait()
-        if running is None or running.task.done() or running.fingerprint != item.fingerprint:
+        if running is None or running.task.done():
             running = self._begin(key, item, books, options)
         running.callers += 1
         try:
@@ -118,9 +122,9 @@ class Engine:
         finally:
             running.callers -= 1
 
-    def _begin(self, key: tuple[int, str], item: Item, books: Books, options: PurchaseOptions) -> Running:
+    def _begin(self, key: _Key, item: Item, books: Books, options: PurchaseOptions) -> Running:
         job = Job(options.run_id)
-        running = Running(job, item.fingerprint, asyncio.ensure_future(self._obtain(item, books, options, job)))
+        running = Running(job, asyncio.ensure_future(self._obtain(item, books, options, job)))
         self._running[key] = running
 
         def ended(_: asyncio.Task[StoredImage]) -> None:
@@ -130,11 +134,11 @@ class Engine:
         running.task.add_done_callback(ended)
         return running
 
-    def _forget(self, key: tuple[int, str], running: Running) -> None:
+    def _forget(self, key: _Key, running: Running) -> None:
         if self._running.get(key) is running:
             del self._running[key]
 
-    async def _interrupt(self, key: tuple[int, str], running: Running, books: Books, item_id: str) -> None:
+    async def _interrupt(self, key: _Key, running: Running, books: Books, item_id: str) -> None:
         running.interrupted = asyncio.Event()
         try:
             await self.account.interrupt(running.task, running.job, books, item_id)
@@ -145,12 +149,13 @@ class Engine:
     async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""
         allowed = options
+        rules = Rules(item, options, claim_seconds=self.settings.claim_seconds)
         # A store that ignores conditions would lose the record that is there.
         presumed_new = options.presume_new and books.ledger.is_proven
         while True:
             held = None if presumed_new else await books.ledger.read(item.item_id)
+            step = Step.BUY if presumed_new else rules.next_step(held, allowed)
             presumed_new = False
-            step = next_step(held, item, allowed, claim_seconds=self.settings.claim_seconds)
             if step is Step.LOOK_AGAIN:
                 await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self.settings.claim_seconds / 4))
                 continue

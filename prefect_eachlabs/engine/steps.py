@@ -20,7 +20,7 @@ from prefect_eachlabs.ledger.records import (
     amended,
     new_record,
 )
-from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
+from prefect_eachlabs.ledger.rules import PurchaseOptions, Rules, Step
 from prefect_eachlabs.models import (
     ITEM_ID_PATTERN,
     Destination,
@@ -53,6 +53,7 @@ class Steps:
     ) -> Prediction:
         """Buys the item's prediction, or finds the one its record names. **Costs money.**"""
         books = self._account.books(destination, access)
+        options = options.named()
         job = Job(options.run_id)
         task = asyncio.ensure_future(self._create(item, books, options, job))
         try:
@@ -62,9 +63,10 @@ class Steps:
             raise
 
     async def _create(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> Prediction:
+        rules = Rules(item, options, claim_seconds=self._account.settings.claim_seconds)
         while True:
             held = await books.ledger.read(item.item_id)
-            step = next_step(held, item, options, claim_seconds=self._account.settings.claim_seconds)
+            step = rules.next_step(held, options)
             if step is Step.LOOK_AGAIN:
                 await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self._account.settings.claim_seconds / 4))
                 continue

@@ -16,6 +16,7 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify_in_turns
+from prefect_eachlabs.ledger.adoption import give_up_what_another_adopted
 from prefect_eachlabs.ledger.records import (
     Ledger,
     Overtaken,
@@ -101,8 +102,10 @@ class ImageStore:
 
         Raises:
             NotYetSafe: The picture is paid for and could not be stored: run again.
-            Overtaken: Another writer changed the record: look again.
+            Overtaken: Another writer changed the record, or its prediction is another item's: look again.
         """
+        if not fresh:
+            await give_up_what_another_adopted(ledger, held)
         while True:
             try:
                 ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats)
@@ -143,6 +146,7 @@ class ImageStore:
 
         Asks the API nothing. None when the picture is not there.
         """
+        await give_up_what_another_adopted(ledger, held)
         found = await self.find(ledger, held.record, formats=formats)
         whole = found and await ledger.store.get(found.key)
         if not whole or not _is_of(whole, held.record.prediction_id):

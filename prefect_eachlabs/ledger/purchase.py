@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
 
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.orders import Order, Orders, recorded
@@ -23,7 +24,6 @@ from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,
     ItemConflict,
-    KeyRefused,
     NotSent,
     OutcomeUnknown,
     Rejected,
@@ -32,8 +32,9 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Throttled,
 )
-from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.reconcile import Reconciler
+from prefect_eachlabs.ledger.adoption import marker_key, order_of, take_adoption_marker
+from prefect_eachlabs.ledger.evidence import Span
+from prefect_eachlabs.ledger.reconcile import Reconciler, Settled, nobody_can_tell
 from prefect_eachlabs.ledger.records import (
     Intent,
     Ledger,
@@ -41,6 +42,7 @@ from prefect_eachlabs.ledger.records import (
     Record,
     RecordError,
     RecordState,
+    Statement,
     VersionedRecord,
     amended,
     new_record,
@@ -59,21 +61,27 @@ FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 
 
-class _AnswerLost(Exception):
-    """Our POST may have bought, under a claim of ours, and nobody told us what."""
+MOST_ORDERS_WITHOUT_TRACE = 1
+"""So many orders of a purchase may be concluded to have bought nothing and be followed by another."""
+WHOLE_SECONDS = timedelta(seconds=2)
+"""The bucket's dates are whole seconds: a difference of two may be off by one, and each by another."""
+MOST_REPLACED_RUNS = 100
+LOST_SLOT_SECONDS = 10.0
+"""A lost order's slot in flight is kept for so long where no prediction of its model was seen to end yet: twice what
+the model's page states."""
 
-    def __init__(self, claim: VersionedRecord, error: OutcomeUnknown) -> None:
-        super().__init__("answer lost")
-        self.claim = claim
-        self.error = error
 
+@dataclass
+class _Posted:
+    """What a claim and its POST have come to.
 
-class _ToBeTriedAgain(Exception):
-    """The account was throttled; the claim was given back and may be taken again."""
+    Attributes:
+        held: The record now: `created`; or our claim, under which nothing was created, or whose answer is lost.
+        lost: Why nobody told us what the POST has bought.
+    """
 
-    def __init__(self, claim: VersionedRecord) -> None:
-        super().__init__("throttled")
-        self.claim = claim
+    held: VersionedRecord
+    lost: OutcomeUnknown | None = None
 
 
 @dataclass
@@ -88,6 +96,8 @@ class Job:
     budget: Budget | None = None
     """Told of every order of this job, whatever becomes of it."""
     may_be_interrupted: asyncio.Event = field(default_factory=asyncio.Event)
+    _lent: Slot | None = None
+    _lent_until: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.may_be_interrupted.set()
@@ -115,6 +125,29 @@ class Job:
         if self.slot is not None:
             self.slot.done()
             self.slot = None
+
+    def lend_slot(self, seconds: float) -> None:
+        """The slot of an order whose answer is lost: given back after so long, unless it is found before.
+
+        What it may have bought counts as in flight until it ends, which takes about so long. Holding the slot until
+        that is settled would let ten such orders stop the account.
+        """
+        if self.slot is not None:
+            self._lent, self.slot = self.slot, None
+            self._lent_until = asyncio.get_running_loop().call_later(seconds, self._give_back_lent)
+
+    def slot_of_what_was_found(self) -> Slot | None:
+        """The slot for a prediction that settling has found: the lent one, if it was not given back."""
+        slot, self._lent = self._lent, None
+        if self._lent_until is not None:
+            self._lent_until.cancel()
+            self._lent_until = None
+        return slot
+
+    def _give_back_lent(self) -> None:
+        slot = self.slot_of_what_was_found()
+        if slot is not None:
+            slot.done()
 
 
 class Purchaser:
@@ -157,20 +190,11 @@ class Purchaser:
         job.budget = options.budget
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
-                if replacing.record.fingerprint == item.fingerprint:
-                    replacing = await self._settle(ledger, reconciler, replacing, record, job, abandoned=True)
-                    record = replacing.record
-                else:
-                    # What is replaced may have bought as well: that stays on the books.
-                    old = replacing.record.model_copy(
-                        update={"run_id": options.run_id, "epoch": replacing.record.epoch + 1}
-                    )
-                    replacing = await self._settle(ledger, reconciler, replacing, old, job, abandoned=True)
-                    record = self._first_claim(item, replacing, options)
-                if record.state is RecordState.CLAIMED and options.on_ambiguous == "fail":
-                    await self._report_as_ambiguous(ledger, replacing)
+                replacing, record = await self._settle_what_is_there(
+                    item, ledger, reconciler, replacing, options, job
+                )
             while record.state is not RecordState.CREATED:
-                record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None)
+                record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None, error=None)
                 try:
                     order = await self._orders.prepare(
                         item, ledger.destination, ledger.access, anywhere=options.any_reference
@@ -178,24 +202,52 @@ class Purchaser:
                     request = await self._take_approved_slots(item, options, job)
                     sent = await self._sent(order, request)
                 except EachlabsError:
-                    await self._give_back_settled(ledger, replacing, options)
+                    await self._give_back_settled(ledger, replacing, record)
                     raise
-                lost: _AnswerLost | None = None
                 with job.critical():
-                    try:
-                        return await self._claim_and_post(sent, ledger, record, replacing, request, job)
-                    except _ToBeTriedAgain as again:
-                        replacing = again.claim
-                    except _AnswerLost as error:
-                        lost = error
-                if lost is not None:
-                    replacing = await self._after_a_lost_answer(ledger, reconciler, lost, options, job)
-                    record = replacing.record
+                    posted = await self._claim_and_post(sent, ledger, record, replacing, request, job)
+                if posted.lost is not None:
+                    settled = await self._after_a_lost_answer(item, ledger, reconciler, posted, options, job)
+                    replacing = settled.held
+                    if replacing.record.state is RecordState.CREATED:
+                        break
+                    record = await self._may_order_again(ledger, settled, options)
+                elif posted.held.record.state is RecordState.CLAIMED:
+                    replacing = posted.held  # throttled: the same once more
+                else:
+                    created = posted.held.record
+                    if created.possible_loss is not None and created.prediction_id is not None:
+                        reconciler.prove(item.item_id, created.prediction_id)
+                    return posted.held
             assert replacing is not None
             self._adopt(item, replacing, job)
             return replacing
         finally:
             job.give_back_slot()
+
+    async def _settle_what_is_there(
+        self,
+        item: Item,
+        ledger: Ledger,
+        reconciler: Reconciler,
+        held: VersionedRecord,
+        options: PurchaseOptions,
+        job: Job,
+    ) -> tuple[VersionedRecord, Record]:
+        """What an earlier order has come to, and the record that may be written next: created, or a claim."""
+        word = _may_be_overruled(held.record, options)
+        if held.record.fingerprint == item.fingerprint:
+            claim = self._first_claim(item, held, options)
+            settled = await self._settle(ledger, reconciler, held, claim, job, abandoned=True)
+            return settled.held, await self._may_order_again(ledger, settled, options, word=word)
+        # What is replaced may have bought as well: that stays on the books.
+        claim = amended(held.record, run_id=options.run_id, epoch=held.record.epoch + 1)
+        settled = await self._settle(ledger, reconciler, held, claim, job, abandoned=True)
+        old = await self._may_order_again(ledger, settled, options, word=word)
+        record = self._first_claim(item, settled.held, options)
+        record.statements = old.statements
+        record.replaced_runs = _replaced_runs(held.record)
+        return settled.held, record
 
     async def settle_only(
         self,
@@ -216,9 +268,10 @@ class Purchaser:
             return held
         record = self._first_claim(item, held, options)
         settled = await self._settle(ledger, reconciler, held, record, job, abandoned=True)
-        if settled.record.state is RecordState.CREATED:
-            return settled
-        return await ledger.write(amended(settled.record, intent=Intent.IDLE, unsettled_since=None), replacing=settled)
+        if settled.held.record.state is RecordState.CREATED:
+            return settled.held
+        idle = await self._may_order_again(ledger, settled, options)
+        return await ledger.write(amended(idle, intent=Intent.IDLE, unsettled_since=None), replacing=settled.held)
 
     async def _take_slots(self, job: Job) -> Slot:
         """A slot in flight, which the job keeps, and then one for the request."""
@@ -262,11 +315,12 @@ class Purchaser:
             self._limiter.breaker.left()
             raise
 
-    async def _give_back_settled(self, ledger: Ledger, held: VersionedRecord | None, options: PurchaseOptions) -> None:
+    async def _give_back_settled(self, ledger: Ledger, held: VersionedRecord | None, record: Record) -> None:
         """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
-        if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == options.run_id:
+        if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == record.run_id:
+            free = record if record.fingerprint == held.record.fingerprint else held.record
             with suppress(Overtaken, StoreFailed):
-                await ledger.write(amended(held.record, intent=Intent.IDLE, unsettled_since=None), replacing=held)
+                await ledger.write(amended(free, intent=Intent.IDLE, unsettled_since=None), replacing=held)
 
     def _first_claim(self, item: Item, replacing: VersionedRecord | None, options: PurchaseOptions) -> Record:
         record = new_record(item, run_id=options.run_id)
@@ -275,7 +329,12 @@ class Purchaser:
         if replacing is None:
             return record
         old = replacing.record
-        if old.fingerprint == item.fingerprint:
+        is_same = old.fingerprint == item.fingerprint
+        if is_same and old.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS):
+            # The purchase that was begun goes on.
+            record.orders_without_trace = old.orders_without_trace
+            record.possible_loss = old.possible_loss
+        if is_same:
             # What may have been bought unseen is known by what was sent for it.
             record.sent_input = old.sent_input
             record.formats = record.formats or old.formats
@@ -286,15 +345,15 @@ class Purchaser:
                 "epoch": old.epoch + 1,
                 "earlier": [*old.earlier, *([old.prediction_id] if old.prediction_id else [])],
                 "also_bought": old.also_bought,
-                "resubmissions": (
-                    old.resubmissions + (old.state is RecordState.FAILED) if old.fingerprint == item.fingerprint else 0
-                ),
+                "statements": old.statements,
+                "replaced_runs": old.replaced_runs if is_same else _replaced_runs(old),
+                "resubmissions": old.resubmissions + (old.state is RecordState.FAILED) if is_same else 0,
             }
         )
 
     async def _claim_and_post(
         self, item: Item, ledger: Ledger, record: Record, replacing: VersionedRecord | None, request: Slot, job: Job
-    ) -> VersionedRecord:
+    ) -> _Posted:
         posted = False
         try:
             record = amended(record, sent_input=recorded(item))
@@ -321,8 +380,8 @@ class Purchaser:
         except Throttled as error:
             claim = await self._give_back(ledger, claim)
             self._fail_without_balance(error)
-            raise _ToBeTriedAgain(claim) from error
-        except (NotSent, KeyRefused):
+            return _Posted(claim)
+        except (NotSent, SetupError):
             await self._give_back(ledger, claim)
             raise
         except Rejected as error:
@@ -332,7 +391,7 @@ class Purchaser:
                 await self._note_refusal(ledger, claim, error)
             raise
         except OutcomeUnknown as error:
-            raise _AnswerLost(claim, error) from error
+            return _Posted(claim, error)
         return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
 
     def _now(self) -> float:
@@ -387,14 +446,13 @@ class Purchaser:
             raise error
 
     def _adopt(self, item: Item, found: VersionedRecord, job: Job) -> None:
-        """What settling found is in flight, perhaps: the slot that its POST took is its own."""
+        """What settling found is in flight, perhaps: the slot that its POST took is its own, if it is still ours."""
         prediction = found.record.prediction()
         if prediction is not None:
             if found.record.bought_by == job.run_id:
                 job.ordered(item, prediction.id)
             job.prediction_id = prediction.id
-            slot, job.slot = job.slot, None
-            self._poller.watch(prediction, slot=slot)
+            self._poller.watch(prediction, slot=job.slot_of_what_was_found())
 
     async def _give_back(self, ledger: Ledger, claim: VersionedRecord) -> VersionedRecord:
         """Nothing was created under our claim: say so, that nobody has to wait until it is dead. Best effort."""
@@ -414,7 +472,7 @@ class Purchaser:
 
     async def _note_created(
         self, item: Item, ledger: Ledger, claim: VersionedRecord, prediction: Prediction, claim_sent_at: float
-    ) -> VersionedRecord:
+    ) -> _Posted:
         """Writes the prediction's id down, as long as the process lives; it is paid for."""
         dead_at = claim_sent_at + self._settings.claim_seconds
         safe_until = dead_at - self._settings.freeze_margin_seconds
@@ -427,14 +485,16 @@ class Purchaser:
                 if not marked and self._now() > safe_until:
                     # The claim may be dead by now, and whoever settles for another item with the same input may
                     # adopt this prediction: so it is adopted first, which is exclusive.
-                    await self._adopt_late(item, ledger, claim, prediction)
+                    if (lost := await self._adopted_by_another(item, ledger, claim, prediction)) is not None:
+                        return lost
                     marked = True
                 written = await ledger.write(created, replacing=base)
                 if not marked and self._now() > dead_at:
                     claim = base = written
                     # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
-                    await self._adopt_late(item, ledger, written, prediction)
-                return written
+                    if (lost := await self._adopted_by_another(item, ledger, written, prediction)) is not None:
+                        return lost
+                return _Posted(written)
             except (StoreFailed, SetupError) as error:
                 logger.warning(
                     "Item %s: prediction %s is bought and could not be written down yet (%s); trying on.",
@@ -449,7 +509,7 @@ class Purchaser:
                 if current is None:
                     base, created = None, self._created(claim.record, item, prediction)
                 elif prediction.id in current.record.named_predictions:
-                    return current
+                    return _Posted(current)
                 elif current.record.fingerprint == item.fingerprint and current.record.state in (
                     RecordState.CLAIMED,
                     RecordState.AMBIGUOUS,
@@ -459,27 +519,33 @@ class Purchaser:
                     if current.record.run_id != claim.record.run_id:
                         created.ordered_by = claim.record.run_id
                 else:
-                    return await self._one_too_many(item, ledger, current, prediction)
+                    return _Posted(await self._one_too_many(item, ledger, current, prediction))
 
-    async def _adopt_late(self, item: Item, ledger: Ledger, held: VersionedRecord, prediction: Prediction) -> None:
-        """Makes sure that no other item has adopted our prediction.
+    async def _adopted_by_another(
+        self, item: Item, ledger: Ledger, held: VersionedRecord, prediction: Prediction
+    ) -> _Posted | None:
+        """Makes sure that no other item has adopted our prediction; if one has, our order counts as lost.
 
-        Raises:
-            _AnswerLost: One has. What its own order bought, if anything, is ours to find.
+        What the other's own order bought, if anything, is ours to find.
         """
         holder = await take_adoption_marker(ledger, prediction.id, item.item_id)
         if holder == item.item_id:
-            return
-        if held.record.prediction_id == prediction.id:
-            claim = amended(
-                held.record, state=RecordState.CLAIMED, intent=Intent.POST, prediction_id=None, created_at=None
-            )
-            held = await ledger.write(claim, replacing=held)
+            return None
+        marker = await ledger.store.get(marker_key(ledger, prediction.id))
+        claim = amended(
+            held.record,
+            state=RecordState.CLAIMED,
+            intent=Intent.POST,
+            prediction_id=None,
+            created_at=None,
+            unsettled_since=None if marker is None else order_of(marker),
+        )
+        held = await ledger.write(claim, replacing=held)
         error = OutcomeUnknown(
             f"Prediction {prediction.id} came late and was adopted by item {holder}, which has the same input.",
             item_id=item.item_id,
         )
-        raise _AnswerLost(held, error)
+        return _Posted(held, error)
 
     def _created(self, record: Record, item: Item, prediction: Prediction) -> Record:
         return amended(
@@ -539,32 +605,66 @@ class Purchaser:
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
     async def _after_a_lost_answer(
-        self, ledger: Ledger, reconciler: Reconciler, lost: _AnswerLost, options: PurchaseOptions, job: Job
-    ) -> VersionedRecord:
+        self,
+        item: Item,
+        ledger: Ledger,
+        reconciler: Reconciler,
+        posted: _Posted,
+        options: PurchaseOptions,
+        job: Job,
+    ) -> Settled:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
-        held = await self._read_on(ledger, lost.claim.record.item_id)
-        if held is None or held.etag != lost.claim.etag:
+        assert posted.lost is not None
+        job.lend_slot(self._poller.likely_seconds(item.model) or LOST_SLOT_SECONDS)
+        held = await self._read_on(ledger, item.item_id)
+        if held is None or held.etag != posted.held.etag:
             # Our claim was dead, and somebody else's may be live: that one decides.
             raise Overtaken(held)
-        logger.warning("Item %s: %s", held.record.item_id, lost.error.message)
+        logger.warning("Item %s: %s", item.item_id, posted.lost.message)
         if options.on_ambiguous == "fail":
-            await self._note_ambiguous(ledger, held, lost.error)
-            raise lost.error
+            await self._note_ambiguous(ledger, held, held.record, posted.lost)
+            raise posted.lost
         return await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
 
-    async def _report_as_ambiguous(self, ledger: Ledger, settled: VersionedRecord) -> None:
-        """Nothing was found of what may have been bought; whoever asked for it is told rather than buying again.
+    async def _may_order_again(
+        self, ledger: Ledger, settled: Settled, options: PurchaseOptions, *, word: bool = False
+    ) -> Record:
+        """The record of the one further order that may follow when settling has found nothing.
+
+        Args:
+            word: A person says that nothing was bought, should that stay open.
 
         Raises:
-            OutcomeUnknown: Always.
+            OutcomeUnknown: Nobody can tell, or this was the further order already: the item stands as ambiguous.
         """
-        error = OutcomeUnknown(
-            "An earlier order of this item got no answer, and no trace of it was found: it was probably not billed. "
-            "It is not repeated (on_ambiguous=fail); run it with on_ambiguous=settle to buy it.",
-            item_id=settled.record.item_id,
-        )
-        await self._note_ambiguous(ledger, settled, error)
-        raise error
+        held, record, doubt = settled.held, settled.held.record, settled.doubt
+        if record.state is RecordState.CREATED:
+            return record
+        if doubt is None and options.on_ambiguous == "fail":
+            doubt = OutcomeUnknown(
+                "An earlier order of this item got no answer, and no trace of it was found: it was probably not "
+                "billed. It is not repeated (on_ambiguous=fail); run it with on_ambiguous=settle to buy it.",
+                item_id=record.item_id,
+            )
+        elif doubt is None:
+            count = min(record.orders_without_trace, MOST_ORDERS_WITHOUT_TRACE) + 1
+            record = amended(record, orders_without_trace=count)
+            if count <= MOST_ORDERS_WITHOUT_TRACE:
+                return amended(record, possible_loss=_possible_loss(record)) if settled.unproven else record
+            doubt = nobody_can_tell(record, f"{count} orders of this item got no answer and left no trace")
+        if word:
+            said = Statement(
+                run_id=options.run_id,
+                said_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                unsettled_since=record.unsettled_since,
+                unsettled=doubt.message,
+            )
+            logger.warning("Item %s: bought once more, on a person's word (retry_ambiguous).", record.item_id)
+            return amended(
+                record, orders_without_trace=MOST_ORDERS_WITHOUT_TRACE, statements=[*record.statements, said]
+            )
+        await self._note_ambiguous(ledger, held, record, doubt)
+        raise doubt
 
     async def _read_on(self, ledger: Ledger, item_id: str) -> VersionedRecord | None:
         """Reads a record that money depends on, for as long as it takes."""
@@ -577,14 +677,16 @@ class Purchaser:
                 await asyncio.sleep(pause_seconds)
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
-    async def _note_ambiguous(self, ledger: Ledger, held: VersionedRecord, error: OutcomeUnknown) -> None:
-        since = held.record.unsettled_since or held.modified_at
+    async def _note_ambiguous(
+        self, ledger: Ledger, held: VersionedRecord, record: Record, error: OutcomeUnknown
+    ) -> None:
+        since = record.unsettled_since or held.modified_at
         said = RecordError(kind=error.kind, message=error.message)
-        note = amended(held.record, state=RecordState.AMBIGUOUS, intent=None, unsettled_since=since, error=said)
+        note = amended(record, state=RecordState.AMBIGUOUS, intent=None, unsettled_since=since, error=said)
         try:
             await ledger.write(note, replacing=held)
         except (Overtaken, StoreFailed):
-            logger.warning("Item %s: it could not be noted as ambiguous; its claim says the same.", held.record.item_id)
+            logger.warning("Item %s: it could not be noted as ambiguous; its claim says the same.", record.item_id)
 
     async def _settle(
         self,
@@ -595,27 +697,24 @@ class Purchaser:
         job: Job,
         *,
         abandoned: bool,
-    ) -> VersionedRecord:
+    ) -> Settled:
         """Takes the claim for settling and finds out: a created record, or our claim, under which nothing was bought.
 
         Args:
-            held: The record as it was just read.
+            held: The record as it was just read from the bucket.
             record: What the new claim is made of.
             abandoned: The claim is another's, who may have begun its POST late and waited long for the answer.
         """
-        loop = asyncio.get_running_loop()
+        settings = self._settings
+        tight_seconds = settings.post_begins_within_seconds + settings.post_given_up_after_seconds
+        longest_seconds = tight_seconds + settings.freeze_margin_seconds + settings.settling_seconds
         since = held.record.unsettled_since or held.modified_at
-        since_seconds = (held.modified_at - since).total_seconds() + held.age_seconds + 1
-        remaining_seconds = self._settings.settling_seconds
+        until = since + timedelta(seconds=longest_seconds) + WHOLE_SECONDS
         if abandoned:
-            longest_seconds = (
-                self._settings.post_begins_within_seconds
-                + self._settings.freeze_margin_seconds
-                + self._settings.post_given_up_after_seconds
-            )
-            # The age is a difference of whole seconds.
-            remaining_seconds += longest_seconds - held.age_seconds + 1
-        now = loop.time()
+            conclusive_at = until
+        else:
+            conclusive_at = held.read_at + timedelta(seconds=settings.settling_seconds) + WHOLE_SECONDS
+        span = Span(since, max(until, conclusive_at), tight_seconds)
         settling = amended(
             record,
             state=RecordState.CLAIMED,
@@ -627,12 +726,28 @@ class Purchaser:
         )
         with job.critical():
             mine = await ledger.write(settling, replacing=held)
-        try:
-            return await reconciler.settle(
-                mine, conclusive_at=now + max(0.0, remaining_seconds), since=now - since_seconds
-            )
-        except OutcomeUnknown as error:
-            current = await self._read_on(ledger, record.item_id)
-            if current is not None and current.record.state is RecordState.CLAIMED:
-                await self._note_ambiguous(ledger, current, error)
-            raise
+        return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at)
+
+
+def _may_be_overruled(record: Record, options: PurchaseOptions) -> bool:
+    """Whether a person's word counts: of what stood as ambiguous before this run began, and once for each run."""
+    return (
+        options.retry_ambiguous
+        and record.state is RecordState.AMBIGUOUS
+        and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))
+    )
+
+
+def _replaced_runs(old: Record) -> list[str]:
+    """The runs whose purchases for this item id were replaced, once this record is replaced by another input."""
+    if not old.may_have_bought or not old.bought_by or old.bought_by in old.replaced_runs:
+        return old.replaced_runs
+    return [*old.replaced_runs, old.bought_by][-MOST_REPLACED_RUNS:]
+
+
+def _possible_loss(record: Record) -> str:
+    since = f" of {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC" if record.unsettled_since else ""
+    return (
+        f"The order{since} got no answer, and the API's list of executions was empty: it may have been billed. "
+        "It was not, if the prediction that was bought after it is listed."
+    )

@@ -3,18 +3,23 @@
 All unresolved claims of a destination are settled together: one walk over the executions, then one listing of the
 records (in this order, so that a claim whose prediction the walk showed is seen as a claim), then a question for each
 candidate that no record names. Adopting a prediction is exclusive: a marker `adopted/PREDICTION_ID` names its item.
+
+"Nothing was bought" is concluded only from a list that was seen to see, and by the bucket's clock: a process or a
+machine may have stood still at any moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from typing import Any
+from typing import TypeVar
 
-from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.api.client import EachlabsClient, ExecutionsPage
 from prefect_eachlabs.errors import (
     EachlabsError,
     KeyRefused,
@@ -27,52 +32,140 @@ from prefect_eachlabs.errors import (
     Unanswered,
 )
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.echoes import fit
-from prefect_eachlabs.ledger.evidence import Evidence
-from prefect_eachlabs.ledger.looking import Looker
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord, amended
+from prefect_eachlabs.ledger.evidence import (
+    READ_BACK_SECONDS,
+    UNCERTAIN,
+    WALKED_BACK_SECONDS,
+    Evidence,
+    Listing,
+    Span,
+    Zone,
+    are_related,
+    fit,
+    is_near,
+)
+from prefect_eachlabs.ledger.records import (
+    Ledger,
+    Overtaken,
+    Record,
+    RecordState,
+    VersionedRecord,
+    amended,
+)
 from prefect_eachlabs.limits.limiter import RateLimiter
-from prefect_eachlabs.models import Execution
+from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 FIRST_LOOK_SECONDS = 1.0
 """A lost answer's prediction is often listed at once; only "there is none" needs the whole settling time."""
+UNKNOWN_ID_GRACE_SECONDS = 30.0
+"""A prediction that is listed may be invisible right after its creation; later a 404 means that it is not ours."""
+PAGE_ROWS = 100
+MOST_PAGES = 100
+READS_AT_A_TIME = 16
+REMEMBERED = 10_000
+MOST_RIVALS_ASKED = 20
+"""So many further executions are asked about, when each order has found one: whether another fits as well."""
+MOST_SIGNS_ASKED = 3
+OLDER_RECORDS_READ = 16
+"""Where the list shows nothing that is known, so many older records say whether it should."""
+MOST_LOOKS_AT_MOVING_CLOCKS = 5
+CLOCKS_MOVED_SECONDS = 5.0
+"""The bucket's clock and the loop's disagree by more only when the machine stood still in between."""
+PROOF_PAUSES_SECONDS = (2.0, 5.0, 10.0, 15.0, 30.0)
 
 
-@dataclass
-class Unsettled:
-    """A claim that waits to be told what its POST has bought; all times are the loop's."""
+@dataclass(frozen=True)
+class Settled:
+    """What settling has found: a `created` record; or our claim, and what that means.
+
+    Attributes:
+        held: The record now.
+        doubt: Why nobody can tell whether the order bought; None with a claim: nothing was bought.
+        unproven: Nothing speaks for the list that shows nothing: it is empty, and nothing is known by id.
+    """
 
     held: VersionedRecord
-    since: float
-    conclusive_at: float
+    doubt: OutcomeUnknown | None = None
+    unproven: bool = False
+
+
+@dataclass(eq=False)
+class Unsettled:
+    """A claim that waits to be told what its POST has bought; `span` is the bucket's time, the rest the loop's."""
+
+    held: VersionedRecord
+    span: Span
+    conclusive_at: datetime
     look_at: float
+    given_up_at: float
     written_at: float
-    result: asyncio.Future[VersionedRecord] = field(repr=False)
+    result: asyncio.Future[Settled] = field(repr=False)
+    writing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
     @property
     def record(self) -> Record:
         return self.held.record
 
+    @property
+    def item_id(self) -> str:
+        return self.record.item_id
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """The bucket's time, and the loop's before and after its answer."""
+
+    bucket: datetime
+    before: float
+    after: float
+
 
 @dataclass
-class _Doubts:
-    """What one look leaves open."""
+class _Look:
+    """What one look has found out.
 
-    models: set[str] = field(default_factory=set)
-    """Of executions whose input nobody says ("": of an execution whose model nobody says)."""
+    Attributes:
+        evidence: The list and the records.
+        began: Before the walk.
+        fits: (row, its zone, entry, how many fields fit) of rows whose echo is what an entry's order sent.
+        taken: Rows that were adopted in this look.
+        asked: Whether GET knew a row of the list.
+        again_at: Loop time when an execution that is not visible yet must be.
+        doubts: Item → why nobody can tell.
+    """
+
+    evidence: Evidence
+    began: _Moment
+    fits: list[tuple[Execution, Zone, Unsettled, int]] = field(default_factory=list)
+    taken: set[str] = field(default_factory=set)
+    asked: bool = False
     again_at: float = 0.0
-    """Loop time when an execution that is not visible yet must be."""
-    rivals: dict[str, str] = field(default_factory=dict)
-    """Item → the other item whose own lost order it must not take."""
+    doubts: dict[str, str] = field(default_factory=dict)
+    near: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+
+    def candidates_of(self, entry: Unsettled) -> list[Execution]:
+        """Rows that the entry may adopt, the nearest to its claim first."""
+        rows = [
+            row
+            for row, zone, other, _ in self.fits
+            if other is entry and zone is not Zone.DOUBTFUL and row.id not in self.taken
+        ]
+        return sorted(rows, key=lambda row: self.evidence.distance_seconds(row, entry.span))
 
 
 class Reconciler:
     """Settles the claims of one destination, all that wait together in one look.
 
     Args:
+        client: Asks the API, a request slot for each question.
+        limiter: Where those come from.
+        ledger: The records.
+        settings: The account.
         known: Predictions that this process bought itself (id → seconds since then), whatever the destination.
     """
 
@@ -85,39 +178,44 @@ class Reconciler:
         *,
         known: Callable[[], Mapping[str, float]],
     ) -> None:
+        self._client = client
+        self._limiter = limiter
         self._ledger = ledger
         self._settings = settings
-        self._looker = Looker(
-            client,
-            limiter,
-            ledger,
-            settings,
-            known=known,
-            ours=lambda: {entry.record.write_id for entry in self._waiting},
-            meanwhile=self._keep_claims_alive,
-        )
+        self._known = known
         self._waiting: list[Unsettled] = []
         self._runner: asyncio.Task[None] | None = None
+        self._heart: asyncio.Task[None] | None = None
+        self._proofs: set[asyncio.Task[None]] = set()
+        self._echoes: OrderedDict[str, Prediction] = OrderedDict()
+        self._invisible_since: OrderedDict[str, float] = OrderedDict()
+        self._other_models: set[str] = set()
 
-    async def settle(self, held: VersionedRecord, *, conclusive_at: float, since: float) -> VersionedRecord:
-        """What the claim's POST has come to: a `created` record that adopted a prediction, or the claim, without one.
+    # ------------------------------------------------------------------------------------------- waiting
+
+    async def settle(self, held: VersionedRecord, *, span: Span, conclusive_at: datetime) -> Settled:
+        """What the claim's POST has come to. Costs requests, no money.
 
         Args:
             held: Our own claim with the intent to settle, just written.
-            conclusive_at: Loop time from which "it is not listed" means that it was not created.
-            since: Loop time of the first claim that may have bought (before this process began, perhaps).
+            span: When its POST may have created a prediction.
+            conclusive_at: The bucket's time from which "it is not listed" means that it was not created.
 
         Raises:
-            OutcomeUnknown: The listing is blind or missing: nobody can tell.
             Overtaken: Another writer changed the record.
+            StoreFailed, SetupError: The bucket is missing or refuses us.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
-        look_at = min(max(conclusive_at, now), now + FIRST_LOOK_SECONDS)
-        entry = Unsettled(held, since, conclusive_at, look_at, now, loop.create_future())
+        # Only a look that begins later concludes; the longest it can be until then is known without the bucket.
+        longest_seconds = (span.until - span.since).total_seconds()
+        given_up_at = now + longest_seconds + self._settings.deadline_seconds
+        entry = Unsettled(held, span, conclusive_at, now + FIRST_LOOK_SECONDS, given_up_at, now, loop.create_future())
         self._waiting.append(entry)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.ensure_future(self._run())
+        if self._heart is None or self._heart.done():
+            self._heart = asyncio.ensure_future(self._keep_claims_alive())
         try:
             return await entry.result
         finally:
@@ -130,8 +228,8 @@ class Reconciler:
         while self._waiting:
             due_at = min(entry.look_at for entry in self._waiting)
             if due_at > loop.time():
+                # A new entry may be due before; those of some seconds are looked at together.
                 await asyncio.sleep(min(due_at - loop.time(), self._settings.claim_seconds / 4))
-                await self._keep_claims_alive()
                 continue
             try:
                 await self._look()
@@ -141,7 +239,7 @@ class Reconciler:
                 pause_seconds = min(2 * pause_seconds, 30.0)
                 self._put_off(loop.time() + pause_seconds, error)
             except (Rejected, KeyRefused) as error:
-                self._end_all(self._waiting, "the API has no listing of executions", error)
+                self._doubt_all(self._waiting, "the API has no listing of executions", error)
             except SetupError as error:
                 for entry in list(self._waiting):
                     self._end(entry, error)
@@ -149,22 +247,21 @@ class Reconciler:
                 raise
             except Exception as error:
                 logger.exception("Settling failed.")
-                self._end_all(self._waiting, "settling failed", error)
-        self._looker.forget()
+                self._doubt_all(self._waiting, "settling failed", error)
 
     def _put_off(self, until: float, error: EachlabsError) -> None:
         """Looks again later; whoever has waited a deadline beyond what would have been conclusive is told so."""
         now = asyncio.get_running_loop().time()
-        overdue = [e for e in self._waiting if now > e.conclusive_at + self._settings.deadline_seconds]
-        self._end_all(overdue, f"what must be asked gets no answer ({error.message})", error)
+        overdue = [entry for entry in self._waiting if now > entry.given_up_at]
+        self._doubt_all(overdue, f"what must be asked gets no answer ({error.message})", error)
         for entry in self._waiting:
             entry.look_at = max(entry.look_at, until)
 
-    def _end_all(self, entries: Iterable[Unsettled], reason: str, cause: BaseException) -> None:
+    def _doubt_all(self, entries: Iterable[Unsettled], reason: str, cause: BaseException | None = None) -> None:
         for entry in list(entries):
-            self._end(entry, _nobody_can_tell(entry, reason, cause))
+            self._end(entry, Settled(entry.held, nobody_can_tell(entry.record, reason, cause)))
 
-    def _end(self, entry: Unsettled, outcome: VersionedRecord | BaseException) -> None:
+    def _end(self, entry: Unsettled, outcome: Settled | BaseException) -> None:
         if entry in self._waiting:
             self._waiting.remove(entry)
         if entry.result.done():
@@ -176,130 +273,417 @@ class Reconciler:
 
     async def _keep_claims_alive(self) -> None:
         """A claim whose settling takes longer than a claim lives is written again, that nobody takes it over."""
-        now = asyncio.get_running_loop().time()
-        for entry in list(self._waiting):
-            if entry in self._waiting and now - entry.written_at > self._settings.claim_seconds / 2:
-                try:
-                    await self._rewrite(entry, amended(entry.record))
-                except StoreFailed as error:
-                    logger.warning("Item %s: its claim could not be kept alive (%s).", entry.record.item_id, error)
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            await asyncio.sleep(self._settings.claim_seconds / 8)
+            for entry in list(self._waiting):
+                if loop.time() - entry.written_at > self._settings.claim_seconds / 2:
+                    try:
+                        await self._rewrite(entry)
+                    except (StoreFailed, SetupError) as error:
+                        logger.warning("Item %s: its claim could not be kept alive (%s).", entry.item_id, error)
 
-    async def _rewrite(self, entry: Unsettled, record: Record) -> bool:
-        """Whether the record was written; a claim that somebody else has changed ends here."""
-        try:
-            entry.held = await self._ledger.write(record, replacing=entry.held)
-        except Overtaken as overtaken:
-            self._end(entry, overtaken)
-            return False
-        entry.written_at = asyncio.get_running_loop().time()
-        return True
+    async def _rewrite(self, entry: Unsettled, **changes: object) -> bool:
+        """Whether the entry's record was written; a claim that somebody else has changed ends here."""
+        async with entry.writing:
+            if entry not in self._waiting:
+                return False
+            try:
+                entry.held = await self._ledger.write(amended(entry.record, **changes), replacing=entry.held)
+            except Overtaken as overtaken:
+                self._end(entry, overtaken)
+                return False
+            entry.written_at = asyncio.get_running_loop().time()
+            return True
+
+    # ------------------------------------------------------------------------------------------- one look
 
     async def _look(self) -> None:
-        entries = list(self._waiting)
-        now = asyncio.get_running_loop().time()
-        evidence = await self._looker.see(now - min(entry.since for entry in entries))
-        doubts = _Doubts()
-        for row in evidence.candidates({entry.record.model for entry in entries}):
-            waiting = [
-                entry
-                for entry in entries
-                if entry in self._waiting and not evidence.is_being_bought(entry.record.model, entry.record.order)
-            ]
-            if not waiting:
-                break
-            prediction = await self._looker.echo(row.id)
-            if isinstance(prediction, float):
-                doubts.again_at = max(doubts.again_at, prediction)
-            elif prediction.input is None:
-                doubts.models.add(row.model or "")
-            else:
-                await self._match(row, prediction.input, row.model or prediction.model, waiting, evidence, doubts)
+        entries, look = await self._see()
+        ask = look.evidence.candidates([(entry.record.model, entry.span) for entry in entries])
+        tight = [(zone, row) for zone, row in ask if zone is Zone.TIGHT]
+        await self._ask_about(tight, entries, look)
+        for entry in self._nearest_first(entries, look):
+            await self._adopt_the_nearest(entry, look)
+        for zone, row in ask[len(tight) :]:
+            if not any(entry in self._waiting for entry in entries):
+                return
+            await self._ask_about([(zone, row)], entries, look)
+            for entry in self._nearest_first(entries, look):
+                await self._adopt_the_nearest(entry, look)
         for entry in entries:
             if entry in self._waiting:
-                self._conclude(entry, evidence, doubts)
+                await self._conclude(entry, look)
 
-    async def _match(
-        self,
-        row: Execution,
-        echo: Mapping[str, Any],
-        model: str | None,
-        waiting: Iterable[Unsettled],
-        evidence: Evidence,
-        doubts: _Doubts,
+    async def _see(self) -> tuple[list[Unsettled], _Look]:
+        """The list and the records; again when the machine stood still meanwhile, for they do not fit together then."""
+        for _ in range(MOST_LOOKS_AT_MOVING_CLOCKS):
+            entries = list(self._waiting)
+            began = await self._moment(entries)
+            oldest_seconds = (began.bucket - min(entry.span.since for entry in entries)).total_seconds() + 1
+            listing = await self._walk(began, oldest_seconds)
+            evidence = Evidence(listing, began.after, oldest_seconds)
+            ended = await self._moment(entries)
+            passed_seconds = (ended.bucket - began.bucket).total_seconds()
+            moved_seconds = passed_seconds - (ended.after - began.before)
+            low, high = listing.ahead_of_bucket or (timedelta(0), timedelta(0))
+            if moved_seconds <= CLOCKS_MOVED_SECONDS and high - low <= UNCERTAIN:
+                await self._read_records(evidence)
+                return entries, _Look(evidence, began)
+            logger.warning("This process stood still while it looked; looking again.")
+        raise StoreFailed("The bucket or the API takes too long to answer to compare their clocks.")
+
+    async def _moment(self, entries: Sequence[Unsettled]) -> _Moment:
+        """What time it is, by the bucket."""
+        loop = asyncio.get_running_loop()
+        for entry in entries:
+            before = loop.time()
+            read = await self._ledger.read(entry.item_id)
+            if read is not None:
+                return _Moment(read.read_at, before, loop.time())
+            self._end(entry, Overtaken(None))
+        raise StoreFailed("The records that are to be settled are gone.")
+
+    async def _walk(self, began: _Moment, oldest_seconds: float) -> Listing:
+        """The executions since the oldest claim, newest first, and how far they go back.
+
+        The end is where the answer's own figures say so, else an empty page; or far enough back, by the API's clock
+        alone: its newest date is not later than now.
+        """
+        loop = asyncio.get_running_loop()
+        rows: dict[str, Execution] = {}
+        offset = 0
+        ahead: tuple[timedelta, timedelta] | None = None
+        back = timedelta(seconds=oldest_seconds + WALKED_BACK_SECONDS)
+        for _ in range(MOST_PAGES):
+            page, sent_at = await self._page(offset)
+            if ahead is None and page.date is not None:
+                # Both answers were dated between their sending and their coming, to the second.
+                apart = page.date - began.bucket
+                ahead = (
+                    apart - timedelta(seconds=loop.time() - began.before),
+                    apart - timedelta(seconds=sent_at - began.after),
+                )
+            offset += page.row_count
+            rows.update((row.id, row) for row in page.rows)
+            if page.is_last(offset):
+                return Listing(tuple(rows.values()), has_end=True, ahead_of_bucket=ahead)
+            on_page, of_all = _newest(page.rows), _newest(rows.values())
+            if on_page is not None and of_all is not None and on_page < of_all - back:
+                return Listing(tuple(rows.values()), has_end=False, ahead_of_bucket=ahead)
+        return Listing(tuple(rows.values()), is_whole=False, has_end=False, ahead_of_bucket=ahead)
+
+    async def _page(self, offset: int) -> tuple[ExecutionsPage, float]:
+        """A page, and the loop time when it was asked for."""
+        request = await self._limiter.take_request(question=True)
+        sent_at = asyncio.get_running_loop().time()
+        try:
+            return await self._client.executions_page(limit=PAGE_ROWS, offset=offset), sent_at
+        finally:
+            request.done()
+
+    async def _read_records(self, evidence: Evidence) -> None:
+        """Takes in what this process knows and what the young records say; of the older ones some, where need be."""
+        loop = asyncio.get_running_loop()
+        for prediction_id, age_seconds in self._known().items():
+            evidence.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=loop.time())
+        prefix = self._ledger.destination.key("records/")
+        young: list[str] = []
+        older: list[tuple[float, str]] = []
+        async for listed in self._ledger.store.list(prefix):
+            if listed.key.endswith(".json"):
+                item_id = listed.key[len(prefix) : -len(".json")]
+                if listed.age_seconds <= evidence.oldest_seconds + READ_BACK_SECONDS + loop.time() - evidence.began_at:
+                    young.append(item_id)
+                else:
+                    older.append((listed.age_seconds, item_id))
+                    if len(older) > 2 * OLDER_RECORDS_READ:
+                        older = sorted(older)[:OLDER_RECORDS_READ]
+        await self._read_each(young, evidence)
+        if not evidence.shows_what_is_known:
+            await self._read_each([item_id for _, item_id in sorted(older)[:OLDER_RECORDS_READ]], evidence)
+
+    async def _read_each(self, item_ids: Sequence[str], evidence: Evidence) -> None:
+        limit = asyncio.Semaphore(READS_AT_A_TIME)
+
+        async def read(item_id: str) -> None:
+            async with limit:
+                held = await self._ledger.read(item_id)
+            if held is not None:
+                evidence.read(
+                    held,
+                    ours={entry.item_id: entry.record.run_id for entry in self._waiting},
+                    claim_seconds=self._settings.claim_seconds,
+                    settling_seconds=self._settings.settling_seconds,
+                    now=asyncio.get_running_loop().time(),
+                )
+
+        await asyncio.gather(*map(read, item_ids))
+
+    # ------------------------------------------------------------------------------------------ candidates
+
+    async def _ask_about(
+        self, candidates: Sequence[tuple[Zone, Execution]], entries: Sequence[Unsettled], look: _Look
     ) -> None:
-        """Gives an execution to the claim that its echo fits best."""
-        fits = [
-            (fields, entry)
-            for entry in waiting
-            if (model or entry.record.model) == entry.record.model
-            and (fields := fit(echo, entry.record.order)) is not None
+        """Asks what each execution's input was, and notes whose order that is."""
+        rivals_asked = 0
+        for _, row in candidates:
+            waiting = self._open(entries, look)
+            if not waiting:
+                return
+            if len({fitting[0].id for fitting in look.fits}) >= len(waiting):
+                rivals_asked += 1
+                if rivals_asked > MOST_RIVALS_ASKED:
+                    return
+            if row.model in self._other_models and not any(row.model == entry.record.model for entry in waiting):
+                continue
+            prediction = await self._echo(row.id, look)
+            if prediction is not None:
+                self._match(row, prediction, waiting, look)
+
+    def _open(self, entries: Sequence[Unsettled], look: _Look) -> list[Unsettled]:
+        """The entries that may be given an execution: nobody is buying their input this moment."""
+        return [
+            entry
+            for entry in entries
+            if entry in self._waiting and not look.evidence.is_being_bought(entry.record.model, entry.record.order)
         ]
-        if fits and not evidence.has_read_its_record(row):
-            await self._looker.see_everything(evidence)
-            if row.id in evidence.named:
+
+    async def _echo(self, prediction_id: str, look: _Look) -> Prediction | None:
+        """What the API says it was; None when it does not show it to us."""
+        if prediction_id not in self._echoes:
+            request = await self._limiter.take_request(question=True)
+            try:
+                prediction = await self._client.get(prediction_id)
+            except Rejected:
+                # The key is good for the list: what it is not good for is not ours, or too young to be seen.
+                now = asyncio.get_running_loop().time()
+                since = _remember(self._invisible_since, prediction_id, now)
+                look.again_at = max(look.again_at, since + UNKNOWN_ID_GRACE_SECONDS)
+                return None
+            finally:
+                request.done()
+            look.asked = True
+            if prediction.input is None:
+                return prediction
+            _remember(self._echoes, prediction_id, prediction)
+        look.asked = True
+        return self._echoes[prediction_id]
+
+    def _match(self, row: Execution, prediction: Prediction, entries: Sequence[Unsettled], look: _Look) -> None:
+        echo, model = prediction.input, prediction.model or row.model
+        for entry in entries:
+            zone = look.evidence.zone(row, entry.span)
+            if zone is None:
+                continue
+            if echo is None:
+                if model is None or are_related(model, entry.record):
+                    look.doubts.setdefault(entry.item_id, "the API does not say what a prediction's input was")
+                continue
+            fields = fit(echo, entry.record.order)
+            is_ours = model in (None, entry.record.model) or (
+                prediction.model is None and look.evidence.is_known_as(row.model, entry.record.model)
+            )
+            if fields is not None and is_ours:
+                look.fits.append((row, zone, entry, fields))
+            elif (fields is not None or is_near(echo, entry.record.order)) and (
+                is_ours or are_related(model or "", entry.record)
+            ):
+                look.near.setdefault(entry.item_id, []).append((row.id, "its input is echoed a little differently"))
+            elif row.model is not None and row.model == prediction.model and not are_related(row.model, entry.record):
+                self._other_models.add(row.model)
+
+    def _nearest_first(self, entries: Sequence[Unsettled], look: _Look) -> list[Unsettled]:
+        """The entries that an execution fits: more fields first, then the nearer."""
+
+        def rank(entry: Unsettled) -> tuple[int, float]:
+            fields = max(fields for _, zone, other, fields in look.fits if other is entry)
+            nearest = look.candidates_of(entry)
+            return -fields, look.evidence.distance_seconds(nearest[0], entry.span) if nearest else float("inf")
+
+        fitting = {id(other) for _, _, other, _ in look.fits}
+        return sorted((entry for entry in entries if id(entry) in fitting and entry in self._waiting), key=rank)
+
+    async def _adopt_the_nearest(self, entry: Unsettled, look: _Look) -> None:
+        """Gives the entry the execution that its order bought, unless that is another's."""
+        for row in look.candidates_of(entry):
+            if entry not in self._waiting:
                 return
-        for fields, entry in sorted(fits, key=lambda pair: -pair[0]):
-            rival = evidence.better_claim(entry.record.model, dict(echo), fields)
+            echo = self._echoes[row.id].input or {}
+            fields = next(fields for found, _, other, fields in look.fits if found is row and other is entry)
+            rival = look.evidence.better_claim(entry.record.model, echo, fields)
             if rival is not None:
-                doubts.rivals[entry.record.item_id] = rival
-            elif entry in self._waiting and await self._adopt(entry, row.id):
-                return
+                look.doubts[entry.item_id] = f"what was found may be item {rival}'s, which is not settled"
+                continue
+            if await take_adoption_marker(self._ledger, row.id, entry.item_id, since=entry.span.since) != entry.item_id:
+                continue
+            await self._adopt(entry, row, look)
+            return
 
-    def _conclude(self, entry: Unsettled, evidence: Evidence, doubts: _Doubts) -> None:
-        now = asyncio.get_running_loop().time()
-        record = entry.record
-        if evidence.is_being_bought(record.model, record.order):
-            # Somebody may be buying the same input this moment: what the walk shows may be theirs.
-            entry.look_at = now + max(1.0, self._settings.claim_seconds / 4)
-        elif evidence.began_at < entry.conclusive_at:
-            entry.look_at = entry.conclusive_at
-        elif doubts.again_at > now:
-            entry.look_at = doubts.again_at
-        elif (blind_for := evidence.blind_for()) is not None:
-            self._end(entry, _nobody_can_tell(entry, blind_for))
-        elif record.model in doubts.models or "" in doubts.models:
-            self._end(entry, _nobody_can_tell(entry, "the API does not say what a prediction's input was"))
-        elif (rival := doubts.rivals.get(record.item_id)) is not None:
-            self._end(entry, _nobody_can_tell(entry, f"what was found may be item {rival}'s, which is not settled"))
-        else:
-            self._end(entry, entry.held)
-
-    async def _adopt(self, entry: Unsettled, prediction_id: str) -> bool:
-        """Whether the prediction has found its claim.
+    async def _adopt(self, entry: Unsettled, row: Execution, look: _Look) -> None:
+        """Writes down what the order has bought, and which other executions it could have been.
 
         Raises:
             StoreFailed: It could not be written down: nothing may be concluded, look again.
         """
-        item_id = entry.record.item_id
-        if await take_adoption_marker(self._ledger, prediction_id, item_id) != item_id:
-            return False
-        since_seconds = asyncio.get_running_loop().time() - entry.since
-        created = amended(
-            entry.record,
+        look.taken.add(row.id)
+        adopted_among = self._fitting_as_well(entry, row, look)
+        age_seconds = (look.began.bucket - entry.span.since).total_seconds()
+        item_id = entry.item_id
+        written = await self._rewrite(
+            entry,
             state=RecordState.CREATED,
             intent=None,
             unsettled_since=None,
             error=None,
-            prediction_id=prediction_id,
-            created_at=datetime.now(timezone.utc) - timedelta(seconds=since_seconds),
+            prediction_id=row.id,
+            created_at=datetime.now(timezone.utc) - timedelta(seconds=age_seconds),
+            adopted_among=adopted_among,
+            possible_loss=None,
         )
-        if await self._rewrite(entry, created):
-            logger.info("Item %s: its lost order had bought prediction %s; adopted.", item_id, prediction_id)
-            self._end(entry, entry.held)
-        return True
+        if written:
+            logger.info("Item %s: its lost order had bought prediction %s; adopted.", item_id, row.id)
+            if adopted_among:
+                logger.warning(
+                    "Item %s: prediction %s was adopted as the nearest to its lost order, but %s fit as well: one of "
+                    "them may be what another destination or program bought.",
+                    item_id,
+                    row.id,
+                    ", ".join(adopted_among),
+                )
+            self._end(entry, Settled(entry.held))
+
+    def _fitting_as_well(self, entry: Unsettled, row: Execution, look: _Look) -> list[str]:
+        """Other executions that could be what the order bought, unless as many equal orders were lost."""
+        others = look.candidates_of(entry)
+        echo = self._echoes[row.id].input or {}
+        lost_too = {id(other) for found, _, other, _ in look.fits if found in others and other in self._waiting}
+        lost_elsewhere = [item for _, order, item in look.evidence.unsettled if fit(echo, order) is not None]
+        spare = len(others) - len(lost_too - {id(entry)}) - len(lost_elsewhere)
+        return [other.id for other in others] if spare > 0 else []
+
+    # ------------------------------------------------------------------------------------------ conclusions
+
+    async def _conclude(self, entry: Unsettled, look: _Look) -> None:
+        now = asyncio.get_running_loop().time()
+        record, evidence = entry.record, look.evidence
+        if now > entry.given_up_at and evidence.is_being_bought(record.model, record.order):
+            self._doubt_all([entry], "others keep buying the same input")
+        elif evidence.is_being_bought(record.model, record.order):
+            # Somebody may be buying the same input this moment: what the walk shows may be theirs.
+            entry.look_at = now + max(1.0, self._settings.claim_seconds / 4)
+        elif look.began.bucket < entry.conclusive_at:
+            remaining_seconds = (entry.conclusive_at - look.began.bucket).total_seconds()
+            entry.look_at = max(now, look.began.after + remaining_seconds)
+        elif look.again_at > now:
+            entry.look_at = look.again_at
+        elif (reason := await self._doubt(entry, look)) is not None:
+            self._doubt_all([entry], reason)
+        else:
+            self._end(entry, Settled(entry.held, unproven=not evidence.listing.rows))
+
+    async def _doubt(self, entry: Unsettled, look: _Look) -> str | None:
+        """Why nobody can tell whether the order bought anything; None: nothing was bought."""
+        record, evidence = entry.record, look.evidence
+        blind_for = evidence.blind_for(record.model)
+        if blind_for is not None:
+            return blind_for
+        if record.item_id in look.doubts:
+            return look.doubts[record.item_id]
+        near = look.near.get(record.item_id, [])
+        near += [
+            (row.id, "it is dated a little before this order's claim, or has no date that can be used")
+            for row, zone, other, _ in look.fits
+            if other is entry and zone is Zone.DOUBTFUL and row.id not in look.taken
+        ]
+        for prediction_id, why in near:
+            if prediction_id not in look.taken:
+                return f"prediction {prediction_id} may be what it bought ({why})"
+        if evidence.listing.rows and not await self._sees(look):
+            return "the API does not know the predictions that its own list shows"
+        return None
+
+    async def _sees(self, look: _Look) -> bool:
+        """Whether the list was seen to see: one of its rows is a prediction that is known."""
+        if look.asked or look.evidence.shows_what_is_known:
+            return True
+        for row in look.evidence.listing.rows[:MOST_SIGNS_ASKED]:
+            if await self._echo(row.id, look) is not None:
+                return True
+        return False
+
+    # ------------------------------------------------------------------------------------------ proofs
+
+    def prove(self, item_id: str, prediction_id: str) -> None:
+        """Sees, off the item's way, whether the list shows this prediction: only then it saw when it was empty.
+
+        The record calls the earlier order a possible loss until then.
+        """
+        task = asyncio.ensure_future(self._prove(item_id, prediction_id))
+        self._proofs.add(task)
+        task.add_done_callback(self._proofs.discard)
+
+    async def _prove(self, item_id: str, prediction_id: str) -> None:
+        waited_seconds = 0.0
+        pauses = iter((*PROOF_PAUSES_SECONDS, self._settings.settling_seconds))
+        while waited_seconds <= self._settings.settling_seconds:
+            pause_seconds = next(pauses, 30.0)
+            await asyncio.sleep(pause_seconds)
+            waited_seconds += pause_seconds
+            try:
+                page, _ = await self._page(0)
+                if any(row.id == prediction_id for row in page.rows):
+                    await self._note_proof(item_id)
+                    return
+            except EachlabsError as error:
+                logger.info("Whether prediction %s is listed is not known yet (%s).", prediction_id, error)
+        logger.error(
+            "Item %s: the API's list does not show prediction %s either, which was bought after an order without an "
+            "answer. That order may have been billed too; its record says so (possible_loss).",
+            item_id,
+            prediction_id,
+        )
+
+    async def _note_proof(self, item_id: str) -> None:
+        for _ in range(MOST_LOOKS_AT_MOVING_CLOCKS):
+            held = await self._ledger.read(item_id)
+            if held is None or held.record.possible_loss is None:
+                return
+            with suppress(Overtaken):
+                await self._ledger.write(amended(held.record, possible_loss=None), replacing=held)
+                return
 
     async def aclose(self) -> None:
         """Stops; the claims that wait stay as they are and are settled by the next run."""
-        if self._runner is not None:
-            self._runner.cancel()
-            await asyncio.gather(self._runner, return_exceptions=True)
+        tasks = [task for task in (self._runner, self._heart, *self._proofs) if task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _nobody_can_tell(entry: Unsettled, reason: str, cause: BaseException | None = None) -> OutcomeUnknown:
+def _newest(rows: Iterable[Execution]) -> datetime | None:
+    """The latest creation among the rows: the API's clock says at least that."""
+    return max((row.created_at for row in rows if row.created_at is not None), default=None)
+
+
+def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:
+    """What is remembered under the name: the first value, of the last 10,000 names."""
+    value = memory.setdefault(name, value)
+    while len(memory) > REMEMBERED:
+        memory.popitem(last=False)
+    return value
+
+
+def nobody_can_tell(record: Record, reason: str, cause: BaseException | None = None) -> OutcomeUnknown:
+    """The error of an order that may have been billed: what a person should look for, and how to go on then."""
+    prompt = record.order.get("prompt")
+    shown = f" whose prompt begins {prompt[:60]!r}" if isinstance(prompt, str) else ""
+    since = f" from {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC on" if record.unsettled_since else ""
     error = OutcomeUnknown(
-        f"Nobody can tell whether the lost order was billed: {reason}. It is not repeated. Look at the vendor's "
-        "dashboard; run it again to look once more.",
-        item_id=entry.record.item_id,
+        f"Nobody can tell whether the lost order was billed: {reason}. It is not repeated. Look in the vendor's "
+        f"dashboard for a prediction of model {record.model!r}{since}{shown}. If there is none, run it again with "
+        "--retry-ambiguous (retry_ambiguous=True), which buys it once; otherwise run it again, to settle once more.",
+        item_id=record.item_id,
     )
     error.__cause__ = cause
     return error

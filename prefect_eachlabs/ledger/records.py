@@ -66,6 +66,17 @@ class RecordError(BaseModel):
     code: str | None = None
 
 
+class Statement(BaseModel):
+    """A person's word (`--retry-ambiguous`) that an order which nobody could settle was not bought."""
+
+    model_config = ConfigDict(extra="allow")
+
+    run_id: str = Field(description="The run that was given the word; it bought once, and makes no use of it again.")
+    said_at: str = Field(description="The writer's clock; for people.")
+    unsettled_since: datetime | None = Field(default=None, description="The bucket's time of the order in question.")
+    unsettled: str = Field(default="", description="What could not be settled, and why.")
+
+
 class Record(BaseModel):
     """What the bucket remembers of an item: a small JSON object that a person can read.
 
@@ -97,6 +108,19 @@ class Record(BaseModel):
     written_at: str = Field(default="", description="The writer's clock; for people, never compared.")
     unsettled_since: datetime | None = Field(
         default=None, description="The bucket's time of the oldest claim whose POST may have bought unseen."
+    )
+    orders_without_trace: int = Field(
+        default=0, ge=0, description="Orders of this purchase without an answer of which no trace was found."
+    )
+    statements: list[Statement] = Field(default_factory=list, description="Orders that a person called not bought.")
+    possible_loss: str | None = Field(
+        default=None, description="Why an earlier order of this item may have bought a prediction that nobody knows."
+    )
+    adopted_among: list[str] = Field(
+        default_factory=list, description="Other predictions that could as well be what the lost order bought."
+    )
+    replaced_runs: list[str] = Field(
+        default_factory=list, description="Runs whose purchase for this item id was replaced by another input."
     )
     prediction_id: str | None = None
     created_at: datetime | None = Field(default=None, description="When the POST was answered, the buyer's clock.")
@@ -203,6 +227,11 @@ class VersionedRecord:
     etag: str
     age_seconds: float
     modified_at: datetime
+
+    @property
+    def read_at(self) -> datetime:
+        """The bucket's time when it was read; of a record just written this machine's, so read it first."""
+        return self.modified_at + timedelta(seconds=self.age_seconds)
 
 
 class Overtaken(Exception):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import uuid
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol
 
@@ -58,6 +59,10 @@ class PurchaseOptions:
     any_reference: bool = False
     retry_ambiguous: bool = False
 
+    def named(self) -> PurchaseOptions:
+        """These options with a run id of their own, where none was given."""
+        return self if self.run_id else replace(self, run_id=uuid.uuid4().hex)
+
 
 class Step(str, Enum):
     """What a record asks for."""
@@ -67,6 +72,48 @@ class Step(str, Enum):
     LOOK_AGAIN = "look again"
     FINISH = "finish"
     REUSE = "reuse"
+
+
+class Rules:
+    """What one call may do about one item: it remembers what input stood there when the call began.
+
+    Replacing replaces that input, once. An input that another run put there meanwhile is not this call's to replace,
+    nor is one that has already replaced a purchase of this very run: two runs would buy against each other for ever.
+
+    Args:
+        item: What is wanted.
+        options: What may be done; `run_id` is set.
+        claim_seconds: How long a claim lives.
+    """
+
+    def __init__(self, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> None:
+        self._item = item
+        self._claim_seconds = claim_seconds
+        self._run_id = options.run_id
+        self._first: str | None = None
+        self._has_read = False
+
+    def next_step(self, held: VersionedRecord | None, options: PurchaseOptions) -> Step:
+        """What is to be done about the item whose record says `held`.
+
+        Raises:
+            ItemConflict, PredictionFailed: As the function of this name does; ItemConflict also when another run
+                has replaced the input meanwhile.
+        """
+        fingerprint = None if held is None else held.record.fingerprint
+        if not self._has_read:
+            self._first, self._has_read = fingerprint, True
+        if held is not None and fingerprint != self._item.fingerprint and held.record.may_have_bought:
+            record = held.record
+            if fingerprint != self._first or self._run_id in (record.run_id, record.bought_by, *record.replaced_runs):
+                raise ItemConflict(
+                    f"item_id {self._item.item_id!r} was given another input (fingerprint {fingerprint}, here "
+                    f"{self._item.fingerprint}) after this run began: a run replaces once what was there before it. "
+                    "Do not run two different tables at the same item ids; run it again to replace what stands now.",
+                    item_id=self._item.item_id,
+                    prediction_id=record.prediction_id,
+                )
+        return next_step(held, self._item, options, claim_seconds=self._claim_seconds)
 
 
 def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:

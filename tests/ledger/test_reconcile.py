@@ -13,8 +13,19 @@ from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import StoreFailed
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.echoes import fit, may_share_an_echo, normalised
-from prefect_eachlabs.ledger.evidence import CLOCK_MARGIN, READ_BACK_SECONDS, Evidence
+from prefect_eachlabs.ledger.evidence import (
+    CLOCK_MARGIN,
+    READ_BACK_SECONDS,
+    UNCERTAIN,
+    Evidence,
+    Listing,
+    Span,
+    Zone,
+    fit,
+    is_near,
+    may_share_an_echo,
+    normalised,
+)
 from prefect_eachlabs.ledger.records import Intent, Ledger, RecordState, VersionedRecord, amended, new_record
 from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus
 from tests.memory_store import MemoryStore
@@ -59,6 +70,41 @@ def test_an_echo_is_that_of_its_input(echo: dict[str, Any], sent: dict[str, Any]
 )
 def test_an_echo_is_not_that_of_another_input(echo: dict[str, Any], sent: dict[str, Any]) -> None:
     assert fit(echo, sent) is None
+
+
+@pytest.mark.parametrize(
+    ("echo", "sent"),
+    [
+        ({"prompt": "a &quot;fox&quot; &amp;amp; a hen"}, {"prompt": 'a "fox" & a hen'}),
+        ({"prompt": "x" * 100}, {"prompt": "x" * 5000}),
+        ({"prompt": "a fox", "image_url": "https://vendor.invalid/1"}, {"prompt": "a fox", "image_url": "https://b/2"}),
+        ({"prompt": "a fox"}, {"prompt": "a fox", "negative": None}),
+        ({"prompt": "a fox", "seed": "1"}, {"prompt": "a fox", "seed": 1}),
+        ({"prompt": "A fox."}, {"prompt": "a fox"}),
+        ({"prompt": "a", "more": {"images": ["https://v/1"]}}, {"prompt": "a", "more": {"images": ["https://b/2"]}}),
+    ],
+)
+def test_an_echo_is_near_an_input_that_was_cut_escaped_rehosted_or_tidied(
+    echo: dict[str, Any], sent: dict[str, Any]
+) -> None:
+    assert fit(echo, sent) is None
+    assert is_near(echo, sent)
+
+
+@pytest.mark.parametrize(
+    ("echo", "sent"),
+    [
+        ({"prompt": "a fox"}, {"prompt": "a hare"}),
+        ({"prompt": "a fox in the snow"}, {"prompt": "a fox"}),
+        ({"prompt": "a fox", "seed": 2}, {"prompt": "a fox", "seed": 1}),
+        ({"prompt": "a fox"}, {"prompt": "a fox", "seed": 1}),
+        ({"prompt": "\U0001f98a"}, {"prompt": "\U0001f407"}),
+        ({"prompt": ["a fox"]}, {"prompt": "a fox"}),
+        ({}, {"prompt": "a fox"}),
+    ],
+)
+def test_an_echo_of_another_input_is_not_near(echo: dict[str, Any], sent: dict[str, Any]) -> None:
+    assert not is_near(echo, sent)
 
 
 values = st.recursive(
@@ -182,100 +228,143 @@ def test_an_id_of_any_form_is_one_key() -> None:
 
 BUCKET_NOW = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
 SETTLING_SECONDS = 60.0
+SPAN = Span(BUCKET_NOW - timedelta(seconds=100), BUCKET_NOW + timedelta(seconds=22), 40.0)
+"""Of an order that was claimed 100 s ago."""
 
 
-def row(name: str, created_at: datetime | None, model: str = "gemini") -> Execution:
+def seconds(number: float) -> timedelta:
+    return timedelta(seconds=number)
+
+
+def row(name: str, created_at: datetime | None, model: str | None = "gemini") -> Execution:
     return Execution(id=name, model=model, status=PredictionStatus.SUCCEEDED, created_at=created_at)
 
 
-def known(age_seconds: float, *, machine: datetime | None = None, **changes: Any) -> VersionedRecord:
-    """A record that the bucket calls so old."""
+def known(age_seconds: float, **changes: Any) -> VersionedRecord:
+    """A record that the bucket calls so old, of a prediction that its buyer's clock calls as old."""
     base = new_record(Item.wanted("a fox", item_id="fox"), run_id="run-1")
-    default = {"state": RecordState.STORED, "prediction_id": "p-known", "created_at": machine}
+    made = datetime.now(timezone.utc) - seconds(age_seconds)
+    default = {"state": RecordState.STORED, "prediction_id": "p-known", "created_at": made}
     record = base.model_copy(update={"write_id": "w", **default, **changes})
-    return VersionedRecord(record, "etag", age_seconds, BUCKET_NOW - timedelta(seconds=age_seconds))
+    return VersionedRecord(record, "etag", age_seconds, BUCKET_NOW - seconds(age_seconds))
+
+
+NO_SKEW = (timedelta(0), timedelta(0))
 
 
 def look(
     rows: list[Execution],
     *records: VersionedRecord,
-    oldest_seconds: float = 100.0,
+    ahead: tuple[timedelta, timedelta] | None = NO_SKEW,
     is_whole: bool = True,
+    has_end: bool = True,
     now: float = 0.0,
 ) -> Evidence:
     """A look that began at 0, and whose records were read at `now`."""
-    sight = Evidence(0.0, oldest_seconds, tuple(rows), is_whole)
+    evidence = Evidence(Listing(tuple(rows), is_whole, has_end, ahead), 0.0, 100.0)
     for held in records:
-        sight.read(held, ours=["ours"], claim_seconds=60.0, settling_seconds=SETTLING_SECONDS, now=now)
-    return sight
+        evidence.read(held, ours={"mine": "run-9"}, claim_seconds=60.0, settling_seconds=SETTLING_SECONDS, now=now)
+    return evidence
+
+
+def shown(evidence: Evidence) -> dict[str, Zone]:
+    return {found.id: zone for zone, found in evidence.candidates([("gemini", SPAN)])}
 
 
 @pytest.mark.parametrize("skew", [timedelta(0), timedelta(hours=-14), timedelta(hours=14), timedelta(days=-4000)])
-def test_no_execution_since_the_oldest_claim_is_ever_left_out_whatever_the_clocks(skew: timedelta) -> None:
+def test_what_may_have_been_bought_is_what_was_made_between_the_claim_and_its_end(skew: timedelta) -> None:
     api_now = BUCKET_NOW + skew
-    rows = [row(f"p-{age}", api_now - timedelta(seconds=age)) for age in range(0, 2000, 20)]
-    reading = known(40, machine=datetime.now(timezone.utc), prediction_id="p-40")
-    for sight in (look(rows), look(rows, reading)):
-        shown = {candidate.id for candidate in sight.candidates({"gemini"})}
-        assert {f"p-{age}" for age in range(0, 101, 20)} - sight.named <= shown
-        assert f"p-{int(100 + CLOCK_MARGIN.total_seconds()) + 80}" not in shown
+    rows = [row(f"p-{age}", api_now - seconds(age)) for age in range(-200, 2000, 10)]
+    zones = shown(look(rows, ahead=(skew, skew)))
+    margin = int(CLOCK_MARGIN.total_seconds())
+    assert zones == {
+        **{f"p-{age}": Zone.TIGHT for age in range(60, 101, 10)},
+        **{f"p-{age}": Zone.WITHIN for age in range(-22 - margin, 60) if age % 10 == 0},
+        **{f"p-{age}": Zone.DOUBTFUL for age in range(110, 100 + margin + 1, 10)},
+    }
 
 
-def test_a_record_that_was_written_late_narrows_nothing_wrongly() -> None:
-    """Its prediction is ten minutes older than the record: the API's clock seems to be behind, and is not."""
-    rows = [row("p-old", BUCKET_NOW - timedelta(seconds=640)), row("p-new", BUCKET_NOW - timedelta(seconds=90))]
-    sight = look(rows, known(40, machine=datetime.now(timezone.utc), prediction_id="p-old"))
-    assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["p-new"]
+def test_the_nearest_to_the_claim_comes_first_and_what_is_doubtful_last() -> None:
+    rows = [row(name, BUCKET_NOW - seconds(age)) for name, age in (("far", 1), ("near", 99), ("mid", 70), ("old", 120))]
+    assert list(shown(look(rows))) == ["near", "mid", "far", "old"]
 
 
-def test_records_that_are_read_long_after_the_walk_leave_no_execution_out() -> None:
-    """Ten minutes for many records: the oldest claim was 100 s old when the walk began."""
-    walked_at = BUCKET_NOW - timedelta(seconds=600)
-    rows = [row("p-known", walked_at), row("p-lost", walked_at - timedelta(seconds=99))]
-    sight = look(rows, known(600, machine=datetime.now(timezone.utc)), now=600.0)
-    assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["p-lost"]
+@pytest.mark.parametrize("skew_seconds", [-50_000.0, 50_000.0])
+def test_where_the_list_contradicts_its_own_date_nothing_is_left_out_and_nothing_adopted(skew_seconds: float) -> None:
+    """A prediction that is known by id shows how far its rows are off."""
+    skew = seconds(skew_seconds)
+    rows = [row("p-known", BUCKET_NOW + skew - seconds(12)), row("p-lost", BUCKET_NOW + skew - seconds(99))]
+    zones = shown(look(rows, known(10)))
+    assert zones == {"p-lost": Zone.DOUBTFUL}
 
 
-def test_candidates_come_oldest_first_and_rows_without_a_date_or_model_count() -> None:
-    rows = [row("c", BUCKET_NOW), row("a", BUCKET_NOW - timedelta(seconds=9)), row("b", None), row("x", None, "flux")]
-    rows.append(Execution(id="d", status=PredictionStatus.PENDING, created_at=BUCKET_NOW - timedelta(seconds=5)))
-    assert [candidate.id for candidate in look(rows).candidates({"gemini"})] == ["a", "d", "c", "b"]
+def test_answers_that_took_long_leave_no_execution_out() -> None:
+    rows = [row("p-lost", BUCKET_NOW - seconds(99))]
+    for low, high in ((-20, 0), (0, 20), (-4000, 0), (0, 4000)):
+        assert "p-lost" in shown(look(rows, ahead=(seconds(low), seconds(high))))
+    assert shown(look(rows, ahead=(seconds(0), UNCERTAIN + seconds(5)))) == {"p-lost": Zone.DOUBTFUL}
+
+
+def test_without_a_date_of_the_answer_nothing_is_adopted_and_nothing_recent_left_out() -> None:
+    rows = [row("new", BUCKET_NOW), row("old", BUCKET_NOW - seconds(90)), row("older", BUCKET_NOW - seconds(9000))]
+    assert shown(look(rows, ahead=None)) == {"new": Zone.DOUBTFUL, "old": Zone.DOUBTFUL}
+
+
+def test_rows_without_a_date_are_doubtful_unless_they_stand_below_what_was_bought_long_before() -> None:
+    rows = [row("above", None), row("p-known", BUCKET_NOW - seconds(1000)), row("below", None)]
+    assert shown(look(rows, known(990))) == {"above": Zone.DOUBTFUL}
+
+
+def test_rows_without_a_model_count_and_others_where_nothing_known_shows_the_models_name() -> None:
+    lately = BUCKET_NOW - seconds(50)
+    rows = [row("a", lately), row("b", lately, None), row("c", lately, "flux"), row("p-known", lately)]
+    assert set(shown(look(rows))) == {"a", "b", "c", "p-known"}
+    assert set(shown(look(rows, known(40)))) == {"a", "b"}
+    renamed = [*rows[:3], row("p-known", lately, "flux")]
+    evidence = look(renamed, known(40))
+    assert set(shown(evidence)) == {"a", "b", "c"}
+    assert "another model's name, 'flux'" in (evidence.blind_for("gemini") or "")
+    assert evidence.blind_for("flux") is None
 
 
 def test_what_a_record_or_this_process_names_is_no_candidate() -> None:
     rows = [row(name, BUCKET_NOW) for name in ("a", "b", "c", "d", "e")]
-    sight = look(rows, known(10, prediction_id="a", also_bought=["b"], earlier=["c"]))
-    sight.know("d", 5.0, settling_seconds=SETTLING_SECONDS, now=0.0)
-    assert [candidate.id for candidate in sight.candidates({"gemini"})] == ["e"]
+    evidence = look(rows, known(10, prediction_id="a", also_bought=["b"], earlier=["c"]))
+    evidence.know("d", 5.0, settling_seconds=SETTLING_SECONDS, now=0.0)
+    assert list(shown(evidence)) == ["e"]
+
+
+@pytest.mark.parametrize(
+    ("age_seconds", "has_end", "blind"),
+    [(59.0, True, False), (61.0, True, True), (900.0, False, True), (2000.0, False, False), (2000.0, True, True)],
+)
+def test_a_list_is_blind_that_does_not_show_what_it_must(age_seconds: float, has_end: bool, blind: bool) -> None:
+    assert (look([], known(age_seconds), has_end=has_end).blind_for("gemini") is not None) is blind
+    assert look([row("p-known", BUCKET_NOW)], known(age_seconds), has_end=has_end).blind_for("gemini") is None
 
 
 @pytest.mark.parametrize(("age_seconds", "blind"), [(59.0, False), (61.0, True), (900.0, True), (2000.0, False)])
-def test_a_list_is_blind_that_does_not_show_what_it_must(age_seconds: float, blind: bool) -> None:
-    made = datetime.now(timezone.utc) - timedelta(seconds=age_seconds)
-    assert (look([], known(age_seconds, machine=made)).blind_for() is not None) is blind
-    sight = look([])
-    sight.know("p-known", age_seconds, settling_seconds=SETTLING_SECONDS, now=0.0)
-    assert (sight.blind_for() is not None) is blind
-    assert look([row("p-known", BUCKET_NOW)], known(age_seconds, machine=made)).blind_for() is None
+def test_what_this_process_bought_must_be_listed_too(age_seconds: float, blind: bool) -> None:
+    evidence = look([])
+    evidence.know("p-known", age_seconds, settling_seconds=SETTLING_SECONDS, now=0.0)
+    assert (evidence.blind_for("gemini") is not None) is blind
 
 
 def test_what_was_bought_while_the_look_took_its_time_need_not_be_listed() -> None:
     """The records are read 30 s after the walk began: 80 s of age are 50 s then."""
-    made = datetime.now(timezone.utc) - timedelta(seconds=80)
-    assert look([], known(80, machine=made), now=30.0).blind_for() is None
-    assert look([], known(95, machine=made), now=30.0).blind_for() is not None
-    sight = look([])
-    sight.know("p-known", 80.0, settling_seconds=SETTLING_SECONDS, now=30.0)
-    assert sight.blind_for() is None
+    assert look([], known(80), now=30.0).blind_for("gemini") is None
+    assert look([], known(95), now=30.0).blind_for("gemini") is not None
+    evidence = look([])
+    evidence.know("p-known", 80.0, settling_seconds=SETTLING_SECONDS, now=30.0)
+    assert evidence.blind_for("gemini") is None
 
 
 def test_what_was_cancelled_may_be_missing_and_a_walk_that_had_no_end_is_blind() -> None:
-    made = datetime.now(timezone.utc) - timedelta(seconds=90)
     for changes in ({"state": RecordState.CANCELLED}, {"cancel_requested": True}):
-        sight = look([], known(90, machine=made, **changes))
-        sight.know("p-known", 90.0, settling_seconds=SETTLING_SECONDS, now=0.0)
-        assert sight.blind_for() is None
-    assert "too long" in (look([], is_whole=False).blind_for() or "")
+        evidence = look([], known(90, **changes))
+        evidence.know("p-known", 90.0, settling_seconds=SETTLING_SECONDS, now=0.0)
+        assert evidence.blind_for("gemini") is None
+    assert "too long" in (look([], is_whole=False).blind_for("gemini") or "")
 
 
 @pytest.mark.parametrize(
@@ -286,7 +375,6 @@ def test_what_was_cancelled_may_be_missing_and_a_walk_that_had_no_end_is_blind()
         (62.0, {}, False),
         (0.0, {"intent": Intent.SETTLE}, False),
         (0.0, {"intent": Intent.IDLE}, False),
-        (0.0, {"write_id": "ours"}, False),
         (0.0, {"state": RecordState.CREATED, "prediction_id": "p-1"}, False),
     ],
 )
@@ -299,14 +387,8 @@ def test_a_live_claim_of_another_with_the_same_input_is_waited_for(
     assert not look([], claim).is_being_bought("flux", {"prompt": "a fox"})
 
 
-def test_the_executions_whose_records_must_have_been_read_are_known_by_the_workers_clocks() -> None:
-    """Only when no record tells how far the API's clock is off, everything is read."""
-    now, skew = datetime.now(timezone.utc), timedelta(hours=-14)
-    rows = [row("p-known", now + skew - timedelta(seconds=30))]
-    fresh, old = row("x", now + skew - timedelta(seconds=90)), row("y", now + skew - timedelta(seconds=900))
-    sight = look(rows, known(20, machine=now - timedelta(seconds=30)))
-    assert sight.has_read_its_record(fresh)
-    assert not sight.has_read_its_record(old)
-    assert not sight.has_read_its_record(row("z", None))
-    assert not look(rows).has_read_its_record(fresh)
-    assert READ_BACK_SECONDS >= 300, "five minutes of margin for clocks"
+def test_a_claim_that_is_settled_here_is_no_other_claim() -> None:
+    claim = {"state": RecordState.CLAIMED, "prediction_id": None, "intent": Intent.SETTLE}
+    assert look([], known(5, item_id="mine", run_id="run-9", **claim)).unsettled == []
+    assert len(look([], known(5, item_id="mine", run_id="run-8", **claim)).unsettled) == 1
+    assert 2 * CLOCK_MARGIN.total_seconds() < READ_BACK_SECONDS, "records of all candidates are read"

@@ -14,7 +14,6 @@ it had sent goes on without it, as on a real network.
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
@@ -83,6 +82,15 @@ def order(item: Item) -> dict[str, Any]:
     return {"model": item.model, "version": item.version, "input": item.input}
 
 
+class AheadClock(LoopClock):
+    """The API's clock, which goes on while the machine of the processes stands still."""
+
+    ahead_seconds = 0.0
+
+    def now(self) -> float:
+        return super().now() + self.ahead_seconds
+
+
 class World:
     """What all processes share.
 
@@ -112,7 +120,8 @@ class World:
         told = EmulatorOptions(faults=faults, **given)
         self.transport = _idle.pop() if _idle else InProcessTransport(told)
         self.emulator = self.transport.emulator
-        self.emulator.__init__(told, clock=LoopClock(), threads=False)  # type: ignore[misc]  # begins anew
+        self.clock = AheadClock()
+        self.emulator.__init__(told, clock=self.clock, threads=False)  # type: ignore[misc]  # begins anew
         self.store = MemoryStore(honours_conditions=honours_conditions)
         self.latency_seconds = latency_seconds
         self.destination = DESTINATION
@@ -133,10 +142,15 @@ class World:
         """These from now on, in place of those before; none: the API is well."""
         self.emulator.faults.set(tuple(map(EmulatorFault.parse, faults)))
 
+    def pass_unnoticed(self, seconds: float) -> None:
+        """Time goes on at the bucket and at the API, and stands still on the machine of the processes."""
+        self.store.ahead_seconds += seconds
+        self.clock.ahead_seconds += seconds
+
     # ------------------------------------------------------------------ what came of it
 
     def now(self) -> float:
-        return asyncio.get_running_loop().time()
+        return self.clock.now()
 
     def bought(self) -> list[Job]:
         """Every prediction of our own that the API accepted, oldest first."""

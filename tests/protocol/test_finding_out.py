@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.ledger import looking
+from prefect_eachlabs.ledger import reconcile
 from prefect_eachlabs.ledger.records import RecordState
 from tests.protocol.kit import World, play, wanted
 from tests.protocol.losses import A, B, C, abandoned, lost, others_buy
@@ -60,7 +60,7 @@ def test_a_list_that_is_late_is_asked_again_until_it_must_show_it() -> None:
 
 
 def test_of_a_list_without_an_end_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looking, "MOST_PAGES", 3)
+    monkeypatch.setattr(reconcile, "MOST_PAGES", 3)
 
     async def story() -> None:
         world = World()
@@ -155,12 +155,13 @@ def test_a_prediction_that_is_listed_before_get_knows_it_is_waited_for() -> None
 def test_a_row_of_another_key_that_get_does_not_show_us_holds_nothing_up(status: int) -> None:
     async def story() -> None:
         world = World()
+        await world.process().obtain(B)
         await abandoned(world, A)
         others_buy(world, A)
-        (foreign,) = world.emulator.ledger.newest_first(world.now())
+        foreign = next(iter(world.emulator.ledger.newest_first(world.now())))
         world.hidden[foreign.id] = status
         await world.process().obtain(A)
-        world.check([A])
+        world.check([A, B])
 
     play(story)
 

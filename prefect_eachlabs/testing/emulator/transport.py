@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from email.utils import format_datetime
 
 import httpx
 
@@ -43,7 +44,11 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         read_seconds = request.extensions.get("timeout", {}).get("read")
         try:
             # Shielded: a server goes on with a request whose client has stopped listening.
-            return await asyncio.wait_for(asyncio.shield(answering), read_seconds)
+            response = await asyncio.wait_for(asyncio.shield(answering), read_seconds)
+            # As a server does; the whole vendor's clock is off by the emulator's skew.
+            date = self.emulator.calendar.date(self.emulator.clock.now())
+            response.headers["date"] = format_datetime(date, usegmt=True)
+            return response
         except asyncio.TimeoutError:
             raise httpx.ReadTimeout("the emulator's answer took too long", request=request) from None
         except ConnectionCut:
