@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -284,7 +284,7 @@ class Evidence:
             before = [place for modified_at, place in self._known_from if modified_at < span.since - CLOCK_MARGIN]
             return None if before and self._place[row.id] > min(before) else Zone.DOUBTFUL
         if low is None or high is None:
-            latest = max(row.created_at for row in self.listing.rows if row.created_at is not None)
+            latest = newest(self.listing.rows) or row.created_at
             oldest = latest - timedelta(seconds=self.oldest_seconds) - CLOCK_MARGIN
             return Zone.DOUBTFUL if row.created_at >= oldest else None
         if row.created_at < span.since + low - CLOCK_MARGIN or row.created_at > span.until + high + CLOCK_MARGIN:
@@ -339,6 +339,11 @@ class Evidence:
             if model == other and (fit(echo, theirs) or 0) > fields:
                 return item_id
         return None
+
+
+def newest(rows: Iterable[Execution]) -> datetime | None:
+    """The latest creation among the rows: the API's clock says at least that."""
+    return max((row.created_at for row in rows if row.created_at is not None), default=None)
 
 
 def are_related(name: str, record: Record) -> bool:

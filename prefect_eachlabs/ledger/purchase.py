@@ -190,9 +190,7 @@ class Purchaser:
         job.budget = options.budget
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
-                replacing, record = await self._settle_what_is_there(
-                    item, ledger, reconciler, replacing, options, job
-                )
+                replacing, record = await self._settle_what_is_there(item, ledger, reconciler, replacing, options, job)
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None, error=None)
                 try:

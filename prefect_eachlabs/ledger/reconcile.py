@@ -43,6 +43,7 @@ from prefect_eachlabs.ledger.evidence import (
     are_related,
     fit,
     is_near,
+    newest,
 )
 from prefect_eachlabs.ledger.records import (
     Ledger,
@@ -368,7 +369,7 @@ class Reconciler:
             rows.update((row.id, row) for row in page.rows)
             if page.is_last(offset):
                 return Listing(tuple(rows.values()), has_end=True, ahead_of_bucket=ahead)
-            on_page, of_all = _newest(page.rows), _newest(rows.values())
+            on_page, of_all = newest(page.rows), newest(rows.values())
             if on_page is not None and of_all is not None and on_page < of_all - back:
                 return Listing(tuple(rows.values()), has_end=False, ahead_of_bucket=ahead)
         return Listing(tuple(rows.values()), is_whole=False, has_end=False, ahead_of_bucket=ahead)
@@ -659,11 +660,6 @@ class Reconciler:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _newest(rows: Iterable[Execution]) -> datetime | None:
-    """The latest creation among the rows: the API's clock says at least that."""
-    return max((row.created_at for row in rows if row.created_at is not None), default=None)
 
 
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:

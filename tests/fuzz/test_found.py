@@ -34,7 +34,7 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.flows.schedule import filled
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
-from prefect_eachlabs.ledger.echoes import fit
+from prefect_eachlabs.ledger.evidence import fit
 from prefect_eachlabs.ledger.records import MAX_CLAIM_BYTES, Ledger, Record, RecordState, amended, new_record
 from prefect_eachlabs.models import MAX_INPUT_NESTING, Destination, Item, parse_executions
 from prefect_eachlabs.net import redaction

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from prefect_eachlabs.api.catalogue import Model
 from prefect_eachlabs.errors import BadInput, EachlabsError
-from prefect_eachlabs.ledger.echoes import fit, may_share_an_echo
-from prefect_eachlabs.ledger.evidence import newest
+from prefect_eachlabs.ledger.evidence import fit, may_share_an_echo, newest
 from prefect_eachlabs.ledger.records import Record, RecordError, new_record
 from prefect_eachlabs.models import Item, created_id, is_http_url, parse_executions, parse_prediction
 from prefect_eachlabs.net import safe_json
