@@ -132,7 +132,7 @@ def test_a_machine_that_was_suspended_in_a_purchase_knows_that_its_claim_is_dead
         laptop = world.process(freeze_at=boundary)
         slow = asyncio.ensure_future(laptop.obtain(item))
         await laptop.froze.wait()
-        world.store.make_older("kit/records/item-1.json", 600)
+        world.pass_unnoticed(600)
         began = world.now()
         await world.process().obtain(item)
         assert world.now() - began < 10, "so little passed on the laptop's own clock"
