@@ -113,10 +113,6 @@ class Poller:
         """Its end, when it was seen (the last 10,000 are remembered)."""
         return self._ends.get(prediction_id)
 
-    def likely_seconds(self, model: str | None) -> float | None:
-        """What 99 of 100 predictions of the model do not exceed, as seen here; None before one was seen to end."""
-        return self._durations.quantile(model, 0.99) if self._durations.known(model) else None
-
     def hurry(self, prediction_id: str) -> None:
         """Asks about it by id as soon as there is a request slot."""
         watched = self._schedule.watched.get(prediction_id)
