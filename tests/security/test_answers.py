@@ -11,10 +11,10 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
-from prefect_eachlabs.ledger.echoes import fit
 
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.ledger.evidence import fit
 from prefect_eachlabs.models import Item, Prediction
 from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import hide, visible
