@@ -9,7 +9,6 @@ way of escaping is right in both: V1 shows most entities as they are written, V2
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import hashlib
 import html
@@ -22,6 +21,7 @@ from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifac
 
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.engine.doors import Plan, beside_the_loop, either, on_the_loop
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.images.png import SIGNATURE
 from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
@@ -152,24 +152,19 @@ def _markdown(image: StoredImage, data: bytes | None, access: S3Access | None) -
     return picture_markdown(image, thumbnail=small, note=note, link=console_link(image, access))
 
 
-def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:
+def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> Plan[None]:
     """Makes the artifact of a stored picture; reads the picture once. Free.
 
     It never raises: a picture that is paid for and stored is not called failed because it cannot be shown.
     """
     try:
-        markdown = _markdown(image, gateway.call(_read(gateway, image, place, access)), access)
-        create_markdown_artifact(markdown, key=artifact_key(image), description=image.uri)
-    except Exception as error:
-        _not_shown(image, error)
-
-
-async def ashow_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> None:
-    """`show_picture`, awaited."""
-    try:
-        data = await gateway.acall(_read(gateway, image, place, access))
-        markdown = await asyncio.get_running_loop().run_in_executor(None, _markdown, image, data, access)
-        await acreate_markdown_artifact(markdown, key=artifact_key(image), description=image.uri)
+        data = yield from on_the_loop(gateway, _read(gateway, image, place, access))
+        markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
+        key, description = artifact_key(image), image.uri
+        yield from either(
+            lambda: create_markdown_artifact(markdown, key=key, description=description),
+            lambda: acreate_markdown_artifact(markdown, key=key, description=description),
+        )
     except Exception as error:
         _not_shown(image, error)
 

@@ -1,4 +1,5 @@
-"""The tasks: create, await, cancel, store, and the composite; each with a door for sync and one for async flows.
+"""The tasks: create, await, cancel, store, and the composite; each written once, as a plan, with a door for sync and
+one for async flows.
 
 Retries are Prefect's, by one rule: the error's class says whether to repeat. No task sets `timeout_seconds`, which
 cannot end what runs in the gateway; deadlines count from the POST. No task calls a task.
@@ -6,16 +7,16 @@ cannot end what runs in the gateway; deadlines count from the POST. No task call
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from typing import Any, Literal, NamedTuple
+from functools import wraps
+from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
@@ -23,8 +24,9 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from prefect_eachlabs import events
-from prefect_eachlabs.artifacts import ashow_picture, show_picture
+from prefect_eachlabs.artifacts import show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
+from prefect_eachlabs.engine.doors import Plan, arun, beside_the_loop, on_the_loop, run
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
 from prefect_eachlabs.images.formats import check_formats
@@ -35,6 +37,8 @@ from prefect_eachlabs.reference_images import Picture, Roots, opened
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Credentials = EachlabsCredentials | str | None
 Target = S3Destination | str
@@ -95,37 +99,50 @@ def _api_task(verb: str, **more: Any) -> dict[str, Any]:
     }
 
 
-# The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked.
-_CREATE = _api_task("create", persist_result=False, cache_policy=NO_CACHE)
-# What has ended holds its pictures' URLs, which may be signed: where results are kept by default, these are not. Asking
-# again costs a request.
-_AWAIT = _api_task("await", persist_result=False, cache_policy=NO_CACHE)
-_CANCEL = _api_task("cancel", persist_result=False, cache_policy=NO_CACHE)
-_STORE = _api_task("store")
-_GENERATE = _api_task("generate")
+_TASKS = {
+    # The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked.
+    "create-prediction": _api_task("create", persist_result=False, cache_policy=NO_CACHE),
+    # What has ended holds its pictures' URLs, which may be signed: where results are kept by default, these are not.
+    # Asking again costs a request.
+    "await-result": _api_task("await", persist_result=False, cache_policy=NO_CACHE),
+    "cancel-prediction": _api_task("cancel", persist_result=False, cache_policy=NO_CACHE),
+    "store-image": _api_task("store"),
+    "generate-and-store": _api_task("generate"),
+}
 
 
-def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Item:
-    return Item.wanted(prompt, image_url=opened(image_url, Roots.from_environment()), **wanted)
+def sync_task(name: str) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
+    """Makes a plan the task of that name: the door that blocks."""
+
+    def decorate(plan: Callable[P, Plan[T]]) -> Task[P, T]:
+        @wraps(plan)
+        def door(*args: P.args, **kwargs: P.kwargs) -> T:
+            return run(plan(*args, **kwargs))
+
+        return task(name=name, **_TASKS[name])(door)
+
+    return decorate
 
 
-async def _aopened(image_url: object) -> object:
-    """Reads a file beside the caller's loop; what is no file is there at once."""
-    if image_url is None or (isinstance(image_url, str) and "://" in image_url):
-        return image_url
-    return await asyncio.to_thread(opened, image_url, Roots.from_environment())
+def async_task(blocking: Task[P, T]) -> Task[P, Coroutine[Any, Any, T]]:
+    """The same task's door for async flows, to be awaited."""
+    plan = cast(Callable[P, Plan[T]], blocking.fn.__wrapped__)  # type: ignore[attr-defined]  # by functools.wraps
+
+    @wraps(plan)
+    async def door(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await arun(plan(*args, **kwargs))
+
+    door.__name__ = door.__qualname__ = f"a{plan.__name__}"
+    return task(name=blocking.name, **_TASKS[blocking.name])(door)
 
 
-def _create(
-    prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
-) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
-    item = _item(prompt, **wanted)
-    place, access = where(destination)
-    gateway = gateway_of(credentials)
-    return gateway, gateway.engine.create(item, place, options=options, access=access)
+def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]:
+    if image_url is not None and not (isinstance(image_url, str) and "://" in image_url):
+        image_url = yield from beside_the_loop(lambda: opened(image_url, Roots.from_environment()))
+    return Item.wanted(prompt, image_url=image_url, **wanted)
 
 
-@task(name="create-prediction", **_CREATE)
+@sync_task("create-prediction")
 def create_prediction(
     prompt: str | None = None,
     *,
@@ -143,7 +160,7 @@ def create_prediction(
     retry_failed: bool = False,
     retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
-) -> Prediction:
+) -> Plan[Prediction]:
     """Buys one prediction. **Each call costs money**, unless it finds what was bought before.
 
     The purchase goes under a record in the destination's bucket: a retry of the task or the flow, and the same call
@@ -193,69 +210,18 @@ def create_prediction(
         on_ambiguous=on_ambiguous,
         formats=check_formats(formats),
     )
-    gateway, work = _create(
-        prompt,
-        credentials,
-        destination,
-        options,
-        image_url=image_url,
-        model=model,
-        version=version,
-        item_id=item_id,
-        input=input,
-        sample=sample,
+    item = yield from _item(
+        prompt, image_url=image_url, model=model, version=version, item_id=item_id, input=input, sample=sample
     )
-    return _created(gateway.call(work), since)
-
-
-@task(name="create-prediction", **_CREATE)
-async def acreate_prediction(
-    prompt: str | None = None,
-    *,
-    image_url: Reference | None = None,
-    model: str = DEFAULT_MODEL,
-    version: str | None = None,
-    item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
-    sample: int | None = None,
-    formats: Sequence[str] | None = None,
-    destination: Target | None = None,
-    credentials: Credentials = None,
-    replace: bool = False,
-    rebuy_missing: bool = False,
-    retry_failed: bool = False,
-    retry_ambiguous: bool = False,
-    on_ambiguous: OnAmbiguous = "settle",
-) -> Prediction:
-    """`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
-    since = datetime.now(timezone.utc)
-    options = PurchaseOptions(
-        run_id=_run_id(),
-        replace=replace,
-        rebuy_missing=rebuy_missing,
-        retry_failed=retry_failed,
-        retry_ambiguous=retry_ambiguous,
-        on_ambiguous=on_ambiguous,
-        formats=check_formats(formats),
-    )
-    gateway, work = _create(
-        prompt,
-        credentials,
-        destination,
-        options,
-        image_url=await _aopened(image_url),
-        model=model,
-        version=version,
-        item_id=item_id,
-        input=input,
-        sample=sample,
-    )
-    return _created(await gateway.acall(work), since)
-
-
-def _created(prediction: Prediction, since: datetime) -> Prediction:
+    place, access = where(destination)
+    gateway = gateway_of(credentials)
+    prediction = yield from on_the_loop(gateway, gateway.engine.create(item, place, options=options, access=access))
     events.prediction_created(prediction, since=since)
     return _told("created", prediction)
+
+
+acreate_prediction = async_task(create_prediction)
+"""`create_prediction` for async flows: awaited. **Each call costs money**, under the same rules."""
 
 
 def _told(what: str, prediction: Prediction) -> Prediction:
@@ -273,21 +239,10 @@ def _log(message: str) -> None:
         logger.info(message)
 
 
-def _await(
-    prediction: Prediction | str, credentials: Credentials, deadline_seconds: float | None
-) -> tuple[Gateway, Coroutine[Any, Any, Prediction]]:
-    if isinstance(prediction, str) and parse_prediction_id(prediction) is None:
-        raise BadInput("prediction: must be a Prediction or its id, as create_prediction returned it.")
-    if deadline_seconds is not None and not deadline_seconds > 0:
-        raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
-    gateway = gateway_of(credentials)
-    return gateway, gateway.engine.wait(prediction, deadline_seconds=deadline_seconds)
-
-
-@task(name="await-result", **_AWAIT)
+@sync_task("await-result")
 def await_result(
     prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
-) -> Prediction:
+) -> Plan[Prediction]:
     """Waits for a prediction's end. Free; asks as seldom as the account's limits make necessary.
 
     Args:
@@ -303,25 +258,20 @@ def await_result(
         PredictionCancelled: It was cancelled.
         PredictionTimedOut: Not ended by its deadline. It is paid for if it still ends: run again, it is stored then.
     """
-    gateway, work = _await(prediction, credentials, deadline_seconds)
+    if isinstance(prediction, str) and parse_prediction_id(prediction) is None:
+        raise BadInput("prediction: must be a Prediction or its id, as create_prediction returned it.")
+    if deadline_seconds is not None and not deadline_seconds > 0:
+        raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
+    gateway = gateway_of(credentials)
     with _failures_told():
-        return _finished(gateway.call(work), prediction)
-
-
-@task(name="await-result", **_AWAIT)
-async def aawait_result(
-    prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
-) -> Prediction:
-    """`await_result` for async flows: awaited. Free."""
-    gateway, work = _await(prediction, credentials, deadline_seconds)
-    with _failures_told():
-        return _finished(await gateway.acall(work), prediction)
-
-
-def _finished(end: Prediction, asked: Prediction | str) -> Prediction:
-    if isinstance(asked, str) or not asked.status.ended:
+        end = yield from on_the_loop(gateway, gateway.engine.wait(prediction, deadline_seconds=deadline_seconds))
+    if isinstance(prediction, str) or not prediction.status.ended:
         events.prediction_succeeded(end)
     return _told("finished", end)
+
+
+aawait_result = async_task(await_result)
+"""`await_result` for async flows: awaited. Free."""
 
 
 @contextmanager
@@ -340,8 +290,8 @@ def _id_of(prediction: Prediction | str) -> str:
     return found
 
 
-@task(name="cancel-prediction", **_CANCEL)
-def cancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Prediction:
+@sync_task("cancel-prediction")
+def cancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Plan[Prediction]:
     """Asks the API to cancel, and looks again: best effort, it may still succeed. Free; a cancelled one costs nothing.
 
     Args:
@@ -356,44 +306,11 @@ def cancel_prediction(prediction: Prediction | str, *, credentials: Credentials 
         Unanswered: The API gave no readable answer.
     """
     gateway = gateway_of(credentials)
-    return _told("asked to cancel", gateway.call(gateway.engine.cancel(_id_of(prediction))))
+    return _told("asked to cancel", (yield from on_the_loop(gateway, gateway.engine.cancel(_id_of(prediction)))))
 
 
-@task(name="cancel-prediction", **_CANCEL)
-async def acancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Prediction:
-    """`cancel_prediction` for async flows: awaited. Free."""
-    gateway = gateway_of(credentials)
-    return _told("asked to cancel", await gateway.acall(gateway.engine.cancel(_id_of(prediction))))
-
-
-class _Storing(NamedTuple):
-    """Work that ends with a picture in a bucket."""
-
-    gateway: Gateway
-    place: Destination
-    access: S3Access | None
-    work: Coroutine[Any, Any, StoredImage]
-
-    def done(self, *, with_artifact: bool) -> StoredImage:
-        image = _stored(self.gateway.call(self.work))
-        if with_artifact:
-            show_picture(self.gateway, image, self.place, self.access)
-        return image
-
-    async def adone(self, *, with_artifact: bool) -> StoredImage:
-        image = _stored(await self.gateway.acall(self.work))
-        if with_artifact:
-            await ashow_picture(self.gateway, image, self.place, self.access)
-        return image
-
-
-def _store(
-    finished: Prediction, destination: Target | None, credentials: Credentials, formats: Sequence[str] | None
-) -> _Storing:
-    allowed = check_formats(formats)
-    gateway = gateway_of(credentials)
-    place, access = _place_of(finished, gateway) if destination is None else where(destination)
-    return _Storing(gateway, place, access, gateway.engine.store(finished, place, access=access, formats=allowed))
+acancel_prediction = async_task(cancel_prediction)
+"""`cancel_prediction` for async flows: awaited. Free."""
 
 
 def _place_of(finished: Prediction, gateway: Gateway) -> tuple[Destination, S3Access | None]:
@@ -404,7 +321,7 @@ def _place_of(finished: Prediction, gateway: Gateway) -> tuple[Destination, S3Ac
     return where(finished.destination)
 
 
-@task(name="store-image", **_STORE)
+@sync_task("store-image")
 def store_image(
     finished: Prediction,
     destination: Target | None = None,
@@ -412,7 +329,7 @@ def store_image(
     credentials: Credentials = None,
     formats: Sequence[str] | None = None,
     with_artifact: bool = False,
-) -> StoredImage:
+) -> Plan[StoredImage]:
     """Downloads a finished prediction's picture, verifies it and uploads it, its bytes unchanged. Free.
 
     A prediction that has no record there (ordered by another tool, or for another destination) gets one, so that
@@ -436,39 +353,26 @@ def store_image(
         ItemConflict: The destination has a record of this item that names another prediction.
         BadInput, SetupError: The prediction has not ended, or there is no destination.
     """
-    return _store(finished, destination, credentials, formats).done(with_artifact=with_artifact)
-
-
-@task(name="store-image", **_STORE)
-async def astore_image(
-    finished: Prediction,
-    destination: Target | None = None,
-    *,
-    credentials: Credentials = None,
-    formats: Sequence[str] | None = None,
-    with_artifact: bool = False,
-) -> StoredImage:
-    """`store_image` for async flows: awaited. Free."""
-    return await _store(finished, destination, credentials, formats).adone(with_artifact=with_artifact)
-
-
-def _stored(image: StoredImage) -> StoredImage:
-    verb = "was bought earlier" if image.reused else "is stored"
-    _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+    allowed = check_formats(formats)
+    gateway = gateway_of(credentials)
+    place, access = _place_of(finished, gateway) if destination is None else where(destination)
+    image = yield from on_the_loop(gateway, gateway.engine.store(finished, place, access=access, formats=allowed))
+    _stored(image)
+    if with_artifact:
+        yield from show_picture(gateway, image, place, access)
     return image
 
 
-def _generate(
-    prompt: str | None, credentials: Credentials, destination: Target | None, options: PurchaseOptions, **wanted: Any
-) -> _Storing:
-    item = _item(prompt, **wanted)
-    place, access = where(destination)
-    gateway = gateway_of(credentials)
-    work = gateway.engine.generate_and_store(item, place, options=options, access=access)
-    return _Storing(gateway, place, access, work)
+astore_image = async_task(store_image)
+"""`store_image` for async flows: awaited. Free."""
 
 
-@task(name="generate-and-store", **_GENERATE)
+def _stored(image: StoredImage) -> None:
+    verb = "was bought earlier" if image.reused else "is stored"
+    _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+
+
+@sync_task("generate-and-store")
 def generate_and_store(
     prompt: str | None = None,
     *,
@@ -488,7 +392,7 @@ def generate_and_store(
     retry_ambiguous: bool = False,
     on_ambiguous: OnAmbiguous = "settle",
     with_artifact: bool = False,
-) -> StoredImage:
+) -> Plan[StoredImage]:
     """From a prompt to its picture in the bucket, bought once: kill it and repeat it at will. **Costs money** once.
 
     Args:
@@ -521,69 +425,20 @@ def generate_and_store(
         deadline_seconds=deadline_seconds,
         formats=check_formats(formats),
     )
-    storing = _generate(
-        prompt,
-        credentials,
-        destination,
-        options,
-        image_url=image_url,
-        model=model,
-        version=version,
-        item_id=item_id,
-        input=input,
-        sample=sample,
+    item = yield from _item(
+        prompt, image_url=image_url, model=model, version=version, item_id=item_id, input=input, sample=sample
     )
+    place, access = where(destination)
+    gateway = gateway_of(credentials)
     with _failures_told():
-        image = storing.done(with_artifact=with_artifact)
+        work = gateway.engine.generate_and_store(item, place, options=options, access=access)
+        image = yield from on_the_loop(gateway, work)
+    _stored(image)
+    if with_artifact:
+        yield from show_picture(gateway, image, place, access)
     events.image_stored(image)
     return image
 
 
-@task(name="generate-and-store", **_GENERATE)
-async def agenerate_and_store(
-    prompt: str | None = None,
-    *,
-    destination: Target | None = None,
-    image_url: Reference | None = None,
-    model: str = DEFAULT_MODEL,
-    version: str | None = None,
-    item_id: str | None = None,
-    input: Mapping[str, Any] | None = None,
-    sample: int | None = None,
-    formats: Sequence[str] | None = None,
-    credentials: Credentials = None,
-    deadline_seconds: float | None = None,
-    replace: bool = False,
-    rebuy_missing: bool = False,
-    retry_failed: bool = False,
-    retry_ambiguous: bool = False,
-    on_ambiguous: OnAmbiguous = "settle",
-    with_artifact: bool = False,
-) -> StoredImage:
-    """`generate_and_store` for async flows: awaited. **Costs money** once."""
-    options = PurchaseOptions(
-        run_id=_run_id(),
-        replace=replace,
-        rebuy_missing=rebuy_missing,
-        retry_failed=retry_failed,
-        retry_ambiguous=retry_ambiguous,
-        on_ambiguous=on_ambiguous,
-        deadline_seconds=deadline_seconds,
-        formats=check_formats(formats),
-    )
-    storing = _generate(
-        prompt,
-        credentials,
-        destination,
-        options,
-        image_url=await _aopened(image_url),
-        model=model,
-        version=version,
-        item_id=item_id,
-        input=input,
-        sample=sample,
-    )
-    with _failures_told():
-        image = await storing.adone(with_artifact=with_artifact)
-    events.image_stored(image)
-    return image
+agenerate_and_store = async_task(generate_and_store)
+"""`generate_and_store` for async flows: awaited. **Costs money** once."""

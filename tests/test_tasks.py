@@ -12,9 +12,7 @@ from prefect import flow
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-import prefect_eachlabs
 from prefect_eachlabs import (
-    EachlabsError,
     Prediction,
     PredictionStatus,
     StoredImage,
@@ -319,11 +317,3 @@ def test_runs_are_named_for_their_items(studio: Studio) -> None:
             if len(names) == 3:
                 break
     assert names == {"create fox-7", "await fox-7", "store fox-7"}
-
-
-def test_what_is_public_is_what_the_door_says() -> None:
-    """`__all__`, the table of rooms and what type checkers see are the same names, and each of them loads."""
-    assert prefect_eachlabs.__all__ == sorted(prefect_eachlabs.__all__)
-    for name in prefect_eachlabs.__all__:
-        assert getattr(prefect_eachlabs, name) is not None
-    assert issubclass(prefect_eachlabs.NotAPng, EachlabsError)

@@ -1,0 +1,80 @@
+"""What is to be done, written once for sync and for async callers: a generator that yields its steps.
+
+    def stored(gateway: Gateway, uri: str) -> Plan[StoredImage]:
+        image = yield from on_the_loop(gateway, gateway.engine.find(uri))
+        data = yield from beside_the_loop(Path(uri).read_bytes)
+        return image
+
+`run(stored(...))` blocks at each step, `await arun(stored(...))` awaits each. Between its steps a plan runs where its
+caller runs, in the caller's context; it must not block there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, NamedTuple, TypeVar
+
+from prefect_eachlabs.engine.runtime import Gateway
+
+T = TypeVar("T")
+
+
+class Step(NamedTuple):
+    """A step of a plan: how it is done by a caller that may block, and by one that awaits."""
+
+    blocking: Callable[[], Any]
+    awaiting: Callable[[], Awaitable[Any]]
+
+
+Plan = Generator[Step, Any, T]
+
+
+def on_the_loop(gateway: Gateway, work: Coroutine[Any, Any, T]) -> Plan[T]:
+    """Work of the account's engine, on the gateway's own loop."""
+    done: T = yield Step(lambda: gateway.call(work), lambda: gateway.acall(work))
+    return done
+
+
+def beside_the_loop(work: Callable[[], T]) -> Plan[T]:
+    """Work that blocks: beside the caller's loop, where it has one."""
+    done: T = yield Step(work, lambda: asyncio.to_thread(work))
+    return done
+
+
+def either(blocking: Callable[[], T], awaiting: Callable[[], Awaitable[T]]) -> Plan[T]:
+    """A call of a library that has two doors itself."""
+    done: T = yield Step(blocking, awaiting)
+    return done
+
+
+def run(plan: Plan[T]) -> T:
+    """Goes through a plan, blocking; what a step raises is raised in the plan."""
+    try:
+        step = next(plan)
+        while True:
+            try:
+                done = step.blocking()
+            except BaseException as error:
+                step = plan.throw(error)
+            else:
+                step = plan.send(done)
+    except StopIteration as end:
+        found: T = end.value
+        return found
+
+
+async def arun(plan: Plan[T]) -> T:
+    """Goes through a plan, awaiting."""
+    try:
+        step = next(plan)
+        while True:
+            try:
+                done = await step.awaiting()
+            except BaseException as error:
+                step = plan.throw(error)
+            else:
+                step = plan.send(done)
+    except StopIteration as end:
+        found: T = end.value
+        return found
