@@ -3,26 +3,32 @@
     python benchmarks/soak_buyer.py '{"sources": "FOLDER/pair-{:03}.csv", "to": "s3://...", "state": FILE, ...}'
 
 Each batch is what a person types, `prefect-eachlabs batch SOURCE --to s3://... --json`. The number of the source that
-it is at stands in the file `state`, so that the next life goes on there; it ends after a batch when the file `stop`
-exists.
+it is at stands in the file `state`, so that the next life goes on there; what became of each batch goes into the file
+`results`; it ends after a batch when the file `stop` exists.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib
+import io
 import json
 import mmap
 import os
 import resource
+import signal
 import struct
 import sys
 import time
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import UUID, uuid4
 
+import httpx
 from processes import memory_mb
 
 OFFSET = struct.Struct("d")
@@ -101,16 +107,40 @@ def fill_the_disk(largest_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_bytes, largest_bytes))
 
 
+class Batch:
+    """One of its batches, as the file `results` tells it: a line at its beginning, and one at its end."""
+
+    def __init__(self, told: dict[str, Any], source: int) -> None:
+        self.run_id = told["run_id"] or uuid4().hex
+        self._results = Path(told["results"])
+        self._name = uuid4().hex
+        tallies = httpx.get(f"{told['emulator']}/_emulator/tallies", timeout=60).json()
+        self._note(buyer=told["name"], source=source, run_id=self.run_id, accepted=tallies["billed"])
+
+    def ended(self, status: int, printed: str) -> None:
+        try:
+            answer = json.loads(printed)
+        except ValueError:
+            answer = None
+        self._note(status=status, answer=answer, memory_mb=memory_mb(os.getpid()))
+
+    def _note(self, **said: Any) -> None:
+        with self._results.open("a") as file:
+            file.write(json.dumps({"batch": self._name, **said}) + "\n")
+
+
 def run(told: dict[str, Any]) -> int:
-    """Batch after batch; each one's exit status goes into the file `results`."""
+    """Batch after batch; what becomes of each goes into the file `results`."""
     cli = importlib.import_module("prefect_eachlabs.cli.main")  # after the clock
-    state, stop, results = Path(told["state"]), Path(told["stop"]), Path(told["results"])
+    command: Any = importlib.import_module("prefect_eachlabs.cli.batch")
+    state, stop = Path(told["state"]), Path(told["stop"])
     while True:
         at = int(state.read_text()) if state.exists() else 1
-        status = cli.main(["batch", told["sources"].format(at), "--to", told["to"], "--json", *told["flags"]])
-        with results.open("a") as file:
-            said = {"buyer": told["name"], "source": at, "status": status, "memory_mb": memory_mb(os.getpid())}
-            file.write(json.dumps(said) + "\n")
+        batch, printed = Batch(told, at), io.StringIO()
+        command.uuid4 = partial(UUID, batch.run_id)
+        with contextlib.redirect_stdout(printed):
+            status = cli.main(["batch", told["sources"].format(at), "--to", told["to"], "--json", *told["flags"]])
+        batch.ended(status, printed.getvalue())
         if told["once"] or stop.exists():
             return status
         aside = state.with_suffix(".new")
@@ -119,11 +149,15 @@ def run(told: dict[str, Any]) -> int:
 
 
 def main() -> int:
-    told = json.loads(sys.argv[1])
-    jump_with(Path(told["clock"]))
-    if told["largest_file_bytes"] is not None:
-        fill_the_disk(told["largest_file_bytes"])
-    return run(told)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # started in the background it would hear no Ctrl-C
+    try:
+        told = json.loads(sys.argv[1])
+        jump_with(Path(told["clock"]))
+        if told["largest_file_bytes"] is not None:
+            fill_the_disk(told["largest_file_bytes"])
+        return run(told)
+    except KeyboardInterrupt:  # outside of a command: while modules are imported
+        return 130
 
 
 if __name__ == "__main__":

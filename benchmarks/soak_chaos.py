@@ -46,7 +46,8 @@ class Chaos:
         self._kills, self._full_disks = itertools.cycle(world.pair), itertools.count()
 
         def every(least: float, strike: Callable[[float], object], first: float | None = None) -> None:
-            pause = min(least, seconds / 4)
+            # Not too many kills: the slots of the dead come back after 75 s.
+            pause = min(least, seconds / (2 if least == KILL_EVERY_SECONDS else 4))
             at = pause if first is None else first
             while at < seconds:
                 self._at(at, strike)

@@ -1,24 +1,30 @@
-"""What came of the soak: from the emulator's ledger and from the bucket, never from what buyers say of themselves."""
+"""What came of the soak. Money is counted on the API's side alone: what was billed, prompt by prompt, against the
+pictures that are in the bucket, byte for byte as they were sold. What buyers say of themselves (reports) is what is
+judged by it.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import boto3
 from botocore.config import Config
-from soak_faults import MAX_IN_FLIGHT, REQUESTS_PER_MINUTE
-from soak_world import BUCKET, DESTINATION, Wanted, World
+from soak_faults import BUDGET_USD, LATE, MAX_IN_FLIGHT, PICTURE_PX, POISON, PRICE_USD, REQUESTS_PER_MINUTE
+from soak_world import BUCKET, DESTINATION, Buyer, Wanted, World
 
-from prefect_eachlabs.images.png import verify_png
-from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.models import Destination
+from prefect_eachlabs.testing.emulator.pictures import plain_png
 
 THREADS = 8
 OVER = ("over_requests_per_minute", "over_max_in_flight")
+CENT_USD = 1e-6
+POSTS_OF_THE_HOPELESS = 2
+"""The order, and the one further that may follow the conclusion that it bought nothing."""
 
 
 @dataclass
@@ -30,6 +36,10 @@ class Verdict:
     """Orders that the API took; of those some failed or were cancelled, which costs nothing."""
     billed: int
     stored: int
+    replaced: int
+    """Billed, and replaced by a picture of another text, as was asked."""
+    once_too_many: int
+    """Billed beside the picture that is stored, where the list was later than the assumption says."""
     worst_window: int
     worst_in_flight: int
     must_be_zero: dict[str, int]
@@ -40,39 +50,78 @@ class Verdict:
         return not any(self.must_be_zero.values())
 
 
-def judge(world: World, wanted: list[Wanted], tracebacks: list[str]) -> Verdict:
-    """Reads the whole ledger, and every record and picture of the bucket."""
-    predictions = {one["id"]: one for one in world.predictions() if not one["foreign"]}
-    tallies = world.emulator.tallies()
-    billed = {id for id, one in predictions.items() if one["status"] == "success" and one["cost_usd"] > 0}
-    records, faults = _bucket(world)
-    stored: dict[str, str] = {}
-    for item in wanted:
-        if (fault := _fault_of(item, records.get(item.item_id), predictions)) is not None:
-            faults.setdefault(item.item_id, fault)
-        if item.item_id not in faults:
-            stored[item.item_id] = records[item.item_id].prediction_id or ""
-    not_stored = [f"{item.item_id}: {faults[item.item_id]}" for item in wanted if item.item_id in faults]
-    owners = Counter(stored.values())
-    wanted_of, billed_of = Counter(item.prompt for item in wanted), Counter(_prompt(predictions[id]) for id in billed)
-    twice = {prompt: count - wanted_of[prompt] for prompt, count in billed_of.items() if count > wanted_of[prompt]}
-    accounted = {id for record in records.values() for id in record.named_predictions}
-    lost = sorted(billed - owners.keys() - accounted)
+@dataclass(frozen=True)
+class Sold:
+    """What the API sold: its predictions in the order of their POSTs, each with its prompt and what it cost."""
+
+    predictions: Mapping[str, dict[str, Any]]
+
+    @classmethod
+    def by(cls, world: World) -> Sold:
+        return cls({one["id"]: one for one in world.predictions() if not one["foreign"]})
+
+    def prompt(self, prediction_id: str) -> str:
+        return str(self.predictions[prediction_id]["input"].get("prompt"))
+
+    @property
+    def billed(self) -> set[str]:
+        return {id for id, one in self.predictions.items() if one["cost_usd"] > 0}
+
+    def bill_usd(self, prompts: Collection[str], *, since: int = 0, until: int | None = None) -> float:
+        """What was billed for some prompts; of the n-th order to before another."""
+        orders = list(self.predictions)[since:until]
+        return sum(self.predictions[id]["cost_usd"] for id in orders if self.prompt(id) in prompts)
+
+
+def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], seen: Sequence[Sequence[str]]) -> Verdict:
+    """Reads the API's whole ledger and every picture of the bucket.
+
+    Args:
+        world: Which.
+        wanted: Every row of the sources that were begun, but for those of replacing runs.
+        tracebacks: What buyers wrote that looks like an error of ours.
+        seen: Predictions that nobody asked to cancel at a Ctrl-C, and batches that did not end.
+    """
+    sold, tallies = Sold.by(world), world.emulator.tallies()
+    replaced, in_the_end = world.replaced()
+    hopeless = [item for item in wanted if POISON in item.prompt]
+    items = [item for item in (*wanted, *in_the_end) if POISON not in item.prompt]
+    pictures, records = _bucket(world)
+    stored, faults = _stored(items, pictures, sold)
+    not_stored = [f"{item_id}: {fault}; its record: {records.get(item_id)}" for item_id, fault in faults.items()]
+    may_be_billed = Counter(item.prompt for item in (*items, *replaced))
+    billed_of = Counter(map(sold.prompt, sold.billed))
+    late = {item.prompt for item in items if LATE in item.prompt}
+    over = {prompt: count - may_be_billed[prompt] for prompt, count in billed_of.items()}
+    twice = {prompt: count - (prompt in late) for prompt, count in over.items() if count - (prompt in late) > 0}
+    overwritten = {item.prompt for item in replaced}
+    unstored = sorted(id for id in sold.billed - stored.keys() if sold.prompt(id) not in overwritten)
+    lost = [id for id in unstored if sold.prompt(id) not in late or over[sold.prompt(id)] <= 0]
+    posts = tallies["faults"].get("create:empty_error", 0) - POSTS_OF_THE_HOPELESS * len(hopeless)
+    costs, budgets = [*_wrong_costs(world, sold, stored)], [*_exceeded(world, sold)]
     violations = tallies["violations"]
-    over = max(0, tallies["worst_window"] - REQUESTS_PER_MINUTE, tallies["worst_in_flight"] - MAX_IN_FLIGHT)
+    limits = max(0, tallies["worst_window"] - REQUESTS_PER_MINUTE, tallies["worst_in_flight"] - MAX_IN_FLIGHT)
+    not_asked, not_ended = seen
     return Verdict(
-        wanted=len(wanted),
-        accepted=len(predictions),
-        billed=len(billed),
+        wanted=len(items),
+        accepted=len(sold.predictions),
+        billed=len(sold.billed),
         stored=len(stored),
+        replaced=sum(sold.prompt(id) in overwritten for id in sold.billed),
+        once_too_many=len(unstored) - len(lost),
         worst_window=tallies["worst_window"],
         worst_in_flight=tallies["worst_in_flight"],
         must_be_zero={
             "wanted and not stored": len(not_stored),
             "billed twice": sum(twice.values()),
-            "paid and lost": len(lost),
-            "two items with one picture": sum(count - 1 for count in owners.values()),
-            "limits exceeded": over + sum(violations.get(name, 0) for name in OVER),
+            "paid and not in the bucket": len(lost),
+            "two items with one picture": len(items) - len(faults) - len(stored),
+            "orders beyond the second of what is answered 500 for ever": max(0, posts),
+            "reports whose cost is not the bill": len(costs),
+            "budgets exceeded": len(budgets),
+            "in flight at a Ctrl-C and not asked to cancel": len(not_asked),
+            "batches that did not end in time": len(not_ended),
+            "limits exceeded": limits + sum(violations.get(name, 0) for name in OVER),
             "keys sent to the file host, other offences": sum(
                 count for name, count in violations.items() if name not in OVER
             ),
@@ -80,74 +129,152 @@ def judge(world: World, wanted: list[Wanted], tracebacks: list[str]) -> Verdict:
         },
         named={
             "not stored": not_stored,
-            "billed twice": [_told(world, prompt, predictions, records) for prompt in twice],
-            "lost": [f"{id}: {_prompt(predictions[id])}" for id in lost],
-            "exceptions": tracebacks,
+            "billed twice": [_told(world, prompt, sold, records) for prompt in twice],
+            "paid and not in the bucket": [f"{id}: {sold.prompt(id)}" for id in lost],
+            "reports": costs,
+            "budgets": budgets,
+            "not asked": list(not_asked),
+            "not ended": list(not_ended),
+            "exceptions": list(tracebacks),
         },
     )
 
 
-def _prompt(prediction: dict[str, Any]) -> str:
-    return str(prediction["input"].get("prompt"))
+def _stored(
+    items: Sequence[Wanted], pictures: Mapping[str, bytes], sold: Sold
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Prediction → item, of pictures that are there as they were sold; and of the other items, why not."""
+    made: dict[bytes, str] = {}
+    for id in sold.billed:
+        made[plain_png(PICTURE_PX, f"{id}/1")] = id
+    stored: dict[str, str] = {}
+    faults: dict[str, str] = {}
+    for item in items:
+        picture = pictures.get(item.item_id)
+        id = made.get(picture or b"")
+        if picture is None:
+            faults[item.item_id] = "no picture"
+        elif id is None:
+            faults[item.item_id] = "its picture is not one that was sold"
+        elif sold.prompt(id) != item.prompt:
+            faults[item.item_id] = f"it has the picture of {sold.prompt(id)!r}"
+        else:
+            stored[id] = item.item_id
+    return stored, faults
 
 
-def _told(world: World, prompt: str, predictions: dict[str, Any], records: dict[str, Record]) -> str:
+def _told(world: World, prompt: str, sold: Sold, records: Mapping[str, str]) -> str:
     """All that is known of a picture that was billed too often."""
-    theirs = [one for one in predictions.values() if _prompt(one) == prompt]
+    theirs = [one for one in sold.predictions.values() if one["input"].get("prompt") == prompt]
     asked = [
         {name: entry[name] for name in ("at", "endpoint", "status", "fault", "seconds", "prediction_id")}
         for entry in world.emulator.journal()
         if entry["prediction_id"] in {one["id"] for one in theirs}
     ]
-    named = [record.model_dump_json() for record in records.values() if record.input.get("prompt") == prompt]
+    named = [record for record in records.values() if prompt in record]
     return json.dumps({"prompt": prompt, "predictions": theirs, "requests": asked, "records": named}, indent=1)
 
 
-def _fault_of(item: Wanted, record: Record | None, predictions: dict[str, Any]) -> str | None:
-    """Why an item is not stored, as far as its record tells."""
-    if record is None:
-        return "no record"
-    if record.state is not RecordState.STORED:
-        return f"its record says {record.state.value}: {record.error.message if record.error else ''}"
-    prediction = predictions.get(record.prediction_id or "")
-    if prediction is None:
-        return f"the API knows no prediction {record.prediction_id}"
-    return None if _prompt(prediction) == item.prompt else f"it has the picture of {_prompt(prediction)!r}"
+# ------------------------------------------------------------- reports and budgets
 
 
-def _bucket(world: World) -> tuple[dict[str, Record], dict[str, str]]:
-    """Every record by item; and of each whose picture is not there, whole and its own, why."""
-    config = Config(max_pool_connections=THREADS, retries={"max_attempts": 3, "mode": "standard"})
-    keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
-    s3 = boto3.client("s3", endpoint_url=world.s3_url, config=config, **keys)
+def _orders_of(world: World, buyer: Buyer) -> Iterator[tuple[dict[str, Any], int, int | None]]:
+    """A buyer's batches, each with the number of the first order that may be its own, and of the first that may not."""
+    batches = [one for one in world.batches() if one["buyer"] == buyer.name]
+    for number, one in enumerate(batches):
+        following = [int(later["accepted"]) for later in batches[number + 1 :] if later["source"] == one["source"]]
+        yield one, int(one["accepted"]), following[0] if following else None
+
+
+def _wrong_costs(world: World, sold: Sold, stored: Collection[str]) -> Iterator[str]:
+    """Batches of who was alone with its rows, and told another cost than the API billed meanwhile."""
+    for buyer in (world.steady, world.hopeless, world.interrupted):
+        for one, since, until in _orders_of(world, buyer):
+            said = one.get("answer")
+            if said is None or "cost_usd" not in said:
+                said = _report_of(world, one)
+            if said is None:
+                if one.get("status") in (0, 1):
+                    yield f"{one['buyer']}, source {one['source']}: no report"
+                continue
+            prompts = {row.prompt for row in buyer.group.wanted_of(int(one["source"]))}
+            bill = sold.bill_usd(prompts, since=since, until=until)
+            unknown = int(said.get("cost_unknown", 0)) * PRICE_USD
+            if not said["cost_usd"] - CENT_USD <= bill <= said["cost_usd"] + unknown + CENT_USD:
+                yield f"{one['buyer']}, source {one['source']}, run {one['run_id']}: {_costs(said)}, billed {bill:.4f}"
+    last = next((one.get("answer") for one in world.batches() if one["buyer"] == world.last.name), None)
+    whole = sum(sold.predictions[id]["cost_usd"] for id in stored if not _is_replaced(world, sold.prompt(id)))
+    said_usd = (last or {}).get("pictures_cost_usd")
+    if said_usd is None or abs(said_usd - whole) > CENT_USD:
+        yield f"the last run: all its pictures cost {said_usd}, billed {whole:.4f}"
+
+
+def _costs(said: Mapping[str, Any]) -> str:
+    return f"cost_usd {said['cost_usd']}, cost_unknown {said.get('cost_unknown')}"
+
+
+def _is_replaced(world: World, prompt: str) -> bool:
+    return prompt in {row.prompt for row in world.replaced()[1]}
+
+
+def _report_of(world: World, batch: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The report that a batch that was interrupted left in the bucket."""
+    with _s3(world) as s3:
+        prefix = Destination.parse(DESTINATION).key("batches/")
+        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
+        for page in pages:
+            for row in page.get("Contents", []):
+                if row["Key"].endswith(f"-{batch['run_id'][:12]}/report.json"):
+                    with s3.get_object(Bucket=BUCKET, Key=row["Key"])["Body"] as body:
+                        found: dict[str, Any] = json.load(body)
+                        return found
+    return None
+
+
+def _exceeded(world: World, sold: Sold) -> Iterator[str]:
+    """Runs with a budget that were billed more, from their first life to their last."""
+    buyer = world.budgeted
+    for source in {int(one["source"]) for one in world.batches() if one["buyer"] == buyer.name}:
+        prompts = {row.prompt for row in buyer.group.wanted_of(source)}
+        bill = sold.bill_usd(prompts, until=world.accepted_before_the_last_run)
+        if bill > BUDGET_USD + CENT_USD:
+            yield f"source {source}: {bill:.4f} USD billed on {BUDGET_USD:.4f}"
+
+
+# ----------------------------------------------------------------------- the bucket
+
+
+class _S3:
+    """A client that is closed with its block."""
+
+    def __init__(self, url: str) -> None:
+        config = Config(max_pool_connections=THREADS, retries={"max_attempts": 3, "mode": "standard"})
+        keys = {"aws_access_key_id": "local", "aws_secret_access_key": "local", "region_name": "us-east-1"}
+        self.client = boto3.client("s3", endpoint_url=url, config=config, **keys)
+
+    def __enter__(self) -> Any:
+        return self.client
+
+    def __exit__(self, *_: object) -> None:
+        self.client.close()
+
+
+def _s3(world: World) -> _S3:
+    return _S3(world.s3_url)
+
+
+def _bucket(world: World) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Every picture, and every record as text (to be shown), by item."""
     destination = Destination.parse(DESTINATION)
-    records: dict[str, Record] = {}
-    faults: dict[str, str] = {}
+    with _s3(world) as s3, ThreadPoolExecutor(THREADS) as pool:
 
-    def body(key: str) -> tuple[bytes, dict[str, str]]:
-        answer = s3.get_object(Bucket=BUCKET, Key=key)
-        with answer["Body"] as stream:
-            return stream.read(), answer["Metadata"]
+        def read(key: str) -> tuple[str, bytes]:
+            with s3.get_object(Bucket=BUCKET, Key=key)["Body"] as body:
+                return key.rpartition("/")[2].rpartition(".")[0], body.read()
 
-    def look(key: str) -> None:
-        record = Record.model_validate_json(body(key)[0])
-        records[record.item_id] = record
-        if record.state is not RecordState.STORED:
-            return
-        try:
-            picture, metadata = body(destination.image_key(record.item_id))
-            if verify_png(picture).sha256 != record.sha256:
-                faults[record.item_id] = "its picture is not what its record says"
-            elif metadata.get("prediction-id") != record.prediction_id:
-                faults[record.item_id] = f"its picture is of prediction {metadata.get('prediction-id')}"
-        except Exception as error:
-            faults[record.item_id] = f"its picture cannot be read: {error}"
+        def all_under(folder: str) -> dict[str, bytes]:
+            pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=destination.key(folder))
+            return dict(pool.map(read, [row["Key"] for page in pages for row in page.get("Contents", [])]))
 
-    try:
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=destination.key("records/"))
-        names = [row["Key"] for page in pages for row in page.get("Contents", [])]
-        with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(look, names))
-    finally:
-        s3.close()
-    return records, faults
+        records = {item_id: body.decode() for item_id, body in all_under("records/").items()}
+        return all_under("images/"), records

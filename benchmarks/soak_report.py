@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 import report
 from soak_faults import (
     API_FAULTS,
+    BUDGET_PICTURES,
     CLAIM_SECONDS,
     FILE_FAULTS,
     MAX_IN_FLIGHT,
@@ -66,7 +67,7 @@ class Injected:
     def rows(self) -> list[Row]:
         """Where and what, and how often."""
         rows: list[Row] = []
-        given = {fault.name: fault for fault in map(Fault.parse, (*API_FAULTS, *FILE_FAULTS))}
+        given = {fault.name: fault for fault in reversed([*map(Fault.parse, (*API_FAULTS, *FILE_FAULTS))])}
         for endpoint, where in WHERE.items():
             for kind, told in kinds_of(endpoint).items():
                 if count := self.emulator.get(f"{endpoint}:{kind}"):
@@ -101,6 +102,8 @@ def results(verdict: Verdict, soaked: Soaked) -> list[Row]:
         ("pictures stored, read back and verified", f"{verdict.stored:,}"),
         ("orders that the API accepted", f"{verdict.accepted:,}"),
         ("of them billed (the others failed or were cancelled)", f"{verdict.billed:,}"),
+        ("of them replaced by another text, as was asked", f"{verdict.replaced:,}"),
+        ("of them one too many, under a list that is later than settling", f"{verdict.once_too_many:,}"),
         *((f"{name} (must be 0)", f"{count:,}") for name, count in verdict.must_be_zero.items()),
         (f"most requests in any 60 s (limit {REQUESTS_PER_MINUTE})", f"{verdict.worst_window:,}"),
         (f"most predictions in flight (limit {MAX_IN_FLIGHT})", f"{verdict.worst_in_flight:,}"),
@@ -141,8 +144,14 @@ def document(verdict: Verdict, injected: Injected, soaked: Soaked) -> str:
         f"A prediction takes {SERVICE_SECONDS:g} s on average; claims live {CLAIM_SECONDS} s, settling takes "
         f"{SETTLING_SECONDS} s. Every twentieth row wants the same input as the row before it. Then faults stop, and "
         "one last run of all rows must find or buy what is missing.",
-        "The figures come from the emulator's ledger and from the bucket, where every record and every picture is "
-        "read back; only exit statuses, and memory after a batch, are what a buyer says of itself.",
+        "Beside them two scenes at a time are played: a batch gets Ctrl-C at any moment of its life, is run again, and "
+        "gets it again; two batches with other texts for the same items run with `--replace` over each other; a batch "
+        f"has a budget of {BUDGET_PICTURES} pictures, is killed twice and is run again as the same run; a batch has "
+        "rows whose orders are answered 500 for ever, and rows whose orders are listed 45 s late (much later than "
+        "settling, which the promise excludes: such an item may be ordered once more, and never twice more).",
+        "Money is counted on the API's side alone: what the emulator billed, prompt by prompt, against the pictures "
+        "in the bucket, byte for byte as they were sold. A report's cost must be that bill (what it says it does not "
+        "know yet apart). Exit statuses, and memory after a batch, are what a buyer says of itself.",
         "## What came of it",
         report.table(("", ""), results(verdict, soaked)),
         f"## What was injected: {injected.total:,} faults",

@@ -8,24 +8,28 @@ import json
 import signal
 import struct
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
 from processes import Emulator, Process, clean_environment, python
 from servers import PrefectServer
-from soak_faults import ACCOUNT, EMULATOR_FLAGS
+from soak_faults import ACCOUNT, BUDGET_PICTURES, EMULATOR_FLAGS, INTERRUPTED, LATE, POISON
 
 BUCKET = "soak"
 DESTINATION = f"s3://{BUCKET}/pictures"
 SOURCES = 60
 ROWS, STEADY_ROWS = 150, 50
+INTERRUPTED_ROWS, REPLACED_ROWS, BUDGETED_ROWS, HOPELESS_ROWS = 24, 12, BUDGET_PICTURES * 3, 18
+POISONED_OF_HOPELESS, LATE_OF_HOPELESS = 4, 6
 TWIN_EVERY = 20
 """So often a row wants the same picture as the row before it: two items with one input, which are two purchases."""
 WIDE_ROWS, WIDE_CHARACTERS = 60, 60_000
 """A label of so many characters, and the rows of a batch do not fit into memory: they go to the disk."""
 LARGEST_FILE_BYTES = 65_536
+RESULTS = "results.jsonl"
+"""Of each life of a buyer: a file for each, because those on a full disk may not grow."""
 
 
 class Wanted(NamedTuple):
@@ -36,10 +40,29 @@ class Wanted(NamedTuple):
 
 
 class Group:
-    """Sources of one kind, one after the other, and the buyers that go through them."""
+    """Sources of one kind, one after the other, and the buyers that go through them.
 
-    def __init__(self, folder: Path, name: str, rows: int, *, label_characters: int = 0) -> None:
+    Args:
+        folder: Where the sources are written.
+        name: Of sources, items and prompts.
+        rows: Of each source.
+        ids: How its items are called, when another group has the same items; its name.
+        label_characters: The length of a label that each row has.
+        words: Said at the end of the prompts of the first rows.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        rows: int,
+        *,
+        ids: str | None = None,
+        label_characters: int = 0,
+        words: Sequence[str] = (),
+    ) -> None:
         self.name, self._folder, self._rows = name, folder, rows
+        self._ids, self._words = ids or name, words
         for number in range(1, SOURCES + 1):
             with self.source(number).open("w", newline="") as file:
                 write = csv.writer(file).writerow
@@ -57,7 +80,8 @@ class Group:
     def wanted_of(self, number: int) -> Iterator[Wanted]:
         for row in range(1, self._rows + 1):
             prompt_row = row - 1 if row % TWIN_EVERY == 0 else row
-            yield Wanted(f"{self.name}-{number:03}-{row:03}", f"{self.name} {number}, picture {prompt_row}")
+            word = f" {self._words[row - 1]}" if row <= len(self._words) else ""
+            yield Wanted(f"{self._ids}-{number:03}-{row:03}", f"{self.name} {number}, picture {prompt_row}{word}")
 
 
 class Buyer:
@@ -98,8 +122,13 @@ class Buyer:
     def is_running(self) -> bool:
         return self.process is not None and self.process.is_running()
 
-    def start(self, *, source: str | None = None, flags: tuple[str, ...] = ()) -> None:
-        """Its next life."""
+    def start_at(self, number: int, *flags: str, run_id: str | None = None) -> None:
+        """Its next life: one batch over one source."""
+        self.begin_at(number)
+        self.start(source=self.group.sources, flags=flags, run_id=run_id)
+
+    def start(self, *, source: str | None = None, flags: tuple[str, ...] = (), run_id: str | None = None) -> None:
+        """Its next life; with a source it is one batch."""
         self.reap()
         self.lives += 1
         folder = self._world.folder / f"{self.name}-{self.lives}"
@@ -110,11 +139,13 @@ class Buyer:
             "to": DESTINATION,
             "state": str(self._state),
             "stop": str(self._world.stop),
-            "results": str(self._world.results),
+            "results": str(folder / RESULTS),
             "clock": str(self._clock),
             "largest_file_bytes": LARGEST_FILE_BYTES if self._disk_is_full else None,
             "once": self._disk_is_full or source is not None,
             "flags": list(flags),
+            "run_id": run_id,
+            "emulator": self._world.emulator.url,
         }
         environment = clean_environment(**self._world.environment, PREFECT_HOME=str(folder), TMPDIR=str(folder))
         command = python("soak_buyer.py", json.dumps(told))
@@ -126,6 +157,11 @@ class Buyer:
         if self.process is not None:
             self.process.send(signal.SIGKILL)
         self.reap()
+
+    def interrupt(self) -> None:
+        """Ctrl-C."""
+        if self.process is not None:
+            self.process.send(signal.SIGINT)
 
     def freeze(self, frozen: bool) -> None:
         if self.process is not None and frozen != self.is_frozen:
@@ -157,7 +193,8 @@ class World:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
-        self.stop, self.results = folder / "stop", folder / "results.jsonl"
+        self.stop = folder / "stop"
+        self.accepted_before_the_last_run: int | None = None
         sources = folder / "sources"
         sources.mkdir()
         self._ending = contextlib.ExitStack()
@@ -184,14 +221,31 @@ class World:
             self.pair = (Buyer(self, "A", pair), Buyer(self, "B", pair))
             self.steady = Buyer(self, "steady", steady)
             self.on_a_full_disk = Buyer(self, "full-disk", wide, disk_is_full=True)
-            self._last = Buyer(self, "calm", steady)
-            for buyer in (*self.buyers, self._last):
+            self.interrupted = Buyer(self, "Ctrl-C", Group(sources, INTERRUPTED, INTERRUPTED_ROWS))
+            one, other, third = (
+                Group(sources, f"replaced by {who}", REPLACED_ROWS, ids="replaced")
+                for who in ("C", "D", "the last run")
+            )
+            self.replacing = (Buyer(self, "C", one), Buyer(self, "D", other))
+            self.budgeted = Buyer(self, "budgeted", Group(sources, "budgeted", BUDGETED_ROWS))
+            words = [POISON] * POISONED_OF_HOPELESS + [LATE] * LATE_OF_HOPELESS
+            self.hopeless = Buyer(self, "hopeless", Group(sources, "hopeless", HOPELESS_ROWS, words=words))
+            self.last, self._last_replacing = Buyer(self, "calm", steady), Buyer(self, "calm-replacing", third)
+            for buyer in self.all_buyers:
                 ending.callback(buyer.reap)
             self._ending = ending.pop_all()
 
     @property
     def buyers(self) -> tuple[Buyer, ...]:
         return (*self.pair, self.steady, self.on_a_full_disk)
+
+    @property
+    def scene_buyers(self) -> tuple[Buyer, ...]:
+        return (self.interrupted, *self.replacing, self.budgeted, self.hopeless)
+
+    @property
+    def all_buyers(self) -> tuple[Buyer, ...]:
+        return (*self.buyers, *self.scene_buyers, self.last, self._last_replacing)
 
     def set_faults(self, api: tuple[str, ...], *, s3: bool) -> None:
         httpx.post(f"{self.emulator.url}/_emulator/faults", json={"faults": api}, timeout=60).raise_for_status()
@@ -207,31 +261,58 @@ class World:
         found: list[dict[str, Any]] = answer.raise_for_status().json()
         return found
 
-    def wanted(self) -> list[Wanted]:
-        """The rows of every source that some buyer has begun."""
+    def _begun(self, buyers: Iterable[Buyer]) -> Iterator[tuple[Group, int]]:
+        """The groups that some of these buyers have begun, and the last source that they were at."""
         begun = Counter[Group]()
-        for buyer in self.buyers:
+        for buyer in buyers:
             if buyer.lives:
                 begun[buyer.group] = max(begun[buyer.group], buyer.at_source)
-        return [wanted for group, last in begun.items() for n in range(1, last + 1) for wanted in group.wanted_of(n)]
+        yield from begun.items()
 
-    def start_the_last_run(self, wanted: list[Wanted]) -> Buyer:
-        """One more run of everything at once, with what failed for good tried again."""
-        source = self.folder / "everything.csv"
+    def wanted(self) -> list[Wanted]:
+        """The rows of every source that was begun, but for those that were replaced."""
+        buyers = [buyer for buyer in (*self.buyers, *self.scene_buyers) if buyer not in self.replacing]
+        return [row for group, last in self._begun(buyers) for n in range(1, last + 1) for row in group.wanted_of(n)]
+
+    def replaced(self) -> tuple[list[Wanted], list[Wanted]]:
+        """Rows that runs replaced against each other, as those runs wanted them; and as the last run wants them."""
+        texts: list[Wanted] = []
+        last = 0
+        for group, number in self._begun(self.replacing):
+            texts += [row for n in range(1, number + 1) for row in group.wanted_of(n)]
+            last = max(last, number)
+        return texts, [row for n in range(1, last + 1) for row in self._last_replacing.group.wanted_of(n)]
+
+    def start_the_last_run(self, wanted: list[Wanted], replaced: list[Wanted]) -> tuple[Buyer, ...]:
+        """One more run of everything at once, with what failed for good tried again; and one that replaces anew."""
+        self.accepted_before_the_last_run = int(self.emulator.tallies()["billed"])
+        self.last.start(source=self._written("everything", wanted), flags=("--retry-failed",))
+        if not replaced:
+            return (self.last,)
+        self._last_replacing.start(source=self._written("replaced", replaced), flags=("--replace",))
+        return (self.last, self._last_replacing)
+
+    def _written(self, name: str, rows: list[Wanted]) -> str:
+        source = self.folder / f"{name}.csv"
         with source.open("w", newline="") as file:
-            csv.writer(file).writerows([("id", "prompt"), *wanted])
-        self._last.start(source=str(source), flags=("--retry-failed",))
-        return self._last
+            csv.writer(file).writerows([("id", "prompt"), *rows])
+        return str(source)
 
-    def ended_batches(self) -> list[dict[str, Any]]:
-        """Batches that came to an end: buyer, source, exit status, and the buyer's memory then."""
-        lines = self.results.read_text().splitlines() if self.results.exists() else []
-        return [json.loads(line) for line in lines]
+    def batches(self) -> list[dict[str, Any]]:
+        """Batches in the order of their beginnings: buyer, source, run_id, and how many orders had been taken then.
+
+        Those that came to an end have its exit status, what it printed, and the buyer's memory.
+        """
+        begun: dict[str, dict[str, Any]] = {}
+        for path in self.folder.glob(f"*/{RESULTS}"):
+            for line in map(json.loads, path.read_text().splitlines()):
+                begun.setdefault(line["batch"], {}).update(line)
+        return sorted(begun.values(), key=lambda one: int(one["accepted"]))
 
     def tracebacks(self) -> list[str]:
         """What buyers wrote that looks like an error of ours: each with who wrote it."""
         found = []
-        for buyer in (*self.buyers, self._last):
+        for buyer in self.all_buyers:
             for life, text in enumerate(buyer.logs(), start=1):
                 _, *rest = text.split("Traceback (most recent call last)")
                 found += [f"{buyer.name}, life {life}: {one[:4_000]}" for one in rest]

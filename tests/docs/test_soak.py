@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import boto3
 import httpx
@@ -16,6 +20,8 @@ import pytest
 
 from prefect_eachlabs.cli import batch
 from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.engine.runtime import close_gateways
+from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from tests.flows.flow_fixtures import Studio
 
 SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
@@ -23,8 +29,13 @@ ENDS_WITHIN_SECONDS = 900
 MUST_BE_ZERO = {
     "wanted and not stored",
     "billed twice",
-    "paid and lost",
+    "paid and not in the bucket",
     "two items with one picture",
+    "orders beyond the second of what is answered 500 for ever",
+    "reports whose cost is not the bill",
+    "budgets exceeded",
+    "in flight at a Ctrl-C and not asked to cancel",
+    "batches that did not end in time",
     "limits exceeded",
     "keys sent to the file host, other offences",
     "exceptions outside the tree of errors",
@@ -32,10 +43,10 @@ MUST_BE_ZERO = {
 
 
 @pytest.mark.slow
-def test_a_soak_of_most_of_a_minute_injects_every_sort_of_fault_and_its_books_are_right(tmp_path: Path) -> None:
+def test_a_soak_of_a_minute_or_so_injects_every_sort_of_fault_and_its_books_are_right(tmp_path: Path) -> None:
     pytest.importorskip("moto")
     page = tmp_path / "soak.md"
-    command = [sys.executable, str(SOAK), "--minutes", "0.7", "--seed", "3", "--output", str(page)]
+    command = [sys.executable, str(SOAK), "--minutes", "1.5", "--seed", "3", "--output", str(page)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     try:
         said, _ = process.communicate(timeout=ENDS_WITHIN_SECONDS)
@@ -46,43 +57,105 @@ def test_a_soak_of_most_of_a_minute_injects_every_sort_of_fault_and_its_books_ar
     zeros = re.findall(r"^  (.+) \(must be 0\) +([\d,]+)$", said, re.MULTILINE)
     assert dict(zeros) == dict.fromkeys(MUST_BE_ZERO, "0")
     injected = dict(re.findall(r"^  faults injected: (.+?) {2,}([\d,]+)$", said, re.MULTILINE))
-    assert len(injected) == 8, "API, file host, S3, kills, freezes, clock jumps, full disks, a restart"
+    assert len(injected) >= 10, "API, file host, S3, kills, freezes, clock jumps, full disks, a restart, scenes"
     assert all(int(count.replace(",", "")) > 0 for count in injected.values()), injected
     numbers = dict(re.findall(r"^  (pictures \w+).*? {2,}([\d,]+)$", said, re.MULTILINE))
     assert numbers["pictures stored"] == numbers["pictures wanted"]
     assert "# Soak: faults in numbers" in page.read_text()
 
 
-def test_the_books_show_what_was_bought_twice_lost_or_left_out(
-    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def books(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The judge, and a world of four foxes of which somebody has bought every one."""
     monkeypatch.syspath_prepend(SOAK.parent)
     judge = importlib.import_module("soak_judge")
     monkeypatch.setattr(batch, "source_of_places", lambda: None)
     studio.s3.create_bucket(judge.BUCKET)
     wanted = [judge.Wanted(f"i{number}", f"fox {number}") for number in range(4)]
-    source = tmp_path / "source.csv"
-    source.write_text("id,prompt\n" + "".join(f"{one.item_id},{one.prompt}\n" for one in wanted))
-    assert main(["batch", str(source), "--to", judge.DESTINATION, "--json"]) == 0
-    world = SimpleNamespace(emulator=studio.api, predictions=studio.api.predictions, s3_url=studio.s3.url)
-    verdict = judge.judge(world, wanted, [])
-    assert (verdict.wanted, verdict.billed, verdict.stored) == (4, 4, 4)
-    assert verdict.is_well
+    nobody = SimpleNamespace(name="nobody", group=SimpleNamespace(wanted_of=lambda number: []))
+    alone = SimpleNamespace(name="alone", group=SimpleNamespace(wanted_of=lambda number: wanted))
+    options = EmulatorOptions(
+        service_seconds=0.05, requests_per_minute=None, pictures="plain", image_size_px=judge.PICTURE_PX
+    )
+    with EmulatorServer(options) as api:
+        monkeypatch.setenv("EACHLABS_BASE_URL", api.url)
+        yield SimpleNamespace(
+            judge=judge,
+            wanted=wanted,
+            api=api,
+            world=SimpleNamespace(
+                emulator=api,
+                predictions=api.predictions,
+                s3_url=studio.s3.url,
+                replaced=lambda: ([], []),
+                steady=alone,
+                interrupted=nobody,
+                hopeless=nobody,
+                budgeted=alone,
+                last=alone,
+                accepted_before_the_last_run=None,
+            ),
+        )
+        close_gateways()
 
-    # A second order of one picture, an order that nobody wanted, and a picture that is gone.
-    for prompt in ("fox 0", "a badger"):
+
+def verdict_of(books: Any, answer: dict[str, Any], *more: Any, exceptions: Sequence[str] = ()) -> Any:
+    said = {"buyer": "alone", "source": 1, "run_id": "r", "accepted": 0, "status": 0, "answer": answer}
+    books.world.batches = lambda: [said]
+    return books.judge.judge(books.world, [*books.wanted, *more], exceptions, ([], []))
+
+
+def not_zero(verdict: Any) -> dict[str, int]:
+    return {name: count for name, count in verdict.must_be_zero.items() if count}
+
+
+def test_the_books_show_what_was_bought_twice_lost_left_out_or_told_wrongly(
+    books: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "source.csv"
+    source.write_text("id,prompt\n" + "".join(f"{one.item_id},{one.prompt}\n" for one in books.wanted))
+    assert main(["batch", str(source), "--to", books.judge.DESTINATION, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    verdict = verdict_of(books, answer)
+    assert (verdict.wanted, verdict.billed, verdict.stored) == (4, 4, 4)
+    assert verdict.is_well, verdict.named
+    assert set(verdict.must_be_zero) == MUST_BE_ZERO
+    assert not_zero(verdict_of(books, {**answer, "cost_usd": 0.0})) == {"reports whose cost is not the bill": 1}
+    assert verdict_of(books, {**answer, "cost_usd": 0.0, "cost_unknown": 4}).is_well, "it says what it does not know"
+
+    # A second order of one picture, two that nobody wanted and a budget does not cover, and a picture that is gone.
+    for prompt in ("fox 0", "fox 2", "a badger"):
         order = {"model": "gemini", "version": "2.0-flash-exp-image-generation", "input": {"prompt": prompt}}
-        httpx.post(f"{studio.api.url}/v1/prediction/", json=order, headers={"X-API-Key": "key"}).raise_for_status()
-    while studio.api.tallies()["in_flight"]:
+        httpx.post(f"{books.api.url}/v1/prediction/", json=order, headers={"X-API-Key": "key"}).raise_for_status()
+    while books.api.tallies()["in_flight"]:
         time.sleep(0.01)
-    s3 = boto3.client("s3")
-    s3.delete_object(Bucket=judge.BUCKET, Key=judge.Destination.parse(judge.DESTINATION).image_key("i1"))
-    s3.close()
-    verdict = judge.judge(world, [*wanted, judge.Wanted("i4", "an owl")], ["Traceback"])
+    with closing(boto3.client("s3")) as s3:
+        image_key = books.judge.Destination.parse(books.judge.DESTINATION).image_key
+        s3.delete_object(Bucket=books.judge.BUCKET, Key=image_key("i1"))
+    verdict = verdict_of(books, answer, books.judge.Wanted("i4", "an owl"), exceptions=["Traceback"])
     assert not verdict.is_well
-    assert {name: count for name, count in verdict.must_be_zero.items() if count} == {
+    assert not_zero(verdict) == {
         "wanted and not stored": 2,
-        "billed twice": 2,
-        "paid and lost": 2,
+        "billed twice": 3,
+        "paid and not in the bucket": 4,
+        "reports whose cost is not the bill": 2,  # the run's, and the sum of all pictures
         "exceptions outside the tree of errors": 1,
     }
+
+
+def test_the_books_show_a_budget_that_was_not_kept_and_orders_without_end(books: Any) -> None:
+    for number in range(8):
+        order = {"model": "gemini", "input": {"prompt": f"fox {number % 4}"}}
+        httpx.post(f"{books.api.url}/v1/prediction/", json=order, headers={"X-API-Key": "key"}).raise_for_status()
+    books.api.set_faults("create:empty_error,matching=poison")
+    for _ in range(3):
+        order = {"model": "gemini", "input": {"prompt": "an (poison) apple"}}
+        httpx.post(f"{books.api.url}/v1/prediction/", json=order, headers={"X-API-Key": "key"})
+    while books.api.tallies()["in_flight"]:
+        time.sleep(0.01)
+    verdict = verdict_of(
+        books, {"cost_usd": 0.312, "pictures_cost_usd": 0.0}, books.judge.Wanted("i5", "an (poison) apple")
+    )
+    assert verdict.must_be_zero["budgets exceeded"] == 1, "eight pictures on a budget of six"
+    assert verdict.must_be_zero["orders beyond the second of what is answered 500 for ever"] == 1
+    assert verdict.must_be_zero["wanted and not stored"] == 4, "the apple cannot be had"

@@ -8,6 +8,8 @@ from typing import Any
 import httpx
 import pytest
 
+from prefect_eachlabs.testing.emulator import Fault
+from prefect_eachlabs.testing.emulator.faults import FaultBook
 from tests.testing.test_emulator import KEY, Api
 
 
@@ -29,6 +31,13 @@ def test_a_fault_may_hit_the_first_calls_of_each_picture() -> None:
     one, two = api.buy("a"), api.buy("b")
     seen = [api.call("GET", f"/files/{name}.png").status_code for name in (one, one, two, one, two, two)]
     assert seen == [404, 404, 404, 200, 404, 200]
+
+
+def test_with_a_rate_it_hits_the_first_calls_of_so_many_pictures() -> None:
+    book = FaultBook([Fault.parse("picture:not_found=0.25,first=2")])
+    hits = [sum(book.draw("picture", subject=str(picture)) is not None for _ in range(4)) for picture in range(200)]
+    assert set(hits) == {0, 2}
+    assert 30 < hits.count(2) < 70
 
 
 @pytest.mark.parametrize("status", [404, 410, 503])

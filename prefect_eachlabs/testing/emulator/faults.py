@@ -60,7 +60,7 @@ class Fault(BaseModel):
         at: At the n-th calls, counted from 1 since the start or the last reset.
         next: At the next n calls since it was set.
         first: At the first n calls of each subject since it was set: a prompt's POSTs, a prediction's GETs, a picture's
-            downloads.
+            downloads. With a rate: of so many of the subjects.
         matching: Only where the prompt contains this text.
         sticky: What was hit once (a prompt, a prediction, a picture) is hit again at each further call.
         seconds: See the kind.
@@ -168,7 +168,9 @@ class FaultBook:
             hit = left > 0
             self._left[number] = max(0, left - 1)
         elif fault.first is not None:
-            hit = self._calls_of(number, subject) <= fault.first
+            hit = self._calls_of(number, subject) <= fault.first and (
+                fault.rate is None or self.random(fault.name, number, subject).random() < fault.rate
+            )
         elif fault.at:
             hit = call in fault.at
         elif fault.rate is None or fault.kind == "missing_rows":
