@@ -15,6 +15,9 @@ T = TypeVar("T")
 MOST_ASKED_PAUSE_SECONDS = 120.0
 """A `Retry-After` beyond this is not waited for: whoever sent it may be wrong, and a person waits."""
 
+FIRST_PAUSE_SECONDS = 0.5
+LONGEST_PAUSE_SECONDS = 30.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -44,3 +47,25 @@ async def retry_while_retryable(
             attempt += 1
             logger.warning("%s Trying again in %.1f s (attempt %d of %d).", error, pause_seconds, attempt, attempts)
         await asyncio.sleep(pause_seconds)
+
+
+async def until_it_succeeds(
+    make: Callable[[], Awaitable[T]], *, errors: tuple[type[EachlabsError], ...], what: str
+) -> T:
+    """What `make()` returns; made again after these errors for as long as the process lives: money depends on it.
+
+    Pauses grow from 0.5 s to 30 s. Any other error is raised.
+
+    Args:
+        make: Called once an attempt.
+        errors: After which it is made again.
+        what: Cannot be done yet, for the log: "item fox: its record cannot be read".
+    """
+    pause_seconds = FIRST_PAUSE_SECONDS
+    while True:
+        try:
+            return await make()
+        except errors as error:
+            logger.warning("%s yet (%s); trying on.", what, error)
+        await asyncio.sleep(pause_seconds)
+        pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)

@@ -51,14 +51,16 @@ from prefect_eachlabs.ledger.rules import Budget, PurchaseOptions
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Item, Prediction
 from prefect_eachlabs.polling.poller import Poller
+from prefect_eachlabs.retry import until_it_succeeds
 from prefect_eachlabs.settings import AccountSettings
 
 logger = logging.getLogger(__name__)
 
 RECLAIMS_BEFORE_GIVING_UP = 5
 REFUSALS_FOR_WANT_OF_BALANCE = 3
-FIRST_PAUSE_SECONDS = 0.5
-LONGEST_PAUSE_SECONDS = 30.0
+BUCKET_ERRORS = (StoreFailed, SetupError)
+SLOTS_GOOD_FOR_SECONDS = 60.0
+"""Whoever stood still for longer takes new slots: those leased from a Prefect server end after 75 s."""
 
 
 MOST_ORDERS_WITHOUT_TRACE = 1
@@ -211,7 +213,7 @@ class Purchaser:
                         break
                     record = await self._may_order_again(ledger, settled, options)
                 elif posted.held.record.state is RecordState.CLAIMED:
-                    replacing = posted.held  # throttled: the same once more
+                    replacing = posted.held  # throttled, or without slots: the same once more
                 else:
                     created = posted.held.record
                     if created.possible_loss is not None and created.prediction_id is not None:
@@ -355,6 +357,7 @@ class Purchaser:
         posted = False
         try:
             record = amended(record, sent_input=recorded(item))
+            slots_seen_at = self._now()
             for _ in range(RECLAIMS_BEFORE_GIVING_UP):
                 claim_sent_at = self._now()
                 claim = await ledger.write(amended(record), replacing=replacing)
@@ -368,6 +371,9 @@ class Purchaser:
                     "nothing was bought. Look at the bucket or raise EACHLABS_CLAIM_SECONDS.",
                     item_id=item.item_id,
                 )
+            if self._now() - slots_seen_at > SLOTS_GOOD_FOR_SECONDS:
+                job.give_back_slot()
+                return _Posted(await self._give_back(ledger, claim))
             posted = True
         finally:
             if not posted:
@@ -475,37 +481,33 @@ class Purchaser:
         dead_at = claim_sent_at + self._settings.claim_seconds
         safe_until = dead_at - self._settings.freeze_margin_seconds
         base: VersionedRecord | None = claim
-        created = self._created(claim.record, item, prediction)
-        pause_seconds = FIRST_PAUSE_SECONDS
+        created = self._created(claim.record, prediction)
         marked = False
+
+        async def write() -> _Posted:
+            nonlocal base, marked
+            if not marked and self._now() > safe_until:
+                # The claim may be dead by now, and whoever settles for another item with the same input may adopt
+                # this prediction: so it is adopted first, which is exclusive.
+                if (lost := await self._adopted_by_another(item, ledger, claim, prediction)) is not None:
+                    return lost
+                marked = True
+            written = await ledger.write(created, replacing=base)
+            if not marked and self._now() > dead_at:
+                base = written
+                # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
+                if (lost := await self._adopted_by_another(item, ledger, written, prediction)) is not None:
+                    return lost
+            return _Posted(written)
+
         while True:
+            what = f"Item {item.item_id}: prediction {prediction.id} is bought and could not be written down"
             try:
-                if not marked and self._now() > safe_until:
-                    # The claim may be dead by now, and whoever settles for another item with the same input may
-                    # adopt this prediction: so it is adopted first, which is exclusive.
-                    if (lost := await self._adopted_by_another(item, ledger, claim, prediction)) is not None:
-                        return lost
-                    marked = True
-                written = await ledger.write(created, replacing=base)
-                if not marked and self._now() > dead_at:
-                    claim = base = written
-                    # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
-                    if (lost := await self._adopted_by_another(item, ledger, written, prediction)) is not None:
-                        return lost
-                return _Posted(written)
-            except (StoreFailed, SetupError) as error:
-                logger.warning(
-                    "Item %s: prediction %s is bought and could not be written down yet (%s); trying on.",
-                    item.item_id,
-                    prediction.id,
-                    error,
-                )
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+                return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
             except Overtaken as overtaken:
                 current = overtaken.current
                 if current is None:
-                    base, created = None, self._created(claim.record, item, prediction)
+                    base, created = None, self._created(claim.record, prediction)
                 elif prediction.id in current.record.named_predictions:
                     return _Posted(current)
                 elif current.record.fingerprint == item.fingerprint and current.record.state in (
@@ -513,7 +515,8 @@ class Purchaser:
                     RecordState.AMBIGUOUS,
                 ):
                     safe_until = 0.0
-                    base, created = current, self._created(current.record, item, prediction)
+                    base, created = current, self._created(current.record, prediction)
+                    created.possible_loss = None  # it was about this very order
                     if current.record.run_id != claim.record.run_id:
                         created.ordered_by = claim.record.run_id
                 else:
@@ -545,7 +548,7 @@ class Purchaser:
         )
         return _Posted(held, error)
 
-    def _created(self, record: Record, item: Item, prediction: Prediction) -> Record:
+    def _created(self, record: Record, prediction: Prediction) -> Record:
         return amended(
             record,
             state=RecordState.CREATED,
@@ -588,19 +591,19 @@ class Purchaser:
         self, ledger: Ledger, current: VersionedRecord, prediction: Prediction
     ) -> VersionedRecord:
         """Writes it down, as long as the process lives: it is paid for, perhaps."""
-        pause_seconds = FIRST_PAUSE_SECONDS
+
+        async def write() -> VersionedRecord:
+            also_bought = [*current.record.also_bought, prediction.id]
+            return await ledger.write(amended(current.record, also_bought=also_bought), replacing=current)
+
         while True:
-            noted = amended(current.record, also_bought=[*current.record.also_bought, prediction.id])
+            what = f"Prediction {prediction.id} could not be written down"
             try:
-                return await ledger.write(noted, replacing=current)
+                return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
             except Overtaken as overtaken:
                 if overtaken.current is None or prediction.id in overtaken.current.record.named_predictions:
                     return overtaken.current or current
                 current = overtaken.current
-            except (StoreFailed, SetupError) as error:
-                logger.warning("Prediction %s could not be written down yet (%s); trying on.", prediction.id, error)
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
     async def _after_a_lost_answer(
         self,
@@ -614,7 +617,11 @@ class Purchaser:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
         assert posted.lost is not None
         job.lend_slot(self._poller.likely_seconds(item.model) or LOST_SLOT_SECONDS)
-        held = await self._read_on(ledger, item.item_id)
+        held = await until_it_succeeds(
+            lambda: ledger.read(item.item_id),
+            errors=(StoreFailed,),
+            what=f"Item {item.item_id}: its record cannot be read",
+        )
         if held is None or held.etag != posted.held.etag:
             # Our claim was dead, and somebody else's may be live: that one decides.
             raise Overtaken(held)
@@ -663,17 +670,6 @@ class Purchaser:
             )
         await self._note_ambiguous(ledger, held, record, doubt)
         raise doubt
-
-    async def _read_on(self, ledger: Ledger, item_id: str) -> VersionedRecord | None:
-        """Reads a record that money depends on, for as long as it takes."""
-        pause_seconds = FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                return await ledger.read(item_id)
-            except StoreFailed as error:
-                logger.warning("Item %s: its record cannot be read yet (%s); trying on.", item_id, error)
-                await asyncio.sleep(pause_seconds)
-                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
 
     async def _note_ambiguous(
         self, ledger: Ledger, held: VersionedRecord, record: Record, error: OutcomeUnknown

@@ -77,6 +77,8 @@ OLDER_RECORDS_READ = 16
 MOST_LOOKS_AT_MOVING_CLOCKS = 5
 CLOCKS_MOVED_SECONDS = 5.0
 """The bucket's clock and the loop's disagree by more only when the machine stood still in between."""
+MOST_DISAGREEMENT_SECONDS = 20.0
+"""Between the clocks of a bucket's machines: as much as a process may stand still."""
 PROOF_PAUSES_SECONDS = (2.0, 5.0, 10.0, 15.0, 30.0)
 
 
@@ -327,6 +329,8 @@ class Reconciler:
             ended = await self._moment(entries)
             passed_seconds = (ended.bucket - began.bucket).total_seconds()
             moved_seconds = passed_seconds - (ended.after - began.before)
+            if passed_seconds < ended.before - began.after - MOST_DISAGREEMENT_SECONDS:
+                raise StoreFailed("The bucket's machines do not agree about the time: no age can be told.")
             low, high = listing.ahead_of_bucket or (timedelta(0), timedelta(0))
             if moved_seconds <= CLOCKS_MOVED_SECONDS and high - low <= UNCERTAIN:
                 await self._read_records(evidence)
@@ -674,7 +678,9 @@ def nobody_can_tell(record: Record, reason: str, cause: BaseException | None = N
     """The error of an order that may have been billed: what a person should look for, and how to go on then."""
     prompt = record.order.get("prompt")
     shown = f" whose prompt begins {prompt[:60]!r}" if isinstance(prompt, str) else ""
-    since = f" from {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC on" if record.unsettled_since else ""
+    since = (
+        f" of {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC or a few minutes later" if record.unsettled_since else ""
+    )
     error = OutcomeUnknown(
         f"Nobody can tell whether the lost order was billed: {reason}. It is not repeated. Look in the vendor's "
         f"dashboard for a prediction of model {record.model!r}{since}{shown}. If there is none, run it again with "

@@ -184,6 +184,31 @@ def test_a_new_purchase_of_an_item_begins_to_count_anew() -> None:
     play(story)
 
 
+def test_a_process_that_stood_still_takes_new_slots_before_it_posts() -> None:
+    """Slots that were leased end without their process."""
+
+    async def story() -> None:
+        world = World()
+        process = world.process(freeze_at="after S3 PUT kit/records/item-1.json claimed", max_in_flight=1)
+        limiter, taken = process.engine.account.limiter, []
+        take = limiter.take_in_flight
+
+        async def counted() -> Any:
+            taken.append(process.count("POST"))
+            return await take()
+
+        limiter.take_in_flight = counted  # type: ignore[method-assign]
+        working = asyncio.ensure_future(process.obtain(A))
+        await process.froze.wait()
+        await asyncio.sleep(80)
+        process.thaw()
+        await working
+        assert taken == [0, 0]
+        world.check([A])
+
+    play(story)
+
+
 # ------------------------------------------------------------------------ a person's word
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -226,6 +228,28 @@ def test_the_same_when_no_clock_of_the_machine_notices(after: float, posted: boo
         others_buy(world, C)
         await working
         world.check([A])
+
+    play(story)
+
+
+def test_a_bucket_whose_machines_disagree_about_the_time_proves_nothing() -> None:
+    async def story() -> None:
+        world = World()
+        await lost(world, A)
+        await asyncio.sleep(300)
+        process = world.process()
+        read = world.store._described
+
+        def described(*given: Any) -> Any:
+            """Every second answer comes from a machine that is 70 s ahead."""
+            found = read(*given)
+            ahead = 70.0 * (world.store.count("get") % 2)
+            return replace(found, age_seconds=found.age_seconds + ahead, date=found.date + timedelta(seconds=ahead))
+
+        world.store._described = described  # type: ignore[method-assign]
+        with pytest.raises(OutcomeUnknown, match="do not agree about the time"):
+            await process.obtain(A)
+        assert len(world.bought()) == 1
 
     play(story)
 
