@@ -41,7 +41,7 @@ def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bo
             version = str(client.request("GET", "/admin/version").json())
             findings = [server(url, version)]
             workers, said = work_pool(client)
-            findings.append(said)
+            findings += said
             findings += storage(client, workers)
     except (httpx.TransportError, PrefectHTTPStatusError, ValueError, RuntimeError) as error:
         return [
@@ -68,23 +68,37 @@ def server(url: str, version: str) -> Finding:
     return ok("Prefect", f"the server at {url} answers ({version})")
 
 
-def work_pool(client: Any) -> tuple[int, Finding]:
-    """How many workers are online in the pool, and whether it is there."""
+def work_pool(client: Any) -> tuple[int, list[Finding]]:
+    """How many workers are online in the pool; whether it is there, and what runs may choose in it."""
     from prefect.exceptions import ObjectNotFound
 
     from prefect_eachlabs.cli.setup import WORK_POOL
+    from prefect_eachlabs.cli.work_pool import openings
 
     try:
         pool = client.read_work_pool(WORK_POOL)
         rows = client.request("POST", "/work_pools/{name}/workers/filter", path_params={"name": WORK_POOL}, json={})
         online = sum(row.get("status") == "ONLINE" for row in rows.json())
     except ObjectNotFound:
-        return 0, mend("work pool", f"{WORK_POOL!r} is not there", "prefect-eachlabs setup makes it.")
+        return 0, [mend("work pool", f"{WORK_POOL!r} is not there", "prefect-eachlabs setup makes it.")]
+    said = ok("work pool", f"{WORK_POOL!r} with {online} workers")
     if pool.is_paused:
-        return online, mend("work pool", f"{WORK_POOL!r} is paused", "Resume it: prefect work-pool resume eachlabs")
-    if not online:
-        return 0, mend("work pool", f"{WORK_POOL!r} is there and no worker is", "prefect worker start --pool eachlabs")
-    return online, ok("work pool", f"{WORK_POOL!r} with {online} workers")
+        said = mend("work pool", f"{WORK_POOL!r} is paused", "Resume it: prefect work-pool resume eachlabs")
+    elif not online:
+        said = mend("work pool", f"{WORK_POOL!r} is there and no worker is", "prefect worker start --pool eachlabs")
+    return online, [said, job_variables(openings(pool.base_job_template))]
+
+
+def job_variables(chosen: list[str]) -> Finding:
+    """Whether starting a run is running code."""
+    if not chosen:
+        return ok("job variables", "none: whoever starts a run chooses its parameters alone")
+    return mend(
+        "job variables",
+        f"whoever starts a run chooses {', '.join(chosen)} of its process; who chooses command, env or working_dir "
+        "runs any code on the workers, with their keys",
+        "prefect-eachlabs setup closes the pool (SECURITY.md).",
+    )
 
 
 def storage(client: Any, workers: int) -> list[Finding]:

@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from prefect.blocks.core import Block
 
 WORK_POOL = "eachlabs"
+SAID_OF_POOLS = {
+    "closed": " now: whoever could start a run could choose its command and environment, and so run any code on the "
+    "workers. Deployments that set job variables are refused in this pool: give them one of their own.",
+    "open": ": whoever may start a run runs any code on the workers. It cannot be closed while its template sets env: "
+    "move that into the workers' own environment, take it out under Work Pools → eachlabs → Edit, and run this again.",
+}
 
 EPILOG = """\
 Makes what is missing, and writes what the environment says over what is there; the rest stays as it is:
-  the work pool `eachlabs` (processes)
+  the work pool `eachlabs` (processes), closed: whoever starts a run chooses its parameters, and no command or
+  environment; one that is open is closed
   the account's two limits (EACHLABS_REQUESTS_PER_MINUTE, EACHLABS_MAX_IN_FLIGHT)
   the block types, and the block eachlabs-credentials/default when EACHLABS_API_KEY is set
   the block eachlabs-s3-destination/default with --destination; AWS_REGION and AWS_ENDPOINT_URL_S3 go into it, AWS
@@ -57,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"work_pool": {WORK_POOL: pool}, "limits": as_json(limits), "blocks": blocks}), flush=True)
         return 0
-    print(f"work pool {WORK_POOL}: {pool}")
+    print(f"work pool {WORK_POOL}: {pool}{SAID_OF_POOLS.get(pool, '')}")
     for status in limits:
         print(f"limit {status.name}: {status.limit if status.setting is not None else 'none wanted'}")
     for name, done in blocks.items():
@@ -99,15 +106,16 @@ def server_errors() -> Iterator[None]:
 
 
 def make_work_pool() -> str:
-    """`made`, or `there`.
+    """`made`, `there`, `closed` (it was open) or `open` (it cannot be closed as it is).
 
     Raises:
         SetupError: There is one of that name which runs something else than processes.
     """
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
     from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
-    from prefect.workers.process import ProcessWorker
+
+    from prefect_eachlabs.cli.work_pool import closed, closed_template, openings
 
     with get_client(sync_client=True) as client:
         try:
@@ -117,7 +125,7 @@ def make_work_pool() -> str:
                 name=WORK_POOL,
                 type="process",
                 description="Pictures from Eachlabs: `prefect worker start --pool eachlabs` on each machine.",
-                base_job_template=ProcessWorker.get_default_base_job_template(),
+                base_job_template=closed_template(),
             )
             try:
                 client.create_work_pool(wanted)
@@ -129,7 +137,14 @@ def make_work_pool() -> str:
             f"The server's work pool {WORK_POOL!r} is of type {pool.type!r}, and this project's is of processes: "
             "rename or delete it, or name your own pool in deployments/prefect.yaml."
         )
-    return "there"
+    if not openings(pool.base_job_template):
+        return "there"
+    template = closed(pool.base_job_template)
+    if template is None:
+        return "open"
+    with get_client(sync_client=True) as client:
+        client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=template))
+    return "closed"
 
 
 def make_blocks(environ: Mapping[str, str], name: str, place: Any) -> dict[str, str]:

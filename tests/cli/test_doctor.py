@@ -138,6 +138,12 @@ def test_sqlite_is_for_one_worker(told: dict[str, Any], workers: int, state: Sta
     assert doctor_server._database(told, workers).state is state
 
 
+def test_an_open_work_pool_should_be_closed() -> None:
+    assert doctor_server.job_variables([]).state is State.OK
+    found = doctor_server.job_variables(["command", "env"])
+    assert (found.state, "command, env" in found.said, "setup" in found.advice) == (State.MEND, True, True)
+
+
 def test_leases_in_memory_should_be_mended() -> None:
     assert doctor_server._leases(doctor_server.MEMORY_LEASES).state is State.MEND
     assert doctor_server._leases(doctor_server.FILE_LEASES) == Finding("leases", State.OK, "filesystem")

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from prefect_eachlabs import EachlabsCredentials, S3Destination
 from prefect_eachlabs.blocks import _loaded
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.setup import credentials_given, destination_given, make_blocks, make_work_pool, save
+from prefect_eachlabs.cli.work_pool import closed, closed_template, openings
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.models import Destination
 
@@ -50,15 +55,62 @@ def test_a_tag_without_apply_is_refused(capsys: pytest.CaptureFixture[str]) -> N
     assert "apply" in capsys.readouterr().err
 
 
+CHOSEN = {
+    "command": "sh -c id",
+    "env": {"X": "1"},
+    "env.Y": "2",
+    "working_dir": "/tmp",
+    "name": "x",
+    "labels": {"a": "b"},
+}
+
+
+def test_in_a_closed_pool_no_job_variable_reaches_the_process() -> None:
+    configuration = asyncio.run(ProcessJobConfiguration.from_template_and_values(closed_template(), CHOSEN))
+    assert configuration == ProcessJobConfiguration()
+    open_pool = ProcessWorker.get_default_base_job_template()
+    assert openings(open_pool) == sorted(open_pool["variables"]["properties"])
+    assert openings(closed_template()) == []
+    assert closed(open_pool) == closed_template()
+
+
+def test_an_env_that_is_written_into_a_template_is_open_since_prefect_merges_a_runs_own_into_it() -> None:
+    template = closed_template()
+    template["job_configuration"]["env"] = {}
+    configuration = asyncio.run(ProcessJobConfiguration.from_template_and_values(template, CHOSEN))
+    assert configuration.env == {"X": "1", "Y": "2"}, "Prefect merges it no more: then it may be written out"
+    assert openings(template) == ["env"]
+    assert closed(template) == {**template, "job_configuration": {"stream_output": True}}
+
+
 @pytest.mark.usefixtures("prefect_server")
 class TestOnAServer:
     def test_the_work_pool_is_made_once(self) -> None:
         assert {make_work_pool(), make_work_pool()} >= {"there"}
 
-    def test_a_work_pool_of_another_type_is_not_touched(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from prefect.client.orchestration import get_client
-        from prefect.client.schemas.actions import WorkPoolCreate
+    def test_an_open_work_pool_is_closed_and_what_an_operator_chose_there_stays(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("prefect_eachlabs.cli.setup.WORK_POOL", "open")
+        template = ProcessWorker.get_default_base_job_template()
+        template["variables"]["properties"]["working_dir"]["default"] = "/srv/pictures"
+        with get_client(sync_client=True) as client:
+            client.create_work_pool(WorkPoolCreate(name="open", type="process", base_job_template=template))
+            assert (make_work_pool(), make_work_pool()) == ("closed", "there")
+            left = client.read_work_pool("open").base_job_template
+        assert openings(left) == []
+        assert left["job_configuration"] == {"stream_output": True, "working_dir": "/srv/pictures"}
 
+    def test_a_work_pool_that_sets_env_stays_open_and_says_so(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("prefect_eachlabs.cli.setup.WORK_POOL", "with-env")
+        template = ProcessWorker.get_default_base_job_template()
+        template["variables"]["properties"]["env"]["default"] = {"HTTPS_PROXY": "http://proxy:3128"}
+        with get_client(sync_client=True) as client:
+            client.create_work_pool(WorkPoolCreate(name="with-env", type="process", base_job_template=template))
+            assert make_work_pool() == "open"
+            assert client.read_work_pool("with-env").base_job_template == template
+
+    def test_a_work_pool_of_another_type_is_not_touched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("prefect_eachlabs.cli.setup.WORK_POOL", "of-another-type")
         with get_client(sync_client=True) as client:
             client.create_work_pool(WorkPoolCreate(name="of-another-type", type="docker"), overwrite=True)

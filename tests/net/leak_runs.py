@@ -149,10 +149,10 @@ QUOTING = ("refused", "plain", "lost", "error", "logs", "output", "url", "word")
 def quoted(folder: Path, facts: dict[str, Any]) -> int:
     """A command, flow runs and batches, all of whose answers quote the key."""
     from prefect import flow
-    from prefect_eachlabs.flows.generate_batch import generate_batch
 
     from prefect_eachlabs import await_result, create_prediction, generate_and_store
     from prefect_eachlabs.cli import main as cli
+    from prefect_eachlabs.flows.batch import generate_batch
 
     log_everything(folder)
     to = facts["destination"]
