@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import uuid
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -21,7 +22,6 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from prefect_eachlabs.api.bodies import ACCEPTED_ENCODINGS, read_within
 from prefect_eachlabs.api.waking import within_waking_seconds
 from prefect_eachlabs.errors import (
     BODY_LIMIT_CHARACTERS,
@@ -53,6 +53,10 @@ logger = logging.getLogger(__name__)
 
 MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """A page of 100 executions is some 50 kB; more than this is not read."""
+MAX_INFLATED_BYTES = 1024 * 1024
+"""Of an answer that comes encoded, though none was asked for: 1 kB of it may stand for all that is taken."""
+
+PIECE_BYTES = 65_536
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 75.0
@@ -191,7 +195,7 @@ class EachlabsClient:
                 **auth,
                 "User-Agent": user_agent(),
                 "Accept": "application/json",
-                "Accept-Encoding": ACCEPTED_ENCODINGS,
+                "Accept-Encoding": "identity",
             },
             timeout=httpx.Timeout(
                 READ_TIMEOUT_SECONDS, connect=CONNECT_TIMEOUT_SECONDS, write=30.0, pool=POOL_TIMEOUT_SECONDS
@@ -438,7 +442,7 @@ class EachlabsClient:
         if content is not None:
             headers["Content-Type"] = "application/json"
         async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
-            body, whole = await read_within(response, MAX_ANSWER_BYTES)
+            body, whole = await _read(response)
             answer = Answer(response, body, whole=whole)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
@@ -446,6 +450,33 @@ class EachlabsClient:
 
 def _count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+async def _read(response: httpx.Response) -> tuple[bytes, bool]:
+    """What an answer holds, and whether that is all of it and could be decoded.
+
+    No encoding is asked for, but a proxy may add one, and the answer to an order is paid for: gzip and zlib are read.
+    """
+    encoding = response.headers.get("Content-Encoding", "").strip().lower()
+    body = bytearray()
+    # A response that was made with its content (by tests) has decoded it itself.
+    if encoding in ("", "identity") or response.is_stream_consumed:
+        async for piece in response.aiter_bytes(PIECE_BYTES):
+            body += piece
+            if len(body) > MAX_ANSWER_BYTES:
+                return bytes(body), False
+        return bytes(body), True
+    if encoding not in ("gzip", "x-gzip", "deflate"):
+        return f"the answer is encoded ({encoding[:40]}), which was not asked for".encode(), False
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
+    async for piece in response.aiter_raw(PIECE_BYTES):
+        try:
+            body += inflater.decompress(piece, MAX_INFLATED_BYTES + 1 - len(body))
+        except zlib.error as error:
+            raise httpx.DecodingError(str(error)) from error
+        if len(body) > MAX_INFLATED_BYTES:
+            return b"the answer is encoded, which was not asked for, and too large", False
+    return bytes(body), inflater.eof or not body
 
 
 def _reason(error: BaseException) -> str:

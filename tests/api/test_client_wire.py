@@ -196,6 +196,22 @@ def test_an_answer_that_inflates_is_not_kept() -> None:
     assert isinstance(outcome, Unanswered)
 
 
+@pytest.mark.parametrize("ask", [create, get])
+def test_no_encoding_is_asked_for_and_one_that_comes_all_the_same_is_read_or_named(
+    ask: Callable[[EachlabsClient], Awaitable[Any]],
+) -> None:
+    body = b'{"predictionID": "p-1", "status": "created"}'
+    packed = gzip.compress(body)
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
+    outcome, requests = over_the_wire(head.encode() + packed, ask)
+    assert isinstance(outcome, Prediction)
+    assert b"accept-encoding: identity" in requests[0].lower()
+    head = "HTTP/1.1 200 OK\r\nContent-Encoding: br\r\nContent-Length: 3\r\n\r\n"
+    outcome, _ = over_the_wire(head.encode() + b"\x0b\x01\x80", ask)
+    assert isinstance(outcome, OutcomeUnknown if ask is create else Unanswered)
+    assert outcome.details == "the answer is encoded (br), which was not asked for"
+
+
 def test_an_answer_that_is_encoded_twice_is_not_decoded() -> None:
     """Each time a thousandfold: this one would be 64 MiB after one step, and 64 GiB after a third."""
     bomb = gzip.compress(gzip.compress(bytes(64 * 1024 * 1024)))

@@ -77,16 +77,10 @@ def test_half_characters_in_an_answer_can_be_logged_and_written_down() -> None:
 @pytest.mark.parametrize("encoding", ["deflate", "gzip", "identity", "GZIP"])
 def test_what_is_encoded_as_it_says_is_read(encoding: str) -> None:
     body = json.dumps({"status": "created"}).encode()
-    raw = zlib.compressobj(wbits=-15)
-    packed = {
-        "deflate": [zlib.compress(body), raw.compress(body) + raw.flush()],
-        "gzip": [gzip.compress(body)],
-        "identity": [body],
-    }[encoding.lower()]
-    for one in packed:
-        head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(one)}\r\n\r\n".encode()
-        for pieces in ([head + one], [head, *(one[at : at + 1] for at in range(len(one)))]):
-            assert asked(Wire(pieces).transport(), lambda client: client.get("p-1")).status_word == "created"
+    packed = {"deflate": zlib.compress(body), "gzip": gzip.compress(body), "identity": body}[encoding.lower()]
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {encoding}\r\nContent-Length: {len(packed)}\r\n\r\n".encode()
+    for pieces in ([head + packed], [head, *(packed[at : at + 1] for at in range(len(packed)))]):
+        assert asked(Wire(pieces).transport(), lambda client: client.get("p-1")).status_word == "created"
 
 
 # ------------------------------------------------------------------ items and records
