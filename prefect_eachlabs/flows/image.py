@@ -1,4 +1,4 @@
-"""The bodies of the flows that deployments run; `flows/` holds their entry points."""
+"""The flow for a form: one prompt becomes one picture in S3; and what the forms of all flows have in common."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     version: str = DEFAULT_VERSION,
     item_id: str = "",
     credentials_block: str = "",
-    input: dict[str, Any] | None = None,
+    input_json: str = "",
     formats: str = "",
 ) -> StoredImage:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
@@ -82,12 +82,14 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
             for each different input.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        input: Further fields of the model's input. `prefect-eachlabs models SLUG` shows what it takes.
+        input_json: Further fields of the model's input, as JSON such as {"aspect_ratio": "16:9"}.
+            `prefect-eachlabs models SLUG` shows what it takes. Optional.
         formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
 
     Returns:
         Where the picture is.
     """
+    fields = json_fields(input_json)
     place = target(destination)
     if model != DEFAULT_MODEL and version == DEFAULT_VERSION:
         version = ""  # the form's default is the first model's
@@ -96,7 +98,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         image_url=image_url or None,
         model=model,
         version=version or None,
-        input=input,
+        input=fields,
         item_id=item_id or None,
         formats=check_formats(formats or None),
         destination=place,

@@ -1,65 +1,100 @@
-"""The deployed entry points: flat parameters, and the same as the flows of the package."""
+"""What the deployments run, and the pipelines to copy: flat parameters, each described; and they do what they say."""
 
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
+from contextlib import closing
+from datetime import datetime, timezone
 from typing import Any
 
+import boto3
 import pytest
+import yaml
 from prefect import Flow
 from prefect.utilities.callables import parameter_schema
+from prefect.utilities.importtools import import_object
 
 from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.flows.image import json_fields
+from tests.api.reference_kit import picture_bytes
 from tests.conftest import ROOT
-from tests.flows.flow_fixtures import Studio
+from tests.flows.flow_fixtures import BUCKET, Studio
 
-FILES = sorted((ROOT / "flows").glob("*.py"))
+DEPLOYED = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text(encoding="utf-8"))
+ENTRY_POINTS = sorted({one["entrypoint"] for one in DEPLOYED["deployments"]})
 
 
-def flows_of(path: Path) -> list[Flow[..., Any]]:
-    """The flows that an entry point's file holds, found as Prefect finds them: by its attributes."""
-    spec = importlib.util.spec_from_file_location(f"entry_{path.stem}", path)
+def pipeline(name: str) -> Flow[..., Any]:
+    """A flow of the folder flows/, which is named as its file."""
+    spec = importlib.util.spec_from_file_location(f"entry_{name}", ROOT / "flows" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = {thing.name: thing for name, thing in vars(module).items() if isinstance(thing, Flow) and name != "body"}
-    return list(found.values())
-
-
-def entry(name: str) -> Flow[..., Any]:
-    (found,) = flows_of(ROOT / "flows" / f"{name}.py")
+    found: Flow[..., Any] = getattr(module, name)
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_form_is_flat_and_each_field_described(path: Path) -> None:
-    flows = flows_of(path)
-    assert flows
-    for one in flows:
-        for field, facts in parameter_schema(one).properties.items():
-            kinds = {facts.get("type"), *(each.get("type") for each in facts.get("anyOf", ()))} - {None, "null"}
-            assert kinds <= {"string", "integer", "number", "boolean"}, f"{one.name}: {field}: {facts}"
-            assert facts["description"], f"{one.name}: {field}"
+def test_deployments_run_the_packages_flows_without_a_clone() -> None:
+    assert DEPLOYED["pull"] == []
+    assert all(entry.startswith("prefect_eachlabs.flows.") and ":" not in entry for entry in ENTRY_POINTS)
+
+
+@pytest.mark.parametrize("entry", ENTRY_POINTS)
+def test_a_form_is_flat_and_each_field_described(entry: str) -> None:
+    one = import_object(entry)
+    assert isinstance(one, Flow)
+    for field, facts in parameter_schema(one).properties.items():
+        kinds = {facts.get("type"), *(each.get("type") for each in facts.get("anyOf", ()))} - {None, "null"}
+        assert kinds <= {"string", "integer", "number", "boolean"}, f"{one.name}: {field}: {facts}"
+        assert facts["description"], f"{one.name}: {field}"
+
+
+def test_what_a_deployment_gives_its_flow_is_a_field_of_its_form() -> None:
+    for deployment in DEPLOYED["deployments"]:
+        fields = parameter_schema(import_object(deployment["entrypoint"])).properties
+        given = [
+            deployment.get("parameters", {}),
+            *(one.get("parameters", {}) for one in deployment.get("triggers", ())),
+        ]
+        assert {name for parameters in given for name in parameters} <= set(fields), deployment["name"]
 
 
 @pytest.mark.usefixtures("prefect_server")
 def test_the_form_of_a_picture_takes_further_fields_as_json(studio: Studio) -> None:
-    image = entry("generate_image")(
-        "a fox", studio.destination, model="flux-1-1-pro", version="", input_json='{"aspect_ratio": "16:9"}'
-    )
+    image = generate_image("a fox", studio.destination, model="flux-1-1-pro", input_json='{"aspect_ratio": "16:9"}')
     (bought,) = studio.api.predictions()
     assert bought["input"] == {"prompt": "a fox", "aspect_ratio": "16:9"}
     assert image.uri.startswith(studio.destination)
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "7", '"text"', "[" * 100_000])
-def test_what_is_no_json_object_is_refused(text: str) -> None:
+def test_what_is_not_a_json_object_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="input_json"):
         json_fields(text)
 
 
 def test_an_empty_field_is_none() -> None:
     assert json_fields("  ") is None
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_picture_of_the_day_is_bought_once_a_day(studio: Studio) -> None:
+    flow = pipeline("picture_of_the_day")
+    assert flow(studio.destination) == flow(studio.destination)
+    assert studio.billed == 1
+    assert studio.keys() == [f"{datetime.now(timezone.utc):%Y-%m-%d}.png"]
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_variations_are_bought_once_each_and_further_samples_later(studio: Studio) -> None:
+    with closing(boto3.client("s3")) as s3:
+        key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/fox.jpg"
+        s3.put_object(Bucket=BUCKET, Key=key, Body=picture_bytes(7, "JPEG"))
+    flow = pipeline("variations")
+    first = flow(f"s3://{BUCKET}/{key}", studio.destination, ["in snow", "in rain"])
+    more = flow(f"s3://{BUCKET}/{key}", studio.destination, ["in snow", "in rain"], samples=3)
+    assert len(set(first)) == 4
+    assert set(first) < set(more)
+    assert studio.billed == 6

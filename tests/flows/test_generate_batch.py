@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import runpy
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -241,11 +240,6 @@ def test_nothing_from_outside_is_markup_in_an_artifact() -> None:
     for markdown in (chunk_markdown([bad]), report_markdown(result, [bad], b"no picture")):
         for sign in ("<img", "](javascript", "**bold**", "`code`", "\n\n"):
             assert sign not in markdown
-
-
-def test_the_deployed_entry_point_is_the_flow() -> None:
-    path = Path(__file__).resolve().parents[2] / "flows" / "generate_batch.py"
-    assert runpy.run_path(str(path))["generate_batch"] is generate_batch
 
 
 def test_other_formats_are_stored_where_the_form_allows_them(studio: Studio, tmp_path: Path) -> None:
