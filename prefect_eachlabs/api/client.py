@@ -284,21 +284,23 @@ class EachlabsClient:
         path = f"/v1/prediction/{quote(prediction_id, safe='')}/cancel"
         await self._ask(path, prediction_id=prediction_id, method="POST", needs_json=False)
 
-    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
+    async def executions(self, *, limit: int = 100, offset: int = 0, model: str | None = None) -> tuple[Execution, ...]:
         """The rows of `executions_page`."""
-        return (await self.executions_page(limit=limit, offset=offset)).rows
+        return (await self.executions_page(limit=limit, offset=offset, model=model)).rows
 
-    async def executions_page(self, *, limit: int = 100, offset: int = 0) -> ExecutionsPage:
+    async def executions_page(self, *, limit: int = 100, offset: int = 0, model: str | None = None) -> ExecutionsPage:
         """GET /v1/executions: one page, newest first, of all keys of the organization. Free.
 
         Args:
             limit: Rows wanted, 1 to 100; the API may give fewer.
             offset: Rows to pass over.
+            model: Only of this model; None: of all.
 
         Raises:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
         """
-        answer = await self._ask("/v1/executions", params={"limit": limit, "offset": offset})
+        only = {} if model is None else {"model": model}
+        answer = await self._ask("/v1/executions", params={"limit": limit, "offset": offset, **only})
         said = answer.json if isinstance(answer.json, Mapping) else {"executions": answer.json}
         rows = said.get("executions")
         if not isinstance(rows, list):

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Protocol
 
-from prefect_eachlabs.batch.budget import Budget
+from prefect_eachlabs.batch.budget import Budget, Order, Prices
 from prefect_eachlabs.batch.outcomes import Outcome, not_there, stored
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,
+    OutcomeUnknown,
     PredictionCancelled,
-    PredictionFailed,
-    Rejected,
     SetupError,
     Skipped,
 )
+from prefect_eachlabs.images.store import stored_image
+from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Execution, Item, Prediction, StoredImage
+from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus, StoredImage
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -30,39 +31,48 @@ logger = logging.getLogger(__name__)
 FIRST_ALONE_SECONDS = 2.0
 """The first item goes ahead so long: a wrong key is met once, not by everything that is in the air."""
 ATTEMPTS = 5
+INTERRUPTED = "interrupted"
+"""The kind of rows that a Ctrl-C or a cancel has kept from their picture."""
 EXECUTIONS_A_PAGE = 100
 
+ReadRecord = Callable[[str], Awaitable["Record | None"]]
 
-class Buyer(Protocol):
+
+class Buyer(Prices, Protocol):
     """Where pictures are bought: the engine, seen from here."""
 
     async def generate_and_store(
         self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None
     ) -> StoredImage: ...
 
-    async def ask(self, prediction_id: str) -> Prediction: ...
-
     async def executions(self, offset: int) -> tuple[Execution, ...]: ...
 
 
 class EngineBuyer:
-    """The real one; its questions take request places as all others do."""
+    """The real one; its questions take request slots as all others do."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._account = engine.account
         self.generate_and_store = engine.generate_and_store
 
-    async def ask(self, prediction_id: str) -> Prediction:
-        request = await self._engine.account.limiter.take_request(question=True)
+    async def cost_of(self, prediction_id: str) -> float | None:
+        request = await self._account.limiter.take_request(question=True)
         try:
-            return await self._engine.account.client.get(prediction_id)
+            prediction = await self._account.client.get(prediction_id)
         finally:
             request.done()
+        if prediction.status in (PredictionStatus.FAILED, PredictionStatus.CANCELLED):
+            return 0.0
+        return prediction.cost_usd or None
 
-    async def executions(self, offset: int) -> tuple[Execution, ...]:
-        request = await self._engine.account.limiter.take_request(question=True)
+    async def past_costs(self, model: str) -> list[float]:
+        rows = await self.executions(0, model=model)
+        return [row.cost_usd for row in rows if row.cost_usd and row.model == model]
+
+    async def executions(self, offset: int, *, model: str | None = None) -> tuple[Execution, ...]:
+        request = await self._account.limiter.take_request(question=True)
         try:
-            return await self._engine.account.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset)
+            return await self._account.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset, model=model)
         finally:
             request.done()
 
@@ -71,29 +81,37 @@ class Buying:
     """Obtains rows, several at a time.
 
     Args:
-        shop: Buys and stores a picture.
+        buyer: Buys and stores a picture.
         destination: Where pictures go.
         access: How to get in there.
         options: What may be done for an item; the budget among them.
         budget: The same budget.
+        read_record: An item's record, or None.
     """
 
     def __init__(
-        self, buyer: Buyer, destination: Destination, access: S3Access | None, options: PurchaseOptions, budget: Budget
+        self,
+        buyer: Buyer,
+        destination: Destination,
+        access: S3Access | None,
+        options: PurchaseOptions,
+        budget: Budget,
+        read_record: ReadRecord,
     ) -> None:
         self._buyer = buyer
         self._destination = destination
         self._access = access
         self.options = options
         self._budget = budget
+        self._read_record = read_record
         self._first_alone: asyncio.Event | None = None
         self.in_the_air = 0
         self.stopped_by: EachlabsError | None = None
-        budget.ask_price = self._ask_price
 
     async def obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
         self.in_the_air += 1
+        self._budget.begin(wanted.item.item_id)
         try:
             goes_ahead = await self._let_the_first_go_ahead()
             try:
@@ -130,12 +148,47 @@ class Buying:
             logger.exception("Row %d, item %s: unexpected.", wanted.line, wanted.item.item_id)
             error = EachlabsError(f"Unexpected {type(caught).__name__}: {str(caught)[:300]}", kind="unexpected")
         seconds = asyncio.get_running_loop().time() - began
-        cost_usd = await self._account_for(wanted.item, image, error)
+        orders = await self._budget.ended(wanted.item, image, error)
+        return self._outcome(wanted, image, error, orders, seconds)
+
+    async def interrupted(self, wanted: Wanted) -> Outcome:
+        """What has become of a row whose run was interrupted, as its record says."""
+        image: StoredImage | None = None
+        error: EachlabsError | None = None
+        try:
+            found = await self._read_record(wanted.item.item_id)
+        except EachlabsError as caught:
+            error = OutcomeUnknown(f"Interrupted, and its record cannot be read: {caught.message}", kind=INTERRUPTED)
+        else:
+            image, error = _left_by(found, wanted.item, self._budget.ours)
+        orders = await self._budget.ended(wanted.item, image, error, may_ask=False)
+        return self._outcome(wanted, image, error, orders, None)
+
+    def _outcome(
+        self,
+        wanted: Wanted,
+        image: StoredImage | None,
+        error: EachlabsError | None,
+        orders: Sequence[Order],
+        seconds: float | None,
+    ) -> Outcome:
+        costs = [order.cost_usd for order in orders]
+        cost_usd = None if None in costs else sum(cost for cost in costs if cost is not None)
         if image is not None:
-            image = image.model_copy(update={"cost_usd": cost_usd})
-            return stored(wanted, image, seconds=seconds, run_id=self.options.run_id)
+            is_ours = image.bought_by in self._budget.ours
+            cost_usd = (cost_usd or None) if is_ours else image.cost_usd
+            return stored(wanted, image, is_ours=is_ours, cost_usd=cost_usd, seconds=seconds)
         assert error is not None, "no picture without an error"
-        return not_there(wanted, error, seconds=seconds)
+        if not orders:
+            return not_there(wanted, error, seconds=seconds)
+        return not_there(
+            wanted,
+            error,
+            seconds=seconds,
+            bought_by=self.options.run_id,
+            prediction_id=orders[-1].prediction_id,
+            cost_usd=cost_usd,
+        )
 
     async def _buy(self, item: Item) -> StoredImage:
         return await self._buyer.generate_and_store(item, self._destination, options=self.options, access=self._access)
@@ -147,22 +200,26 @@ class Buying:
             logger.error("The batch stops: %s", error)
             self._budget.stop(_not_tried(error))
 
-    async def _account_for(self, item: Item, image: StoredImage | None, error: EachlabsError | None) -> float | None:
-        """Tells the budget what the item has cost; returns it."""
-        if image is not None:
-            return await self._budget.ended(
-                item, prediction_id=image.prediction_id, cost_usd=image.cost_usd, bought=not image.reused
-            )
-        costs_nothing = isinstance(error, (PredictionFailed, PredictionCancelled, Rejected, Skipped))
-        may_cost = error is not None and error.prediction_id is not None and not costs_nothing
-        return await self._budget.ended(item, prediction_id=None, cost_usd=None, bought=may_cost)
 
-    async def _ask_price(self, prediction_id: str) -> float | None:
-        try:
-            return (await self._buyer.ask(prediction_id)).cost_usd
-        except EachlabsError as error:
-            logger.info("The price of prediction %s is not known yet: %s", prediction_id, error)
-            return None
+def _left_by(
+    record: Record | None, item: Item, ours: Collection[str]
+) -> tuple[StoredImage | None, EachlabsError | None]:
+    """The picture of an interrupted row, or why it has none."""
+    if record is None or record.fingerprint != item.fingerprint or record.bought_by not in ours:
+        return None, Skipped("Interrupted: this run has bought nothing for it.", kind=INTERRUPTED)
+    if record.state is RecordState.STORED:
+        return stored_image(record, reused=False), None
+    if record.state is RecordState.CANCELLED:
+        said = "Cancelled with its run; nothing was billed, and the next run buys it."
+        return None, PredictionCancelled(said, prediction_id=record.prediction_id)
+    if record.state is RecordState.CREATED:
+        said = "Interrupted in flight, and the API has not confirmed its cancel: it is paid for if it ends. "
+        said += "Run the same again, and it is stored."
+        return None, EachlabsError(said, kind=INTERRUPTED, prediction_id=record.prediction_id)
+    if record.may_have_bought_unseen:
+        said = "Interrupted before its order was answered: it may be paid for. Run the same again to find out."
+        return None, OutcomeUnknown(said, kind=INTERRUPTED)
+    return None, Skipped("Interrupted: this run has bought nothing for it.", kind=INTERRUPTED)
 
 
 def _not_tried(why: EachlabsError) -> Skipped:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
+from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, Buyer
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
 from prefect_eachlabs.batch.pages import MOST_FAILURES, MOST_PICTURES, index_page
@@ -24,8 +25,8 @@ PAGES_OF_OTHERS = 5
 """Executions of other keys and runs stand among ours: so many pages more than ours would fill are looked through."""
 
 
-async def tell_late_costs(buyer: Buyer, scratch: Scratch, totals: Totals, worker: Worker) -> None:
-    """Looks up what pictures cost that were stored before the vendor had settled them: a request for each 100."""
+async def tell_late_costs(buyer: Buyer, scratch: Scratch, totals: Totals, budget: Budget, worker: Worker) -> None:
+    """Looks up what was billed for rows that ended before the vendor had settled it: a request for each 100."""
     for look in range(LOOKS_FOR_COSTS):
         left = await worker(scratch.count_unsettled)
         if not left:
@@ -33,27 +34,35 @@ async def tell_late_costs(buyer: Buyer, scratch: Scratch, totals: Totals, worker
         if look:
             await asyncio.sleep(COST_PAUSE_SECONDS)
         try:
-            await _look_through_executions(buyer, scratch, totals, worker, left)
+            await _look_through_executions(buyer, scratch, totals, budget, worker, left)
         except EachlabsError as error:
             logger.info("What some pictures cost is not known yet: %s", error)
             return
 
 
-async def _look_through_executions(buyer: Buyer, scratch: Scratch, totals: Totals, worker: Worker, left: int) -> None:
+async def _look_through_executions(
+    buyer: Buyer, scratch: Scratch, totals: Totals, budget: Budget, worker: Worker, left: int
+) -> None:
     for page in range(-(-left // EXECUTIONS_A_PAGE) + PAGES_OF_OTHERS):
         rows = await buyer.executions(page * EXECUTIONS_A_PAGE)
         costs = {row.id: row.cost_usd for row in rows if row.cost_usd}
         for settled in await worker(scratch.settle, costs):
-            totals.cost_was_told(settled.model or "", settled.cost_usd or 0.0)
+            totals.cost_was_told(settled)
+            budget.told(
+                settled.item_id or "", settled.model or "", settled.prediction_id or "", settled.cost_usd or 0.0
+            )
             left -= 1
         if not left or len(rows) < EXECUTIONS_A_PAGE:
             return
 
 
 async def write_page(
-    folder: BatchFolder, scratch: Scratch, totals: Mapping[str, Any], presigned_seconds: int | None
+    folder: BatchFolder, scratch: Scratch, totals: Mapping[str, Any], presigned_seconds: int | None, *, home: str = ""
 ) -> None:
-    """Writes `index.html`, with paths relative to it, or with presigned URLs where they were asked for."""
+    """Writes `index.html`, with paths relative to it, or with presigned URLs where they were asked for.
+
+    `home` is the folder below the batch's own where it goes.
+    """
     links: dict[str, str] = {}
     end_at: datetime | None = None
     if presigned_seconds is not None:
@@ -62,11 +71,13 @@ async def write_page(
         for item_id, name in await folder.worker(lambda: [(one.item_id or "", one.file_name) for one in shown]):
             key = folder.destination.key(f"images/{name}")
             links[item_id] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
-    page = await folder.worker(_page, scratch, totals, links, end_at)
-    await folder.store.put(folder.key("index.html"), page, content_type="text/html; charset=utf-8")
+    page = await folder.worker(_page, scratch, totals, links, end_at, home)
+    await folder.store.put(folder.key(f"{home}index.html"), page, content_type="text/html; charset=utf-8")
 
 
-def _page(scratch: Scratch, totals: Mapping[str, Any], links: dict[str, str], end_at: datetime | None) -> bytes:
+def _page(
+    scratch: Scratch, totals: Mapping[str, Any], links: dict[str, str], end_at: datetime | None, home: str
+) -> bytes:
     not_there = (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED)
     pieces = index_page(
         totals,
@@ -74,6 +85,7 @@ def _page(scratch: Scratch, totals: Mapping[str, Any], links: dict[str, str], en
         not_there=_outcomes(scratch, *not_there, most=MOST_FAILURES),
         links=links,
         links_end_at=end_at,
+        up="../" * (2 + home.count("/")),
     )
     return "".join(pieces).encode()
 

@@ -5,6 +5,7 @@ A batch may take hours, and no store keeps a connection open for as long. Everyt
 
 from __future__ import annotations
 
+import errno
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import IO, Any, BinaryIO, Protocol, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
+from prefect_eachlabs.batch.disk import on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, without_query
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.storage.s3_client import ATTEMPTS, CUT_OR_SILENT, S3Access, client_of, code_and_status, explain
@@ -46,7 +48,9 @@ class S3Files:
         self._access = access or S3Access()
 
     def open(self, key: str) -> BinaryIO:
-        file = cast(BinaryIO, tempfile.TemporaryFile(prefix="eachlabs-"))  # noqa: SIM115 - the caller closes it
+        # Python finds no folder for it, it says ENOENT, when the disk is full.
+        with on_disk(errno.ENOENT):
+            file = cast(BinaryIO, tempfile.TemporaryFile(prefix="eachlabs-"))  # noqa: SIM115 - the caller closes it
         try:
             self._download(key, file)
             file.seek(0)

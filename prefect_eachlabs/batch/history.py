@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 
-from prefect_eachlabs.batch.budget import Budget
+from prefect_eachlabs.batch.budget import Budget, Order
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, not_there
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
-from prefect_eachlabs.errors import Skipped
+from prefect_eachlabs.errors import OutputMissing, PictureMissing, Skipped, StoreFailed
+from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
 from prefect_eachlabs.retry import retry_while_retryable
+
+logger = logging.getLogger(__name__)
 
 LISTED_AT_A_TIME = 1_000
 FEWEST_PAGES = 10
+READ_AT_A_TIME = 16
+CLOCK_SECONDS = 5.0
+"""Ages are whole seconds, and the store's machines may disagree."""
 
 
 class History:
@@ -35,33 +43,60 @@ class History:
         budget: Budget,
         *,
         retry_failed: bool,
-        bought_here: frozenset[str] = frozenset(),
     ) -> None:
         self._folder = folder
         self._scratch = scratch
         self._budget = budget
         self._retry_failed = retry_failed
-        self._bought_here = bought_here
         self._records_are_known = False
         self.is_empty = True
+        self.has_whole_report = False
         self.mean_seconds: float | None = None
 
-    async def load(self, run_id: str) -> None:
-        """Reads the last report, and lists the pictures where it names some.
+    async def load(self) -> None:
+        """Reads the last report, and lists the pictures where it names some; and what this very run has bought before.
 
         Raises:
             SetupError: The bucket is missing or refuses us.
             StoreFailed: The bucket does not answer.
         """
-        earlier = await retry_while_retryable(lambda: self._folder.load_earlier(self._scratch, run_id))
-        self._budget.spent_usd = earlier.spent_usd
+        ours = self._budget.ours
+        earlier = await retry_while_retryable(lambda: self._folder.load_earlier(self._scratch, ours))
         self.mean_seconds = earlier.mean_seconds
+        self.has_whole_report = earlier.has_whole_report
         for model, (count, cost_usd) in earlier.costs.items():
             self._budget.learn(model, cost_usd / count, count=count)
         pictures = await self._folder.worker(self._scratch.count_earlier)
         self.is_empty = not earlier.rows
         if pictures:
             await retry_while_retryable(lambda: self._list_pictures(pictures))
+        await self._resume(earlier.begun_seconds)
+
+    async def _resume(self, begun_seconds: float | None) -> None:
+        """What this run has bought before it was killed: by its report's parts, and by the records beyond them."""
+        ours = self._budget.ours
+        for model, told, cost_usd, highest_usd, untold in await self._folder.worker(self._scratch.stored_by, ours):
+            self._budget.resume(model, told=told, cost_usd=cost_usd, highest_usd=highest_usd, untold=untold)
+        for was in await self._folder.worker(self._scratch.not_stored_by, ours):
+            order = Order(was.model or "", True, was.prediction_id, was.cost_usd)
+            self._budget.resume_order(was.item_id or "", order)
+        if begun_seconds is None:
+            return
+        async for several in self._listed("records/", newest_seconds=begun_seconds + CLOCK_SECONDS):
+            left = await self._folder.worker(self._scratch.not_told, several, ours)
+            for start in range(0, len(left), READ_AT_A_TIME):
+                await asyncio.gather(*map(self._resume_record, left[start : start + READ_AT_A_TIME]))
+
+    async def _resume_record(self, item_id: str) -> None:
+        ledger = Ledger(self._folder.store, self._folder.destination)
+        try:
+            held = await retry_while_retryable(lambda: ledger.read(item_id))
+        except StoreFailed as error:
+            logger.warning("What was bought for item %s is not known: %s", item_id, error)
+            return
+        order = None if held is None else ordered_by(held.record, self._budget.ours)
+        if order is not None:
+            self._budget.resume_order(item_id, order)
 
     async def _list_pictures(self, pictures: int) -> None:
         """Which items have their picture; a prefix that holds many others is not listed for longer than it pays."""
@@ -69,15 +104,17 @@ class History:
         async for several in self._listed("images/", most):
             await self._folder.worker(self._scratch.has_pictures, several)
 
-    async def _listed(self, folder: str, most: int | None = None) -> AsyncIterator[list[str]]:
-        """Item ids that a listing shows, by the thousand."""
+    async def _listed(
+        self, folder: str, most: int | None = None, *, newest_seconds: float | None = None
+    ) -> AsyncIterator[list[str]]:
+        """Item ids that a listing shows, by the thousand; only of what was written in the last `newest_seconds`."""
         prefix = self._folder.destination.key(folder)
         several: list[str] = []
         rows = 0
         async for row in self._folder.store.list(prefix):
             # Further pictures of an item are ITEM_ID.2.png and so on.
             name, *endings = row.key.removeprefix(prefix).split(".")
-            if len(endings) == 1:
+            if len(endings) == 1 and (newest_seconds is None or row.age_seconds <= newest_seconds):
                 several.append(name)
             rows += 1
             if len(several) == LISTED_AT_A_TIME:
@@ -93,13 +130,16 @@ class History:
         if earlier is not None and earlier.outcome.fingerprint == item.fingerprint:
             was = replace(earlier.outcome, row=wanted.line, labels=item.labels)
             if was.state in (RowState.STORED, RowState.REUSED) and earlier.has_picture:
-                ours = was.state is RowState.STORED and was.bought_by in self._bought_here
-                return replace(was, state=RowState.STORED if ours else RowState.REUSED), False
+                state = RowState.STORED if was_stored_by(was, self._budget.ours) else RowState.REUSED
+                return replace(was, state=state), False
             failed_for_good = was.state is RowState.FAILED and was.final and not self._retry_failed
             if failed_for_good and not earlier.has_picture:
                 return was, False
         if self._budget.stopped is not None:
             return not_there(wanted, self._budget.stopped), True
+        if earlier is not None and was_stored_by(earlier.outcome, self._budget.ours):
+            was = earlier.outcome
+            self._budget.ask_again(item.item_id, Order(was.model or "", True, was.prediction_id, was.cost_usd))
         if self._budget.is_exhausted(item.model) and earlier is None and not await self._has_record(item.item_id):
             why = Skipped("Left out: the budget is spent.", item_id=item.item_id, kind="budget")
             return not_there(wanted, why), True
@@ -112,3 +152,22 @@ class History:
                 await self._folder.worker(self._scratch.have_records, several)
             self._records_are_known = True
         return await self._folder.worker(self._scratch.has_record, item_id)
+
+
+def was_stored_by(outcome: Outcome, runs: Collection[str]) -> bool:
+    """Whether one of these runs had bought the row's picture and stored it."""
+    return outcome.state in (RowState.STORED, RowState.REUSED) and outcome.bought_by in runs
+
+
+def ordered_by(record: Record, runs: Collection[str]) -> Order | None:
+    """What one of these runs has ordered for an item, as its record says; None: nothing."""
+    if record.bought_by not in runs:
+        return None
+    if record.prediction_id is None:
+        return Order(record.model, is_sent=True) if record.may_have_bought_unseen else None
+    kind = None if record.error is None else record.error.kind
+    ended_free = record.state is RecordState.CANCELLED or (
+        record.state is RecordState.FAILED and kind not in (PictureMissing.default_kind, OutputMissing.default_kind)
+    )
+    cost_usd = record.cost_usd or (0.0 if ended_free else None)
+    return Order(record.model, is_sent=True, prediction_id=record.prediction_id, cost_usd=cost_usd)

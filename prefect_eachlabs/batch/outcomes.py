@@ -53,8 +53,8 @@ class Outcome:
         item_id, fingerprint, model, version, prompt, image_url, labels: What was wanted, as far as it could be read.
         uri: Where its picture is.
         prediction_id: What was bought for it.
-        bought_by: The id of the run that bought it, where that is known.
-        cost_usd: What the API said it cost; 0 until the vendor has settled it.
+        bought_by: The id of the run that was billed for it; None: nobody was, or nobody knows.
+        cost_usd: What the API has billed for it; None: nothing was ordered, or the vendor has not told.
         seconds: From its begin (places included) until its picture was safe.
         predict_time_seconds: The model's own time.
         error: Kind, message and the API's code, when there is no picture.
@@ -156,26 +156,36 @@ def _wanted(wanted: Wanted) -> dict[str, Any]:
     }
 
 
-def stored(wanted: Wanted, image: StoredImage, *, seconds: float, run_id: str) -> Outcome:
-    """It is in the bucket: bought just now, or found."""
+def stored(
+    wanted: Wanted, image: StoredImage, *, is_ours: bool, cost_usd: float | None, seconds: float | None
+) -> Outcome:
+    """It is in the bucket: bought by this run, or found."""
     return Outcome(
         **_wanted(wanted),
-        state=RowState.REUSED if image.reused else RowState.STORED,
+        state=RowState.STORED if is_ours else RowState.REUSED,
         uri=image.uri,
         prediction_id=image.prediction_id,
-        bought_by=None if image.reused else run_id,
+        bought_by=image.bought_by,
         sha256=image.sha256,
         size_bytes=image.size_bytes,
         width_px=image.width_px,
         height_px=image.height_px,
-        cost_usd=image.cost_usd,
-        seconds=round(seconds, 3),
+        cost_usd=cost_usd,
+        seconds=None if seconds is None else round(seconds, 3),
         predict_time_seconds=image.predict_time_seconds,
     )
 
 
-def not_there(wanted: Wanted, error: EachlabsError, *, seconds: float | None = None) -> Outcome:
-    """It is not in the bucket, and why."""
+def not_there(
+    wanted: Wanted,
+    error: EachlabsError,
+    *,
+    seconds: float | None = None,
+    bought_by: str | None = None,
+    prediction_id: str | None = None,
+    cost_usd: float | None = None,
+) -> Outcome:
+    """It is not in the bucket, and why; and what was ordered for it all the same."""
     state = RowState.FAILED
     if isinstance(error, Skipped):
         state = RowState.SKIPPED
@@ -186,7 +196,9 @@ def not_there(wanted: Wanted, error: EachlabsError, *, seconds: float | None = N
     return Outcome(
         **_wanted(wanted),
         state=state,
-        prediction_id=error.prediction_id,
+        prediction_id=prediction_id or error.prediction_id,
+        bought_by=bought_by,
+        cost_usd=cost_usd,
         seconds=None if seconds is None else round(seconds, 3),
         error=said,
         final=for_good,
@@ -199,23 +211,13 @@ def refused(row: BadRow) -> Outcome:
     return Outcome(row=row.line, state=RowState.FAILED, item_id=row.item_id, prompt=row.prompt, error=said)
 
 
-@dataclass
-class ModelTotals:
-    """What one model's pictures cost."""
-
-    pictures: int = 0
-    cost_usd: float = 0.0
-
-
 class Totals:
-    """Counts outcomes as they come, in constant memory."""
+    """Counts outcomes as they come, in constant memory; what the run itself has spent, its budget knows."""
 
     def __init__(self) -> None:
         self.counts: Counter[RowState] = Counter()
         self.kinds: dict[RowState, Counter[str]] = {state: Counter() for state in RowState}
-        self.cost_usd = 0.0
         self.pictures_cost_usd = 0.0
-        self.by_model: dict[str, ModelTotals] = {}
         self.without_cost = 0
         self._slowest: list[tuple[float, int, str]] = []
 
@@ -227,26 +229,20 @@ class Totals:
             self.kinds[outcome.state][outcome.kind] += 1
 
     def _add_picture(self, outcome: Outcome) -> None:
-        cost_usd = outcome.cost_usd or 0.0
-        self.pictures_cost_usd += cost_usd
+        self.pictures_cost_usd += outcome.cost_usd or 0.0
         if outcome.state is not RowState.STORED:
             return
-        self.cost_usd += cost_usd
-        self.without_cost += not cost_usd
-        of_model = self.by_model.setdefault(outcome.model or "", ModelTotals())
-        of_model.pictures += 1
-        of_model.cost_usd += cost_usd
+        self.without_cost += not outcome.cost_usd
         if outcome.seconds is not None:
             heapq.heappush(self._slowest, (outcome.seconds, outcome.row, outcome.item_id or ""))
             if len(self._slowest) > SLOWEST:
                 heapq.heappop(self._slowest)
 
-    def cost_was_told(self, model: str, cost_usd: float) -> None:
-        """A stored picture's cost, which had not been settled when it was counted."""
-        self.cost_usd += cost_usd
-        self.pictures_cost_usd += cost_usd
-        self.without_cost -= 1
-        self.by_model[model].cost_usd += cost_usd
+    def cost_was_told(self, outcome: Outcome) -> None:
+        """A row's cost, which had not been settled when it was counted."""
+        if outcome.state is RowState.STORED:
+            self.pictures_cost_usd += outcome.cost_usd or 0.0
+            self.without_cost -= 1
 
     @property
     def items(self) -> int:
@@ -274,16 +270,7 @@ class Totals:
         return {
             "items": self.items,
             **{state.value: self.counts[state] for state in RowState},
-            "cost_usd": money(self.cost_usd),
             "pictures_cost_usd": money(self.pictures_cost_usd),
-            "cost_by_model": {
-                name: {
-                    "pictures": one.pictures,
-                    "cost_usd": money(one.cost_usd),
-                    "mean_usd": money(one.cost_usd / one.pictures),
-                }
-                for name, one in sorted(self.by_model.items())
-            },
             "pictures_without_a_told_cost": self.without_cost,
             "failures_by_kind": {
                 state.value: dict(_commonest(self.kinds[state]))
@@ -306,12 +293,23 @@ def money(usd: float) -> float:
     return round(usd, 6)
 
 
+def spending(cost_usd: float, unknown: int, expected_usd: float | None) -> str:
+    """What a run has spent, in words: what is not told is said, never taken for 0."""
+    told = f"${cost_usd:,.4f}"
+    if not unknown:
+        return told
+    about = "" if expected_usd is None else f", about ${expected_usd:,.4f}"
+    return f"{told} and {unknown:,} {'order' if unknown == 1 else 'orders'} of unknown cost{about}"
+
+
 @dataclass(frozen=True)
 class BatchResult:
     """What a batch came to. `items` is the sum of the five counts; `not_there` of the last three.
 
     Attributes:
-        cost_usd: What this run's pictures cost, as far as the vendor has told.
+        cost_usd: What the API has billed to this run, as far as it has told, pictures that are not stored included.
+        cost_unknown: Orders of this run whose cost is not told (lost, in flight, not settled); `cost_usd` lacks them.
+        cost_unknown_expected_usd: What those come to at the prices that were told; None: nobody knows a price.
         pictures_cost_usd: What all its pictures cost, those of earlier runs included.
         cost_by_model: Of this run: model → pictures, cost_usd, mean_usd.
         report_uri: The totals (`report.json`); the rows, the page and the sheet lie beside it.
@@ -330,6 +328,8 @@ class BatchResult:
     ambiguous: int
     skipped: int
     cost_usd: float
+    cost_unknown: int
+    cost_unknown_expected_usd: float | None
     pictures_cost_usd: float
     seconds: float
     report_uri: str
@@ -348,6 +348,11 @@ class BatchResult:
     def is_complete(self) -> bool:
         """Whether every row has its picture."""
         return not self.not_there and self.stopped_by is None
+
+    @property
+    def money(self) -> str:
+        """`$0.1560`, and what is not told yet."""
+        return spending(self.cost_usd, self.cost_unknown, self.cost_unknown_expected_usd)
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""

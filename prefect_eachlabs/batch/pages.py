@@ -61,6 +61,7 @@ def index_page(
     not_there: Iterable[Outcome],
     links: Mapping[str, str] | None = None,
     links_end_at: datetime | None = None,
+    up: str = "../../",
 ) -> Iterator[str]:
     """`index.html`, piece by piece.
 
@@ -70,6 +71,7 @@ def index_page(
         not_there: Rows without one; the first 1,000 are shown.
         links: Item id → presigned URL, in place of paths relative to the page.
         links_end_at: When those URLs end.
+        up: The way from the page to the destination's prefix.
     """
     title = _escaped(totals.get("batch_id", "Batch"))
     yield (
@@ -83,7 +85,7 @@ def index_page(
     )
     yield from _head(totals, links_end_at)
     yield from _failures(totals, not_there)
-    yield from _pictures(totals, pictures, links or {})
+    yield from _pictures(totals, pictures, links or {}, up)
     yield "</body>\n</html>\n"
 
 
@@ -98,6 +100,8 @@ def _head(totals: Mapping[str, Any], links_end_at: datetime | None) -> Iterator[
         yield f'<p class="pale">The links to the pictures end at {_escaped(f"{links_end_at:%Y-%m-%d %H:%M %Z}")}.</p>\n'
     facts = [(name, totals.get(name, 0)) for name in ("items", "stored", "reused", "failed", "ambiguous", "skipped")]
     facts.append(("spent in this run", f"${totals.get('cost_usd', 0):,.2f}"))
+    if totals.get("cost_unknown"):
+        facts.append(("orders of unknown cost", totals["cost_unknown"]))
     facts.append(("all its pictures", f"${totals.get('pictures_cost_usd', 0):,.2f}"))
     facts.append(("pictures a minute", totals.get("pictures_per_minute", 0)))
     yield "<dl>"
@@ -126,7 +130,9 @@ def _failures(totals: Mapping[str, Any], not_there: Iterable[Outcome]) -> Iterat
     yield "</table></div>\n"
 
 
-def _pictures(totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Mapping[str, str]) -> Iterator[str]:
+def _pictures(
+    totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Mapping[str, str], up: str
+) -> Iterator[str]:
     count = sum(int(totals.get(name, 0)) for name in ("stored", "reused"))
     if not count:
         return
@@ -134,7 +140,7 @@ def _pictures(totals: Mapping[str, Any], pictures: Iterable[Outcome], links: Map
     yield f"<h2>Pictures{shown}</h2>\n<main>\n"
     for outcome in itertools.islice(pictures, MOST_PICTURES):
         item_id = outcome.item_id or ""
-        link = _escaped(links.get(item_id) or f"../../images/{quote(outcome.file_name)}")
+        link = _escaped(links.get(item_id) or f"{up}images/{quote(outcome.file_name)}")
         facts = [f"row {outcome.row}"]
         if outcome.cost_usd is not None:
             facts.append(f"${outcome.cost_usd:.4f}")

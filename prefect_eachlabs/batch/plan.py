@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from prefect_eachlabs.batch.buying import EngineBuyer
+from prefect_eachlabs.batch.disk import on_disk
 from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder, Worker
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.batch.source import Defaults, open_source
-from prefect_eachlabs.batch.state import on_disk
 from prefect_eachlabs.batch.tables import BadRow, base_name
+from prefect_eachlabs.cancellation import to_its_end
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.reference_images import Roots
@@ -89,7 +90,7 @@ async def open_batch(
 async def run_batch(batch: Batch, *, window: int) -> BatchResult:
     """Runs a batch to its end: every row comes to one of five ends. **Costs money.**
 
-    Cancelled, it cancels what is in flight and leaves the report's parts; run again, it goes on from there.
+    Cancelled, it cancels what is in flight and reports what came of it; run again, it goes on from there.
 
     Args:
         batch: As `open_batch` made it; closed in the end.
@@ -102,8 +103,11 @@ async def run_batch(batch: Batch, *, window: int) -> BatchResult:
         await batch.begin()
         await _obtain_all(batch, window)
         return await batch.finish()
+    except asyncio.CancelledError:
+        await to_its_end(batch.interrupt())
+        raise
     finally:
-        await batch.close()
+        await to_its_end(batch.close())
 
 
 async def _obtain_all(batch: Batch, window: int) -> None:
@@ -114,20 +118,17 @@ async def _obtain_all(batch: Batch, window: int) -> None:
         in_the_air.discard(task)
         free.release()
 
-    try:
-        while True:
-            await free.acquire()
-            wanted = await batch.next_wanted()
-            if wanted is None:
-                break
-            task = asyncio.ensure_future(batch.obtain(wanted))
-            in_the_air.add(task)
-            task.add_done_callback(landed)
-        await asyncio.gather(*in_the_air)
-    except BaseException:
-        await batch.abandon()
-        await asyncio.gather(*in_the_air, return_exceptions=True)
-        raise
+    while True:
+        await free.acquire()
+        wanted = await batch.next_wanted()
+        if wanted is None:
+            break
+        task = asyncio.ensure_future(batch.obtain(wanted))
+        in_the_air.add(task)
+        task.add_done_callback(landed)
+    if in_the_air:
+        # Not a gather, which would pass a cancel on: `interrupt` cancels each row, once.
+        await asyncio.wait(in_the_air)
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         EachlabsError: The source or the bucket cannot be read.
     """
     try:
-        await batch.history.load(batch.options.run_id)
+        await batch.history.load()
         totals, new, bad = Totals(), dict[str, int](), list[Outcome]()
         while (row := await batch.rows.next()) is not None:
             if isinstance(row.row, BadRow):
@@ -208,6 +209,8 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
                 totals.add(outcome)
                 if outcome.state is RowState.FAILED and len(bad) < SHOWN_BAD_ROWS:
                     bad.append(outcome)
+        for model in new:
+            await batch.budget.look_up(model)
     finally:
         await batch.close()
     prices = {model: batch.budget.mean_usd(model) for model in new}

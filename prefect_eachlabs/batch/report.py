@@ -2,6 +2,7 @@
 
     PREFIX/batches/BATCH_ID/report.json, report.jsonl, index.html, contact-sheet.png    of the last run that ended
     PREFIX/batches/BATCH_ID/runs/RUN/part-00001.jsonl ...    up to 1,000 rows, or what 60 s brought; of every run
+    PREFIX/batches/BATCH_ID/runs/RUN/run.json                its run id, from before its first order on
     PREFIX/batches/BATCH_ID/runs/RUN/report.json             its totals, while it runs and afterwards
     PREFIX/batches/BATCH_ID/runs/RUN/report.jsonl            all its rows; a run without it was killed
 
@@ -16,23 +17,26 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from prefect_eachlabs.batch.disk import on_disk
 from prefect_eachlabs.batch.files import Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
-from prefect_eachlabs.batch.state import Scratch, on_disk
+from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
-from prefect_eachlabs.storage.base import ObjectStore
+from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMA = "eachlabs-batch-report/1"
+RUN_SCHEMA = "eachlabs-batch-run/1"
 PART_ROWS = 1_000
 PART_SECONDS = 60.0
 LOADED_AT_A_TIME = 1_000
@@ -56,7 +60,11 @@ def check_batch_id(batch_id: str) -> str:
 
 def run_name(run_id: str, at: datetime) -> str:
     """Names a run so that names sort by time."""
-    return f"{at.astimezone(timezone.utc):%Y%m%dT%H%M%S}Z-{re.sub('[^A-Za-z0-9]', '', run_id)[:12]}"
+    return f"{at.astimezone(timezone.utc):%Y%m%dT%H%M%S}Z-{_short(run_id)}"
+
+
+def _short(run_id: str) -> str:
+    return re.sub("[^A-Za-z0-9]", "", run_id)[:12]
 
 
 @dataclass
@@ -65,6 +73,8 @@ class Run:
 
     parts: list[str] = field(default_factory=list)
     report: str | None = None
+    begun_seconds: float | None = None
+    """How long ago it began to buy, by the bucket's clock; None: it did not, or is of an earlier version."""
 
 
 @dataclass
@@ -73,12 +83,14 @@ class EarlierRuns:
 
     Attributes:
         rows: How many they hold.
-        spent_usd: What earlier attempts of this very run have spent.
+        begun_seconds: How long ago an earlier attempt of this very run began to buy; None: there was none.
+        has_whole_report: A run has come to its end.
         costs: Model → pictures whose cost was told, and their cost in USD.
     """
 
     rows: int = 0
-    spent_usd: float = 0.0
+    begun_seconds: float | None = None
+    has_whole_report: bool = False
     costs: dict[str, tuple[int, float]] = field(default_factory=dict)
     _seconds: float = 0.0
     _timed: int = 0
@@ -88,7 +100,7 @@ class EarlierRuns:
         """The models' own time for a picture."""
         return self._seconds / self._timed if self._timed else None
 
-    def add(self, outcome: Outcome, run_id: str) -> None:
+    def add(self, outcome: Outcome) -> None:
         self.rows += 1
         if outcome.state not in (RowState.STORED, RowState.REUSED):
             return
@@ -98,7 +110,6 @@ class EarlierRuns:
         if outcome.cost_usd:
             count, cost_usd = self.costs.get(outcome.model or "", (0, 0.0))
             self.costs[outcome.model or ""] = (count + 1, cost_usd + outcome.cost_usd)
-            self.spent_usd += outcome.cost_usd if outcome.bought_by == run_id else 0.0
 
 
 class BatchFolder:
@@ -135,17 +146,22 @@ class BatchFolder:
         async for row in self.store.list(self.key("")):
             name = row.key.removeprefix(self.key(""))
             self.has_sheet = self.has_sheet or name == "contact-sheet.png"
-            match = re.fullmatch(r"runs/([^/]+)/(part-\d+\.jsonl|report\.jsonl)", name)
+            match = re.fullmatch(r"runs/([^/]+)/(part-\d+\.jsonl|report\.jsonl|run\.json)", name)
             if match is not None:
                 run = runs.setdefault(match[1], Run())
                 if match[2] == "report.jsonl":
                     run.report = row.key
+                elif match[2] == "run.json":
+                    run.begun_seconds = row.age_seconds
                 else:
                     run.parts.append(row.key)
         return runs
 
-    async def load_earlier(self, scratch: Scratch, run_id: str) -> EarlierRuns:
-        """Reads the last report, and the parts of runs that were killed since, into the scratch file."""
+    async def load_earlier(self, scratch: Scratch, ours: Collection[str]) -> EarlierRuns:
+        """Reads the last report, and the parts of runs that were killed since, into the scratch file.
+
+        `ours` are the ids of the runs whose purchases are this one's.
+        """
         runs = await self.runs()
         last = max((name for name, run in runs.items() if run.report), default="")
         keys = [runs[last].report or ""] if last else []
@@ -153,12 +169,15 @@ class BatchFolder:
             # An older one that was killed is in the last report: that run had read its parts.
             if name > last:
                 keys += sorted(runs[name].parts)
-        earlier = EarlierRuns()
+        earlier = EarlierRuns(has_whole_report=bool(last))
         for key in keys:
-            await self.worker(self._load, key, scratch, earlier, run_id)
+            await self.worker(self._load, key, scratch, earlier)
+        names = tuple(f"-{_short(run_id)}" for run_id in ours)
+        begun = [run.begun_seconds for name, run in runs.items() if name.endswith(names)]
+        earlier.begun_seconds = max((seconds for seconds in begun if seconds is not None), default=None)
         return earlier
 
-    def _load(self, key: str, scratch: Scratch, earlier: EarlierRuns, run_id: str) -> None:
+    def _load(self, key: str, scratch: Scratch, earlier: EarlierRuns) -> None:
         bad = 0
         with self.files.open(key) as stream:
             several: list[Outcome] = []
@@ -167,7 +186,7 @@ class BatchFolder:
                 if outcome is None:
                     bad += 1
                     continue
-                earlier.add(outcome, run_id)
+                earlier.add(outcome)
                 several.append(outcome)
                 if len(several) == LOADED_AT_A_TIME:
                     scratch.remember(several)
@@ -197,10 +216,17 @@ class ReportWriter:
         self._writing = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
 
-    def add(self, outcome: Outcome, *, is_news: bool) -> None:
-        """A row came to its end."""
+    async def begin(self, run_id: str) -> None:
+        """Leaves a trace before anything is bought: who goes on with this run sees since when to look."""
+        body = json.dumps({"schema": RUN_SCHEMA, "run_id": run_id}).encode()
+        key = self._folder.key(f"runs/{self._run}/run.json")
+        with suppress(PreconditionFailed):  # an earlier attempt of the same second
+            await self._folder.store.put(key, body, content_type="application/json", if_absent=True)
+
+    def add(self, outcome: Outcome, *, is_news: bool, lacks_cost: bool = False) -> None:
+        """A row came to its end; its cost is looked up at the run's end where it lacks one."""
         line = outcome.to_line()
-        self._scratch.add(outcome, line)
+        self._scratch.add(outcome, line, lacks_cost=lacks_cost)
         if is_news:
             self._part.append(line)
             if len(self._part) % PART_ROWS == 0:
@@ -240,13 +266,13 @@ class ReportWriter:
         for name in names:
             await self._folder.store.put(self._folder.key(name), body, content_type="application/json")
 
-    async def merge(self) -> None:
-        """Writes the whole report, in the order of the source: the run's own first, which marks it as ended."""
+    async def merge(self, *, is_whole: bool) -> None:
+        """Writes the report, in the order of the source: the run's own first, which marks one that lacks no row."""
         # Python finds no folder for it, it says ENOENT, when the disk is full.
         with on_disk(errno.ENOENT), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
             path = Path(scratch_folder) / "report.jsonl"
             await self._folder.worker(_write_lines, path, self._scratch.lines())
-            for name in (f"runs/{self._run}/report.jsonl", "report.jsonl"):
+            for name in [*([f"runs/{self._run}/report.jsonl"] if is_whole else []), "report.jsonl"]:
                 await self._folder.worker(self._upload, name, path)
         await self.write_totals(f"runs/{self._run}/report.json", "report.json")
 

@@ -12,17 +12,19 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 
 from prefect_eachlabs.batch.budget import Budget
-from prefect_eachlabs.batch.buying import Buyer, Buying
+from prefect_eachlabs.batch.buying import INTERRUPTED, Buyer, Buying
 from prefect_eachlabs.batch.closing import tell_late_costs, write_page, write_sheet
 from prefect_eachlabs.batch.history import History
-from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, refused
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
 from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, Worker, run_name
 from prefect_eachlabs.batch.rows import Row, Rows
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
-from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.cancellation import all_ended
+from prefect_eachlabs.errors import EachlabsError, SetupError, Skipped
+from prefect_eachlabs.ledger.records import Ledger, Record
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -33,6 +35,12 @@ WINDOW_WITHOUT_LIMIT = 200
 WINDOW_BEYOND_THE_LIMIT = 30
 """So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
 TICK_SECONDS = 1.0
+INTERRUPT_SECONDS = 20.0
+"""So long a cancelled row may take to cancel its prediction and to see its end (Prefect kills a run after 30)."""
+RECORD_SECONDS = 3.0
+"""And so long, to read what its record says, when that was not enough."""
+MOST_ASKED_FOR = 100
+"""So many costs of what was bought beside the rows' own pictures are asked for at the end, a request each."""
 KEPT_FAILURES = 50
 """Rows without a picture that are at hand for whoever shows them; the report has all."""
 
@@ -45,7 +53,8 @@ class BatchOptions:
         run_id: Names the run in records and reports. The same id again is the same run (a flow that Prefect runs
             again), whose budget is one.
         budget_usd: At most so much is spent by this run; None: no budget.
-        replace, rebuy_missing, retry_failed, on_ambiguous, deadline_seconds, formats: As for a single picture.
+        replace, rebuy_missing, retry_failed, on_ambiguous, retry_ambiguous, deadline_seconds, formats: As for a single
+            picture.
         shard: Only the rows of this share are seen to: its number from 0 on, and how many there are. Such a run
             leaves parts of a report, and no report.
         bought_here: Runs whose purchases count as this one's: those of its shares.
@@ -58,6 +67,7 @@ class BatchOptions:
     rebuy_missing: bool = False
     retry_failed: bool = False
     on_ambiguous: Literal["settle", "fail"] = "settle"
+    retry_ambiguous: bool = False
     deadline_seconds: float | None = None
     presigned_seconds: int | None = None
     formats: tuple[str, ...] | None = None
@@ -106,21 +116,21 @@ class Batch:
         self.options = options
         self.totals = Totals()
         self.run = run_name(options.run_id, datetime.now(timezone.utc))
-        self.budget = Budget(options.budget_usd)
+        self.budget = Budget(options.budget_usd, buyer, ours=options.bought_here | {options.run_id})
         self.scratch = Scratch()
         self.rows = Rows(source, self.scratch, worker)
-        self.history = History(
-            folder, self.scratch, self.budget, retry_failed=options.retry_failed, bought_here=options.bought_here
-        )
+        self.history = History(folder, self.scratch, self.budget, retry_failed=options.retry_failed)
         self._buyer = buyer
         self._source = source
         self._access = access
         self._show = show
         self._show_seconds = show_seconds
         self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
-        self._buying = Buying(buyer, folder.destination, access, PurchaseOptions(), self.budget)
+        self._buying = Buying(buyer, folder.destination, access, PurchaseOptions(), self.budget, self._read_record)
         self.first_not_there: list[Outcome] = []
         self._obtaining: set[asyncio.Task[Any]] = set()
+        self._has_begun_to_buy = False
+        self._is_interrupted = False
         self._pace = Pace()
         self._news = 0
         self._has_sheet = False
@@ -139,7 +149,7 @@ class Batch:
             StoreFailed: The bucket does not answer.
         """
         self._began = asyncio.get_running_loop().time()
-        await self.history.load(self.options.run_id)
+        await self.history.load()
         self._has_sheet = self.folder.has_sheet
         self._buying.options = PurchaseOptions(
             run_id=self.options.run_id,
@@ -147,6 +157,7 @@ class Batch:
             rebuy_missing=self.options.rebuy_missing,
             retry_failed=self.options.retry_failed,
             on_ambiguous=self.options.on_ambiguous,
+            retry_ambiguous=self.options.retry_ambiguous,
             deadline_seconds=self.options.deadline_seconds,
             formats=self.options.formats,
             # With a budget an item that was bought already must not be asked whether it may be.
@@ -169,9 +180,19 @@ class Batch:
                 continue
             outcome, is_news = await self.history.settled(row.row, row.earlier)
             if outcome is None:
+                await self._begin_to_buy()
                 return row.row
             self._add(outcome, is_news=is_news)
         return None
+
+    async def _begin_to_buy(self) -> None:
+        if not self._has_begun_to_buy:
+            await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
+            self._has_begun_to_buy = True
+
+    async def _read_record(self, item_id: str) -> Record | None:
+        held = await Ledger(self.folder.store, self.folder.destination).read(item_id)
+        return None if held is None else held.record
 
     def _is_mine(self, row: Wanted | BadRow) -> bool:
         """Rows that are no items are told by whoever goes through all of them."""
@@ -204,21 +225,42 @@ class Batch:
         self._obtaining.add(task)
         try:
             outcome = await self._buying.obtain(wanted)
+        except asyncio.CancelledError:
+            if self._is_interrupted:
+                self._add(await self._buying.interrupted(wanted))
+            raise
         finally:
             self._obtaining.discard(task)
         self._add(outcome)
         return outcome
 
     async def obtain_all(self, chunk: Sequence[Wanted]) -> list[Outcome]:
-        """Several at a time; a cancel reaches each."""
-        return list(await asyncio.gather(*(self.obtain(wanted) for wanted in chunk)))
+        """Several at a time; a cancel reaches each, once, and is over when each has come to its end."""
+        tasks = [asyncio.ensure_future(self.obtain(wanted)) for wanted in chunk]
+        await all_ended(tasks)
+        return [task.result() for task in tasks]
 
-    async def abandon(self) -> None:
-        """Cancels what is in the air: what was bought is cancelled where it can be, and noted."""
+    async def interrupt(self) -> None:
+        """Ends the run now: what is in flight is cancelled, and the report says what came of every row until here.
+
+        Nothing is bought any more. Bounded: what the API or the bucket does not answer for stays as its record says.
+        """
+        self._is_interrupted = True
+        self.budget.stop(Skipped("Interrupted before it was bought.", kind=INTERRUPTED))
+        self._stopped_by = self._stopped_by or EachlabsError("interrupted", kind=INTERRUPTED)
         tasks = list(self._obtaining)
         for task in tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=INTERRUPT_SECONDS)
+            for task in late:
+                logger.warning("A cancel is not answered: %s", task.get_name())
+                task.cancel()
+            await asyncio.wait(tasks, timeout=RECORD_SECONDS)
+        await self._end_ticker()
+        await self._writer.write_rest()
+        if self.options.shard is None and self._has_begun_to_buy:
+            await self._write_report()
 
     async def finish(self) -> BatchResult:
         """Merges the report and writes page and sheet; returns what it all came to.
@@ -233,24 +275,39 @@ class Batch:
         await self._writer.write_rest()
         await self.folder.worker(self.scratch.flush)
         if self._stopped_by is None:
-            await tell_late_costs(self._buyer, self.scratch, self.totals, self.folder.worker)
-        self._state = "completed" if self._stopped_by is None else "stopped"
-        self._ended_at = datetime.now(timezone.utc)
-        if not self.rows.all_read:
-            # It lacks rows, so it must not take the place of the last report; the next run reads its parts.
-            await retry_while_retryable(lambda: self._writer.write_totals(f"runs/{self.run}/report.json"))
-            return self.result()
-        if self.totals.items != self.rows.total:
+            await tell_late_costs(self._buyer, self.scratch, self.totals, self.budget, self.folder.worker)
+            await self.budget.ask_for_the_rest(MOST_ASKED_FOR)
+        await self._write_report()
+        if self.rows.all_read and self.totals.items != self.rows.total:
             raise RuntimeError(
                 f"{self.rows.total} rows were read and {self.totals.items} came to an end: a fault of ours."
             )
-        if self._news or not self._has_sheet:
-            self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
-        await retry_while_retryable(
-            lambda: write_page(self.folder, self.scratch, self.report(), self.options.presigned_seconds)
-        )
-        await retry_while_retryable(self._writer.merge)
         return self.result()
+
+    @property
+    def _has_every_row(self) -> bool:
+        return self.rows.all_read and self.totals.items == self.rows.total
+
+    @property
+    def _home(self) -> str:
+        """Where the report goes: one that lacks rows does not take the place of a whole one."""
+        return "" if self._has_every_row or not self.history.has_whole_report else f"runs/{self.run}/"
+
+    async def _write_report(self) -> None:
+        self._state = "completed" if self._stopped_by is None else INTERRUPTED if self._is_interrupted else "stopped"
+        self._ended_at = datetime.now(timezone.utc)
+        await self.folder.worker(self.scratch.flush)
+        if not self._is_interrupted and self._has_every_row and (self._news or not self._has_sheet):
+            self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
+        home, presigned_seconds = self._home, self.options.presigned_seconds
+        await retry_while_retryable(
+            lambda: write_page(self.folder, self.scratch, self.report(), presigned_seconds, home=home)
+        )
+        if home:
+            # Its rows are in its parts, which the next run reads beside the last whole report.
+            await retry_while_retryable(lambda: self._writer.write_totals(f"{home}report.json"))
+        else:
+            await retry_while_retryable(lambda: self._writer.merge(is_whole=self._has_every_row))
 
     async def finish_shard(self) -> BatchResult:
         """Ends a share: its parts are written, which whoever goes through all rows reads."""
@@ -282,7 +339,8 @@ class Batch:
         is_there = outcome.state in (RowState.STORED, RowState.REUSED)
         if not is_there and len(self.first_not_there) < KEPT_FAILURES:
             self.first_not_there.append(outcome)
-        self._writer.add(outcome, is_news=is_news)
+        lacks_cost = outcome.bought_by in self.budget.ours and outcome.cost_usd is None
+        self._writer.add(outcome, is_news=is_news, lacks_cost=lacks_cost)
 
     # While it runs.
 
@@ -317,7 +375,7 @@ class Batch:
             reused=totals.count(RowState.REUSED),
             not_there=totals.not_there,
             in_the_air=self._buying.in_the_air,
-            cost_usd=totals.cost_usd,
+            cost_usd=self.budget.spent_usd,
             seconds=now - self._began,
             per_minute=per_minute,
             left_seconds=left,
@@ -339,6 +397,17 @@ class Batch:
             "seconds": round(seconds, 3),
             "pictures_per_minute": round(self.totals.count(RowState.STORED) * 60 / seconds, 1) if seconds else 0.0,
             "budget_usd": self.options.budget_usd,
+            "cost_usd": money(self.budget.spent_usd),
+            "cost_unknown": self.budget.untold,
+            "cost_unknown_expected_usd": None if (expected := self.budget.untold_usd) is None else money(expected),
+            "cost_by_model": {
+                model: {
+                    "pictures": spent.pictures,
+                    "cost_usd": money(spent.cost_usd),
+                    "mean_usd": money(spent.cost_usd / spent.pictures),
+                }
+                for model, spent in self.budget.costs_by_model().items()
+            },
             **self.totals.as_json(),
             "report": self.folder.uri("report.jsonl"),
             "index": self.folder.uri("index.html"),
@@ -349,7 +418,7 @@ class Batch:
         """What it came to."""
         report: Mapping[str, Any] = self.report()
         count = self.totals.count
-        home = "" if self._state == "completed" or self.rows.all_read else f"runs/{self.run}/"
+        home = self._home
         return BatchResult(
             batch_id=self.folder.batch_id,
             run=self.run,
@@ -361,10 +430,12 @@ class Batch:
             ambiguous=count(RowState.AMBIGUOUS),
             skipped=count(RowState.SKIPPED),
             cost_usd=report["cost_usd"],
+            cost_unknown=report["cost_unknown"],
+            cost_unknown_expected_usd=report["cost_unknown_expected_usd"],
             pictures_cost_usd=report["pictures_cost_usd"],
             seconds=report["seconds"],
             report_uri=self.folder.uri(f"{home}report.json"),
-            index_uri=None if home else self.folder.uri("index.html"),
+            index_uri=self.folder.uri(f"{home}index.html"),
             cost_by_model=report["cost_by_model"],
             failures_by_kind=report["failures_by_kind"],
             why=self.totals.why(),

@@ -7,18 +7,19 @@ worker's thread: each query gives the interpreter's lock away, and the loop wait
 from __future__ import annotations
 
 import contextlib
-import errno
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
-from prefect_eachlabs.errors import SetupError
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
-CREATE TABLE earlier (item_id TEXT PRIMARY KEY, state TEXT, has_picture INTEGER DEFAULT 0, line BLOB) WITHOUT ROWID;
+CREATE TABLE earlier (
+    item_id TEXT PRIMARY KEY, state TEXT, has_picture INTEGER DEFAULT 0, bought_by TEXT, model TEXT, cost_usd REAL,
+    line BLOB
+) WITHOUT ROWID;
 CREATE TABLE ids (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE counts (fingerprint TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID;
 CREATE TABLE recorded (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
@@ -27,25 +28,7 @@ CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
 """
 
 
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-
-
-@contextlib.contextmanager
-def on_disk(*errors: int) -> Iterator[None]:
-    """Whatever the disk refuses inside comes out as a SetupError that says what to do.
-
-    Args:
-        errors: Further numbers of an OSError that mean the disk here.
-    """
-    try:
-        yield
-    except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS.union(errors):
-            raise
-        raise SetupError(
-            f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "
-            "in TMPDIR, then run again; what was bought is in the bucket or known there, and not bought again."
-        ) from error
+_THERE = (RowState.STORED.value, RowState.REUSED.value)
 
 
 @dataclass(frozen=True)
@@ -54,10 +37,6 @@ class Earlier:
 
     outcome: Outcome
     has_picture: bool
-
-
-def _lacks_cost(outcome: Outcome) -> bool:
-    return outcome.state is RowState.STORED and not outcome.cost_usd
 
 
 class Scratch:
@@ -71,15 +50,20 @@ class Scratch:
         self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._db.executescript(_TABLES)
         self._db.execute("BEGIN")
-        self._added: list[tuple[Outcome, bytes]] = []
+        self._added: list[tuple[Outcome, bytes, bool]] = []
 
     # What earlier runs left.
 
     def remember(self, outcomes: Iterable[Outcome]) -> None:
         """Rows of an earlier report; a later one of the same item takes the place of the former."""
         self._db.executemany(
-            "INSERT OR REPLACE INTO earlier (item_id, state, line) VALUES (?, ?, ?)",
-            ((one.item_id, one.state.value, one.to_line()) for one in outcomes if one.item_id),
+            "INSERT OR REPLACE INTO earlier (item_id, state, bought_by, model, cost_usd, line) "
+            "VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                (one.item_id, one.state.value, one.bought_by, one.model or "", one.cost_usd or None, one.to_line())
+                for one in outcomes
+                if one.item_id
+            ),
         )
 
     def has_pictures(self, item_ids: Iterable[str]) -> None:
@@ -88,14 +72,39 @@ class Scratch:
 
     def count_earlier(self) -> int:
         """How many items an earlier report says are stored."""
-        words = (RowState.STORED.value, RowState.REUSED.value)
-        found = self._db.execute("SELECT count(*) FROM earlier WHERE state IN (?, ?)", words).fetchone()
+        found = self._db.execute("SELECT count(*) FROM earlier WHERE state IN (?, ?)", _THERE).fetchone()
         return int(found[0])
 
     def earlier(self, item_id: str) -> Earlier | None:
         found = self._db.execute("SELECT has_picture, line FROM earlier WHERE item_id = ?", (item_id,)).fetchone()
         outcome = Outcome.from_line(found[1]) if found else None
         return None if outcome is None else Earlier(outcome, bool(found[0]))
+
+    def stored_by(self, runs: Collection[str]) -> list[tuple[str, int, float, float | None, int]]:
+        """What these runs have stored: model, pictures whose cost was told, that cost, the highest, the other ones."""
+        marks = ", ".join("?" * len(runs))
+        query = (
+            "SELECT model, count(cost_usd), total(cost_usd), max(cost_usd), count(*) - count(cost_usd) FROM earlier "
+            f"WHERE state IN (?, ?) AND bought_by IN ({marks}) GROUP BY model"
+        )
+        return self._db.execute(query, (*_THERE, *runs)).fetchall()
+
+    def not_stored_by(self, runs: Collection[str]) -> list[Outcome]:
+        """Rows for which these runs have ordered, and which have no picture."""
+        marks = ", ".join("?" * len(runs))
+        query = f"SELECT line FROM earlier WHERE state NOT IN (?, ?) AND bought_by IN ({marks})"
+        lines = self._db.execute(query, (*_THERE, *runs)).fetchall()
+        return [outcome for (line,) in lines if (outcome := Outcome.from_line(line)) is not None]
+
+    def not_told(self, item_ids: Sequence[str], runs: Collection[str]) -> list[str]:
+        """Those of the items of which no report says that one of these runs has stored them."""
+        marks, runs_marks = ", ".join("?" * len(item_ids)), ", ".join("?" * len(runs))
+        query = (
+            f"SELECT item_id FROM earlier WHERE item_id IN ({marks}) AND state IN (?, ?) "
+            f"AND bought_by IN ({runs_marks})"
+        )
+        told = {item_id for (item_id,) in self._db.execute(query, (*item_ids, *_THERE, *runs))}
+        return [item_id for item_id in item_ids if item_id not in told]
 
     def have_records(self, item_ids: Iterable[str]) -> None:
         """These items have a record in the bucket."""
@@ -125,15 +134,15 @@ class Scratch:
 
     # This run's rows.
 
-    def add(self, outcome: Outcome, line: bytes) -> None:
+    def add(self, outcome: Outcome, line: bytes, *, lacks_cost: bool = False) -> None:
         """A row came to its end; written down by the next `flush`."""
-        self._added.append((outcome, line))
+        self._added.append((outcome, line, lacks_cost))
 
     def flush(self) -> None:
         added, self._added = self._added, []
         self._db.executemany(
             "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?)",
-            ((one.row, one.state.value, one.prediction_id if _lacks_cost(one) else None, line) for one, line in added),
+            ((one.row, one.state.value, one.prediction_id if lacks else None, line) for one, line, lacks in added),
         )
 
     def lines(self, *states: RowState, most: int = -1, skip: int = 0) -> Iterator[bytes]:
@@ -146,14 +155,13 @@ class Scratch:
 
     def pictures(self, count: int) -> list[Outcome]:
         """About `count` of the rows with a picture, spread evenly over the source."""
-        words = (RowState.STORED.value, RowState.REUSED.value)
-        rows = [row for (row,) in self._db.execute("SELECT row FROM rows WHERE state IN (?, ?) ORDER BY row", words)]
+        rows = [row for (row,) in self._db.execute("SELECT row FROM rows WHERE state IN (?, ?) ORDER BY row", _THERE)]
         chosen = [rows[number * len(rows) // count] for number in range(count)] if len(rows) > count else rows
         found = (self._db.execute("SELECT line FROM rows WHERE row = ?", (row,)).fetchone() for row in chosen)
         return [outcome for (line,) in found if (outcome := Outcome.from_line(line)) is not None]
 
     def count_unsettled(self) -> int:
-        """How many pictures were stored before the vendor told what they cost."""
+        """How many rows came to their end before the vendor told what they cost."""
         return int(self._db.execute("SELECT count(*) FROM rows WHERE unsettled IS NOT NULL").fetchone()[0])
 
     def settle(self, costs: Mapping[str, float]) -> list[Outcome]:

@@ -172,7 +172,7 @@ def _result_text(result: BatchResult) -> str:
 
     counts = f"{result.stored:,} stored, {result.reused:,} reused, {result.failed:,} failed, "
     counts += f"{result.ambiguous:,} ambiguous, {result.skipped:,} skipped"
-    lines = [f"{result.items:,} rows: {counts}; ${result.cost_usd:,.4f}, {duration(result.seconds)}"]
+    lines = [f"{result.items:,} rows: {counts}; {result.money}, {duration(result.seconds)}"]
     if result.why:
         lines.append(f"Not there: {result.why}.")
     if result.stopped_by:
@@ -184,7 +184,11 @@ def _result_text(result: BatchResult) -> str:
 def _plan_text(plan: Plan) -> str:
     from prefect_eachlabs.batch.progress import duration
 
-    cost = "unknown (no earlier report tells a price)" if plan.cost_usd is None else f"${plan.cost_usd:,.2f}"
+    cost = (
+        "unknown (neither a report nor the account's executions tell a price)"
+        if plan.cost_usd is None
+        else f"${plan.cost_usd:,.2f}"
+    )
     time = "unknown (the account has no limits)" if plan.seconds is None else duration(plan.seconds)
     counts = f"{plan.new:,} new, {plan.reused:,} there already, {plan.failed:,} that cannot be bought"
     lines = [

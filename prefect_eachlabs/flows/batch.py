@@ -343,7 +343,7 @@ def _state(result: BatchResult, fail_above: float) -> State[dict[str, Any]]:
     message = f"{result.stored} stored, {result.reused} reused"
     if result.why:
         message += f", {result.why}"
-    message += f" of {result.items}; {result.cost_usd:.4f} USD; {result.report_uri}"
+    message += f" of {result.items}; {result.money}; {result.report_uri}"
     if result.stopped_by is not None:
         return Failed(message=f"Stopped: {result.stopped_by} {message}", data=result.as_json())
     if result.not_there > allowed:
@@ -386,7 +386,7 @@ class _Drive:
             return result
         except BaseException:
             # A cancelled run's chunks wait in threads that nothing reaches but this.
-            self._gateway.call(self._batch.abandon())
+            self._gateway.call(self._batch.interrupt())
             raise
         finally:
             self._gateway.call(self._batch.close())

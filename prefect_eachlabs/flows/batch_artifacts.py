@@ -103,8 +103,8 @@ def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: by
         sheet: The contact sheet as a PNG.
     """
     counts = (result.items, result.stored, result.reused, result.failed, result.ambiguous, result.skipped)
-    cells = [*map(str, counts), f"{result.cost_usd:.4f}", f"{result.pictures_cost_usd:.4f}"]
-    head = ("items", "stored", "reused", "failed", "ambiguous", "skipped", "USD in this run", "USD of all pictures")
+    cells = [*map(str, counts), result.money, f"{result.pictures_cost_usd:.4f}"]
+    head = ("items", "stored", "reused", "failed", "ambiguous", "skipped", "spent in this run", "USD of all pictures")
     blocks = [
         f"<h1>Batch {escaped(result.batch_id)}</h1>",
         table([cells], head=head),

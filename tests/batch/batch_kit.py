@@ -19,9 +19,9 @@ from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.batch.source import Source
 from prefect_eachlabs.batch.tables import CsvTable, Lines
-from prefect_eachlabs.errors import BadInput, EachlabsError
+from prefect_eachlabs.errors import BadInput, EachlabsError, OutcomeUnknown, PredictionFailed, PredictionTimedOut
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Execution, Item, Prediction, PredictionStatus, StoredImage
+from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus, StoredImage
 from prefect_eachlabs.storage.s3_client import S3Access
 from tests.memory_store import MemoryStore
 
@@ -72,6 +72,9 @@ class CountingShop:
         self.bought: list[str] = []
         self.cancelled: list[str] = []
         self.price_questions = 0
+        self.price_look_ups = 0
+        self.past_usd: tuple[float, ...] = ()
+        """What the account's executions of any model tell."""
         self.pages_of_executions = 0
         self.in_the_air = 0
         self.worst_in_the_air = 0
@@ -93,18 +96,22 @@ class CountingShop:
             async with self._limiter:
                 options.budget.check()
                 self.bought.append(item.item_id)
+                error = self.ending(item)
+                if error is None or isinstance(error, (PredictionFailed, PredictionTimedOut)):
+                    options.budget.ordered(item, f"prediction-{item.item_id}")
+                elif isinstance(error, OutcomeUnknown):
+                    options.budget.ordered(item, None)
                 await asyncio.sleep(self.service_seconds)
-            error = self.ending(item)
             if error is not None:
                 raise error
-            return await self._stored(item, destination)
+            return await self._stored(item, destination, options.run_id)
         except asyncio.CancelledError:
             self.cancelled.append(item.item_id)
             raise
         finally:
             self.in_the_air -= 1
 
-    async def _stored(self, item: Item, destination: Destination) -> StoredImage:
+    async def _stored(self, item: Item, destination: Destination, run_id: str) -> StoredImage:
         key = destination.image_key(item.item_id)
         await self.store.put(key, tiny_png(len(self.bought) % 256), content_type="image/png")
         image = StoredImage(
@@ -119,13 +126,18 @@ class CountingShop:
             predict_time_seconds=self.service_seconds,
             model=item.model,
             prompt=item.input["prompt"],
+            bought_by=run_id,
         )
         self.records[item.item_id] = image
         return image
 
-    async def ask(self, prediction_id: str) -> Prediction:
+    async def cost_of(self, prediction_id: str) -> float | None:
         self.price_questions += 1
-        return Prediction(id=prediction_id, status=PredictionStatus.SUCCEEDED, cost_usd=self.settled_usd)
+        return self.settled_usd if prediction_id.removeprefix("prediction-") in self.records else 0.0
+
+    async def past_costs(self, model: str) -> list[float]:
+        self.price_look_ups += 1
+        return list(self.past_usd)
 
     async def executions(self, offset: int) -> tuple[Execution, ...]:
         self.pages_of_executions += 1

@@ -82,7 +82,7 @@ def test_bad_rows_and_failed_predictions_are_told_with_status_1(
     studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     studio.api.set_faults("prediction:fail_moderation,matching=naked")
-    source = write(tmp_path / "spring.csv", "id,prompt", "a,fox", "a,dog", "b,a naked fox", "c,", 'd,"open', "e,cat")
+    source = write(tmp_path / "spring.csv", "id,prompt", "a,fox", "a,dog", "b,a naked fox", "c,", "d,too,many", "e,cat")
     assert main(["batch", source, "--to", studio.destination]) == 1
     out = capsys.readouterr().out
     assert "6 rows: 2 stored, 0 reused, 4 failed, 0 ambiguous, 0 skipped" in out

@@ -38,6 +38,11 @@ def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, B
     return process.run(run())
 
 
+def billed_usd(world: World) -> float:
+    """What the vendor's side says."""
+    return float(world.emulator.tallies()["cost_usd"])
+
+
 def items(count: int) -> list[Item]:
     return [Item.wanted(row["prompt"], item_id=row["id"]) for row in prompts(count)]
 
@@ -189,13 +194,143 @@ def test_a_batch_with_a_budget_is_billed_no_more_than_that() -> None:
     play(story)
 
 
+@pytest.mark.parametrize(("price_usd", "stored"), [(PRICE_USD, 5), (0.019, 10)])
+def test_failing_downloads_do_not_hide_what_was_bought_from_the_budget(price_usd: float, stored: int) -> None:
+    async def story() -> None:
+        world = World("picture:error,status=503,first=4", cost_usd=price_usd)
+        result = await batch(world.process(), 40, budget_usd=0.2)
+        assert billed_usd(world) <= 0.2
+        assert result.cost_usd == pytest.approx(billed_usd(world))
+        assert (result.stored, result.reused, result.cost_unknown) == (stored, 0, 0)
+
+    play(story)
+
+
+def test_pictures_that_cannot_be_downloaded_count_as_what_they_cost() -> None:
+    async def story() -> None:
+        world = World("picture:error,status=503")
+        result = await batch(world.process(), 40, budget_usd=0.2)
+        assert len(world.bought()) == 5 == result.failed
+        assert result.cost_usd == pytest.approx(billed_usd(world)) == pytest.approx(5 * PRICE_USD)
+        world.set_faults()
+        again = await batch(world.process(), 40, budget_usd=0.0001)
+        assert (again.reused, again.stored, again.cost_usd) == (5, 0, 0)
+
+    play(story)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lost_answers_that_are_reported_keep_their_price_set_aside(seed: int) -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.4", seed=seed)
+        await batch(world.process(run_id="price"), 1)
+        before = billed_usd(world)
+        result = await batch(world.process(), 60, budget_usd=0.2, on_ambiguous="fail")
+        billed = billed_usd(world) - before
+        assert billed <= 0.2
+        assert result.cost_usd <= billed <= result.cost_usd + result.cost_unknown * PRICE_USD + 1e-9
+        assert result.cost_unknown == result.ambiguous
+
+    play(story)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lost_answers_that_are_settled_cost_what_was_billed(seed: int) -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.4", seed=seed)
+        result = await batch(world.process(), 40, budget_usd=0.2)
+        assert billed_usd(world) <= 0.2
+        assert result.cost_usd == pytest.approx(billed_usd(world))
+        assert (result.reused, result.cost_unknown) == (0, 0)
+
+    play(story)
+
+
+@pytest.mark.parametrize("die_at", [(60, 60, 90), (90, 130, 70), (200, 40, 41), (75, 300, 90)])
+def test_one_run_killed_three_times_keeps_its_one_budget(die_at: tuple[int, ...]) -> None:
+    async def story() -> None:
+        world = World("create:lost_answer=0.1", "picture:error,status=503,first=4", service_seconds=3.0)
+        for boundary in die_at:
+            process = world.process(run_id="flow-run", die_at=boundary)
+            await process.until_it_ends(batch(process, 60, budget_usd=0.8))
+        result = await batch(world.process(run_id="flow-run"), 60, budget_usd=0.8)
+        assert [process.dead for process in world.processes] == [True, True, True, False]
+        assert billed_usd(world) <= 0.8
+        assert result.cost_usd == pytest.approx(billed_usd(world))
+        assert (result.reused, result.cost_unknown) == (0, 0)
+        assert result.stored == round(billed_usd(world) / PRICE_USD)
+
+    play(story)
+
+
+def test_what_a_killed_run_had_ordered_is_billed_to_that_run_alone() -> None:
+    async def story() -> None:
+        world = World(service_seconds=30.0)
+        first = world.process(die_at="after POST")
+        await first.dies(batch(first, 1))
+        result = await batch(world.process(), 1)
+        assert (result.stored, result.reused, result.cost_usd) == (0, 1, 0)
+        assert result.pictures_cost_usd == pytest.approx(PRICE_USD)
+        world.check(items(1))
+
+    play(story)
+
+
+def test_a_price_that_no_report_knows_is_told_by_the_accounts_executions() -> None:
+    async def story() -> None:
+        world = World()
+        await world.process().obtain(wanted(99))
+        result = await batch(world.process(), 5, budget_usd=0.01)
+        assert (result.stored, result.skipped) == (0, 5)
+        assert len(world.bought()) == 1
+
+    play(story)
+
+
+def test_a_price_that_nobody_knows_is_warned_of_and_exceeds_a_budget_by_one_picture(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story() -> None:
+        world = World()
+        result = await batch(world.process(), 20, budget_usd=0.01)
+        assert (result.stored, result.skipped) == (1, 19)
+        assert result.cost_usd == pytest.approx(PRICE_USD)
+
+    play(story)
+    assert "can be exceeded by its price" in caplog.text
+
+
+def test_a_price_that_has_risen_is_met_by_one_picture_alone() -> None:
+    async def story() -> None:
+        world = World()
+        await batch(world.process(), 5)
+        world.emulator.options = world.emulator.options.model_copy(update={"cost_usd": 0.1})
+        before = billed_usd(world)
+        result = await batch(world.process(), 40, budget_usd=0.25)
+        assert billed_usd(world) - before == pytest.approx(0.2) == pytest.approx(result.cost_usd)
+
+    play(story)
+
+
+def test_an_ambiguous_row_is_looked_at_again_by_the_next_run() -> None:
+    async def story() -> None:
+        world = World("create:lost_answer,next=1")
+        result = await batch(world.process(), 3, on_ambiguous="fail")
+        assert (result.stored, result.ambiguous) == (2, 1)
+        result = await batch(world.process(), 3)
+        assert (result.reused, result.ambiguous) == (3, 0)
+        world.check(items(3))
+
+    play(story)
+
+
 def test_a_killed_run_with_a_budget_still_stores_what_it_has_in_flight() -> None:
     async def story() -> None:
         world = World(service_seconds=30.0)
         first = world.process()
         # The price is learned from an earlier picture, so that many are in flight when it dies.
         await batch(first, 1)
-        second = world.process(die_at=120)
+        second = world.process(die_at=200)
         await second.dies(batch(second, 30, budget_usd=0.5))
         in_flight = len(world.bought()) - 1
         assert in_flight > 1
@@ -236,5 +371,5 @@ def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
     assert budget.mean_usd("flux") == pytest.approx(0.02)
     assert budget.mean_usd("gemini") is None
     assert not budget.is_exhausted("gemini")
-    budget.spent_usd = 0.99
+    budget.resume("flux", told=45, cost_usd=0.99, highest_usd=0.022, untold=0)
     assert budget.is_exhausted("flux")

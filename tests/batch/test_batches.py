@@ -223,8 +223,9 @@ def test_a_source_that_cannot_be_read_on_leaves_a_run_that_the_next_one_complete
         shop = CountingShop(MemoryStore())
         result = await run(shop, source(251))
         assert (result.state, result.stored) == ("stopped", 200)
-        assert "/runs/" in result.report_uri
-        assert "p/batches/spring/report.jsonl" not in shop.store.objects
+        assert totals_of(shop.store)["state"] == "stopped"
+        assert len(lines_of(shop.store)) == 200
+        assert not [key for key in shop.store.keys("p/batches/spring/runs/") if key.endswith("report.jsonl")]
         result = await run(shop, source(1_000), run_id="run-2")
         assert (result.state, result.stored, result.reused) == ("completed", 300, 200)
         assert max(Counter(shop.bought).values()) == 1
@@ -386,7 +387,7 @@ def test_a_run_killed_twice_is_known_by_all_its_parts() -> None:
     virtual_time.run(story())
 
 
-def test_a_cancelled_run_cancels_what_is_in_the_air_and_leaves_its_parts() -> None:
+def test_a_cancelled_run_cancels_each_row_once_and_reports_what_came_of_every_row() -> None:
     async def story() -> None:
         shop = CountingShop(MemoryStore())
         going = asyncio.ensure_future(run(shop, source_of(prompts(300))))
@@ -395,10 +396,12 @@ def test_a_cancelled_run_cancels_what_is_in_the_air_and_leaves_its_parts() -> No
         with pytest.raises(asyncio.CancelledError):
             await going
         assert shop.in_the_air == 0
-        assert shop.cancelled
-        parts = [key for key in shop.store.keys("p/batches/") if "part-" in key]
-        told = lines_of(shop.store, parts[0].removeprefix("p/batches/spring/"))
-        assert {row["item_id"] for row in told} == set(shop.records)
+        assert max(Counter(shop.cancelled).values()) == 1
+        told = lines_of(shop.store)
+        assert {row["item_id"] for row in told if row["state"] == "stored"} == set(shop.records)
+        assert {row["item_id"] for row in told} == {*shop.records, *shop.cancelled}
+        assert totals_of(shop.store)["state"] == "interrupted"
+        assert "p/batches/spring/index.html" in shop.store.objects
 
     virtual_time.run(story())
 
@@ -494,9 +497,10 @@ def test_a_run_that_prefect_runs_again_has_one_budget() -> None:
         shop = CountingShop(MemoryStore())
         await run(shop, source_of(prompts(10)), run_id="flow-run", budget_usd=1.0)
         result = await run(shop, source_of(prompts(100)), run_id="flow-run", budget_usd=1.0)
-        assert (result.reused, result.stored, result.skipped) == (10, 15, 75)
+        assert (result.reused, result.stored, result.skipped) == (0, 25, 75)
         result = await run(shop, source_of(prompts(100)), run_id="flow-run", budget_usd=1.0)
-        assert (result.reused, result.stored, result.skipped) == (25, 0, 75)
+        assert (result.reused, result.stored, result.skipped) == (0, 25, 75)
+        assert result.cost_usd == pytest.approx(25 * PRICE_USD)
         result = await run(shop, source_of(prompts(100)), run_id="another", budget_usd=1.0)
         assert (result.reused, result.stored) == (25, 25)
 

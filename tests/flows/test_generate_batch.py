@@ -69,7 +69,7 @@ def seen_of(state: State[Any]) -> tuple[list[Any], list[Any]]:
 def test_a_task_run_stands_for_a_chunk_and_the_run_is_completed(studio: Studio, tmp_path: Path) -> None:
     state = ended(table(tmp_path, foxes(25)), studio, chunk_size=10)
     assert state.is_completed()
-    assert str(state.message).startswith("25 stored, 0 reused of 25; 0.9750 USD")
+    assert str(state.message).startswith("25 stored, 0 reused of 25; $0.9750")
     result = result_of(state)
     assert (result["stored"], result["items"], result["cost_by_model"]["gemini"]["pictures"]) == (25, 25, 25)
     assert result["report_uri"] == f"{studio.destination}/batches/spring/report.json"
@@ -230,6 +230,8 @@ def test_nothing_from_outside_is_markup_in_an_artifact() -> None:
         0,
         0,
         0.0,
+        0,
+        None,
         0.0,
         1.0,
         "s3://b/r",

@@ -58,11 +58,13 @@ def test_an_edited_report_is_read_without_a_fall_and_counts_no_nonsense(line: by
     folder = BatchFolder(MemoryStore(), Lines(line), Destination.parse("s3://bucket"), "b", asyncio.to_thread)  # type: ignore[arg-type]
     earlier = EarlierRuns()
     with closing(Scratch()) as scratch:
-        folder._load("key", scratch, earlier, "r")
+        folder._load("key", scratch, earlier)
         scratch.count_earlier()
         scratch.earlier("fox")
-    assert math.isfinite(earlier.spent_usd)
-    assert earlier.spent_usd >= 0
+        for _, told, spent_usd, _, untold in scratch.stored_by(["r", "run-1"]):
+            assert 0 <= spent_usd < math.inf
+            assert told + untold > 0
+        scratch.not_stored_by(["r", "run-1"])
     for count, cost_usd in earlier.costs.values():
         assert 0 <= cost_usd / count < math.inf
     assert earlier.mean_seconds is None or 0 <= earlier.mean_seconds < math.inf

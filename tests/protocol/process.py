@@ -261,7 +261,7 @@ class Bucket:
 
     async def put(self, key: str, body: bytes, **given: Any) -> str:
         said = ""
-        if key.endswith(".json"):
+        if "/records/" in key:
             record = json.loads(body)
             said = f" {record['state']}{' ' + record['intent'] if record.get('intent') else ''}"
         again = PreconditionFailed("boto3 repeated it")
