@@ -25,9 +25,10 @@ from pathlib import Path
 import httpx
 from pydantic import SecretStr
 
-from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeSource, local_source
+from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeSource
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.machine import machine_source
 from prefect_eachlabs.models import Destination, Item, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
@@ -120,7 +121,7 @@ def prepare_ours(
 
     The records' bucket is in memory: what is measured is how the account's requests are spent.
     """
-    make_source: MakeSource = local_source
+    make_source: MakeSource = machine_source
     if os.environ.get("PREFECT_API_URL"):
         from prefect_eachlabs.limits import lot_source_for  # noqa: PLC0415 - it imports Prefect
 
