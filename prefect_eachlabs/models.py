@@ -207,9 +207,10 @@ class Prediction(BaseModel):
         version: What was asked for.
         input: What was asked for; of an answer the API's echo, None when it sent none.
         output_urls: The pictures' URLs, public by link and kept at least 24 h.
+        may_have_several: Its output came as a list or an object, not as one URL.
         failure: What the API says went wrong.
         predict_time_seconds: The model's own time, when told.
-        cost_usd: 0 until the vendor has settled it, None when not told.
+        cost_usd: 0 until the vendor has settled it (unknown, that is), None when not told.
         created_at: When our POST was answered, by this machine's clock; deadlines count from here.
         item_id: The item it was bought for, when it was bought for one.
         destination: Where the item's record is, when it was bought under one.
@@ -225,6 +226,7 @@ class Prediction(BaseModel):
     version: str | None = None
     input: dict[str, Any] | None = None
     output_urls: tuple[str, ...] = ()
+    may_have_several: bool = False
     failure: Failure | None = None
     predict_time_seconds: float | None = None
     cost_usd: float | None = None
@@ -295,6 +297,7 @@ def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Predic
         version=_text(answer.get("version")),
         input=dict(echo) if isinstance(echo, Mapping) else None,
         output_urls=() if failure is not None and status.ended else collect_urls(output),
+        may_have_several=isinstance(_unwrap_json(output), (list, Mapping)),
         failure=failure if status.ended else None,
         predict_time_seconds=_number(metrics.get("predict_time")),
         cost_usd=_number(metrics.get("cost")),
@@ -638,7 +641,7 @@ class StoredImage(BaseModel):
         uri: `s3://bucket/key` of the picture; `more_uris` of further outputs of the same prediction.
         format: `png`, or what else `formats` allowed.
         sha256: Hex digest of the stored bytes, which are the downloaded bytes unchanged.
-        cost_usd: What the API says it cost; 0 until settled, None when not told.
+        cost_usd: What the API says it cost; None while it has not told.
         predict_time_seconds: The model's own time, when told.
         reused: True when it was bought earlier: nothing was bought by this call.
         bought_by: The id of the run that was billed for it, where its record says so.

@@ -17,13 +17,14 @@ from prefect_eachlabs.engine.steps import LOOK_AGAIN_SECONDS, Steps
 from prefect_eachlabs.errors import (
     DownloadFailed,
     EachlabsError,
+    NotYetSafe,
     PictureMissing,
     PredictionFailed,
     PredictionTimedOut,
     Rejected,
 )
-from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.images.store import stored_image
+from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
+from prefect_eachlabs.images.store import MAY_BE_GONE_AFTER_SECONDS, is_gone, stored_image
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordError, RecordState, VersionedRecord, amended
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Rules, Step
@@ -168,6 +169,7 @@ class Engine:
                         return stored_image(recovered.record, reused=True)
                     bought = False
                 else:
+                    await self.account.image_store.check_place(books.ledger, item.item_id, held, options.formats)
                     held = await self.account.purchaser.buy(item, books.ledger, books.reconciler, held, allowed, job)
                     self.account.remember(job, books, item.item_id)
                     bought = True
@@ -220,6 +222,14 @@ class Engine:
         except Rejected as error:
             if error.status_code != 404:
                 raise
+            if held.age_seconds < MAY_BE_GONE_AFTER_SECONDS:
+                raise NotYetSafe(
+                    f"The API does not know prediction {prediction.id}, although it was bought within the last "
+                    f"{RETENTION_HOURS} h: it is kept, run the same again. If it stays so, look at the prediction in "
+                    "the vendor's dashboard.",
+                    item_id=held.record.item_id,
+                    prediction_id=prediction.id,
+                ) from error
             lost = PictureMissing(
                 f"The API does not know prediction {prediction.id} any more, and its picture was never stored. Buy it "
                 "again on purpose (--rebuy-missing, rebuy_missing=True).",
@@ -231,7 +241,7 @@ class Engine:
             done = await self.account.image_store.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
             return done, end
         except DownloadFailed as error:
-            if error.status_code not in (403, 404, 410):
+            if not is_gone(error) or held.age_seconds < MAY_BE_GONE_AFTER_SECONDS:
                 raise
             return await self._picture_is_gone(books, held, options, end, error)
 

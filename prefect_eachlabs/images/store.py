@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import random
 from collections.abc import Sequence
@@ -11,10 +12,13 @@ from typing import Any
 from prefect_eachlabs.errors import (
     DownloadFailed,
     EachlabsError,
+    ItemConflict,
     NotYetSafe,
+    OutputMissing,
+    SetupError,
     StoreFailed,
 )
-from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
 from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify_in_turns
 from prefect_eachlabs.ledger.adoption import give_up_what_another_adopted
 from prefect_eachlabs.ledger.records import (
@@ -40,6 +44,13 @@ DOWNLOADS_AT_A_TIME = 8
 """Each picture is in memory while it is on its way: 8 of at most 64 MiB."""
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5
+GONE_STATUS_CODES = (403, 404, 410)
+LOOKED_FOR_SECONDS = 30.0
+"""A picture that its host does not have is looked for so long: it may be some seconds late."""
+MAY_BE_GONE_AFTER_SECONDS = RETENTION_HOURS * 3600.0
+"""The vendor keeps outputs at least so long: a younger picture that is not there is late, or kept from us, not gone."""
+OUTPUT_MISSING_AFTER_SECONDS = 3600.0
+"""So long after the purchase a prediction that succeeded without an output may still get it."""
 
 
 def _prompt(input: dict[str, Any] | None) -> str | None:
@@ -57,7 +68,8 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
         size_bytes=record.size_bytes or 0,
         width_px=record.width_px or 0,
         height_px=record.height_px or 0,
-        cost_usd=record.cost_usd,
+        # The vendor tells 0 until it has settled: what a picture cost is unknown then, not nothing.
+        cost_usd=record.cost_usd or None,
         predict_time_seconds=record.predict_time_seconds,
         model=record.model,
         prompt=_prompt(record.input),
@@ -102,6 +114,7 @@ class ImageStore:
 
         Raises:
             NotYetSafe: The picture is paid for and could not be stored: run again.
+            ItemConflict: An object that is not the item's stands where the picture goes.
             Overtaken: Another writer changed the record, or its prediction is another item's: look again.
         """
         if not fresh:
@@ -127,6 +140,14 @@ class ImageStore:
         try:
             end.raise_for_end()
         except EachlabsError as error:
+            if isinstance(error, OutputMissing) and held.age_seconds < OUTPUT_MISSING_AFTER_SECONDS:
+                raise NotYetSafe(
+                    f"Prediction {end.id} succeeded and has no picture yet. It is paid for and kept: run the same "
+                    "again, which asks for the picture and buys nothing.",
+                    item_id=record.item_id,
+                    prediction_id=end.id,
+                    kind=error.kind,
+                ) from error
             said = RecordError(kind=error.kind, message=error.message, code=error.code)
             return amended(record, state=RecordState.FAILED, error=said, cost_usd=end.cost_usd)
         may_be = tuple(formats or record.formats or PNG_ALONE)
@@ -184,74 +205,148 @@ class ImageStore:
         `later` are the formats of the pictures after it, which are in the bucket already.
         """
         url = end.output_urls[number - 1]
-        async with self._at_a_time:
-            media = await self._fetch(url, end, record.item_id, formats)
-            key = ledger.destination.image_key(record.item_id, number, FORMATS[media.format].suffix)
-            metadata = _metadata(end, record.model, record.fingerprint, later)
-            present = None if fresh else await ledger.store.head(key)
-            pause_seconds = FIRST_PAUSE_SECONDS
-            attempt = 0
-            while True:
-                if present is not None:
-                    if _is_of(present, end.id) and present.size_bytes == len(media.data):
-                        return media
-                    # A picture of another prediction stands there; only who is named in the record may replace it.
-                    current = await ledger.read(record.item_id)
-                    if current is None or current.record.prediction_id != end.id:
-                        raise Overtaken(current)
+        loop = asyncio.get_running_loop()
+        began, attempt, pause_seconds = loop.time(), 0, FIRST_PAUSE_SECONDS
+        while True:
+            attempt += 1
+            async with self._at_a_time:
                 try:
-                    await put_image(ledger.store, key, media, metadata, present, conditional=ledger.conditional)
+                    media = await self._downloader.fetch(
+                        url, formats=formats, prediction_id=end.id, item_id=record.item_id
+                    )
+                except NotYetSafe as error:
+                    # A cut or a hiccup is no reason to lose what was paid for. Another format comes again; but it is
+                    # fetched once more, for a proxy may have sent another file.
+                    if is_gone(error):
+                        enough = loop.time() - began >= LOOKED_FOR_SECONDS
+                    else:
+                        enough = attempt == ATTEMPTS or (attempt > 1 and not error.retryable)
+                    if enough:
+                        raise
+                    logger.info("Item %s: %s Trying again.", record.item_id, error.message)
+                else:
+                    await self._put(ledger, number, record, end, media, later, fresh=fresh)
                     return media
-                except PreconditionFailed:
-                    present = await ledger.store.head(key)
-                except StoreFailed as error:
-                    attempt += 1
-                    if attempt == ATTEMPTS:
-                        raise self._not_safe(error, end, record.item_id, url) from error
-                    await asyncio.sleep(pause_seconds * (0.5 + random.random()))
-                    pause_seconds *= 2
-                    present = await ledger.store.head(key)
-
-    async def _fetch(self, url: str, end: Prediction, item_id: str, formats: Sequence[str]) -> Media:
-        """Downloads until it is whole: a cut or a hiccup is no reason to lose what was paid for."""
-        pause_seconds = FIRST_PAUSE_SECONDS
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return await self._downloader.fetch(url, formats=formats, prediction_id=end.id, item_id=item_id)
-            except NotYetSafe as error:
-                gone = isinstance(error, DownloadFailed) and error.status_code in (403, 404, 410)
-                # Another format comes again; but once more, for a proxy may have sent another file.
-                if gone or attempt == ATTEMPTS or (attempt > 1 and not error.retryable):
-                    raise
-                logger.info("Item %s: %s Trying again.", item_id, error.message)
             await asyncio.sleep(pause_seconds * (0.5 + random.random()))
             pause_seconds *= 2
-        raise AssertionError("unreachable")
 
-    def _not_safe(self, error: StoreFailed, end: Prediction, item_id: str, url: str) -> StoreFailed:
-        return StoreFailed(error.message, item_id=item_id, prediction_id=end.id, url=url)
+    async def _put(
+        self,
+        ledger: Ledger,
+        number: int,
+        record: Record,
+        end: Prediction,
+        media: Media,
+        later: Sequence[str],
+        *,
+        fresh: bool,
+    ) -> None:
+        key = ledger.destination.image_key(record.item_id, number, FORMATS[media.format].suffix)
+        metadata = _metadata(end, record.model, record.fingerprint, later)
+        present = None if fresh and ledger.conditional else await ledger.store.head(key)
+        pause_seconds = FIRST_PAUSE_SECONDS
+        attempt = 0
+        while True:
+            if present is not None:
+                if _is_of(present, end.id) and present.size_bytes == len(media.data):
+                    return
+                # Something else stands there; only who is named in the record may replace it, and only the item's own.
+                current = await ledger.read(record.item_id)
+                if current is None or current.record.prediction_id != end.id:
+                    raise Overtaken(current)
+                if not _is_of_any(present, current.record) and not await _is_same(ledger, present, media):
+                    raise ItemConflict(
+                        f"{ledger.store.uri(key)} is no picture of item {record.item_id}, and is left as it is. The "
+                        "item's picture is paid for and kept: move that object away and run the same again, which "
+                        f"stores it and buys nothing. The vendor keeps it for {RETENTION_HOURS} h.",
+                        item_id=record.item_id,
+                        prediction_id=end.id,
+                    )
+            try:
+                await put_image(ledger.store, key, media, metadata, present, conditional=ledger.conditional)
+                return
+            except PreconditionFailed:
+                present = await ledger.store.head(key)
+            except StoreFailed as error:
+                attempt += 1
+                if attempt == ATTEMPTS:
+                    url = end.output_urls[number - 1]
+                    raise StoreFailed(error.message, item_id=record.item_id, prediction_id=end.id, url=url) from error
+                await asyncio.sleep(pause_seconds * (0.5 + random.random()))
+                pause_seconds *= 2
+                present = await ledger.store.head(key)
+
+    async def check_place(
+        self, ledger: Ledger, item_id: str, held: VersionedRecord | None, formats: Sequence[str] | None
+    ) -> None:
+        """Looks, before the item is bought, at where its picture goes. One HEAD for each format that it may have.
+
+        Raises:
+            ItemConflict: An object stands there that is not the item's own. Nothing was bought.
+        """
+        record = None if held is None else held.record
+        if record is not None and record.may_have_bought_unseen:
+            return  # first it is found out what was bought
+        for name in formats or (record and record.formats) or PNG_ALONE:
+            key = ledger.destination.image_key(item_id, suffix=FORMATS[name].suffix)
+            found = await ledger.store.head(key)
+            if found is None or (record is not None and _is_of_any(found, record)):
+                continue
+            if record is not None and await self._is_picture_of(ledger, found, record):
+                continue
+            raise ItemConflict(
+                f"{ledger.store.uri(key)} is there already and is no picture of item {item_id}; it is left as it is. "
+                "Choose another item id or destination, or move that object away. Nothing was bought.",
+                item_id=item_id,
+            )
 
     async def find(
         self, ledger: Ledger, record: Record, *, formats: Sequence[str] | None = None
     ) -> StoredObject | None:
         """The item's picture in the bucket, if it is of the prediction that the record names; the first of several.
 
-        Of a stored item's several pictures all must be there.
+        Of a stored item's several pictures all must be there. A picture that lost its metadata (some tools copy without
+        them) is known by its size and SHA-256.
         """
         if record.uri is not None and record.state is RecordState.STORED:
             named = [_format_of_key(record.uri)]
             for number, uri in enumerate(record.more_uris, start=2):
                 key = ledger.destination.image_key(record.item_id, number, FORMATS[_format_of_key(uri)].suffix)
-                if not _is_of(await ledger.store.head(key), record.prediction_id):
+                found = await ledger.store.head(key)
+                # Only the first one's SHA-256 is written down.
+                if found is None or found.metadata.get("prediction-id") not in (None, record.prediction_id):
                     return None
         else:
             named = [name for name in formats or record.formats or PNG_ALONE if name in FORMATS]
         for name in named:
             key = ledger.destination.image_key(record.item_id, suffix=FORMATS[name].suffix)
             found = await ledger.store.head(key)
-            if _is_of(found, record.prediction_id):
+            if found is not None and await self._is_picture_of(ledger, found, record):
                 return found
         return None
+
+    async def _is_picture_of(self, ledger: Ledger, found: StoredObject, record: Record) -> bool:
+        """Whether an object is the first picture of the prediction that the record names."""
+        if "prediction-id" in found.metadata or record.sha256 is None or found.size_bytes != record.size_bytes:
+            return _is_of(found, record.prediction_id)
+        whole = await ledger.store.get(found.key)
+        if whole is None or hashlib.sha256(whole.body).hexdigest() != record.sha256:
+            return False
+        # Named again, it need not be read the next time, and what replaces it knows whose it is.
+        named = {**whole.metadata, "prediction-id": record.prediction_id or "", "model": record.model}
+        named |= {"fingerprint": record.fingerprint, "outputs": str(1 + len(record.more_uris))}
+        try:
+            await ledger.store.put(
+                found.key,
+                whole.body,
+                content_type=FORMATS[_format_of_key(found.key)].content_type,
+                if_match=whole.etag if ledger.conditional else None,
+                metadata=named,
+                sha256=record.sha256,
+            )
+        except (PreconditionFailed, StoreFailed, SetupError) as error:
+            logger.info("Item %s: its picture's metadata stay lost: %s", record.item_id, error)
+        return True
 
     async def aclose(self) -> None:
         await self._downloader.aclose()
@@ -267,7 +362,7 @@ def _metadata(end: Prediction, model: str, fingerprint: str, later: Sequence[str
     said = {"prediction-id": end.id, "model": model, "fingerprint": fingerprint, "outputs": str(len(end.output_urls))}
     if set(later) - {"png"}:
         said["more-formats"] = ",".join(later)
-    if end.cost_usd is not None:
+    if end.cost_usd:
         said["cost-usd"] = repr(end.cost_usd)
     if end.predict_time_seconds is not None:
         said["predict-time-seconds"] = repr(end.predict_time_seconds)
@@ -305,13 +400,31 @@ def _stored(
         size_bytes=len(media.data),
         width_px=media.width_px,
         height_px=media.height_px,
-        cost_usd=cost_usd,
+        cost_usd=cost_usd or None,
         predict_time_seconds=seconds,
     )
 
 
 def _is_of(found: StoredObject | None, prediction_id: str | None) -> bool:
     return found is not None and prediction_id is not None and found.metadata.get("prediction-id") == prediction_id
+
+
+def _is_of_any(found: StoredObject, record: Record) -> bool:
+    """Whether it is a picture of this item: of the record's prediction, or of one that was replaced."""
+    return found.metadata.get("prediction-id") in record.named_predictions
+
+
+async def _is_same(ledger: Ledger, found: StoredObject, media: Media) -> bool:
+    """Whether an object that does not say what it is holds these very bytes."""
+    if "prediction-id" in found.metadata or found.size_bytes != len(media.data):
+        return False
+    whole = await ledger.store.get(found.key)
+    return whole is not None and hashlib.sha256(whole.body).hexdigest() == media.sha256
+
+
+def is_gone(error: EachlabsError) -> bool:
+    """Whether the picture's host says that it is not there, or not for us."""
+    return isinstance(error, DownloadFailed) and error.status_code in GONE_STATUS_CODES
 
 
 async def put_image(

@@ -44,7 +44,7 @@ class Executions:
         self._not_before = -math.inf
         self._failures = 0
         self._pages_without_ours = 0
-        self._makes_one_picture: dict[str, bool] = {DEFAULT_MODEL: True}
+        self._makes_one_picture: dict[str, bool] = {}
 
     def allowed(self, now: float) -> bool:
         """Whether the list may be asked now."""
@@ -53,8 +53,8 @@ class Executions:
     def believes(self, prediction: Prediction, model: str | None = None) -> bool:
         """Whether a row's one output is all of this prediction's output.
 
-        The default model makes one picture; of any other model the first end is learned by id, and an input that is
-        not known may ask for several.
+        Of each model the first end is learned by id: whoever answers with a list may answer with several. An input that
+        is not known may ask for several as well, except the default model's.
         """
         model = prediction.model or model
         if model is None or not self._makes_one_picture.get(model, False) or names_several(prediction.input):
@@ -65,7 +65,7 @@ class Executions:
         """An end that was asked for by id tells whether its model makes one picture."""
         if ended.model is None or ended.status is not PredictionStatus.SUCCEEDED:
             return
-        if len(ended.output_urls) != 1:
+        if len(ended.output_urls) != 1 or ended.may_have_several:
             self._makes_one_picture[ended.model] = False
         elif not names_several(ended.input):
             self._makes_one_picture.setdefault(ended.model, True)

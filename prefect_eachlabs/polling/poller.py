@@ -15,7 +15,7 @@ from typing import Protocol
 
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
-from prefect_eachlabs.models import Execution, Prediction
+from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
 from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
 from prefect_eachlabs.polling.schedule import LOOK_SECONDS, Durations, Question, Schedule, Watched
 
@@ -26,6 +26,9 @@ SLOT_KEPT_SECONDS = 3600.0
 ENDS_REMEMBERED = 10_000
 UNKNOWN_ID_GRACE_SECONDS = 30.0
 """A prediction may be invisible right after its creation: a 404 counts only after so long."""
+OUTPUT_WAIT_SECONDS = 60.0
+"""A success whose output is not there is asked about again for so long: the one may be told before the other; half
+as long if it was bought earlier (whoever waits for it waits 45 s at most)."""
 GIVEN_UP_SECONDS = 86_400.0
 """Outputs are kept for 24 h: after that there is nothing to be had."""
 KEY_GOOD_SECONDS = 60.0
@@ -256,6 +259,8 @@ class Poller:
         if not answer.status.ended:
             self._still_pending(watched, sent_at, by_id=True)
             return
+        if _lacks_its_output(answer) and self._output_may_come(watched):
+            return
         known = watched.prediction
         end = answer.model_copy(
             update={
@@ -268,6 +273,20 @@ class Poller:
         )
         self._executions.learn(end)
         self._end(watched, end)
+
+    def _output_may_come(self, watched: Watched) -> bool:
+        """It succeeded and has no output: its slot is free, and it is asked about again, for a while."""
+        now = asyncio.get_running_loop().time()
+        if watched.without_output_since is None:
+            watched.without_output_since = now
+            watched.failures = 0
+            watched.give_back_slot()
+        patience_seconds = OUTPUT_WAIT_SECONDS if watched.created_here else OUTPUT_WAIT_SECONDS / 2
+        if now - watched.without_output_since >= patience_seconds:
+            return False
+        watched.insisted = True
+        self._schedule.back_off(watched, now)
+        return True
 
     def _page(self, rows: tuple[Execution, ...], question: Question, sent_at: float) -> None:
         """A page of executions came. Where a row says more than it can tell, its prediction is asked about by id."""
@@ -354,9 +373,15 @@ class Poller:
         watched.give_back_slot()
 
     def _remember(self, end: Prediction) -> None:
+        if _lacks_its_output(end):
+            return  # whoever asks later may be told more
         self._ends[end.id] = end
         if len(self._ends) > ENDS_REMEMBERED:
             self._ends.popitem(last=False)
+
+
+def _lacks_its_output(end: Prediction) -> bool:
+    return end.status is PredictionStatus.SUCCEEDED and not end.output_urls and end.failure is None
 
 
 def _age_seconds(prediction: Prediction) -> float | None:

@@ -142,6 +142,8 @@ class Watched:
     pending_at: float | None = None
     """When the last question was sent that found it pending."""
     failures: int = 0
+    without_output_since: float | None = None
+    """When it was first said to have succeeded, and its output was not there yet."""
     release: asyncio.TimerHandle | None = None
     """Gives its slot back when nobody has seen its end for too long."""
 

@@ -263,11 +263,14 @@ def test_a_stored_picture_that_is_gone_is_bought_again_only_when_asked() -> None
 
 def test_a_bought_picture_that_the_vendor_has_deleted_is_bought_again_only_when_asked() -> None:
     async def story() -> None:
-        world = World("picture:not_found")
+        world = World()
+        first = world.process(die_at="after S3 PUT kit/records/item-1.json created")
+        await first.dies(first.obtain(A))
+        world.hidden[f"{world.bought()[0].id}.png"] = 404
+        await asyncio.sleep(86_400)
         with pytest.raises(DownloadFailed):
             await world.process().obtain(A)
         assert world.record(A).state is RecordState.CREATED
-        world.set_faults("picture:not_found,next=1")
         image = await world.process().obtain(A, rebuy_missing=True)
         gone, good = world.bought()
         assert image.prediction_id == good.id
@@ -297,10 +300,15 @@ def test_a_prediction_that_the_api_does_not_know_any_more_is_bought_again_only_w
 @pytest.mark.parametrize("picture", ["gone from the bucket", "deleted by the vendor"])
 def test_buying_a_missing_picture_again_is_bought_once_whatever_is_killed(picture: str) -> None:
     async def story(at: int | None) -> int:
-        world = World(*([] if picture == "gone from the bucket" else ["picture:not_found,next=1"]))
+        world = World()
         if picture == "gone from the bucket":
             await world.process().obtain(A)
             del world.store.objects["kit/images/item-1.png"]
+        else:
+            first = world.process(die_at="after S3 PUT kit/records/item-1.json created")
+            await first.dies(first.obtain(A))
+            world.hidden[f"{world.bought()[0].id}.png"] = 404
+            await asyncio.sleep(86_400)
         process = world.process(die_at=at)
         await process.until_it_ends(process.obtain(A, rebuy_missing=True))
         if at is not None:
@@ -311,6 +319,5 @@ def test_buying_a_missing_picture_again_is_bought_once_whatever_is_killed(pictur
         return len(process.boundaries)
 
     boundaries = play(lambda: story(None))
-    first = 1 if picture == "gone from the bucket" else 18  # when it is written down that it is gone
-    for at in range(first, boundaries + 1):
+    for at in range(1, boundaries + 1):
         play(lambda at=at: story(at))  # type: ignore[misc]  # mypy infers no lambda with a default
