@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
 from prefect_eachlabs.errors import BadInput, without_query
-from prefect_eachlabs.net import redaction
-from prefect_eachlabs.net.public_only import SETTING, GuardedTransport, HostGuard, HostRefused
+from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
+from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused
 from prefect_eachlabs.reference_images import MAX_PICTURE_BYTES, SNIFFED_BYTES, content_type_of
 
-MAX_REDIRECTS = 5
 ATTEMPTS = 3
 FIRST_PAUSE_SECONDS = 0.5
 TOTAL_SECONDS = 30.0
@@ -47,24 +45,12 @@ class Prober:
     """
 
     def __init__(self, transport: httpx.AsyncBaseTransport | None = None, *, hosts: HostGuard | None = None) -> None:
-        redaction.install()
-        if hosts is not None or transport is None:
-            transport = GuardedTransport(hosts or HostGuard(), transport)
-        self._transport = transport
-        self._client: httpx.AsyncClient | None = None
+        self._web = PublicWeb(transport, hosts, timeout=httpx.Timeout(15.0, connect=10.0, write=60.0), accept="image/*")
 
     @property
     def client(self) -> httpx.AsyncClient:
-        """Connections without key, cookies and redirects; opened at first use."""
-        if self._client is None:
-            self._client = httpx.AsyncClient(
-                transport=self._transport,
-                timeout=httpx.Timeout(15.0, connect=10.0, write=60.0),
-                follow_redirects=False,
-                headers={"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "prefect-eachlabs"},
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            )
-        return self._client
+        """Connections without key, cookies and redirects."""
+        return self._web.client
 
     async def check(self, url: str, *, shown: str | None = None, signed: bool = False) -> Seen:
         """What is at the URL, once it is known to be a picture that the vendor can have.
@@ -121,30 +107,20 @@ class Prober:
         return seen
 
     async def _ask(self, method: str, url: str) -> Seen:
-        target = httpx.URL(url)
-        for _ in range(MAX_REDIRECTS + 1):
-            if target.scheme not in ("http", "https") or not target.host:
-                raise _Refused("it leads to something that is not http(s)")
-            headers = {"Range": f"bytes=0-{SNIFFED_BYTES - 1}"} if method == "GET" else {}
-            response = await self.client.send(self.client.build_request(method, target, headers=headers), stream=True)
-            try:
-                if response.has_redirect_location:
-                    target = target.join(response.headers["Location"])
-                    continue
+        headers = {"Range": f"bytes=0-{SNIFFED_BYTES - 1}"} if method == "GET" else {}
+        try:
+            async with self._web.ask(method, url, headers) as response:
                 if response.status_code not in (200, 206):
                     raise _Refused(f"its host answers HTTP {response.status_code}", response.status_code)
                 content_type = response.headers.get("Content-Type", "").partition(";")[0].strip().lower()
                 if method == "GET":
                     content_type = await _sniffed(response, content_type)
                 return Seen(content_type, _total_bytes(response))
-            finally:
-                await response.aclose()
-        raise _Refused(f"it is behind more than {MAX_REDIRECTS} redirects")
+        except LeadsNowhere as error:
+            raise _Refused(f"it {error.reason}") from error
 
     async def aclose(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._web.aclose()
 
 
 def _is_picture(content_type: str) -> bool:

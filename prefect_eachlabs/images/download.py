@@ -7,9 +7,10 @@ and the task that wanted it runs again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack
 from functools import partial
-from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx
 
@@ -17,10 +18,20 @@ from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, HostNotAll
 from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, FormatRefused, MediaError, MediaReader
 from prefect_eachlabs.images.png import MAX_BYTES, PngError
 from prefect_eachlabs.models import Media
-from prefect_eachlabs.net import redaction
-from prefect_eachlabs.net.public_only import SETTING, GuardedTransport, HostGuard, HostRefused
+from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
+from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused
 
-MAX_REDIRECTS = 5
+TOTAL_SECONDS = 1800.0
+"""No host holds a slot for longer; the largest picture needs 150 kB a second for that."""
+WINDOW_SECONDS = 60.0
+SLOWEST_BYTES_PER_SECOND = 8192
+"""Of a picture that takes longer than a window: what comes more slowly than that does not come."""
+LARGE_BYTES = 64 * 1024 * 1024
+"""Larger ones are in memory one at a time."""
+INFLATED = ("gzip", "x-gzip", "deflate")
+PIECE_BYTES = 65_536
+MOST_INFLATED = 2
+"""A picture is compressed already: what inflates to more than so many times what was sent, and 1 MiB, is a bomb."""
 COSTLY_ATTEMPTS = 2
 """So often a process verifies a large picture that turns out not to be whole; retries must not multiply its cost."""
 REMEMBERED_REFUSALS = 1_000
@@ -35,9 +46,9 @@ class Downloader:
         transport: Sends the requests (tests); the network, with the environment's proxies, when left out.
         max_bytes: The largest picture that is taken.
         total_seconds: For one picture, redirects included, from its first request to its last byte.
+        window_seconds: For the answer's head; and in each of these 8 kB a second must come.
         read_seconds: The longest silence.
         connect_seconds: For one connection.
-        max_at_once: So many pictures are fetched (and held in memory) at a time; the others wait, without limit.
         hosts: Which hosts may be asked, redirects too. When left out: public ones, and any by a given `transport`.
     """
 
@@ -46,21 +57,22 @@ class Downloader:
         transport: httpx.AsyncBaseTransport | None = None,
         *,
         max_bytes: int = MAX_BYTES,
-        total_seconds: float = 60.0,
+        total_seconds: float = TOTAL_SECONDS,
+        window_seconds: float = WINDOW_SECONDS,
         read_seconds: float = 20.0,
         connect_seconds: float = 10.0,
-        max_at_once: int = 16,
         hosts: HostGuard | None = None,
     ) -> None:
-        redaction.install()
-        if hosts is not None or transport is None:
-            transport = GuardedTransport(hosts or HostGuard(), transport)
-        self._transport = transport
+        self._web = PublicWeb(
+            transport,
+            hosts,
+            timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=None),
+            accept="image/png, image/*;q=0.9, */*;q=0.1",
+        )
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
-        self._timeout = httpx.Timeout(read_seconds, connect=connect_seconds, pool=None)
-        self._turns = asyncio.Semaphore(max_at_once)
-        self._client: httpx.AsyncClient | None = None
+        self._window_seconds = window_seconds
+        self._large = asyncio.Lock()
         self._refused: dict[str, tuple[int, str]] = {}
 
     async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
@@ -92,47 +104,47 @@ class Downloader:
         what = f"The picture of prediction {prediction_id}" if prediction_id else "The picture"
         wanted = " or ".join(FORMATS[name].title for name in formats)
         reader = MediaReader(formats, max_bytes=self._max_bytes)
-        async with self._turns:
-            try:
-                self._check_refusals(url)
-                return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
-            except FormatRefused as error:
-                raise FormatNotAllowed(
-                    f"{what} is paid for and not stored: {error}. Allow it and run the same again, which buys nothing: "
-                    f"--formats {','.join((*formats, error.format))}, "
-                    f"formats=({', '.join(repr(name) for name in (*formats, error.format))}).",
-                    prediction_id=prediction_id,
-                    item_id=item_id,
-                    url=url,
-                ) from error
-            except (PngError, MediaError) as error:
-                if reader.is_costly:
-                    self._remember_refusal(url, str(error))
-                raise NotAPng(
-                    f"{what} is paid for, but what came is no whole {wanted}: {error}. Nothing was stored; run again "
-                    "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
-                    prediction_id=prediction_id,
-                    item_id=item_id,
-                    url=url,
-                ) from error
-            except (asyncio.TimeoutError, httpx.TimeoutException) as error:
-                limit = f"within {self._total_seconds:g} s" if not isinstance(error, httpx.HTTPError) else "in time"
-                raise failed(f"{what} did not come {limit} ({reader.size_bytes} bytes came): run again.") from error
-            except HostRefused as error:
-                raise HostNotAllowed(
-                    f"{what} is said to be at {error}: nothing was asked there. The picture is paid for and its "
-                    f"prediction is kept. If the host is yours, name it in {SETTING} on the machine that runs this "
-                    "(a name, an address, a network) and run the same again, which buys nothing; if not, show the "
-                    "vendor the prediction's id.",
-                    prediction_id=prediction_id,
-                    item_id=item_id,
-                    url=url,
-                ) from error
-            except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
-                raise failed(
-                    f"{what} could not be fetched after {reader.size_bytes} bytes ({type(error).__name__}: "
-                    f"{str(error)[:200]}): run again within {RETENTION_HOURS} h."
-                ) from error
+        try:
+            self._check_refusals(url)
+            return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
+        except FormatRefused as error:
+            raise FormatNotAllowed(
+                f"{what} is paid for and not stored: {error}. Allow it and run the same again, which buys nothing: "
+                f"--formats {','.join((*formats, error.format))}, "
+                f"formats=({', '.join(repr(name) for name in (*formats, error.format))}).",
+                prediction_id=prediction_id,
+                item_id=item_id,
+                url=url,
+            ) from error
+        except (PngError, MediaError) as error:
+            if reader.is_costly:
+                self._remember_refusal(url, str(error))
+            raise NotAPng(
+                f"{what} is paid for, but what came is no whole {wanted}: {error}. Nothing was stored; run again "
+                "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
+                prediction_id=prediction_id,
+                item_id=item_id,
+                url=url,
+            ) from error
+        except LeadsNowhere as error:
+            raise failed(f"{what} {error.reason} ({without_query(error.url)}).") from error
+        except (asyncio.TimeoutError, httpx.TimeoutException) as error:
+            raise failed(f"{what} did not come in time ({reader.size_bytes} bytes came): run again.") from error
+        except HostRefused as error:
+            raise HostNotAllowed(
+                f"{what} is said to be at {error}: nothing was asked there. The picture is paid for and its "
+                f"prediction is kept. If the host is yours, name it in {SETTING} on the machine that runs this "
+                "(a name, an address, a network) and run the same again, which buys nothing; if not, show the "
+                "vendor the prediction's id.",
+                prediction_id=prediction_id,
+                item_id=item_id,
+                url=url,
+            ) from error
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
+            raise failed(
+                f"{what} could not be fetched after {reader.size_bytes} bytes ({type(error).__name__}: "
+                f"{str(error)[:200]}): run again within {RETENTION_HOURS} h."
+            ) from error
 
     def _remember_refusal(self, url: str, reason: str) -> None:
         place = without_query(url)
@@ -147,29 +159,24 @@ class Downloader:
             raise PngError(f"{reason} (seen {count} times; this process does not take it apart again)")
 
     async def _fetch(self, url: str, reader: MediaReader, what: str, failed: Callable[..., DownloadFailed]) -> Media:
-        target = httpx.URL(url)
-        for _ in range(MAX_REDIRECTS + 1):
-            if target.scheme not in ("http", "https") or not target.host:
-                raise failed(f"{what} is said to be at a URL that is not http(s) ({without_query(str(target))}).")
-            client = self._opened_client()
-            response = await client.send(client.build_request("GET", target), stream=True)
-            try:
-                if response.has_redirect_location:
-                    target = target.join(response.headers["Location"])
-                    continue
-                self._check_answer(response, what, failed)
-                async for piece in response.aiter_bytes():
-                    await reader.feed_in_turns(piece)
-                announced = _announced_bytes(response)
-                if announced not in (None, reader.size_bytes):
-                    raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
-                # A PNG was verified while it came.
-                return await asyncio.to_thread(reader.finish) if reader.takes_long else reader.finish()
-            finally:
-                await response.aclose()
-        raise failed(
-            f"{what} is behind more than {MAX_REDIRECTS} redirects (the last to {without_query(str(target))})."
-        )
+        async with AsyncExitStack() as open_:
+            answer = open_.enter_async_context(self._web.ask("GET", url))
+            response = await asyncio.wait_for(answer, self._window_seconds)
+            self._check_answer(response, what, failed)
+            pace = _Pace(self._window_seconds)
+            is_large = False
+            async for piece in _pieces(response, what, failed):
+                pace.came(len(piece))
+                await reader.feed_in_turns(piece)
+                if reader.size_bytes > LARGE_BYTES and not is_large:
+                    is_large = True
+                    await open_.enter_async_context(self._large)
+                    pace.begin()
+            announced, came = _announced_bytes(response), _came_bytes(response, reader)
+            if announced not in (None, came):
+                raise failed(f"{what} came with {came} bytes instead of {announced}: run again.")
+            # A PNG was verified while it came.
+            return await asyncio.to_thread(reader.finish) if reader.takes_long else reader.finish()
 
     def _check_answer(self, response: httpx.Response, what: str, failed: Callable[..., DownloadFailed]) -> None:
         status_code = response.status_code
@@ -184,33 +191,69 @@ class Downloader:
                 f"{what} could not be fetched (HTTP {status_code}): run again within {RETENTION_HOURS} h.",
                 status_code=status_code,
             )
-        encoding = response.headers.get("Content-Encoding", "identity").lower()
-        if encoding != "identity":
+        encoding = _encoding(response)
+        if encoding not in ("identity", *INFLATED):
             raise failed(f"{what} came encoded ({encoding[:40]}), which was not asked for: run again.")
         if (_announced_bytes(response) or 0) > self._max_bytes:
             raise PngError(f"it is larger than {self._max_bytes} bytes")
 
-    def _opened_client(self) -> httpx.AsyncClient:
-        if self._client is None:
-            self._client = httpx.AsyncClient(
-                transport=self._transport,
-                timeout=self._timeout,
-                follow_redirects=False,
-                headers={
-                    "Accept": "image/png, image/*;q=0.9, */*;q=0.1",
-                    "Accept-Encoding": "identity",
-                    "User-Agent": "prefect-eachlabs",
-                },
-                # A jar that takes no cookie from anybody.
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-            )
-        return self._client
-
     async def aclose(self) -> None:
         """Closes its connections; a later fetch opens new ones."""
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        await self._web.aclose()
+
+
+class _Pace:
+    """Whether a download makes progress."""
+
+    def __init__(self, window_seconds: float) -> None:
+        self._window_seconds = window_seconds
+        self.begin()
+
+    def begin(self) -> None:
+        self._began, self._bytes = asyncio.get_running_loop().time(), 0
+
+    def came(self, count: int) -> None:
+        """So many bytes.
+
+        Raises:
+            asyncio.TimeoutError: Too few within a window.
+        """
+        self._bytes += count
+        if asyncio.get_running_loop().time() - self._began >= self._window_seconds:
+            if self._bytes < SLOWEST_BYTES_PER_SECOND * self._window_seconds:
+                raise asyncio.TimeoutError
+            self.begin()
+
+
+def _encoding(response: httpx.Response) -> str:
+    return str(response.headers.get("Content-Encoding", "")).strip().lower() or "identity"
+
+
+async def _pieces(response: httpx.Response, what: str, failed: Callable[..., DownloadFailed]) -> AsyncIterator[bytes]:
+    """The picture's bytes. Some hosts compress whatever they send: that is taken off, within bounds."""
+    if _encoding(response) == "identity":
+        async for piece in response.aiter_bytes():
+            yield piece
+        return
+    inflater, inflated_bytes = zlib.decompressobj(zlib.MAX_WBITS | 32), 0
+    async for raw in response.aiter_raw():
+        rest, piece = raw, b""
+        while rest or len(piece) == PIECE_BYTES:  # zlib may have taken all of it and hold output back
+            try:
+                piece = inflater.decompress(rest, PIECE_BYTES)
+            except zlib.error as error:
+                raise httpx.DecodingError(str(error)) from error
+            rest = inflater.unconsumed_tail
+            inflated_bytes += len(piece)
+            if inflated_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
+                raise PngError("it inflates to far more than a picture does")
+            yield piece
+    if not inflater.eof:
+        raise failed(f"{what} came cut off: run again.")
+
+
+def _came_bytes(response: httpx.Response, reader: MediaReader) -> int:
+    return reader.size_bytes if _encoding(response) == "identity" else response.num_bytes_downloaded
 
 
 def _announced_bytes(response: httpx.Response) -> int | None:

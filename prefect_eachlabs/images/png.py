@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from prefect_eachlabs.models import Png
 
-MAX_BYTES = 64 * 1024 * 1024
+MAX_BYTES = 256 * 1024 * 1024
 MAX_PIXELS = 100_000_000
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

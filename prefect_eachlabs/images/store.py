@@ -41,7 +41,7 @@ from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, Store
 logger = logging.getLogger(__name__)
 
 DOWNLOADS_AT_A_TIME = 8
-"""Each picture is in memory while it is on its way: 8 of at most 64 MiB."""
+"""Each picture is in memory while it is on its way: 8 of at most 64 MiB, or one of them of 256."""
 ATTEMPTS = 4
 FIRST_PAUSE_SECONDS = 0.5
 GONE_STATUS_CODES = (403, 404, 410)
