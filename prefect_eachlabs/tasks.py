@@ -264,7 +264,8 @@ def await_result(
         raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
     gateway = gateway_of(credentials)
     with _failures_told():
-        end = yield from on_the_loop(gateway, gateway.engine.wait(prediction, deadline_seconds=deadline_seconds))
+        waiting = gateway.engine.wait(prediction, deadline_seconds=deadline_seconds, run_id=_run_id())
+        end = yield from on_the_loop(gateway, waiting)
     if isinstance(prediction, str) or not prediction.status.ended:
         events.prediction_succeeded(end)
     return _told("finished", end)

@@ -373,7 +373,9 @@ class EachlabsClient:
             raise Unanswered(
                 f"The API's answer was lost ({_reason(error)}); ask again.", prediction_id=prediction_id
             ) from error
-        refusal = None if answer.ok else self._refusal(answer)
+        # The API's own 404 is JSON: a page says nothing about a prediction, but that something else answered.
+        elsewhere = prediction_id is not None and answer.status_code == 404 and not isinstance(answer.json, Mapping)
+        refusal = None if answer.ok or elsewhere else self._refusal(answer)
         if refusal is not None:
             refusal.prediction_id = prediction_id
             raise refusal

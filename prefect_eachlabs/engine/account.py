@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from enum import Enum
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Reconciler
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
 from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
-from prefect_eachlabs.models import Destination, Prediction
+from prefect_eachlabs.models import Destination, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
@@ -63,6 +64,17 @@ class Bought:
     run_id: str
 
 
+class Interruption(str, Enum):
+    """What became of a prediction whose run was cancelled."""
+
+    CANCELLED = "cancelled"
+    """The API confirms it: nothing is billed."""
+    STORED = "stored"
+    """It had ended already: it is paid for, and stored."""
+    OPEN = "open"
+    """It was asked to cancel and no end was seen: it is paid for unless the cancel still takes effect."""
+
+
 class Account:
     """Client, slots, watcher, purchaser and finisher of one account, wired; and the account's books."""
 
@@ -89,6 +101,11 @@ class Account:
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}
         self._bought: OrderedDict[str, Bought] = OrderedDict()
+        self._waiting: Counter[str] = Counter()
+        """Prediction id → how many wait for its end right now."""
+        self._clean_ups: set[asyncio.Task[None]] = set()
+        self.interruptions: dict[str, Interruption] = {}
+        """Prediction id → what became of it, of those whose runs were cancelled in this process."""
 
     def books(self, destination: Destination, access: S3Access | None = None) -> Books:
         """The ledger of a destination, made once."""
@@ -125,11 +142,12 @@ class Account:
             age_seconds = max(0.0, (datetime.now(timezone.utc) - prediction.created_at).total_seconds())
         remaining = max(deadline_seconds - age_seconds, min(LAST_WAIT_SECONDS, deadline_seconds))
         last_seconds = min(LAST_QUESTION_SECONDS, remaining / 10)
-        with suppress(asyncio.TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
-        # Nobody may have asked about it for long, where requests are scarce.
-        self.poller.hurry(prediction.id)
+        self._waiting[prediction.id] += 1
         try:
+            with suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
+            # Nobody may have asked about it for long, where requests are scarce.
+            self.poller.hurry(prediction.id)
             return await asyncio.wait_for(asyncio.shield(future), timeout=last_seconds)
         except asyncio.TimeoutError:
             raise PredictionTimedOut(
@@ -138,6 +156,10 @@ class Account:
                 item_id=prediction.item_id,
                 prediction_id=prediction.id,
             ) from None
+        finally:
+            self._waiting[prediction.id] -= 1
+            if not self._waiting[prediction.id]:
+                del self._waiting[prediction.id]
 
     async def cancel(self, prediction_id: str) -> Prediction:
         """Asks the API to cancel, best effort, and returns what GET says then (it may have succeeded). Free."""
@@ -174,6 +196,13 @@ class Account:
             finally:
                 request.done()
 
+    def clean_up(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that goes on although whoever began it is cancelled once more; awaited through `asyncio.shield`."""
+        task = asyncio.ensure_future(work)
+        self._clean_ups.add(task)
+        task.add_done_callback(self._clean_ups.discard)
+        return task
+
     async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books, item_id: str) -> None:
         """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""
         await job.until_it_may_be_interrupted()
@@ -185,7 +214,12 @@ class Account:
             await self.cancel_and_note(job.prediction_id, self._bought[job.prediction_id])
 
     async def cancel_and_note(self, prediction_id: str, bought: Bought) -> None:
-        """Cancels what a cancelled run has in flight, looks again and writes down the truth; a success is stored."""
+        """Cancels what a cancelled run has in flight, looks again and writes down the truth; a success is stored.
+
+        Once for each prediction, however many callers go away, and not while somebody else waits for it.
+        """
+        if prediction_id in self.interruptions or self._waiting[prediction_id]:
+            return
         try:
             ledger = bought.books.ledger
             held = await ledger.read(bought.item_id)
@@ -196,16 +230,23 @@ class Account:
                 or held.record.run_id != bought.run_id
             ):
                 return
+            self.interruptions[prediction_id] = Interruption.OPEN
             held = await ledger.write(amended(held.record, cancel_requested=True), replacing=held)
             end = await self.cancel(prediction_id)
             logger.info("Prediction %s was cancelled with its run; it ended as %s.", prediction_id, end.status.value)
+            if end.status is PredictionStatus.CANCELLED:
+                self.interruptions[prediction_id] = Interruption.CANCELLED
             if end.status.ended:
-                await self.image_store.finish(ledger, held, end, fresh=False)
+                done = await self.image_store.finish(ledger, held, end, fresh=False)
+                if done.record.state is RecordState.STORED:
+                    self.interruptions[prediction_id] = Interruption.STORED
         except (EachlabsError, Overtaken) as error:
             logger.warning("Prediction %s could not be cancelled cleanly: %s", prediction_id, error)
 
     async def aclose(self) -> None:
-        """Ends cleanly: connections closed, leased slots given back."""
+        """Ends cleanly: cancels that are under way are waited for, connections closed, leased slots given back."""
+        if self._clean_ups:
+            await asyncio.wait(self._clean_ups, timeout=CLEAN_UP_SECONDS)
         for books in self._books.values():
             await books.reconciler.aclose()
         await self.poller.close()

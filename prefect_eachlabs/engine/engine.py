@@ -140,12 +140,15 @@ class Engine:
             del self._running[key]
 
     async def _interrupt(self, key: _Key, running: Running, books: Books, item_id: str) -> None:
-        running.interrupted = asyncio.Event()
-        try:
-            await self.account.interrupt(running.task, running.job, books, item_id)
-        finally:
+        interrupted = running.interrupted = asyncio.Event()
+
+        def ended(_: object) -> None:
             self._forget(key, running)
-            running.interrupted.set()
+            interrupted.set()
+
+        work = self.account.clean_up(self.account.interrupt(running.task, running.job, books, item_id))
+        work.add_done_callback(ended)
+        await asyncio.shield(work)
 
     async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""

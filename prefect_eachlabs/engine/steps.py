@@ -59,7 +59,7 @@ class Steps:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            await self._account.interrupt(task, job, books, item.item_id)
+            await asyncio.shield(self._account.clean_up(self._account.interrupt(task, job, books, item.item_id)))
             raise
 
     async def _create(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> Prediction:
@@ -94,8 +94,12 @@ class Steps:
         }
         return named(held, books).model_copy(update=stored)
 
-    async def wait(self, prediction: Prediction | str, *, deadline_seconds: float | None = None) -> Prediction:
+    async def wait(
+        self, prediction: Prediction | str, *, deadline_seconds: float | None = None, run_id: str = ""
+    ) -> Prediction:
         """The prediction at its end, with its pictures' URLs. Free.
+
+        When it is cancelled, the prediction is cancelled by the run that bought it alone, and not while others wait.
 
         Raises:
             PredictionTimedOut: Not ended by its deadline, counted from the POST (from now, for a bare id).
@@ -111,8 +115,8 @@ class Steps:
         try:
             end = await self._account.end_within(future, prediction, deadline_seconds)
         except asyncio.CancelledError:
-            if bought is not None:
-                await self._account.cancel_and_note(prediction.id, bought)
+            if bought is not None and bought.run_id == run_id:
+                await asyncio.shield(self._account.clean_up(self._account.cancel_and_note(prediction.id, bought)))
             raise
         ours = ("item_id", "created_at", "destination", "model", "version", "input")
         end = end.model_copy(update={name: value for name in ours if (value := getattr(prediction, name)) is not None})

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import Counter
 
 import pytest
 
+from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.errors import PredictionTimedOut
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import StoredImage
@@ -205,7 +207,7 @@ async def step_by_step(process: Process) -> StoredImage:
     """As the tasks of the same names do it."""
     engine, destination = process.engine, process.world.destination
     bought = await engine.create(A, destination, options=options(process.run_id))
-    ended = await engine.wait(bought)
+    ended = await engine.wait(bought, run_id=process.run_id)
     return await engine.store(ended, destination)
 
 
@@ -248,5 +250,97 @@ def test_a_failure_seen_by_wait_is_written_down() -> None:
         with pytest.raises(Exception, match="refused by the provider"):
             await process.run(step_by_step(process))
         assert world.record(A).state is RecordState.FAILED
+
+    play(story)
+
+
+# ------------------------------------------------------------------------ whose prediction it is
+
+
+@pytest.mark.parametrize("other", ["the run that bought it waits on", "nobody waits any more"])
+def test_a_wait_that_is_cancelled_in_another_run_cancels_nobodys_prediction(other: str) -> None:
+    """Two flows in one process: only the run that bought it cancels it, and not while somebody waits."""
+
+    async def story() -> None:
+        world = World(service_seconds=20.0)
+        process = world.process()
+        engine = process.engine
+        bought = await engine.create(A, world.destination, options=options("mine"))
+        mine = asyncio.ensure_future(engine.wait(bought, run_id="mine")) if other.startswith("the run") else None
+        theirs = asyncio.ensure_future(engine.wait(bought.id, run_id="theirs"))
+        await asyncio.sleep(1)
+        theirs.cancel()
+        await asyncio.wait({theirs})
+        assert world.bought()[0].cancelled is None
+        assert engine.account.interruptions == {}
+        if mine is not None:
+            assert (await mine).output_urls
+
+    play(story)
+
+
+def test_the_run_that_bought_it_does_not_cancel_while_another_waits() -> None:
+    async def story() -> None:
+        world = World(service_seconds=20.0)
+        process = world.process()
+        engine = process.engine
+        bought = await engine.create(A, world.destination, options=options("mine"))
+        mine = asyncio.ensure_future(engine.wait(bought, run_id="mine"))
+        theirs = asyncio.ensure_future(engine.wait(bought.id, run_id="theirs"))
+        await asyncio.sleep(1)
+        mine.cancel()
+        await asyncio.wait({mine})
+        assert world.bought()[0].cancelled is None
+        assert (await theirs).output_urls
+
+    play(story)
+
+
+@pytest.mark.parametrize("gap_seconds", [None, 0.0, 0.05, 0.5])
+@pytest.mark.parametrize("seconds", [0.25, 0.45, 1.0, 3.0])
+def test_each_prediction_is_asked_to_cancel_once_however_many_go_away_and_whoever_is_impatient(
+    seconds: float, gap_seconds: float | None
+) -> None:
+    """Two callers of each of five items; a second cancel (a time-out around a clean-up) does not cut it short."""
+
+    async def story() -> None:
+        world = World(service_seconds=20.0)
+        process = world.process()
+        items = [wanted(number) for number in range(5)]
+        callers = [asyncio.ensure_future(process.obtain(item)) for item in (*items, *items)]
+        await asyncio.sleep(seconds)
+        for _ in range(1 if gap_seconds is None else 2):
+            for caller in callers:
+                caller.cancel()
+            await asyncio.sleep(gap_seconds or 0.0)
+        await asyncio.wait(callers)
+        await process.engine.aclose()
+        assert world.now() < seconds + 12
+        bought = world.bought()
+        assert all(job.cancelled is not None for job in bought)
+        assert process.count("POST /v1/prediction/") == len(bought), "one request to cancel each"
+        assert process.engine.account.interruptions == {job.id: Interruption.CANCELLED for job in bought}
+
+    play(story)
+
+
+def test_what_the_api_confirmed_is_told_apart_from_what_stays_paid_for() -> None:
+    async def story() -> None:
+        world = World("prediction:uncancellable,at=2", service_seconds=20.0)
+        process = world.process()
+        callers = [asyncio.ensure_future(process.obtain(wanted(number))) for number in range(3)]
+        await asyncio.sleep(15)
+        for caller in callers:
+            caller.cancel()
+        await asyncio.wait(callers)
+        told = Counter(process.engine.account.interruptions.values())
+        assert told == {Interruption.CANCELLED: 2, Interruption.STORED: 1}
+
+        world.set_faults("prediction:uncancellable")
+        late = asyncio.ensure_future(process.obtain(wanted(4)))
+        await asyncio.sleep(2)
+        late.cancel()
+        await asyncio.wait({late})
+        assert Counter(process.engine.account.interruptions.values())[Interruption.OPEN] == 1
 
     play(story)
