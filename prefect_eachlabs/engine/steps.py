@@ -76,8 +76,8 @@ class Steps:
                     return self._stored_prediction(held, books)
             if step is Step.FINISH and held is not None:
                 return named(held, books)
-            await self._account.image_store.check_place(books.ledger, item.item_id, held, options.formats)
             try:
+                await self._account.image_store.check_place(books.ledger, item.item_id, held, options.formats)
                 held = await self._account.purchaser.buy(item, books.ledger, books.reconciler, held, options, job)
             except Overtaken:
                 continue

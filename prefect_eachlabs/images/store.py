@@ -283,6 +283,7 @@ class ImageStore:
 
         Raises:
             ItemConflict: An object stands there that is not the item's own. Nothing was bought.
+            Overtaken: The record has changed meanwhile: look again.
         """
         record = None if held is None else held.record
         if record is not None and record.may_have_bought_unseen:
@@ -294,6 +295,9 @@ class ImageStore:
                 continue
             if record is not None and await self._is_picture_of(ledger, found, record):
                 continue
+            current = await ledger.read(item_id)
+            if (current and current.etag) != (held and held.etag):
+                raise Overtaken(current)  # it is the picture of another run that was quicker, perhaps
             raise ItemConflict(
                 f"{ledger.store.uri(key)} is there already and is no picture of item {item_id}; it is left as it is. "
                 "Choose another item id or destination, or move that object away. Nothing was bought.",

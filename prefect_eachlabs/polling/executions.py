@@ -44,11 +44,15 @@ class Executions:
         self._not_before = -math.inf
         self._failures = 0
         self._pages_without_ours = 0
-        self._makes_one_picture: dict[str, bool] = {}
+        self._makes_one_picture: dict[str | None, bool] = {}
 
     def allowed(self, now: float) -> bool:
         """Whether the list may be asked now."""
         return now >= self._not_before
+
+    def knows(self, model: str | None) -> bool:
+        """Whether an end of this model has told how many pictures it makes."""
+        return model in self._makes_one_picture
 
     def believes(self, prediction: Prediction, model: str | None = None) -> bool:
         """Whether a row's one output is all of this prediction's output.

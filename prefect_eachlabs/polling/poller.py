@@ -26,6 +26,8 @@ SLOT_KEPT_SECONDS = 3600.0
 ENDS_REMEMBERED = 10_000
 UNKNOWN_ID_GRACE_SECONDS = 30.0
 """A prediction may be invisible right after its creation: a 404 counts only after so long."""
+FIRST_END_SECONDS = 0.2
+"""About so long the first question by id about a model takes."""
 OUTPUT_WAIT_SECONDS = 60.0
 """A success whose output is not there is asked about again for so long: the one may be told before the other; half
 as long if it was bought earlier (whoever waits for it waits 45 s at most)."""
@@ -297,6 +299,8 @@ class Poller:
         for watched in left_out:
             watched.by_id = True
         self._executions.answered(expected=0 if offset else len(ours) + len(left_out), shown=len(ours), now=now)
+        # Of a model whose ends nobody knows yet one is asked about by id, and the others wait for what it tells.
+        asked = {one.prediction.model for one in self._schedule.watched.values() if one.insisted and one.failures < 2}
         for watched, row in ours:
             known = watched.prediction
             if self._executions.tells_the_end(row) and self._executions.believes(known, row.model):
@@ -309,8 +313,11 @@ class Poller:
                     "model": known.model or row.model,
                 }
                 self._end(watched, known.model_copy(update=told))
+            elif row.status.ended and not self._executions.knows(known.model) and known.model in asked:
+                watched.not_before = now + FIRST_END_SECONDS
             elif row.status.ended:
                 watched.insisted = True
+                asked.add(known.model)
             else:
                 self._still_pending(watched, sent_at, by_id=False)
 

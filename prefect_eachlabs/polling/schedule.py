@@ -380,7 +380,7 @@ class Schedule:
         by_id = [
             (self._late_at(one, listed=False), one.number, one)
             for one in self.watched.values()
-            if id(one) not in on_list and not one.insisted
+            if id(one) not in on_list and not one.insisted and not (may_list and self._waits_for_another(one))
         ]
         if by_id and self._by_id_out < BY_ID_AT_ONCE:
             at, _, watched = min(by_id)
@@ -388,6 +388,16 @@ class Schedule:
                 return Question(watched)
             again_at = min(again_at, at)
         return again_at
+
+    def _waits_for_another(self, watched: Watched) -> bool:
+        """Whether the first end of its model is about to tell if the list can be believed."""
+        model = watched.prediction.model
+        if not self._page_may_tell(watched) or self._executions.knows(model):
+            return False
+        return any(
+            one.number < watched.number and one.prediction.model == model and not self._straggles(one)
+            for one in self.watched.values()
+        )
 
     def _page_at(self, listed: Sequence[Watched]) -> float:
         """When a page is worth its request; stragglers are told of by the pages for the others."""

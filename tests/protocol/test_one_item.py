@@ -14,6 +14,7 @@ ITEM = wanted()
 
 OPERATIONS = (
     "S3 GET kit/records/item-1.json",
+    "S3 HEAD kit/images/item-1.png",
     "S3 PUT kit/records/item-1.json claimed post",
     # The first claim of a process is put twice more, against conditions that must be refused.
     "S3 PUT kit/records/item-1.json claimed post",
@@ -90,18 +91,18 @@ MOST_BOUNDARIES_OF_A_TAKEOVER = 130
 @pytest.mark.parametrize("seed", range(20))
 def test_killed_twice_at_random_boundaries_it_is_bought_once_and_stored_once(seed: int) -> None:
     draw = random.Random(seed)
-    killed_twice(draw.randint(4, 20), draw.randint(1, MOST_BOUNDARIES_OF_A_TAKEOVER))
+    killed_twice(draw.randint(6, 22), draw.randint(1, MOST_BOUNDARIES_OF_A_TAKEOVER))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
 def test_killed_at_any_two_boundaries_it_is_bought_once_and_stored_once(boundary: tuple[int, str]) -> None:
-    for second_at in range(1, MOST_BOUNDARIES_OF_A_TAKEOVER, 1 if boundary[0] in (4, 8, 10, 11) else 7):
+    for second_at in range(1, MOST_BOUNDARIES_OF_A_TAKEOVER, 1 if boundary[0] in (6, 10, 12, 13) else 7):
         killed_twice(boundary[0], second_at)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("boundary", range(1, 25))
+@pytest.mark.parametrize("boundary", range(1, 27))
 def test_of_several_pictures_of_one_prediction_all_are_stored_whatever_is_killed(boundary: int) -> None:
     async def story() -> None:
         world = World("prediction:output_several,value=3")
