@@ -188,6 +188,7 @@ def settle_markdown(destination: str, report: SettleReport) -> str:
         ("had bought nothing", report.nothing_bought),
         ("pending", report.pending),
         ("ambiguous", report.ambiguous),
+        ("too young to settle yet", report.too_young),
     ]
     lines = [f"<p>Destination: {escaped(destination)}</p>", table((name, str(count)) for name, count in counts)]
     if report.problems:

@@ -180,8 +180,9 @@ class MemoryStore:
             async def page(after: str = last) -> tuple[ListedObject, ...]:
                 keys = [key for key in self.keys(prefix) if key > after][: self.page_size]
                 now = math.floor(self._now())
+                date = EPOCH + timedelta(seconds=now)
                 return tuple(
-                    ListedObject(key, found.etag, len(found.body), float(now - found.modified))
+                    ListedObject(key, found.etag, len(found.body), float(now - found.modified), date)
                     for key, found in ((key, self.objects[key]) for key in keys)
                 )
 

@@ -15,7 +15,8 @@ from prefect_eachlabs.cli.generate import source_of_places
 
 EPILOG = """\
 Looks at records that are neither stored nor ended and older than a claim and a deadline
-(EACHLABS_CLAIM_SECONDS + EACHLABS_DEADLINE_SECONDS). Buys nothing, so it may run at any time, on a schedule.
+(EACHLABS_CLAIM_SECONDS + EACHLABS_DEADLINE_SECONDS); younger ones, at which a run may be at work, are counted. Buys
+nothing, so it may run at any time, on a schedule: every six hours, since the vendor keeps pictures for a day.
 
 exit status: 0 nothing is left, 1 something is (run it again later), 2 usage or set-up wrong
 
@@ -50,11 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"destination": str(destination), **dataclasses.asdict(report)}), flush=True)
     else:
-        print(
-            f"{destination}: {report.records} records, {report.looked_at} to settle: {report.stored} stored, "
-            f"{report.ended} had failed or been cancelled, {report.nothing_bought} had bought nothing, "
-            f"{report.pending} pending, {report.ambiguous} ambiguous."
-        )
+        print(f"{destination}: {report.in_words()}")
         for item_id, problem in sorted(report.problems.items()):
             print(f"  {item_id}: {problem}")
     return 1 if report.pending or report.ambiguous else 0

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from datetime import datetime, timedelta
 
 from prefect_eachlabs.engine.account import Account, Books
-from prefect_eachlabs.errors import EachlabsError, SetupError
+from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
 from prefect_eachlabs.ledger.rules import PurchaseOptions
@@ -17,7 +21,10 @@ from prefect_eachlabs.storage.s3_client import S3Access
 logger = logging.getLogger(__name__)
 
 AT_A_TIME = 16
-RIGHT_AFTER_SECONDS = 60.0
+CLOCK_MARGIN = timedelta(minutes=10)
+"""The machines of a store may disagree by so much about when an object was written."""
+UNSETTLED = (RecordState.CLAIMED, RecordState.CREATED, RecordState.AMBIGUOUS)
+MEMORY_SCHEMA = "eachlabs-settled/1"
 
 
 @dataclass
@@ -30,9 +37,11 @@ class SettleReport:
         stored: Pictures that were paid for and are stored now.
         nothing_bought: Claims under which nothing had been bought; the next run buys.
         ended: Predictions that had failed or been cancelled.
-        pending: Predictions that have not ended, or whose picture could not be stored yet.
+        pending: Predictions that have not ended, or whose picture could not be stored yet; unreadable records.
         ambiguous: Nobody can tell whether they were bought.
-        problems: Item id → what to do, for the last two.
+        too_young: Not settled yet, and no older than a claim and a deadline: a run may be at work on them.
+        look_again_seconds: When the last of those is old enough; None: there are none.
+        problems: Item id → what to do, for pending and ambiguous ones.
     """
 
     records: int = 0
@@ -42,7 +51,22 @@ class SettleReport:
     ended: int = 0
     pending: int = 0
     ambiguous: int = 0
+    too_young: int = 0
+    look_again_seconds: float | None = None
     problems: dict[str, str] = field(default_factory=dict)
+
+    def in_words(self) -> str:
+        """All counts in a sentence."""
+        said = (
+            f"{self.records} records, {self.looked_at} to settle: {self.stored} stored, {self.ended} had failed or "
+            f"been cancelled, {self.nothing_bought} had bought nothing, {self.pending} pending, "
+            f"{self.ambiguous} ambiguous."
+        )
+        if self.look_again_seconds is not None:
+            are = "is" if self.too_young == 1 else "are"
+            said += f" {self.too_young} more {are} too young to settle yet: look again in "
+            said += f"{math.ceil(self.look_again_seconds)} s."
+        return said
 
 
 class Cleanup:
@@ -54,6 +78,10 @@ class Cleanup:
     async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
         """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
 
+        Every record is read once after each change, whatever it seems to be from outside. A small object,
+        `PREFIX/settled.json`, keeps until when that was done and what was left open, so that the next look reads what
+        has changed since, and what was open, and lists the rest.
+
         Args:
             destination: Where the records are.
             run_id: Names this run in the records it takes over.
@@ -64,46 +92,58 @@ class Cleanup:
             StoreFailed: The bucket did not answer.
         """
         books = self._account.books(destination, access)
+        memory = await _Memory.read(books.ledger)
         report = SettleReport()
-        limit = asyncio.Semaphore(AT_A_TIME)
+        old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
+        turns = asyncio.Semaphore(AT_A_TIME)
+        left: set[str] = set()
 
         async def one(item_id: str) -> None:
-            async with limit:
-                held = await books.ledger.read(item_id)
-            if held is not None and held.record.state in (
-                RecordState.CLAIMED,
-                RecordState.CREATED,
-                RecordState.AMBIGUOUS,
-            ):
-                report.looked_at += 1
-                outcome, problem = await self._settle_one(books, held, run_id)
-                setattr(report, outcome, getattr(report, outcome) + 1)
-                if problem:
-                    report.problems[item_id] = problem
+            try:
+                async with turns:
+                    held = await books.ledger.read(item_id)
+            except StoreFailed as error:  # of this record alone: the listing was answered
+                report.pending += 1
+                report.problems[item_id] = str(error)
+                left.add(item_id)
+                return
+            if held is None or held.record.state not in UNSETTLED:
+                return
+            if held.age_seconds <= old_seconds:
+                left.add(item_id)
+                report.too_young += 1
+                report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
+                return
+            report.looked_at += 1
+            outcome, problem = await self._settle_one(books, held, run_id)
+            setattr(report, outcome, getattr(report, outcome) + 1)
+            if problem:
+                report.problems[item_id] = problem
+                left.add(item_id)
 
-        suspects = await self._suspects(books.ledger, destination, report)
+        began, suspects = await self._suspects(books.ledger, memory, report)
         await asyncio.gather(*map(one, suspects))
+        if began is not None:
+            await memory.write(books.ledger, began, left)
         return report
 
-    async def _suspects(self, ledger: Ledger, destination: Destination, report: SettleReport) -> list[str]:
-        """Items whose record is old and was not written right after their picture, as a stored item's record is."""
-        pictures: dict[str, float] = {}
-        prefix = destination.key("images/")
-        async for listed in ledger.store.list(prefix):
-            pictures[listed.key[len(prefix) :].partition(".")[0]] = listed.age_seconds
-        old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
+    async def _suspects(
+        self, ledger: Ledger, memory: _Memory, report: SettleReport
+    ) -> tuple[datetime | None, list[str]]:
+        """When this look began, by the bucket's clock, and the items whose records must be read."""
+        began: datetime | None = None
         suspects = []
-        prefix = destination.key("records/")
+        prefix = ledger.destination.key("records/")
         async for listed in ledger.store.list(prefix):
+            began = began or listed.date
             if not listed.key.endswith(".json"):
                 continue
             report.records += 1
             item_id = listed.key[len(prefix) : -len(".json")]
-            # A picture that is much older than the record is of an earlier purchase, which was replaced.
-            finished = item_id in pictures and 0 <= pictures[item_id] - listed.age_seconds <= RIGHT_AFTER_SECONDS
-            if not finished and listed.age_seconds > old_seconds:
+            modified_at = listed.date - timedelta(seconds=listed.age_seconds)
+            if item_id in memory.left or memory.looked_at is None or modified_at > memory.looked_at - CLOCK_MARGIN:
                 suspects.append(item_id)
-        return suspects
+        return began, suspects
 
     async def _settle_one(self, books: Books, held: VersionedRecord, run_id: str) -> tuple[str, str]:
         """The report's field to count it under, and what a person should know."""
@@ -145,3 +185,44 @@ def item_of(record: Record) -> Item:
         labels=record.labels,
         sample=record.sample,
     )
+
+
+@dataclass(frozen=True)
+class _Memory:
+    """What the last look knew.
+
+    Attributes:
+        looked_at: When it began, by the bucket's clock: every record written before was read; None: there was none.
+        left: The items that it left open.
+        is_ours: False where another object stands in its place, which is left alone.
+    """
+
+    looked_at: datetime | None = None
+    left: frozenset[str] = frozenset()
+    is_ours: bool = True
+
+    @classmethod
+    async def read(cls, ledger: Ledger) -> _Memory:
+        found = await ledger.store.get(ledger.destination.key("settled.json"))
+        if found is None:
+            return cls()
+        try:
+            said = json.loads(found.body)
+            looked_at, left = datetime.fromisoformat(said["looked_at"]), frozenset(map(str, said["left"]))
+            if said["schema"] != MEMORY_SCHEMA or looked_at.tzinfo is None or looked_at > found.date + CLOCK_MARGIN:
+                raise ValueError(said["schema"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            logger.warning("%s is not what settling writes there: every record is read.", ledger.store.uri(found.key))
+            return cls(is_ours=False)
+        return cls(looked_at, left)
+
+    async def write(self, ledger: Ledger, looked_at: datetime, left: Collection[str]) -> None:
+        """The next look reads more when this fails, no less."""
+        if not self.is_ours:
+            return
+        body = json.dumps({"schema": MEMORY_SCHEMA, "looked_at": looked_at.isoformat(), "left": sorted(left)}, indent=1)
+        try:
+            key = ledger.destination.key("settled.json")
+            await ledger.store.put(key, body.encode(), content_type="application/json")
+        except (StoreFailed, SetupError) as error:
+            logger.warning("What was settled could not be written down: %s", error)

@@ -1,4 +1,4 @@
-"""The janitor as a flow, for a daily schedule: what runs left behind is found out, and what was paid for is stored."""
+"""The cleanup as a flow, for a schedule of every six hours: what runs left behind is found out and stored."""
 
 from __future__ import annotations
 
@@ -50,11 +50,7 @@ def settle_leftovers(destination: str = "", credentials_block: str = "") -> Stat
 
 
 def _state(report: SettleReport) -> State[dict[str, Any]]:
-    said = (
-        f"{report.records} records, {report.looked_at} to settle: {report.stored} stored, {report.ended} had failed or "
-        f"been cancelled, {report.nothing_bought} had bought nothing, {report.pending} pending, "
-        f"{report.ambiguous} ambiguous."
-    )
+    said = report.in_words()
     reasons = [f"{item}: {problem}" for item, problem in sorted(report.problems.items())]
     if reasons:
         more = f" (and {len(reasons) - SHOWN_REASONS} more in the artifact)" if len(reasons) > SHOWN_REASONS else ""

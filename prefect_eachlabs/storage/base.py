@@ -42,12 +42,13 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class ListedObject:
-    """A row of a listing; `age_seconds` by the store's clock as in `StoredObject`."""
+    """A row of a listing; `age_seconds` and `date` by the store's clock as in `StoredObject`."""
 
     key: str
     etag: str
     size_bytes: int
     age_seconds: float
+    date: datetime
 
 
 class ObjectStore(Protocol):

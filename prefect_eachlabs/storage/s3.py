@@ -212,7 +212,7 @@ class S3Store:
         page = client_of(self.access).list_objects_v2(Bucket=self.bucket, Prefix=prefix, **more)
         now = _date_of(page)
         rows = tuple(
-            ListedObject(row["Key"], row.get("ETag", ""), row["Size"], (now - row["LastModified"]).total_seconds())
+            ListedObject(row["Key"], row.get("ETag", ""), row["Size"], (now - row["LastModified"]).total_seconds(), now)
             for row in page.get("Contents", ())
         )
         return rows, page.get("NextContinuationToken") if page.get("IsTruncated") else None

@@ -86,12 +86,104 @@ def test_young_records_and_finished_ones_are_left_alone() -> None:
             await first.obtain(wanted(4))
         await asyncio.sleep(OLD_SECONDS)
         await leave_behind(world, "created")
-        janitor = world.process()
-        report = await settle(janitor)
-        assert (report.records, report.looked_at) == (4, 0)
-        assert janitor.count("S3 GET") <= 1, "what is stored is known from the listing"
-        assert janitor.count("S3 PUT") == 0
+        report = await settle(world.process())
+        assert (report.records, report.looked_at, report.too_young) == (4, 0, 1)
         assert world.record(A).state is RecordState.CREATED
+
+    play(story)
+
+
+def test_what_is_too_young_to_settle_is_counted_and_told_when_it_is_not_any_more() -> None:
+    """`settle` right after Ctrl-C: ten are paid for, and "0 to settle" would say that there are none."""
+
+    async def story() -> None:
+        world = World()
+        for number in range(10, 20):
+            await leave_behind(world, "created", wanted(number))
+        report = await settle(world.process())
+        assert (report.looked_at, report.too_young) == (0, 10)
+        assert report.look_again_seconds is not None
+        assert "10 more are too young to settle yet: look again in" in report.in_words()
+        await asyncio.sleep(report.look_again_seconds + 1)
+        report = await settle(world.process())
+        assert (report.stored, report.too_young, report.look_again_seconds) == (10, 0, None)
+        assert "too young" not in report.in_words()
+
+    play(story)
+
+
+def test_each_record_is_read_once_after_each_change_and_what_was_left_open_every_time() -> None:
+    async def story() -> None:
+        world = World("prediction:stuck,at=5")
+        process = world.process()
+        await asyncio.gather(*(process.obtain(wanted(number)) for number in range(1, 5)))
+        await leave_behind(world, "created", wanted(5))
+        await asyncio.sleep(3600)
+        reads = []
+        for _ in range(3):
+            janitor = world.process()
+            assert (await settle(janitor)).pending == 1
+            reads.append(janitor.count("S3 GET kit/records/"))
+            assert janitor.count("S3 LIST") == 1
+            await asyncio.sleep(3600)
+        assert reads == [5, 1, 1]
+        await world.process().obtain(wanted(6))
+        janitor = world.process()
+        await settle(janitor)
+        assert janitor.count("S3 GET kit/records/") == 2
+
+    play(story)
+
+
+@pytest.mark.parametrize("gap_seconds", [0, 5, 55, 3600])
+@pytest.mark.parametrize("looked_before", [True, False])
+def test_a_purchase_that_was_killed_right_after_another_was_stored_is_found(
+    gap_seconds: int, looked_before: bool
+) -> None:
+    """The old picture's date says nothing about the new purchase."""
+
+    async def story() -> None:
+        world = World()
+        process = world.process()
+        await process.obtain(A)
+        if looked_before:
+            await settle(world.process())
+        await asyncio.sleep(gap_seconds)
+        new = wanted(2, item_id="item-1")
+        killed = world.process(die_at="after S3 PUT kit/records/item-1.json created")
+        await killed.dies(killed.obtain(new, replace=True))
+        await asyncio.sleep(12 * 3600)
+        report = await settle(world.process())
+        assert report.stored == 1
+        assert world.record(new).state is RecordState.STORED
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    "body", [b"the shop's settled invoices", b"{}", b'{"schema": "eachlabs-settled/1", "left": []}']
+)
+def test_an_object_in_the_place_of_its_memory_is_left_alone(body: bytes) -> None:
+    async def story() -> None:
+        world = World()
+        await world.store.put("kit/settled.json", body, content_type="application/json")
+        await leave_behind(world, "created")
+        await asyncio.sleep(OLD_SECONDS)
+        assert (await settle(world.process())).stored == 1
+        assert world.store.objects["kit/settled.json"].body == body
+
+    play(story)
+
+
+def test_a_record_that_nobody_can_read_is_told_and_the_others_are_settled() -> None:
+    async def story() -> None:
+        world = World()
+        await leave_behind(world, "created")
+        await world.store.put("kit/records/spoilt.json", b"{", content_type="application/json")
+        await asyncio.sleep(OLD_SECONDS)
+        for stored in (1, 0):
+            report = await settle(world.process())
+            assert (report.stored, report.pending, list(report.problems)) == (stored, 1, ["spoilt"])
 
     play(story)
 
