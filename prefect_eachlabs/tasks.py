@@ -175,7 +175,7 @@ def create_prediction(
         item_id: Names the item, 1 to 128 of `A-Z a-z 0-9 _ -`; the input's fingerprint when left out.
         input: Further fields of the model's input; `prefect-eachlabs models SLUG` shows what it takes.
         sample: The number of this one among several of the same input: 2, 3 ... are items of their own.
-        formats: What may be stored of it: `("png", "jpeg", "webp", "gif", "mp4")` or fewer; PNG alone when left out.
+        formats: What may be stored of it: `("png", "jpeg", "webp", "gif")` or fewer; PNG alone when left out.
             Kept in the record.
         destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes, and later the picture;
             the environment's EACHLABS_DESTINATION when left out.

@@ -24,7 +24,7 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
 CONSTRAINTS = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
 VERSION = metadata.version("prefect-eachlabs")
 
-EXTRAS = {"PIL", "av", "moto", "flask", "flask_cors", "pyarrow", "prefect_aws", "aiobotocore"}
+EXTRAS = {"PIL", "moto", "flask", "flask_cors", "pyarrow", "prefect_aws", "aiobotocore"}
 """Import names that only the extras bring (jsonschema comes with Prefect too)."""
 
 

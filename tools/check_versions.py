@@ -27,7 +27,7 @@ TEST_TOOLS = ("build", "hypothesis", "openapi-core", "playwright", "pytest", "py
 SMOKE = """\
 import importlib.util, prefect_eachlabs
 public = [getattr(prefect_eachlabs, name) for name in prefect_eachlabs.__all__]
-extras = [name for name in ("PIL", "moto", "flask", "pyarrow", "prefect_aws", "av") if importlib.util.find_spec(name)]
+extras = [name for name in ("PIL", "moto", "flask", "pyarrow", "prefect_aws") if importlib.util.find_spec(name)]
 assert not extras, f"run-time dependencies bring {extras}"
 """
 
@@ -106,7 +106,7 @@ def main() -> int:
         if given.lowest:
             constraints = scratch / "lowest.txt"
             constraints.write_text(lower_bounds((ROOT / "pyproject.toml").read_text(encoding="utf-8")))
-            extras = "demo,parquet,models,video"  # prefect-aws binds boto3 by itself
+            extras = "demo,parquet,models"  # prefect-aws binds boto3 by itself
         for version, python in found.items():
             began = time.monotonic()
             (scratch / version).mkdir()

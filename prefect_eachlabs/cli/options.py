@@ -22,7 +22,7 @@ def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--formats",
         metavar="F,F",
-        help="what may be stored: png (the default), jpeg, webp, gif, mp4; the key's ending follows",
+        help="what may be stored: png (the default), jpeg, webp, gif; the key's ending follows",
     )
     parser.add_argument("--replace", action="store_true", help="buy although the item id stands for another input")
     parser.add_argument(

@@ -164,7 +164,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
             most. Empty: by paths beside the page.
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
-        formats: What may be stored, separated by commas: png, jpeg, webp, gif, mp4. Empty: PNG alone.
+        formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
 
     Returns:
         The counts (stored, reused, failed, ambiguous, skipped), costs, and where the report is.

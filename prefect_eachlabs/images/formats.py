@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import io
 import re
 import struct
 from collections.abc import Iterable
@@ -42,7 +41,6 @@ FORMATS = {
     "jpeg": Format("image/jpeg", "jpg", "JPEG"),
     "webp": Format("image/webp", "webp", "WebP"),
     "gif": Format("image/gif", "gif", "GIF"),
-    "mp4": Format("video/mp4", "mp4", "MP4"),
 }
 PNG_ALONE = ("png",)
 _BY_TYPE = {one.content_type: name for name, one in FORMATS.items()}
@@ -187,10 +185,10 @@ async def verify_in_turns(data: bytes) -> Media:
 
 
 def verify(data: bytes) -> Media:
-    """Bytes as one whole picture or video of whatever format they show. Blocks.
+    """Bytes as one whole picture of whatever format they show. Blocks.
 
     Raises:
-        MediaError: They are none, or not whole, or what verifies them is not installed.
+        MediaError: They are none, or not whole.
     """
     name = format_of(data[:SNIFFED_BYTES])
     if name == "png":
@@ -200,7 +198,7 @@ def verify(data: bytes) -> Media:
             raise MediaError(str(error)) from error
     if name is None:
         raise MediaError("it is of no format that is known here")
-    width_px, height_px = _verify_mp4(data) if name == "mp4" else _verify_picture(data, name)
+    width_px, height_px = _verify_picture(data, name)
     digest = hashlib.sha256(data).hexdigest()
     return Media(data=data, sha256=digest, width_px=width_px, height_px=height_px, format=name)
 
@@ -304,44 +302,3 @@ def _colours_bytes(flags: int) -> int:
 
 
 _WALKS = {"jpeg": _walk_jpeg, "webp": _walk_webp, "gif": _walk_gif}
-
-
-def _verify_mp4(data: bytes) -> tuple[int, int]:
-    """Walks its boxes to the last byte, and decodes every frame of its first video stream."""
-    try:
-        import av  # type: ignore[import-not-found,unused-ignore]  # noqa: PLC0415 - an extra
-    except ImportError as error:
-        raise MediaError("an MP4 cannot be verified here: pip install 'prefect-eachlabs[video]' (PyAV)") from error
-    _walk_boxes(data)
-    try:
-        with av.open(io.BytesIO(data), format="mp4") as container:
-            if not container.streams.video:
-                raise MediaError("the MP4 has no video in it")
-            stream = container.streams.video[0]
-            width_px, height_px = int(stream.width), int(stream.height)
-            pixels = 0
-            for frame in container.decode(stream):
-                pixels += int(frame.width) * int(frame.height)
-                if pixels > 50 * MAX_PIXELS_OF_ALL_FRAMES:
-                    raise MediaError("the MP4 has too many frames")
-    except MediaError:
-        raise
-    except Exception as error:  # FFmpeg's errors have classes of their own
-        raise MediaError(f"the MP4 cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
-    if not pixels:
-        raise MediaError("the MP4 has no frame in it")
-    return width_px, height_px
-
-
-def _walk_boxes(data: bytes) -> None:
-    """An MP4 is a row of boxes that ends with its last byte; what was cut off ends within one."""
-    at = 0
-    while at < len(data):
-        size = int.from_bytes(data[at : at + 4], "big")
-        if size == 1:
-            size = int.from_bytes(data[at + 8 : at + 16], "big")
-        elif size == 0:  # to the end of the file
-            return
-        if size < 8 or at + size > len(data):
-            raise MediaError("the MP4 is cut off")
-        at += size

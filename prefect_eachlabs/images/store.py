@@ -150,7 +150,7 @@ class ImageStore:
                 ) from error
             said = RecordError(kind=error.kind, message=error.message, code=error.code)
             return amended(record, state=RecordState.FAILED, error=said, cost_usd=end.cost_usd)
-        may_be = tuple(formats or record.formats or PNG_ALONE)
+        may_be = _allowed(record, formats)
         # The first picture goes last: where it is, the others are.
         found: list[str] = []
         media: Media | None = None
@@ -288,7 +288,7 @@ class ImageStore:
         record = None if held is None else held.record
         if record is not None and record.may_have_bought_unseen:
             return  # first it is found out what was bought
-        for name in formats or (record and record.formats) or PNG_ALONE:
+        for name in _allowed(record, formats):
             key = ledger.destination.image_key(item_id, suffix=FORMATS[name].suffix)
             found = await ledger.store.head(key)
             if found is None or (record is not None and _is_of_any(found, record)):
@@ -313,17 +313,17 @@ class ImageStore:
         them) is known by its size and SHA-256.
         """
         if record.uri is not None and record.state is RecordState.STORED:
-            named = [_format_of_key(record.uri)]
+            suffixes = [_suffix(record.uri)]
             for number, uri in enumerate(record.more_uris, start=2):
-                key = ledger.destination.image_key(record.item_id, number, FORMATS[_format_of_key(uri)].suffix)
+                key = ledger.destination.image_key(record.item_id, number, _suffix(uri))
                 found = await ledger.store.head(key)
                 # Only the first one's SHA-256 is written down.
                 if found is None or found.metadata.get("prediction-id") not in (None, record.prediction_id):
                     return None
         else:
-            named = [name for name in formats or record.formats or PNG_ALONE if name in FORMATS]
-        for name in named:
-            key = ledger.destination.image_key(record.item_id, suffix=FORMATS[name].suffix)
+            suffixes = [FORMATS[name].suffix for name in _allowed(record, formats)]
+        for suffix in suffixes:
+            key = ledger.destination.image_key(record.item_id, suffix=suffix)
             found = await ledger.store.head(key)
             if found is not None and await self._is_picture_of(ledger, found, record):
                 return found
@@ -336,6 +336,9 @@ class ImageStore:
         whole = await ledger.store.get(found.key)
         if whole is None or hashlib.sha256(whole.body).hexdigest() != record.sha256:
             return False
+        format = FORMATS.get(_format_of_key(found.key))
+        if format is None:
+            return True
         # Named again, it need not be read the next time, and what replaces it knows whose it is.
         named = {**whole.metadata, "prediction-id": record.prediction_id or "", "model": record.model}
         named |= {"fingerprint": record.fingerprint, "outputs": str(1 + len(record.more_uris))}
@@ -343,7 +346,7 @@ class ImageStore:
             await ledger.store.put(
                 found.key,
                 whole.body,
-                content_type=FORMATS[_format_of_key(found.key)].content_type,
+                content_type=format.content_type,
                 if_match=whole.etag if ledger.conditional else None,
                 metadata=named,
                 sha256=record.sha256,
@@ -356,9 +359,19 @@ class ImageStore:
         await self._downloader.aclose()
 
 
+def _allowed(record: Record | None, formats: Sequence[str] | None) -> tuple[str, ...]:
+    """What may be stored. An earlier version may have written down a format that this one does not know."""
+    named = formats or (record.formats if record is not None else ())
+    return tuple(name for name in named if name in FORMATS) or PNG_ALONE
+
+
+def _suffix(key: str) -> str:
+    return key.rpartition(".")[2]
+
+
 def _format_of_key(key: str) -> str:
-    ending = key.rpartition(".")[2]
-    return next((name for name, one in FORMATS.items() if one.suffix == ending), "png")
+    suffix = _suffix(key)
+    return next((name for name, one in FORMATS.items() if one.suffix == suffix), suffix or "png")
 
 
 def _metadata(end: Prediction, model: str, fingerprint: str, later: Sequence[str] = ()) -> dict[str, str]:

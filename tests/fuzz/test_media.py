@@ -1,4 +1,4 @@
-"""Pictures of other formats, and videos, in any pieces: whole, or an error that says why."""
+"""Pictures of other formats, in any pieces: whole, or an error that says why."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ import asyncio
 import io
 import json
 from contextlib import closing
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +27,16 @@ from prefect_eachlabs.tasks import await_result, create_prediction, generate_and
 from prefect_eachlabs.testing.s3 import Fault as S3Fault
 from tests.flows.flow_fixtures import BUCKET, Studio
 
-FORMATS = ("jpeg", "webp", "gif", "mp4")
+FORMATS = ("jpeg", "webp", "gif")
 Printed = pytest.CaptureFixture[str]
 
 
 def picture(format: str, size_px: tuple[int, int] = (48, 32), frames: int = 1) -> bytes:
     """A picture with enough in it that a cut is seen."""
-    if format == "mp4":
-        return video(size_px)
     buffer = io.BytesIO()
     images = [Image.effect_noise(size_px, 60 + number).convert("RGB") for number in range(frames)]
     more: dict[str, Any] = {"save_all": True, "append_images": images[1:]} if frames > 1 else {}
     images[0].save(buffer, format.upper(), **more)
-    return buffer.getvalue()
-
-
-def video(size_px: tuple[int, int]) -> bytes:
-    import av
-
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=Fraction(10))
-        stream.width, stream.height, stream.pix_fmt = *size_px, "yuv420p"
-        for number in range(5):
-            image = Image.effect_noise(size_px, 60 + number).convert("RGB")
-            container.mux(stream.encode(av.VideoFrame.from_image(image)))
-        container.mux(stream.encode())
     return buffer.getvalue()
 
 
@@ -92,7 +75,7 @@ def test_a_picture_that_was_cut_off_is_refused(format: str, part: float) -> None
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_head_without_a_body_is_refused(format: str) -> None:
     with pytest.raises(MediaError):
-        verify(picture(format)[:40] + bytes(1_000))
+        verify(picture(format)[:40] + bytes(100))
 
 
 @pytest.mark.parametrize("size_px", [(1, 1), (33, 57), (1_000, 3)])
@@ -134,16 +117,6 @@ def test_a_picture_that_would_fill_a_readers_memory_is_refused(monkeypatch: pyte
         verify(picture("gif", frames=3))
 
 
-@pytest.mark.parametrize(("format", "package", "extra"), [("mp4", "av", "video")])
-def test_what_cannot_be_verified_here_is_refused_and_says_what_to_install(
-    format: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = picture(format)
-    monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(MediaError, match=rf"cannot be verified here: pip install 'prefect-eachlabs\[{extra}\]'"):
-        verify(data)
-
-
 def test_what_comes_in_single_bytes_is_read_as_well() -> None:
     for format in ("png", "jpeg"):
         reader = MediaReader(("png", "jpeg"))
@@ -161,15 +134,15 @@ def test_a_picture_that_is_too_long_is_not_read_to_its_end() -> None:
 
 @pytest.mark.parametrize(
     ("given", "names"),
-    [(None, None), ("png,jpg", ("png", "jpeg")), (["PNG", "png", " webp "], ("png", "webp")), (("mp4",), ("mp4",))],
+    [(None, None), ("png,jpg", ("png", "jpeg")), (["PNG", "png", " webp "], ("png", "webp")), (("gif",), ("gif",))],
 )
 def test_formats_are_named_as_people_name_them(given: Any, names: tuple[str, ...] | None) -> None:
     assert check_formats(given) == names
 
 
-@pytest.mark.parametrize("given", ["", "tiff", ["png", "exe"], []])
+@pytest.mark.parametrize("given", ["", "tiff", "mp4", ["png", "exe"], []])
 def test_formats_that_are_none_are_refused(given: Any) -> None:
-    with pytest.raises(BadInput, match=r"formats: .* Name one or more of png, jpeg, webp, gif, mp4"):
+    with pytest.raises(BadInput, match=r"formats: .* Name one or more of png, jpeg, webp, gif"):
         check_formats(given)
 
 

@@ -222,6 +222,25 @@ def test_other_bytes_without_metadata_are_not_the_items_picture() -> None:
     play(story)
 
 
+@pytest.mark.parametrize("metadata", ["kept", "lost"])
+def test_what_an_earlier_version_stored_in_a_format_that_this_one_does_not_know_is_there(metadata: str) -> None:
+    async def story() -> None:
+        world = World()
+        await world.process().obtain(A)
+        video = world.store.objects[PICTURE.replace(".png", ".mp4")] = world.store.objects.pop(PICTURE)
+        if metadata == "lost":
+            video.metadata = {}
+        record = world.record(A).model_copy(
+            update={"formats": ["mp4"], "uri": "s3://bucket/kit/images/item-1.mp4", "write_id": "by-an-older-one"}
+        )
+        await world.store.put(RECORD, record.to_bytes(), content_type="application/json")
+        image = await world.process().obtain(A, rebuy_missing=True)
+        assert (image.reused, image.format, image.uri) == (True, "mp4", record.uri)
+        assert len(world.bought()) == 1
+
+    play(story)
+
+
 # ------------------------------------------------------------------------------ what it cost
 
 
