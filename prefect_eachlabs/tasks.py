@@ -256,6 +256,7 @@ def await_result(
     Raises:
         PredictionFailed: The model failed; the API's code and message are kept. Nothing was billed.
         PredictionCancelled: It was cancelled.
+        NotYetSafe: It succeeded and has no picture yet, which may still come: run again.
         PredictionTimedOut: Not ended by its deadline. It is paid for if it still ends: run again, it is stored then.
     """
     if isinstance(prediction, str) and parse_prediction_id(prediction) is None:

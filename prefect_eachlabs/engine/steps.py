@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 
 from prefect_eachlabs.engine.account import Account, Books, named
-from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, PictureMissing
+from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, NotYetSafe, PictureMissing, StoreFailed
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import (
@@ -104,6 +104,7 @@ class Steps:
         Raises:
             PredictionTimedOut: Not ended by its deadline, counted from the POST (from now, for a bare id).
             PredictionFailed, PredictionCancelled: It ended otherwise.
+            NotYetSafe: It succeeded and has no picture yet: ask again.
             Rejected: The API does not know it.
         """
         if isinstance(prediction, str):
@@ -136,6 +137,8 @@ class Steps:
             if held is not None and held.record.state is RecordState.CREATED and held.record.prediction_id == end.id:
                 await self._account.image_store.finish(ledger, held, end, fresh=False)
         except (EachlabsError, Overtaken) as error:
+            if isinstance(error, NotYetSafe) and not isinstance(error, StoreFailed):
+                raise  # it succeeded, and its picture may still come
             logger.warning("Item %s: its end could not be written down: %s", item_id, error)
 
     async def store(

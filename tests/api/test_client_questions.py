@@ -82,6 +82,14 @@ def test_a_question_that_is_refused_does_not_speak_of_an_order(ask: Any) -> None
     assert "reated" not in refused.value.message
 
 
+@pytest.mark.parametrize("body", [b"", b"<html>404 Not Found</html>", b"default backend - 404"])
+def test_a_page_in_place_of_the_apis_404_is_no_answer_about_a_prediction(body: bytes) -> None:
+    """A gateway's: the API's own refusals are JSON, and only they say that it does not know the id."""
+    with pytest.raises(Unanswered) as unanswered:
+        answered(httpx.Response(404, content=body), get)
+    assert unanswered.value.retryable
+
+
 @QUESTIONS
 def test_a_question_may_be_throttled(ask: Any) -> None:
     with pytest.raises(Throttled) as throttled:

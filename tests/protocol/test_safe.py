@@ -8,7 +8,7 @@ import pytest
 
 from prefect_eachlabs.errors import DownloadFailed, ItemConflict, NotYetSafe, OutputMissing, PredictionFailed
 from prefect_eachlabs.ledger.records import RecordState
-from tests.protocol.kit import World, play, wanted
+from tests.protocol.kit import World, options, play, wanted
 
 A = wanted(1)
 OTHER = wanted(2, item_id="item-1")
@@ -95,6 +95,41 @@ def test_an_output_that_is_minutes_late_is_stored_by_the_next_run() -> None:
         await asyncio.sleep(600)
         for run in (process, world.process()):
             await run.obtain(A)
+        world.check([A])
+
+    play(story)
+
+
+def test_await_and_store_in_steps_wait_for_a_late_output_as_well() -> None:
+    async def story() -> None:
+        world = World("prediction:late_output,seconds=600")
+        engine = world.process().engine
+        bought = await engine.create(A, world.destination, options=options("run"))
+        with pytest.raises(NotYetSafe, match="no picture yet") as late:
+            await engine.wait(bought, run_id="run")
+        assert late.value.retryable
+        assert world.record(A).state is RecordState.CREATED
+        await asyncio.sleep(600)
+        await engine.store(await engine.wait(bought, run_id="run"), world.destination)
+        world.check([A])
+
+    play(story)
+
+
+def test_a_page_in_place_of_the_api_says_nothing_about_a_prediction() -> None:
+    """A gateway's HTML 404 for two minutes: the API itself would say so in JSON."""
+
+    async def story() -> None:
+        world = World()
+        process = world.process()
+        work = asyncio.ensure_future(process.obtain(A))
+        while not process.count("POST"):
+            await asyncio.sleep(0.1)
+        world.set_faults("get:html,status=404", "executions:html,status=404")
+        await asyncio.sleep(120)
+        assert not work.done()
+        world.set_faults()
+        await work
         world.check([A])
 
     play(story)
