@@ -178,7 +178,7 @@ class Purchaser:
         Args:
             item: What is wanted.
             ledger: Where its record is.
-            settler: Finds out about lost answers there.
+            reconciler: Finds out about lost answers there.
             replacing: The record that this purchase replaces, just read; None: there is none.
             options: What may be done.
             job: Whose slot in flight it is, and who may not interrupt the purchase.

@@ -72,6 +72,7 @@ REMEMBERED = 10_000
 MOST_RIVALS_ASKED = 20
 """So many further executions are asked about, when each order has found one: whether another fits as well."""
 MOST_SIGNS_ASKED = 3
+"""So many rows of a list are asked about before it counts as one whose ids nobody knows."""
 OLDER_RECORDS_READ = 16
 """Where the list shows nothing that is known, so many older records say whether it should."""
 MOST_LOOKS_AT_MOVING_CLOCKS = 5
@@ -79,6 +80,7 @@ CLOCKS_MOVED_SECONDS = 5.0
 """The bucket's clock and the loop's disagree by more only when the machine stood still in between."""
 MOST_DISAGREEMENT_SECONDS = 20.0
 """Between the clocks of a bucket's machines: as much as a process may stand still."""
+MOST_WRITES_OF_A_PROOF = 5
 PROOF_PAUSES_SECONDS = (2.0, 5.0, 10.0, 15.0, 30.0)
 
 
@@ -140,6 +142,7 @@ class _Look:
         asked: Whether GET knew a row of the list.
         again_at: Loop time when an execution that is not visible yet must be.
         doubts: Item → why nobody can tell.
+        near: Item → executions that may be what it bought, and why they are not adopted.
     """
 
     evidence: Evidence
@@ -304,16 +307,14 @@ class Reconciler:
     async def _look(self) -> None:
         entries, look = await self._see()
         ask = look.evidence.candidates([(entry.record.model, entry.span) for entry in entries])
-        tight = [(zone, row) for zone, row in ask if zone is Zone.TIGHT]
-        await self._ask_about(tight, entries, look)
-        for entry in self._nearest_first(entries, look):
-            await self._adopt_the_nearest(entry, look)
-        for zone, row in ask[len(tight) :]:
+        tight = [row for zone, row in ask if zone is Zone.TIGHT]
+        asked = await self._ask_about(tight, entries, look)
+        await self._adopt_the_nearest(entries, look)
+        for _, row in ask[asked:]:
             if not any(entry in self._waiting for entry in entries):
                 return
-            await self._ask_about([(zone, row)], entries, look)
-            for entry in self._nearest_first(entries, look):
-                await self._adopt_the_nearest(entry, look)
+            await self._ask_about([row], entries, look)
+            await self._adopt_the_nearest(entries, look)
         for entry in entries:
             if entry in self._waiting:
                 await self._conclude(entry, look)
@@ -427,24 +428,25 @@ class Reconciler:
 
     # ------------------------------------------------------------------------------------------ candidates
 
-    async def _ask_about(
-        self, candidates: Sequence[tuple[Zone, Execution]], entries: Sequence[Unsettled], look: _Look
-    ) -> None:
-        """Asks what each execution's input was, and notes whose order that is."""
+    async def _ask_about(self, rows: Sequence[Execution], entries: Sequence[Unsettled], look: _Look) -> int:
+        """Asks what each execution's input was, and notes whose order that is; returns how many were asked about.
+
+        When every entry has found one, a few more show whether another fits as well; the rest is left.
+        """
         rivals_asked = 0
-        for _, row in candidates:
+        for number, row in enumerate(rows):
             waiting = self._open(entries, look)
-            if not waiting:
-                return
-            if len({fitting[0].id for fitting in look.fits}) >= len(waiting):
+            has_one = {id(entry) for _, _, entry, _ in look.fits}
+            if len(rows) > 1 and all(id(entry) in has_one for entry in waiting):
                 rivals_asked += 1
                 if rivals_asked > MOST_RIVALS_ASKED:
-                    return
+                    return number
             if row.model in self._other_models and not any(row.model == entry.record.model for entry in waiting):
                 continue
-            prediction = await self._echo(row.id, look)
+            prediction = await self._echo(row.id, look) if waiting else None
             if prediction is not None:
                 self._match(row, prediction, waiting, look)
+        return len(rows)
 
     def _open(self, entries: Sequence[Unsettled], look: _Look) -> list[Unsettled]:
         """The entries that may be given an execution: nobody is buying their input this moment."""
@@ -486,8 +488,10 @@ class Reconciler:
                     look.doubts.setdefault(entry.item_id, "the API does not say what a prediction's input was")
                 continue
             fields = fit(echo, entry.record.order)
-            is_ours = model in (None, entry.record.model) or (
-                prediction.model is None and look.evidence.is_known_as(row.model, entry.record.model)
+            is_ours = (
+                model is None
+                or entry.record.model in (prediction.model, row.model)
+                or (prediction.model is None and look.evidence.is_known_as(row.model, entry.record.model))
             )
             if fields is not None and is_ours:
                 look.fits.append((row, zone, entry, fields))
@@ -498,32 +502,31 @@ class Reconciler:
             elif row.model is not None and row.model == prediction.model and not are_related(row.model, entry.record):
                 self._other_models.add(row.model)
 
-    def _nearest_first(self, entries: Sequence[Unsettled], look: _Look) -> list[Unsettled]:
-        """The entries that an execution fits: more fields first, then the nearer."""
+    async def _adopt_the_nearest(self, entries: Sequence[Unsettled], look: _Look) -> None:
+        """Gives each entry the execution that its order bought: more fitting fields first, then the nearer."""
 
         def rank(entry: Unsettled) -> tuple[int, float]:
-            fields = max(fields for _, zone, other, fields in look.fits if other is entry)
+            fields = max(fields for _, _, other, fields in look.fits if other is entry)
             nearest = look.candidates_of(entry)
             return -fields, look.evidence.distance_seconds(nearest[0], entry.span) if nearest else float("inf")
 
         fitting = {id(other) for _, _, other, _ in look.fits}
-        return sorted((entry for entry in entries if id(entry) in fitting and entry in self._waiting), key=rank)
+        for entry in sorted((entry for entry in entries if id(entry) in fitting), key=rank):
+            for row in look.candidates_of(entry):
+                if entry in self._waiting and await self._is_its_own(entry, row, look):
+                    await self._adopt(entry, row, look)
+                    break
 
-    async def _adopt_the_nearest(self, entry: Unsettled, look: _Look) -> None:
-        """Gives the entry the execution that its order bought, unless that is another's."""
-        for row in look.candidates_of(entry):
-            if entry not in self._waiting:
-                return
-            echo = self._echoes[row.id].input or {}
-            fields = next(fields for found, _, other, fields in look.fits if found is row and other is entry)
-            rival = look.evidence.better_claim(entry.record.model, echo, fields)
-            if rival is not None:
-                look.doubts[entry.item_id] = f"what was found may be item {rival}'s, which is not settled"
-                continue
-            if await take_adoption_marker(self._ledger, row.id, entry.item_id, since=entry.span.since) != entry.item_id:
-                continue
-            await self._adopt(entry, row, look)
-            return
+    async def _is_its_own(self, entry: Unsettled, row: Execution, look: _Look) -> bool:
+        """Whether a row that fits an entry is not another item's: by its unsettled order, or by the marker."""
+        fields = next(fields for found, _, other, fields in look.fits if found is row and other is entry)
+        echo = self._echoes[row.id].input or {}
+        rival = look.evidence.better_claim(entry.record.model, echo, fields)
+        if rival is not None:
+            look.doubts[entry.item_id] = f"what was found may be item {rival}'s, which is not settled"
+            return False
+        holder = await take_adoption_marker(self._ledger, row.id, entry.item_id, since=entry.span.since)
+        return holder == entry.item_id
 
     async def _adopt(self, entry: Unsettled, row: Execution, look: _Look) -> None:
         """Writes down what the order has bought, and which other executions it could have been.
@@ -650,7 +653,7 @@ class Reconciler:
         )
 
     async def _note_proof(self, item_id: str) -> None:
-        for _ in range(MOST_LOOKS_AT_MOVING_CLOCKS):
+        for _ in range(MOST_WRITES_OF_A_PROOF):
             held = await self._ledger.read(item_id)
             if held is None or held.record.possible_loss is None:
                 return

@@ -134,6 +134,27 @@ def test_what_fits_an_unsettled_claim_of_another_item_better_is_left_to_it() -> 
     play(story)
 
 
+def test_what_one_order_finds_does_not_keep_another_from_being_looked_for() -> None:
+    """Of two lost orders the first fits thirty executions; that of the second was made after all of them."""
+
+    async def story() -> None:
+        late = "create:late,seconds=25,matching=picture 2"
+        world = World(late, "executions:error")
+        a, b = wanted(1), wanted(2)
+        process = world.process(by_name=[("POST", "lose", 2)])
+        both = asyncio.gather(process.obtain(a), process.obtain(b))
+        await asyncio.sleep(1)
+        others_buy(world, a, 30)
+        await asyncio.sleep(120)
+        world.set_faults()
+        await both
+        assert len(world.bought()) == 2
+        assert world.record(b).prediction_id == world.bought_for(b)[0].id
+        assert len(world.record(a).adopted_among) > 10
+
+    play(story)
+
+
 # ------------------------------------------------------------------------ many at a time
 
 
