@@ -311,11 +311,13 @@ class Evidence:
         if told is None:
             return seen, None if seen is None else seen + CLOCK_MARGIN
         low, high = told
-        if seen is not None and seen > high + ROUNDING:
+        if seen is None:
+            return low, high
+        if seen > high + CLOCK_MARGIN:
             return seen, seen + CLOCK_MARGIN
-        if seen is not None and seen < low - CLOCK_MARGIN:
+        if seen < low - CLOCK_MARGIN:
             return seen, high
-        return low, high
+        return max(low, seen), max(high, seen)  # a `Date` may be some seconds old
 
     def blind_for(self, model: str) -> str | None:
         """Why this list does not see what orders of the model bought; None when nothing speaks against it."""

@@ -298,6 +298,13 @@ def test_where_the_list_contradicts_its_own_date_nothing_is_left_out_and_nothing
     assert zones == {"p-lost": Zone.DOUBTFUL}
 
 
+@pytest.mark.parametrize("old_seconds", [0.0, 2.0, 10.0, 50.0])
+def test_a_date_of_the_answer_that_is_some_seconds_old_changes_nothing(old_seconds: float) -> None:
+    told = (-seconds(old_seconds), -seconds(old_seconds))
+    rows = [row("p-known", BUCKET_NOW - seconds(10)), row("p-lost", BUCKET_NOW - seconds(99))]
+    assert shown(look(rows, known(10), ahead=told)) == {"p-lost": Zone.TIGHT}
+
+
 def test_answers_that_took_long_leave_no_execution_out() -> None:
     rows = [row("p-lost", BUCKET_NOW - seconds(99))]
     for low, high in ((-20, 0), (0, 20), (-4000, 0), (0, 4000)):
