@@ -39,9 +39,10 @@ COMMANDS = (
 
 EPILOG = """\
 environment:
-  EACHLABS_API_KEY    your key from eachlabs.ai; where the API is: EACHLABS_BASE_URL (https://api.eachlabs.ai)
-  AWS_...             how to reach the bucket: boto3's own chain; AWS_ENDPOINT_URL_S3 for other stores
-  PREFECT_API_URL     with one, the account's limits are shared by all processes of that Prefect server
+  EACHLABS_API_KEY      your key from eachlabs.ai; where the API is: EACHLABS_BASE_URL (https://api.eachlabs.ai)
+  EACHLABS_DESTINATION  s3://bucket/prefix, where a command names none
+  AWS_...               how to reach the bucket: boto3's own chain; AWS_ENDPOINT_URL_S3 for other stores
+  PREFECT_API_URL       with one, the account's limits are shared by all processes of that Prefect server
 
 exit status: 0 all there, 1 an item failed, 2 usage or set-up wrong, 130 interrupted
 """
