@@ -14,7 +14,7 @@ from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder, Worker
-from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.batch.run import INTERRUPT_SECONDS, Batch, BatchOptions
 from prefect_eachlabs.batch.source import Defaults, open_source
 from prefect_eachlabs.batch.tables import BadRow, base_name
 from prefect_eachlabs.cancellation import to_its_end
@@ -87,7 +87,7 @@ async def open_batch(
     )
 
 
-async def run_batch(batch: Batch, *, window: int) -> BatchResult:
+async def run_batch(batch: Batch, *, window: int, interrupt_seconds: float = INTERRUPT_SECONDS) -> BatchResult:
     """Runs a batch to its end: every row comes to one of five ends. **Costs money.**
 
     Cancelled, it cancels what is in flight and reports what came of it; run again, it goes on from there.
@@ -95,6 +95,7 @@ async def run_batch(batch: Batch, *, window: int) -> BatchResult:
     Args:
         batch: As `open_batch` made it; closed in the end.
         window: How many items are in the air at most.
+        interrupt_seconds: How long the cancels may take, when the run itself is cancelled.
 
     Raises:
         SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
@@ -104,7 +105,7 @@ async def run_batch(batch: Batch, *, window: int) -> BatchResult:
         await _obtain_all(batch, window)
         return await batch.finish()
     except asyncio.CancelledError:
-        await to_its_end(batch.interrupt())
+        await to_its_end(batch.interrupt(interrupt_seconds))
         raise
     finally:
         await to_its_end(batch.close())

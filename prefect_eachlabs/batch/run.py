@@ -36,7 +36,7 @@ WINDOW_BEYOND_THE_LIMIT = 30
 """So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
 TICK_SECONDS = 1.0
 INTERRUPT_SECONDS = 20.0
-"""So long a cancelled row may take to cancel its prediction and to see its end (Prefect kills a run after 30)."""
+"""So long a cancelled row may take to cancel its prediction and to see its end (Prefect kills a run after 30 s)."""
 RECORD_SECONDS = 3.0
 """And so long, to read what its record says, when that was not enough."""
 MOST_ASKED_FOR = 100
@@ -131,6 +131,8 @@ class Batch:
         self._obtaining: set[asyncio.Task[Any]] = set()
         self._has_begun_to_buy = False
         self._is_interrupted = False
+        self.last_result: BatchResult | None = None
+        """What an interrupted run came to, where it had begun to buy and its report is written."""
         self._pace = Pace()
         self._news = 0
         self._has_sheet = False
@@ -240,27 +242,36 @@ class Batch:
         await all_ended(tasks)
         return [task.result() for task in tasks]
 
-    async def interrupt(self) -> None:
+    async def interrupt(self, seconds: float = INTERRUPT_SECONDS) -> None:
         """Ends the run now: what is in flight is cancelled, and the report says what came of every row until here.
 
-        Nothing is bought any more. Bounded: what the API or the bucket does not answer for stays as its record says.
+        Nothing is bought any more. What the API has not answered for after so many seconds stays as its record says.
         """
         self._is_interrupted = True
         self.budget.stop(Skipped("Interrupted before it was bought.", kind=INTERRUPTED))
-        self._stopped_by = self._stopped_by or EachlabsError("interrupted", kind=INTERRUPTED)
+        if not self._has_every_row:
+            self._stopped_by = self._stopped_by or EachlabsError("interrupted", kind=INTERRUPTED)
         tasks = list(self._obtaining)
         for task in tasks:
             task.cancel()
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=INTERRUPT_SECONDS)
+            _, late = await asyncio.wait(tasks, timeout=seconds)
             for task in late:
-                logger.warning("A cancel is not answered: %s", task.get_name())
                 task.cancel()
             await asyncio.wait(tasks, timeout=RECORD_SECONDS)
         await self._end_ticker()
-        await self._writer.write_rest()
-        if self.options.shard is None and self._has_begun_to_buy:
-            await self._write_report()
+        try:
+            await self._writer.write_rest()
+            if self.options.shard is None and self._has_begun_to_buy:
+                await self._write_report()
+                self.last_result = self.result()
+        except EachlabsError as error:
+            logger.error("The report of the interrupted run could not be written: %s", error)
+
+    @property
+    def unanswered(self) -> int:
+        """Rows whose order had not been answered when the run was interrupted: they may be paid for."""
+        return self.totals.kinds[RowState.AMBIGUOUS][INTERRUPTED]
 
     async def finish(self) -> BatchResult:
         """Merges the report and writes page and sheet; returns what it all came to.

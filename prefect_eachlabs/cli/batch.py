@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import sys
+from collections.abc import Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from prefect_eachlabs.cli.generate import source_of_places
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from prefect_eachlabs.batch.plan import Plan
     from prefect_eachlabs.batch.progress import Show
     from prefect_eachlabs.batch.report import Worker
-    from prefect_eachlabs.batch.run import BatchOptions
+    from prefect_eachlabs.batch.run import Batch, BatchOptions
     from prefect_eachlabs.engine.runtime import Gateway
 
 BAR_SECONDS = 0.5
@@ -29,6 +29,8 @@ LOG_SECONDS = 30.0
 DAY_SECONDS = 86_400
 MOST_DAYS = 7.0
 SHOWN_MESSAGES = 20
+CANCELS_SECONDS = 65.0
+"""Where the minute's requests are used up, the cancels wait for the next ones; a second Ctrl-C does not."""
 
 EPILOG = """\
 The source is CSV, TSV, JSON Lines or Parquet, told by its ending: a path, or s3://BUCKET/KEY. It needs a column
@@ -81,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         rebuy_missing=arguments.rebuy_missing,
         retry_failed=arguments.retry_failed,
         on_ambiguous=arguments.on_ambiguous,
+        retry_ambiguous=arguments.retry_ambiguous,
         deadline_seconds=arguments.deadline_seconds,
         formats=check_formats(arguments.formats),
         presigned_seconds=None if days is None else max(1, round(days * DAY_SECONDS)),
@@ -88,27 +91,35 @@ def run(arguments: argparse.Namespace) -> int:
     bar, show, show_seconds = _shown(arguments)
     with bar:
         _log_to_stderr(quiet=arguments.json)
-        answer = _run(arguments, options, show, show_seconds)
+        answer = _run(arguments, options, (show, show_seconds))
     print(json.dumps(answer.as_json()) if arguments.json else _as_text(answer), flush=True)
     if answer.is_complete:
         return 0
     return 2 if answer.set_up_wrong else 1
 
 
-def _run(
-    arguments: argparse.Namespace, options: BatchOptions, show: Show | None, show_seconds: float
-) -> BatchResult | Plan:
+def _run(arguments: argparse.Namespace, options: BatchOptions, shown: tuple[Show | None, float]) -> BatchResult | Plan:
     from prefect_eachlabs.batch.plan import ThreadWorker
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+    from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
 
     worker = ThreadWorker()
+    opened: list[Batch] = []
+
+    def work(gateway: Gateway) -> Coroutine[Any, Any, BatchResult | Plan]:
+        return _work(gateway, arguments, options, worker, shown, opened)
+
+    def came_of(gateway: Gateway) -> Interrupted:
+        ends = gateway.engine.account.interruptions
+        text, numbers = what_came_of(ends, unanswered=sum(batch.unanswered for batch in opened))
+        result = next((batch.last_result for batch in opened if batch.last_result is not None), None)
+        if result is None:
+            return Interrupted(text, numbers)
+        text += f" This run was billed {result.money}. Report: {result.index_uri}. Run the same again: it goes on."
+        return Interrupted(text, {**result.as_json(), **numbers})
+
     try:
-        gateway = gateway_for(make_source=source_of_places())
-        return gateway.call(_work(gateway, arguments, options, worker, show, show_seconds))
-    except asyncio.CancelledError:  # the gateway was closed under it
-        raise KeyboardInterrupt from None
+        return call(source_of_places(), work, came_of)
     finally:
-        close_gateways()
         worker.close()
 
 
@@ -117,8 +128,8 @@ async def _work(
     arguments: argparse.Namespace,
     options: BatchOptions,
     worker: Worker,
-    show: Show | None,
-    show_seconds: float,
+    shown: tuple[Show | None, float],
+    opened: list[Batch],
 ) -> BatchResult | Plan:
     from prefect_eachlabs.batch.plan import open_batch, plan_batch, run_batch
     from prefect_eachlabs.batch.run import window_for
@@ -126,6 +137,7 @@ async def _work(
     from prefect_eachlabs.models import DEFAULT_MODEL, Destination, check_model_name
     from prefect_eachlabs.settings import destination_from_environment
 
+    show, show_seconds = shown
     batch = await open_batch(
         gateway.engine,
         arguments.source,
@@ -137,9 +149,11 @@ async def _work(
         show=show,
         show_seconds=show_seconds,
     )
+    opened.append(batch)
     if arguments.dry_run:
         return await plan_batch(batch, gateway.settings)
-    return await run_batch(batch, window=window_for(gateway.settings.max_in_flight))
+    window = window_for(gateway.settings.max_in_flight)
+    return await run_batch(batch, window=window, interrupt_seconds=CANCELS_SECONDS)
 
 
 def _shown(arguments: argparse.Namespace) -> tuple[AbstractContextManager[object], Show | None, float]:

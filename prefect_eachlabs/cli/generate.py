@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Coroutine, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from prefect_eachlabs.cli.options import add_purchase_flags, named_value
@@ -20,7 +19,7 @@ from prefect_eachlabs.errors import EachlabsError, SetupError
 from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import MakeSource
+    from prefect_eachlabs.engine.runtime import Gateway, MakeSource
     from prefect_eachlabs.models import Destination, Item, StoredImage
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _generate(item: Item, destination: Destination, arguments: argparse.Namespace) -> StoredImage:
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+    from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
     from prefect_eachlabs.images.formats import check_formats
     from prefect_eachlabs.ledger.rules import PurchaseOptions
 
@@ -98,22 +97,27 @@ def _generate(item: Item, destination: Destination, arguments: argparse.Namespac
         rebuy_missing=arguments.rebuy_missing,
         retry_failed=arguments.retry_failed,
         on_ambiguous=arguments.on_ambiguous,
+        retry_ambiguous=arguments.retry_ambiguous,
         deadline_seconds=arguments.deadline_seconds,
         formats=check_formats(arguments.formats),
         any_reference=True,
     )
-    try:
-        gateway = gateway_for(make_source=source_of_places())
-        return gateway.call(
-            retry_while_retryable(
-                lambda: gateway.engine.generate_and_store(item, destination, options=options),
-                first_pause_seconds=FIRST_PAUSE_SECONDS,
-            )
+
+    def work(gateway: Gateway) -> Coroutine[Any, Any, StoredImage]:
+        return retry_while_retryable(
+            lambda: gateway.engine.generate_and_store(item, destination, options=options),
+            first_pause_seconds=FIRST_PAUSE_SECONDS,
         )
-    except asyncio.CancelledError:  # the gateway was closed under it
-        raise KeyboardInterrupt from None
-    finally:
-        close_gateways()
+
+    def came_of(gateway: Gateway) -> Interrupted:
+        ends = gateway.engine.account.interruptions
+        text, numbers = what_came_of(ends, unanswered=gateway.engine.in_flight)
+        again = " Run the same again, and it goes on from there."
+        return Interrupted(text + again, {"item_id": item.item_id, "prediction_id": next(iter(ends), None), **numbers})
+
+    image = call(source_of_places(), work, came_of)
+    # An attempt after the one that bought finds what is there, and it was bought all the same.
+    return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
 
 
 def source_of_places() -> MakeSource | None:

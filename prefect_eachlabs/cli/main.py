@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -69,14 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.run(arguments)
     except EachlabsError as error:
         return _report(error, in_json=in_json)
-    except KeyboardInterrupt:
-        if in_json:
-            _print_json({"status": "failed", "error": "interrupted", "item_id": None, "prediction_id": None})
-        print(
-            "Interrupted. What was in flight was cancelled where it could be; running it again finishes it.",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
+    except KeyboardInterrupt as interrupt:
+        return _report_interrupt(interrupt, in_json=in_json)
     return status
 
 
@@ -101,6 +96,18 @@ def _report(error: EachlabsError, *, in_json: bool, told: bool = False) -> int:
         if error.details and error.details not in str(error):
             print(f"The API said: {' '.join(error.details.split())}", file=sys.stderr)
     return exit_status(error)
+
+
+def _report_interrupt(interrupt: KeyboardInterrupt, *, in_json: bool) -> int:
+    """What a Ctrl-C has come to; a second one ends the process here, whatever still waits for an answer."""
+    message = getattr(interrupt, "message", "Interrupted.")
+    if in_json:
+        answer = {"item_id": None, "prediction_id": None, **getattr(interrupt, "answer", {})}
+        _print_json({**answer, "status": "failed", "error": message})
+    print(message, file=sys.stderr, flush=True)
+    if getattr(interrupt, "at_once", False):
+        os._exit(INTERRUPTED)
+    return INTERRUPTED
 
 
 def _print_json(answer: dict[str, Any]) -> None:

@@ -36,6 +36,11 @@ def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
         help="after a lost answer: find out what it bought (settle, the default), or report it (fail)",
     )
     parser.add_argument(
+        "--retry-ambiguous",
+        action="store_true",
+        help="you have looked in the vendor's dashboard: what stands as ambiguous was not bought; buy it once",
+    )
+    parser.add_argument(
         "--deadline-seconds",
         type=positive_number,
         metavar="S",

@@ -88,6 +88,12 @@ class Engine:
         self._running: dict[_Key, Running] = {}
         self._late: set[asyncio.Task[None]] = set()
 
+    @property
+    def in_flight(self) -> int:
+        """How many jobs of this process have ordered what has not ended, or are ordering this moment."""
+        jobs = [running.job for running in list(self._running.values())]
+        return sum(job.prediction_id is not None or not job.may_be_interrupted.is_set() for job in jobs)
+
     async def generate_and_store(
         self,
         item: Item,

@@ -31,8 +31,14 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CLOSE_SECONDS = 10.0
+INTERRUPTED_SECONDS = CLEAN_UP_SECONDS + 2
+"""How long interrupted work may clean up, when its caller does not say."""
 
 MakeSource = Callable[[AccountSettings], SlotSource]
+
+
+class CutShort(KeyboardInterrupt):
+    """The work was interrupted, and interrupted again while it cleaned up, or that took too long: it has not ended."""
 
 
 class LoopThread:
@@ -58,9 +64,13 @@ class LoopThread:
         self._thread.start()
         started.wait()
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs it on the loop and blocks. If this thread is interrupted, the work is cancelled and may clean up."""
-        return _Handed(self.loop, work).wait()
+    def call(self, work: Coroutine[Any, Any, T], *, clean_up_seconds: float = INTERRUPTED_SECONDS) -> T:
+        """Runs it on the loop and blocks. If this thread is interrupted, the work is cancelled and may clean up.
+
+        Raises:
+            CutShort: A second Ctrl-C, or the clean-up took longer than `clean_up_seconds`.
+        """
+        return _Handed(self.loop, work).wait(clean_up_seconds)
 
     async def acall(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs it on the loop and awaits it. If the caller is cancelled, the work is cancelled and may clean up."""
@@ -109,12 +119,19 @@ class _Handed(Generic[T]):
             raise error
         return self._task.result()
 
-    def wait(self) -> T:
+    def wait(self, clean_up_seconds: float) -> T:
         try:
             self._ended.wait()
-        except BaseException:
-            self._loop.call_soon_threadsafe(self._cancel)
-            self._ended.wait(CLEAN_UP_SECONDS + 2)
+        except BaseException as interrupt:
+            try:
+                self._loop.call_soon_threadsafe(self._cancel)
+                if clean_up_seconds and isinstance(interrupt, KeyboardInterrupt):
+                    logger.warning("Interrupted: what is in flight is being cancelled. Ctrl-C again ends it at once.")
+                has_ended = self._ended.wait(clean_up_seconds)
+            except KeyboardInterrupt as again:
+                raise CutShort from again
+            if not has_ended and isinstance(interrupt, KeyboardInterrupt):
+                raise CutShort from interrupt
             raise
         return self._result()
 
@@ -135,7 +152,7 @@ class _Handed(Generic[T]):
             await ended.wait()
         except asyncio.CancelledError:
             self._loop.call_soon_threadsafe(self._cancel)
-            clean_up = asyncio.ensure_future(asyncio.wait_for(ended.wait(), CLEAN_UP_SECONDS + 2))
+            clean_up = asyncio.ensure_future(asyncio.wait_for(ended.wait(), INTERRUPTED_SECONDS))
             await asyncio.wait({clean_up})
             raise
         return self._result()
@@ -166,9 +183,9 @@ class Gateway:
     def __repr__(self) -> str:
         return f"Gateway({self.settings.base_url!r}, account={self.settings.account!r})"
 
-    def call(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs a coroutine of `engine` and blocks until its end; from any thread."""
-        return self._thread.call(work)
+    def call(self, work: Coroutine[Any, Any, T], *, clean_up_seconds: float = INTERRUPTED_SECONDS) -> T:
+        """Runs a coroutine of `engine` and blocks until its end; from any thread. As `LoopThread.call`."""
+        return self._thread.call(work, clean_up_seconds=clean_up_seconds)
 
     async def acall(self, work: Coroutine[Any, Any, T]) -> T:
         """Awaits a coroutine of `engine`; from any loop."""
@@ -176,7 +193,8 @@ class Gateway:
 
     def close(self) -> None:
         """Ends the engine: what waits is cancelled, connections and leased slots go back."""
-        self._thread.call(asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS))
+        # Whoever interrupts the closing does not want to wait.
+        self._thread.call(asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS), clean_up_seconds=0.0)
 
 
 def open_store(destination: Destination, access: S3Access | None) -> ObjectStore:

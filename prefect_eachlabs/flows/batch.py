@@ -140,6 +140,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     credentials_block: str | None = None,
     shards: int = 1,
     formats: str = "",
+    retry_ambiguous: bool = False,
 ) -> State[dict[str, Any]]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
@@ -165,6 +166,8 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
         formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
+        retry_ambiguous: Somebody has looked in the vendor's dashboard: what stands as ambiguous was not bought. Buy it
+            once.
 
     Returns:
         The counts (stored, reused, failed, ambiguous, skipped), costs, and where the report is.
@@ -188,6 +191,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         rebuy_missing=rebuy_missing,
         retry_failed=retry_failed,
         on_ambiguous=on_ambiguous,
+        retry_ambiguous=retry_ambiguous,
         presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
         formats=check_formats(formats or None),
     )
@@ -208,6 +212,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         "rebuy_missing": rebuy_missing,
         "retry_failed": retry_failed,
         "on_ambiguous": on_ambiguous,
+        "retry_ambiguous": retry_ambiguous,
         "chunk_size": chunk_size,
         "credentials_block": credentials_block,
         "formats": formats,
@@ -216,7 +221,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         table.drive(dataclasses.replace(options, shard=(0, shards)), chunk_size)
         # What failed in this very run is not tried again, and what it bought is its own.
         bought_here = frozenset({options.run_id, *(run_id.hex for run_id in others)})
-        everything = dataclasses.replace(options, retry_failed=False, bought_here=bought_here)
+        everything = dataclasses.replace(options, retry_failed=False, retry_ambiguous=False, bought_here=bought_here)
         result = table.drive(everything, chunk_size)
     return _state(result, fail_above)
 
@@ -286,6 +291,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
     chunk_size: int = CHUNK_SIZE,
     credentials_block: str | None = None,
     formats: str = "",
+    retry_ambiguous: bool = False,
 ) -> dict[str, Any]:
     """One share of a batch. Started by `generate-batch` with shards=N, not by people. **Costs money** once a row.
 
@@ -304,6 +310,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
         chunk_size: As for generate-batch.
         credentials_block: As for generate-batch.
         formats: As for generate-batch.
+        retry_ambiguous: As for generate-batch.
 
     Returns:
         The counts of this share; the batch's own report has every row.
@@ -316,6 +323,7 @@ def generate_shard(  # noqa: PLR0917 - Prefect's parameters
         rebuy_missing=rebuy_missing,
         retry_failed=retry_failed,
         on_ambiguous=on_ambiguous,
+        retry_ambiguous=retry_ambiguous,
         shard=(shard, shards),
         formats=check_formats(formats or None),
     )

@@ -322,7 +322,10 @@ def test_ctrl_c_cancels_what_is_in_flight_and_ends_with_130(studio: Studio, caps
     finally:
         given_up.set()
         presser.join()
-    assert the_json(capsys) == {"status": "failed", "error": "interrupted", "item_id": None, "prediction_id": None}
+    answer = the_json(capsys)
+    assert answer["status"] == "failed"
+    assert "the API confirms 1 as cancelled" in answer["error"]
+    assert answer["prediction_id"] == studio.api.predictions()[0]["id"]
     assert (studio.api.tallies()["cancelled"], studio.api.tallies()["in_flight"]) == (1, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +28,7 @@ from prefect_eachlabs.flows import batch as batch_flow
 from prefect_eachlabs.flows.batch import generate_batch
 from prefect_eachlabs.flows.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
 from prefect_eachlabs.testing.emulator import EmulatorOptions
+from tests.batch.cli_process import objects_of
 from tests.flows.flow_fixtures import BUCKET, Studio
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -212,6 +214,12 @@ def test_a_cancelled_run_cancels_what_its_chunks_have_in_flight(
     tallies = studio.api.tallies()
     assert tallies["in_flight"] == 0
     assert tallies["cancelled"] == tallies["billed"] > 0
+    cancels = [row["path"] for row in studio.api.journal() if row["path"].endswith("/cancel")]
+    assert len(cancels) == len(set(cancels)) == tallies["billed"]
+    prefix = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/batches/spring/"
+    report = json.loads(objects_of(studio.s3, BUCKET, prefix)["report.json"])
+    assert (report["state"], report["failures_by_kind"]["failed"]) == ("interrupted", {"cancelled": tallies["billed"]})
+    assert (report["cost_usd"], report["cost_unknown"]) == (0, 0)
 
 
 HOSTILE = "<img src=x onerror=alert(1)> | [a](javascript:alert(1)) `code` **bold**"
