@@ -106,7 +106,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
         names = archive.namelist()
         facts = archive.read(f"prefect_eachlabs-{VERSION}.dist-info/METADATA").decode()
     assert {name.partition("/")[0] for name in names} == {"prefect_eachlabs", f"prefect_eachlabs-{VERSION}.dist-info"}
-    assert "prefect_eachlabs/py.typed" in names
+    assert {"prefect_eachlabs/py.typed", "prefect_eachlabs/batch/report.html.j2"} <= set(names)
     assert f"prefect_eachlabs-{VERSION}.dist-info/licenses/LICENSE" in names
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "prefect_eachlabs").rglob("*.py")}
     assert {name for name in names if name.endswith(".py")} == sources
