@@ -1,4 +1,4 @@
-"""Events that an automation on the Prefect server can act on: what was bought, how it ended, what a batch came to.
+"""Events that an automation on the Prefect server can act on: a picture is stored, a batch came to its end.
 
 They hold ids, counts, costs and places; never a prompt, an input, a message of the API (which may quote one),
 a signed URL or a key. Prefect adds the flow run, its deployment and its tags as related resources. An event that cannot
@@ -9,20 +9,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from datetime import datetime
 from typing import Any
 
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 
-from prefect_eachlabs.errors import PredictionFailed
-from prefect_eachlabs.models import Prediction, StoredImage
+from prefect_eachlabs.models import StoredImage
 
 logger = logging.getLogger(__name__)
 
-CREATED = "eachlabs.prediction.created"
-SUCCEEDED = "eachlabs.prediction.succeeded"
-FAILED = "eachlabs.prediction.failed"
+STORED = "eachlabs.picture.stored"
 BATCH_FINISHED = "eachlabs.batch.finished"
 
 BATCH_FACTS = (
@@ -40,43 +36,18 @@ BATCH_FACTS = (
 )
 
 
-def prediction_created(prediction: Prediction, *, since: datetime) -> None:
-    """A prediction was bought by this call; one that an earlier run had bought (before `since`) is no news."""
-    if prediction.created_at is not None and prediction.created_at >= since:
-        _emit(CREATED, prediction.id, prediction.item_id, model=prediction.model, destination=prediction.destination)
-
-
-def prediction_succeeded(prediction: Prediction) -> None:
-    """A prediction ended with a picture, which is not stored yet."""
-    _emit(
-        SUCCEEDED,
-        prediction.id,
-        prediction.item_id,
-        model=prediction.model,
-        destination=prediction.destination,
-        cost_usd=prediction.cost_usd,
-        predict_time_seconds=prediction.predict_time_seconds,
-    )
-
-
-def image_stored(image: StoredImage) -> None:
-    """A prediction ended with a picture, which is stored; a picture that was there already is no news."""
+def picture_stored(image: StoredImage) -> None:
+    """A picture was bought and is stored; one that was there already is no news."""
     if not image.reused:
-        _emit(
-            SUCCEEDED,
-            image.prediction_id,
-            image.item_id,
-            model=image.model,
-            uri=image.uri,
-            cost_usd=image.cost_usd,
-            predict_time_seconds=image.predict_time_seconds,
-        )
-
-
-def prediction_failed(error: PredictionFailed) -> None:
-    """The model failed, or moderation refused; nothing was billed."""
-    if error.prediction_id is not None:
-        _emit(FAILED, error.prediction_id, error.item_id, kind=error.kind, code=error.code)
+        facts = {
+            "item_id": image.item_id,
+            "prediction_id": image.prediction_id,
+            "model": image.model,
+            "uri": image.uri,
+            "cost_usd": image.cost_usd,
+            "predict_time_seconds": image.predict_time_seconds,
+        }
+        _send(STORED, f"eachlabs.picture.{image.item_id}", image.item_id, "picture", facts)
 
 
 def batch_finished(result: Mapping[str, Any]) -> None:
@@ -88,11 +59,6 @@ def batch_finished(result: Mapping[str, Any]) -> None:
     facts = {name: result[name] for name in BATCH_FACTS if name in result}
     batch_id = str(facts.get("batch_id") or "batch")
     _send(BATCH_FINISHED, f"eachlabs.batch.{batch_id}", batch_id, "batch", facts)
-
-
-def _emit(event: str, prediction_id: str, item_id: str | None, **facts: Any) -> None:
-    payload = {"prediction_id": prediction_id, "item_id": item_id, **facts}
-    _send(event, f"eachlabs.prediction.{prediction_id}", item_id or prediction_id, "prediction", payload)
 
 
 def _send(event: str, resource_id: str, name: str, role: str, payload: dict[str, Any]) -> None:

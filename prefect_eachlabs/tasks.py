@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import datetime, timezone
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
@@ -28,7 +26,7 @@ from prefect_eachlabs.artifacts import show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
 from prefect_eachlabs.engine.doors import Plan, arun, beside_the_loop, on_the_loop, run
 from prefect_eachlabs.engine.runtime import Gateway
-from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionFailed
+from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
@@ -200,7 +198,6 @@ def create_prediction(
         prediction = create_prediction("a red fox in the snow", destination="s3://acme/daily")
         ```
     """
-    since = datetime.now(timezone.utc)
     options = PurchaseOptions(
         run_id=_run_id(),
         replace=replace,
@@ -216,7 +213,6 @@ def create_prediction(
     place, access = where(destination)
     gateway = gateway_of(credentials)
     prediction = yield from on_the_loop(gateway, gateway.engine.create(item, place, options=options, access=access))
-    events.prediction_created(prediction, since=since)
     return _told("created", prediction)
 
 
@@ -264,25 +260,13 @@ def await_result(
     if deadline_seconds is not None and not deadline_seconds > 0:
         raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
     gateway = gateway_of(credentials)
-    with _failures_told():
-        waiting = gateway.engine.wait(prediction, deadline_seconds=deadline_seconds, run_id=_run_id())
-        end = yield from on_the_loop(gateway, waiting)
-    if isinstance(prediction, str) or not prediction.status.ended:
-        events.prediction_succeeded(end)
+    waiting = gateway.engine.wait(prediction, deadline_seconds=deadline_seconds, run_id=_run_id())
+    end = yield from on_the_loop(gateway, waiting)
     return _told("finished", end)
 
 
 aawait_result = async_task(await_result)
 """`await_result` for async flows: awaited. Free."""
-
-
-@contextmanager
-def _failures_told() -> Iterator[None]:
-    try:
-        yield
-    except PredictionFailed as error:
-        events.prediction_failed(error)
-        raise
 
 
 def _id_of(prediction: Prediction | str) -> str:
@@ -359,19 +343,23 @@ def store_image(
     gateway = gateway_of(credentials)
     place, access = _place_of(finished, gateway) if destination is None else where(destination)
     image = yield from on_the_loop(gateway, gateway.engine.store(finished, place, access=access, formats=allowed))
-    _stored(image)
-    if with_artifact:
-        yield from show_picture(gateway, image, place, access)
-    return image
+    return (yield from _stored(gateway, image, place, access, with_artifact=with_artifact))
 
 
 astore_image = async_task(store_image)
 """`store_image` for async flows: awaited. Free."""
 
 
-def _stored(image: StoredImage) -> None:
+def _stored(
+    gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None, *, with_artifact: bool
+) -> Plan[StoredImage]:
+    """What the run's log, its artifact and an event say of the picture."""
     verb = "was bought earlier" if image.reused else "is stored"
     _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+    if with_artifact:
+        yield from show_picture(gateway, image, place, access)
+    events.picture_stored(image)
+    return image
 
 
 @sync_task("generate-and-store")
@@ -432,14 +420,9 @@ def generate_and_store(
     )
     place, access = where(destination)
     gateway = gateway_of(credentials)
-    with _failures_told():
-        work = gateway.engine.generate_and_store(item, place, options=options, access=access)
-        image = yield from on_the_loop(gateway, work)
-    _stored(image)
-    if with_artifact:
-        yield from show_picture(gateway, image, place, access)
-    events.image_stored(image)
-    return image
+    work = gateway.engine.generate_and_store(item, place, options=options, access=access)
+    image = yield from on_the_loop(gateway, work)
+    return (yield from _stored(gateway, image, place, access, with_artifact=with_artifact))
 
 
 agenerate_and_store = async_task(generate_and_store)

@@ -21,15 +21,12 @@ from prefect_eachlabs import (
     acreate_prediction,
     agenerate_and_store,
     artifacts,
-    await_result,
-    create_prediction,
     events,
     generate_and_store,
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
-from prefect_eachlabs.errors import PredictionFailed
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
 from tests.flows.flow_fixtures import Studio
@@ -197,8 +194,8 @@ class TestOnAServer:
         (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")
         assert "a red <fox>" in seen.text
-        assert [one["event"] for one in sent] == [events.CREATED, events.SUCCEEDED]
-        assert sent[0]["resource"]["prefect.resource.id"] == f"eachlabs.prediction.{stored.prediction_id}"
+        assert [one["event"] for one in sent] == [events.STORED]
+        assert sent[0]["resource"]["prefect.resource.id"] == f"eachlabs.picture.{stored.item_id}"
         assert "fox>" not in repr(sent)
 
     def test_the_async_door_leaves_one_too(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
@@ -210,7 +207,7 @@ class TestOnAServer:
 
         asyncio.run(sketches())
         assert "data:image/jpeg" in artifact_of("eachlabs-async-1").data
-        assert [one["event"] for one in sent] == [events.SUCCEEDED, events.SUCCEEDED, events.CREATED]
+        assert [one["event"] for one in sent] == [events.STORED, events.STORED]
 
     def test_what_was_there_already_is_no_event(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
         generate_image("a red fox", studio.destination)
@@ -224,20 +221,6 @@ class TestOnAServer:
         assert again().reused
         assert not sent
 
-    def test_a_failure_is_an_event_without_the_words_of_the_api(
-        self, studio: Studio, sent: list[dict[str, Any]]
-    ) -> None:
-        @flow
-        def refused() -> None:
-            await_result(create_prediction("nothing decent", destination=studio.destination))
-
-        studio.api.set_faults("prediction:fail_moderation,next=1")
-        with pytest.raises(PredictionFailed):
-            refused()
-        assert [one["event"] for one in sent] == [events.CREATED, events.FAILED]
-        assert sent[1]["payload"]["kind"] == "content refused"
-        assert "decent" not in repr(sent)
-
     def test_an_artifact_or_event_that_cannot_be_made_fails_no_picture(
         self, studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -250,9 +233,9 @@ class TestOnAServer:
             assert generate_image("a red fox", studio.destination).uri
         said = [record.getMessage() for record in caplog.records]
         assert sum("artifact could not be made" in line for line in said) == 1
-        assert sum("could not be sent" in line for line in said) == 2
+        assert sum("could not be sent" in line for line in said) == 1
 
 
 def test_a_task_called_outside_of_prefect_sends_nothing(sent: list[dict[str, Any]]) -> None:
-    events.image_stored(image())
+    events.picture_stored(image())
     assert not sent

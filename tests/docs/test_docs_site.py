@@ -95,4 +95,4 @@ def test_every_public_name_has_a_place_in_the_built_reference(site: Path) -> Non
 
 def test_a_link_out_of_docs_leads_to_a_page_that_shows_the_file(site: Path) -> None:
     shown = (site / "files" / "deployments" / "automation.yaml.html").read_text(encoding="utf-8")
-    assert "eachlabs-pause-the-batch-when-pictures-fail" in shown
+    assert "eachlabs-pause-what-fails" in shown
