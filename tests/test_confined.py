@@ -130,7 +130,8 @@ def test_a_fork_of_the_worker_uses_a_child_of_its_own_and_leaves_its_parents_alo
 def test_the_child_ends_with_a_worker_that_is_killed() -> None:
     code = (
         "import sys; from prefect_eachlabs.confined import ConfinedProcess;"
-        "print(ConfinedProcess('tests.test_confined:Job').call({'do': 'tell'}, seconds=30)[0]['pid'], flush=True);"
+        "process = ConfinedProcess('tests.test_confined:Job');"
+        "print(process.call({'do': 'tell'}, seconds=30)[0]['pid'], flush=True);"
         "sys.stdin.read()"
     )
     with subprocess.Popen(
