@@ -1,6 +1,7 @@
 """Variations of one picture: several prompts, several samples of each, in the account's limits together.
 
-    python flows/variations.py s3://acme/refs/fox.png s3://acme/foxes "in snow" "as an oil painting"
+    EACHLABS_REFERENCE_ROOTS=s3://acme/refs \\
+        python flows/variations.py s3://acme/refs/fox.png s3://acme/foxes "in snow" "as an oil painting"
 
 Run it again with more samples, and only those are bought.
 """
@@ -20,7 +21,7 @@ def variations(reference: str, destination: str, prompts: list[str], samples: in
     """Each prompt, each of them `samples` times. **Costs money** once for each.
 
     Args:
-        reference: The picture: its public https URL, s3://bucket/key, or a file in EACHLABS_REFERENCE_ROOTS.
+        reference: The picture: its public https URL; or s3://bucket/key or a file, in EACHLABS_REFERENCE_ROOTS.
         destination: Where the pictures go: s3://bucket/prefix.
         prompts: What to make of it.
         samples: How many of each.

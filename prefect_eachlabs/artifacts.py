@@ -13,7 +13,7 @@ import base64
 import hashlib
 import html
 import logging
-import unicodedata
+import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote, urlsplit
 
@@ -26,6 +26,7 @@ from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.images.png import SIGNATURE
 from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
 from prefect_eachlabs.models import Destination, StoredImage
+from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.s3_client import S3Access, client_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ MOST_UNTOUCHED_BYTES = 200_000
 """Without Pillow a PNG up to this size is its own thumbnail."""
 SHOWN_CHARACTERS = 2_000
 MOST_PROBLEMS = 200
-_BIDI_CONTROLS = {*range(0x202A, 0x202F), *range(0x2066, 0x206A)}
+_MARKUP = re.compile(r"[!-/:-@\[-`{-~]")
+_NO_WORD = re.compile(r"[^\w ]|_")
 
 
 def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
@@ -44,9 +46,18 @@ def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
     >>> escaped("a | b <c>")
     'a &#124; b &#60;c&#62;'
     """
-    line = " ".join(str("" if text is None else text).split())
+    line = visible(" ".join(str("" if text is None else text).split()))
     line = line if len(line) <= most else line[: most - 1] + "…"
-    return "".join(map(_harmless, line))
+    return _MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", line)
+
+
+def plain(text: str) -> str:
+    """Text for an artifact's description, which V1 reads as Markdown and V2 does not: letters, digits and dashes alone.
+
+    >>> plain("Batch spring_2 ![x](http://evil)")
+    'Batch spring-2 ---x--http---evil-'
+    """
+    return _NO_WORD.sub("-", visible(text))[:120]
 
 
 def table(rows: Iterable[Sequence[str]], *, head: Sequence[str] = ()) -> str:
@@ -57,13 +68,6 @@ def table(rows: Iterable[Sequence[str]], *, head: Sequence[str] = ()) -> str:
     lines.append("<tbody>")
     lines += ["<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows]
     return "\n".join([*lines, "</tbody>", "</table>"])
-
-
-def _harmless(character: str) -> str:
-    if character.isascii() and not character.isalnum() and character != " ":
-        return f"&#{ord(character)};" if character.isprintable() else ""
-    # What turns the direction of the text would reach beyond it; a lone surrogate cannot be sent.
-    return "" if ord(character) in _BIDI_CONTROLS or unicodedata.category(character) in ("Cc", "Cs") else character
 
 
 def thumbnail_url(picture: bytes) -> str:
@@ -160,7 +164,7 @@ def show_picture(gateway: Gateway, image: StoredImage, place: Destination, acces
     try:
         data = yield from on_the_loop(gateway, _read(gateway, image, place, access))
         markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
-        key, description = artifact_key(image), image.uri
+        key, description = artifact_key(image), plain(f"Item {image.item_id}")
         yield from either(
             lambda: create_markdown_artifact(markdown, key=key, description=description),
             lambda: acreate_markdown_artifact(markdown, key=key, description=description),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import time
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,9 +13,11 @@ from prefect.blocks.core import Block
 from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_eachlabs.engine.runtime import Gateway, gateway_for
-from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.errors import BadInput, SetupError, without_query
 from prefect_eachlabs.limits import lot_source_for
 from prefect_eachlabs.models import Destination
+from prefect_eachlabs.net.endpoints import checked_endpoint
+from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE, Roots
 from prefect_eachlabs.settings import (
     AccountSettings,
     check_base_url,
@@ -132,7 +135,8 @@ class S3Destination(Block):
     endpoint_url: Text = Field(
         default="",
         title="Endpoint",
-        description="For stores that are not AWS. Empty: AWS_ENDPOINT_URL_S3, then AWS.",
+        description="For stores that are not AWS; with an access key of its own, or the same as the workers' own "
+        "AWS_ENDPOINT_URL_S3. Empty: AWS_ENDPOINT_URL_S3, then AWS.",
     )
     aws_credentials_block: Text = Field(
         default="",
@@ -155,7 +159,7 @@ class S3Destination(Block):
     @field_validator("endpoint_url")
     @classmethod
     def _an_endpoint(cls, url: str) -> str:
-        # http is allowed: stores within a private network have it, and S3's signatures do not carry the secret.
+        # Whether it may be used is for the machine that uses it to say: `checked_endpoint`.
         if url and not url.startswith(("https://", "http://")):
             raise ValueError("the endpoint must be https://HOST or http://HOST")
         return url
@@ -180,20 +184,21 @@ class S3Destination(Block):
         """How to get in.
 
         Raises:
-            SetupError: It names a block that is not there, or prefect-aws is not installed here.
+            SetupError: It names a block that is not there, or prefect-aws is not installed here; or its endpoint may
+                not be used from here.
         """
         secret, token = self.secret_access_key, self.session_token
         if self.aws_credentials_block:
-            found = access_of_block(self.aws_credentials_block)
+            found, has_keys = access_of_block(self.aws_credentials_block)
             return replace(
                 found,
-                endpoint_url=self.endpoint_url or found.endpoint_url,
+                endpoint_url=_endpoint(self.endpoint_url or found.endpoint_url or "", has_keys=has_keys),
                 region=self.region or found.region,
                 kms_key_id=self.kms_key_id or None,
                 storage_class=self.storage_class or None,
             )
         return S3Access(
-            endpoint_url=self.endpoint_url or None,
+            endpoint_url=_endpoint(self.endpoint_url, has_keys=bool(self.access_key_id)),
             region=self.region or None,
             access_key_id=self.access_key_id or None,
             secret_access_key=secret.get_secret_value() if secret else None,
@@ -203,8 +208,19 @@ class S3Destination(Block):
         )
 
 
-def access_of_block(name: str) -> S3Access:
-    """What a block of prefect-aws gives: keys, region, endpoint. Of a profile or a role, the keys of this moment.
+def _endpoint(url: str, *, has_keys: bool) -> str | None:
+    try:
+        return checked_endpoint(url, has_keys=has_keys)
+    except ValueError as error:
+        raise SetupError(
+            f"The S3 destination's block names its own endpoint {without_query(url)}: {error}. Nothing was bought."
+        ) from None
+
+
+def access_of_block(name: str) -> tuple[S3Access, bool]:
+    """What a block of prefect-aws gives: keys, region, endpoint; and whether the keys are its own.
+
+    They are not where it names a profile or nothing: then they are this machine's, and those of a role of this moment.
 
     Args:
         name: Of an `AwsCredentials` block; or `minio-credentials/NAME`.
@@ -224,13 +240,15 @@ def access_of_block(name: str) -> S3Access:
     session = block.get_boto3_session()
     keys = session.get_credentials()
     frozen = keys.get_frozen_credentials() if keys is not None else None
-    return S3Access(
+    has_keys = bool(getattr(block, "aws_access_key_id", None) or getattr(block, "minio_root_user", None))
+    access = S3Access(
         endpoint_url=block.aws_client_parameters.endpoint_url or None,
         region=session.region_name,
         access_key_id=frozen.access_key if frozen else None,
         secret_access_key=frozen.secret_key if frozen else None,
         session_token=frozen.token if frozen else None,
     )
+    return access, has_keys
 
 
 LOADED_FOR_SECONDS = 60.0
@@ -276,11 +294,29 @@ def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
 def where(destination: S3Destination | Destination | str | None) -> tuple[Destination, S3Access | None]:
     """A destination and how to get in, from a block or from `s3://bucket/prefix`; the environment's when none is named.
 
+    For tasks and flows, which may write where EACHLABS_DESTINATIONS says, and anywhere when it is not set.
+
     Raises:
-        BadInput: It is neither.
-        SetupError: None is named here, and none in the environment.
+        BadInput: It is neither, or runs may not write there.
+        SetupError: None is named here, and none in the environment; or EACHLABS_DESTINATIONS cannot be read.
     """
     destination = destination or destination_from_environment()
     if isinstance(destination, S3Destination):
-        return destination.destination(), destination.access()
-    return Destination.parse(destination), None
+        return _writable(destination.destination()), destination.access()
+    return _writable(Destination.parse(destination)), None
+
+
+def _writable(place: Destination) -> Destination:
+    setting = os.environ.get(DESTINATIONS_VARIABLE, "").strip()
+    if not setting:
+        return place
+    try:
+        allowed = Roots.parse(setting)
+    except ValueError as error:
+        raise SetupError(f"{DESTINATIONS_VARIABLE} cannot be read: {error}. Nothing was bought.") from None
+    if not allowed.allow_object(place.bucket, place.key("images")):
+        raise BadInput(
+            f"destination: runs may not write to {place}: {DESTINATIONS_VARIABLE} on the machine that runs this does "
+            "not name it. Nothing was bought."
+        )
+    return place

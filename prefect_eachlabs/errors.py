@@ -64,7 +64,7 @@ class EachlabsError(Exception):
         prediction_id: The prediction it is about, when known. Where set, money may have been spent.
         status_code: HTTP status of the API's answer, when there was one.
         url: The URL in question; kept without its query.
-        details: What the API said, at most 500 characters.
+        details: What the API said, or the head of a table; at most 500 characters, and no part of the message.
         retry_after_seconds: How long the API asked us to wait, when it did.
         code: The API's own error code, when it sent one.
         kind: A short word that reports count failures by.

@@ -595,9 +595,11 @@ class Destination(BaseModel):
         scheme, _, rest = text.partition("://") if isinstance(text, str) else ("", "", "")
         bucket, _, prefix = rest.partition("/")
         prefix = prefix.strip("/")
-        fine = scheme == "s3" and BUCKET_PATTERN.fullmatch(bucket)
+        fine = scheme == "s3" and BUCKET_PATTERN.fullmatch(bucket) is not None
         # It names objects and is shown in logs: characters that move terminals have no place in it.
-        if not fine or visible(prefix) != prefix or set("?#") & set(prefix) or len(prefix.encode()) > 700:
+        fine = fine and visible(prefix) == prefix and not set("?#") & set(prefix) and len(prefix.encode()) <= 700
+        # Some stores resolve dots, and would end elsewhere than where it seems to lead.
+        if not fine or {".", ".."} & set(prefix.split("/")):
             raise BadInput(f"destination: {str(text)[:120]!r} must be s3://BUCKET or s3://BUCKET/PREFIX.")
         return cls(bucket=bucket, prefix=prefix)
 

@@ -1,8 +1,9 @@
 """Reference pictures of one's own: files and bytes, named by their content; and which files and buckets may be named.
 
-A picture that is not on the web is uploaded through the API and then public to whoever has its link. So a file is
-taken only where the person at the command line names it, or where the operator's setting allows its folder: whoever
-fills in a form must not publish the worker's disk.
+A picture that is not on the web is uploaded through the API and then public to whoever has its link, and what stands in
+a table goes to the vendor. So a file or an object is read only where the person at the command line names it, or where
+the operator allows its place: by a setting, or by a block. Whoever fills in a form must not publish the worker's disk,
+nor whatever buckets the worker can read; that a run writes to a bucket gives no right to read it.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ MAX_PICTURE_BYTES = 100_000_000
 """What the API takes as an upload ("at most 100 MB"); a picture on the web may not be larger either."""
 SNIFFED_BYTES = 64
 ROOTS_VARIABLE = "EACHLABS_REFERENCE_ROOTS"
+DESTINATIONS_VARIABLE = "EACHLABS_DESTINATIONS"
 REFERENCE_FIELDS = ("image_url", "image", "image_urls", "input_image", "images")
 """How models call their reference pictures, in the order in which a schema is searched for them."""
 BUCKET_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,253}[A-Za-z0-9]")
@@ -167,7 +169,7 @@ def parse_s3_name(text: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Roots:
-    """Where reference pictures may be taken from.
+    """Where reference pictures and tables may be read from.
 
     Attributes:
         folders: Files below these.
@@ -212,8 +214,12 @@ class Roots:
         except ValueError:
             return cls()
 
+    def and_below(self, bucket: str, prefix: str) -> Roots:
+        """These and one folder of a bucket more."""
+        return replace(self, prefixes=(*self.prefixes, (bucket, prefix)))
+
     def allow_object(self, bucket: str, key: str) -> bool:
-        """Whether an object may be published as a reference picture."""
+        """Whether an object may be read."""
         return self.anywhere or any(
             bucket == allowed and (not prefix or key.startswith(f"{prefix}/")) for allowed, prefix in self.prefixes
         )
@@ -221,22 +227,48 @@ class Roots:
     def open(self, name: str | os.PathLike[str]) -> Picture:
         """The picture in a file; a relative name is looked for in each of the folders. Blocks.
 
-        Links and `..` are resolved before it is decided whether the file may be taken.
-
         Raises:
             BadInput: It is not there, may not be taken (which is not told apart), or is no picture.
         """
+        for path in self._files(name):
+            try:
+                return _opened(path)
+            except BadInput:
+                raise
+            except (OSError, ValueError):  # unreadable, or no file
+                continue
+        shown = _shown(os.fspath(name))
+        raise BadInput(f"image_url: {shown} is not an http(s) URL, an s3://bucket/key, {self._advice}")
+
+    def source(self, name: str) -> str:
+        """A table's name as it may be opened: `s3://bucket/key`, or the path of a file. Blocks.
+
+        Raises:
+            BadInput: It may not be read, or there is no such file (which is not told apart).
+        """
+        if self.anywhere:
+            return name
+        if name.startswith("s3://"):
+            found = parse_s3_name(name)
+            if found is not None and self.allow_object(*found):
+                return name
+        elif path := next((path for path in self._files(name) if path.is_file()), None):
+            return str(path)
+        raise BadInput(
+            f"source: {_shown(name)} may not be read by runs, or is not there: a table is read where {ROOTS_VARIABLE} "
+            "names its folder or bucket (such as /data/tables:s3://acme-tables/nightly) on the machine that runs this, "
+            "or below the S3Destination block that the run writes to. Nothing was bought."
+        )
+
+    def _files(self, name: str | os.PathLike[str]) -> Iterator[Path]:
+        """What has that name and may be taken; links and `..` are resolved before that is decided."""
         for folder in (Path(),) if self.anywhere else self.folders:
             try:
                 path = (folder / Path(name).expanduser()).resolve(strict=True)
                 if self.anywhere or path.is_relative_to(folder.resolve(strict=True)):
-                    return _opened(path)
-            except BadInput:
-                raise
-            except (OSError, ValueError, RuntimeError):  # not there, unreadable; a null byte; a ring of links
+                    yield path
+            except (OSError, ValueError, RuntimeError):  # not there; a null byte; a ring of links
                 continue
-        shown = _shown(os.fspath(name))
-        raise BadInput(f"image_url: {shown} is not an http(s) URL, an s3://bucket/key, {self._advice}")
 
     @property
     def _advice(self) -> str:

@@ -60,8 +60,9 @@ class AccountSettings(BaseModel):
         settling_seconds: An abandoned POST creates nothing later than this, and what it created is listed by then.
         deadline_seconds: From the POST until an unfinished prediction counts as timed out.
         conditional_writes: `require`; or `ignore`, for a store without them and one worker at a time, at your own risk.
-        reference_roots: Folders and `s3://bucket/prefix`, separated by colons, from which reference pictures may be
-            taken by batches, flows and tasks; empty: none but the destination's own bucket.
+        reference_roots: Folders and `s3://bucket/prefix`, separated by colons, from which flows, tasks and rows of
+            tables may read reference pictures, and flows their tables; empty: none, but what lies below a saved
+            S3Destination block that a run writes to.
         check_references: Whether reference pictures are looked at (reachable, small enough, a picture) before money
             is spent.
         private_hosts: Host names, `*.suffix`, IP addresses and networks, separated by commas, from which pictures may

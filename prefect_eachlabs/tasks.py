@@ -85,7 +85,7 @@ def _run_id() -> str:
     return str(task_context.task_run.id) if task_context is not None else uuid4().hex
 
 
-def _api_task(verb: str, **more: Any) -> dict[str, Any]:
+def _api_task(verb: str) -> dict[str, Any]:
     return {
         "tags": {"eachlabs", f"eachlabs-{verb}"},
         "task_run_name": _named(verb),
@@ -93,19 +93,24 @@ def _api_task(verb: str, **more: Any) -> dict[str, Any]:
         "retry_delay_seconds": RETRY_DELAYS_SECONDS,
         "retry_jitter_factor": 0.5,
         "retry_condition_fn": may_be_repeated,
-        **more,
+        # The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked. Nor
+        # are results kept where that is the default: those of predictions hold URLs, which may be signed.
+        "persist_result": False,
+        "cache_policy": NO_CACHE,
+        # For who keeps them nevertheless: Prefect's own choice is pickle, which runs whatever was written there.
+        "result_serializer": "json",
     }
 
 
 _TASKS = {
-    # The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked.
-    "create-prediction": _api_task("create", persist_result=False, cache_policy=NO_CACHE),
-    # What has ended holds its pictures' URLs, which may be signed: where results are kept by default, these are not.
-    # Asking again costs a request.
-    "await-result": _api_task("await", persist_result=False, cache_policy=NO_CACHE),
-    "cancel-prediction": _api_task("cancel", persist_result=False, cache_policy=NO_CACHE),
-    "store-image": _api_task("store"),
-    "generate-and-store": _api_task("generate"),
+    name: _api_task(verb)
+    for name, verb in {
+        "create-prediction": "create",
+        "await-result": "await",
+        "cancel-prediction": "cancel",
+        "store-image": "store",
+        "generate-and-store": "generate",
+    }.items()
 }
 
 

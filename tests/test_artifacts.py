@@ -29,6 +29,7 @@ from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
+from prefect_eachlabs.net.redaction import visible
 from tests.flows.flow_fixtures import Studio
 
 HOSTILE = [
@@ -96,8 +97,7 @@ def test_a_hostile_prompt_is_shown_as_the_words_it_is(prompt: str) -> None:
     plain = rendered(picture_markdown(image(), thumbnail=None))
     seen = rendered(picture_markdown(image(prompt=prompt, prediction_id=prompt, model=prompt[:100]), thumbnail=None))
     assert [name for name, _ in seen.elements] == [name for name, _ in plain.elements]
-    words = "".join(c for c in " ".join(prompt.split()) if c.isprintable() and c not in "\u202e\u202c")
-    assert words in seen.text
+    assert visible(" ".join(prompt.split())) in seen.text
     assert not re.search(r"https?://|www\.|@", escaped(prompt))
 
 
@@ -189,7 +189,7 @@ class TestOnAServer:
     def test_the_flow_leaves_an_artifact_with_the_picture(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
         stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
         artifact = artifact_of("eachlabs-fox-of-the-flow")
-        assert (artifact.type, artifact.description) == ("markdown", stored.uri)
+        assert (artifact.type, artifact.description) == ("markdown", "Item fox-of-the-flow")
         seen = rendered(artifact.data)
         (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")

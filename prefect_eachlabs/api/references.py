@@ -87,8 +87,9 @@ class References:
         Args:
             name: What stands in the item's input: a URL, `s3://bucket/key` or `sha256:DIGEST`.
             source: What the item says it stands for: the picture, or the signed URL.
-            destination: The item's; objects of its bucket may be taken.
-            access: How that bucket is reached, and others with it.
+            destination: The item's. That a run writes there gives it no right to read there.
+            access: How that bucket is reached, and others with it; given where an operator's block names the
+                destination, below which objects may then be taken.
             anywhere: A person at the command line named it: every bucket will do.
 
         Raises:
@@ -100,11 +101,12 @@ class References:
             return _always(await self._uploaded(source))
         if (object_name := parse_s3_name(name)) is not None:
             bucket, key = object_name
-            if not (anywhere or bucket == destination.bucket or self._roots.allow_object(bucket, key)):
+            roots = self._roots if access is None else self._roots.and_below(destination.bucket, destination.prefix)
+            if not (anywhere or roots.allow_object(bucket, key)):
                 raise BadInput(
-                    f"image_url: s3://{bucket}/{key} may not be taken: it is in another bucket than the destination, "
-                    "and EACHLABS_REFERENCE_ROOTS does not name it. Set it to a list such as "
-                    f"/data/pictures:s3://{bucket}, on the machine that runs this. Nothing was bought."
+                    f"image_url: s3://{bucket}/{key} may not be taken: EACHLABS_REFERENCE_ROOTS does not name its "
+                    f"place. Set it to a list such as /data/pictures:s3://{bucket}/FOLDER on the machine that runs "
+                    "this; or write to an S3Destination block, below which pictures may be taken. Nothing was bought."
                 )
             store = self._store_for(Destination(bucket=bucket), access)
             if self._settings.check_references == "yes":

@@ -59,6 +59,7 @@ async def open_batch(
     worker: Worker,
     show: Show | None = None,
     show_seconds: float = 30.0,
+    any_source: bool = False,
 ) -> Batch:
     """Opens a source and makes a batch of it; nothing is bought yet. On the gateway's loop.
 
@@ -72,15 +73,21 @@ async def open_batch(
         defaults: The model of rows that name none.
         worker: Runs what blocks; the caller closes it.
         show: Told the progress every `show_seconds`.
+        any_source: A person at the command line named it: every file and bucket will do. Otherwise it is read where
+            EACHLABS_REFERENCE_ROOTS names its place, and below a destination that a block describes.
 
     Raises:
-        BadInput: The source is no table, or has no prompt column; says which columns it has.
-        SetupError: It may not be read.
+        BadInput: The source may not be read, is no table, or has no prompt column.
+        SetupError: It cannot be read.
     """
     name = base_name(source) if batch_id is None else batch_id
     store = engine.account.books(destination, access).ledger.store
     folder = BatchFolder(store, S3Files(destination.bucket, access), destination, name, worker)
     roots = Roots.parse(engine.settings.reference_roots)
+    if access is not None:
+        roots = roots.and_below(destination.bucket, destination.prefix)
+    if not any_source:
+        source = await worker(roots.source, source)
     opened = await worker(open_source, source, access, defaults, roots)
     return Batch(
         EngineBuyer(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds

@@ -69,7 +69,8 @@ class Source:
         if prompt is None and (table.columns or not table.typed):
             seen = ", ".join(repr(column) for column in table.columns if column)[:500] or "none"
             hint = " Is it separated by something else than its name says?" if len(table.columns) == 1 else ""
-            raise BadInput(f"{name} has no column 'prompt' (or 'Prompt'); its columns are: {seen}.{hint}")
+            # In the details, which a command shows and a run's state does not: it may be the first line of anything.
+            raise BadInput(f"{name} has no column 'prompt' (or 'Prompt').", details=f"Its columns are: {seen}.{hint}")
         self._prompt = prompt or PROMPTS[0]
 
     def rows(self) -> Iterator[Wanted | BadRow]:

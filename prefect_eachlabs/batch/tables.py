@@ -161,7 +161,9 @@ def _columns(source: str, names: list[str]) -> tuple[str, ...]:
     names = [name.strip() for name in names]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
-        raise BadInput(f"{source} has columns of the same name: {', '.join(twice)[:200]}. Rename one of them.")
+        raise BadInput(
+            f"{source} has columns of the same name: rename one of them.", details=f"They are: {', '.join(twice)}."
+        )
     return tuple(names)
 
 

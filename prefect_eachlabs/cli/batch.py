@@ -148,6 +148,7 @@ async def _work(
         worker=worker,
         show=show,
         show_seconds=show_seconds,
+        any_source=True,
     )
     opened.append(batch)
     if arguments.dry_run:

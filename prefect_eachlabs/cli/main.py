@@ -82,11 +82,13 @@ def exit_status(error: EachlabsError) -> int:
 
 
 def _report(error: EachlabsError, *, in_json: bool, told: bool = False) -> int:
+    # A run's state does not show a table's head; a person may see it.
+    of_a_table = error.details if isinstance(error, BadInput) else None
     if in_json:
         _print_json(
             {
                 "status": "ambiguous" if isinstance(error, OutcomeUnknown) else "failed",
-                "error": str(error),
+                "error": f"{error} {of_a_table}" if of_a_table else str(error),
                 "item_id": error.item_id,
                 "prediction_id": error.prediction_id,
             }
@@ -94,7 +96,7 @@ def _report(error: EachlabsError, *, in_json: bool, told: bool = False) -> int:
     if not told:
         print(f"prefect-eachlabs: {error}", file=sys.stderr)
         if error.details and error.details not in str(error):
-            print(f"The API said: {' '.join(error.details.split())}", file=sys.stderr)
+            print(of_a_table or f"The API said: {error.details}", file=sys.stderr)
     return exit_status(error)
 
 

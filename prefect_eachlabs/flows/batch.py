@@ -26,6 +26,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
+from prefect_eachlabs.artifacts import plain
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.batch.plan import ThreadWorker, open_batch, plan_batch
 from prefect_eachlabs.batch.run import Batch, BatchOptions, window_for
@@ -42,6 +43,7 @@ from prefect_eachlabs.flows.batch_artifacts import (
     quietly,
     report_markdown,
 )
+from prefect_eachlabs.flows.results import kept_as_json
 from prefect_eachlabs.flows.shards import MOST_SHARDS, other_shards
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
@@ -117,6 +119,7 @@ def _named_for_its_batch() -> str:
         return "batch"  # the flow says what is wrong
 
 
+@kept_as_json
 @flow(
     name="generate-batch",
     description="A table of prompts becomes PNGs in S3 and a report, each bought once.",
@@ -145,8 +148,8 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
     Args:
-        source: CSV, TSV, JSON Lines or Parquet: s3://bucket/key, or a path that the worker can read. It needs a
-            column prompt (or Prompt).
+        source: CSV, TSV, JSON Lines or Parquet: s3://bucket/key, or a path. Its bucket or folder must be named in the
+            worker's setting EACHLABS_REFERENCE_ROOTS. It needs a column prompt (or Prompt).
         destination: Where pictures and report go: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a block.
             Empty: the worker's setting EACHLABS_DESTINATION.
         batch_id: Names the report's folder. Empty: the source's base name.
@@ -275,6 +278,7 @@ def _planned(table: Table, options: BatchOptions) -> State[dict[str, Any]]:
     return Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json())
 
 
+@kept_as_json
 @flow(name="generate-shard", description="A share of a batch; generate-batch with shards=N starts it.")
 def generate_shard(  # noqa: PLR0917 - Prefect's parameters
     source: str,
@@ -430,4 +434,4 @@ class _Drive:
             sheet = found.body if found is not None else None
         markdown = report_markdown(result, self._batch.first_not_there, sheet)
         key = f"eachlabs-batch-{''.join(c if c.isalnum() else '-' for c in result.batch_id.lower() if c.isascii())}"
-        quietly(lambda: create_markdown_artifact(markdown, key=key, description=f"Batch {result.batch_id}"))
+        quietly(lambda: create_markdown_artifact(markdown, key=key, description=plain(f"Batch {result.batch_id}")))

@@ -10,6 +10,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.blocks import S3Destination, load_block
 from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.flows.results import kept_as_json
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
 from prefect_eachlabs.tasks import await_result, create_prediction, shortened, store_image
@@ -53,6 +54,7 @@ def named_for_its_item() -> str:
     return shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
 
 
+@kept_as_json
 @flow(
     name="generate-image",
     description="One prompt becomes one PNG in S3, bought once.",

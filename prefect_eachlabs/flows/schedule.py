@@ -11,6 +11,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.flows.image import target
+from prefect_eachlabs.flows.results import kept_as_json
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import generate_and_store
@@ -96,6 +97,7 @@ def named_for_its_date() -> str:
         return "picture"  # the flow says what is wrong
 
 
+@kept_as_json
 @flow(
     name="scheduled-image",
     description="A prompt with the run's date becomes one PNG in S3, bought once a date.",

@@ -17,6 +17,7 @@ from prefect_eachlabs.artifacts import settle_markdown
 from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.flows.image import target
+from prefect_eachlabs.flows.results import kept_as_json
 
 __all__ = ["settle_leftovers"]
 
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 SHOWN_REASONS = 5
 
 
+@kept_as_json
 @flow(name="settle", description="Finds out what runs left behind in a bucket and stores what was paid for.")
 def settle_leftovers(destination: str = "", credentials_block: str = "") -> State[dict[str, Any]]:
     """Settles what killed or cut-off runs left behind: stores what was paid for. Buys nothing, and may run at any time.
@@ -43,7 +45,9 @@ def settle_leftovers(destination: str = "", credentials_block: str = "") -> Stat
     run_id = str(context.flow_run.id) if context is not None and context.flow_run is not None else uuid4().hex
     report = gateway.call(gateway.engine.settle(place, run_id=run_id, access=access))
     try:
-        create_markdown_artifact(settle_markdown(str(place), report), key="eachlabs-settle", description=str(place))
+        create_markdown_artifact(
+            settle_markdown(str(place), report), key="eachlabs-settle", description="What runs left behind"
+        )
     except Exception as error:
         logger.warning("The report's artifact could not be made: %s: %s", type(error).__name__, str(error)[:200])
     return _state(report)

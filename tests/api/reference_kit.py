@@ -48,7 +48,8 @@ class Shop:
         self.api = self.transport.emulator
         self.store = MemoryStore()
         self._processes: list[Engine] = []
-        self.settings = AccountSettings(api_key="kit-key", base_url=API, check_references="no", **settings)
+        given = {"check_references": "no", "reference_roots": "s3://bucket", **settings}
+        self.settings = AccountSettings(api_key="kit-key", base_url=API, **given)
 
     def process(self, **settings: Any) -> Engine:
         """One more process: it remembers nothing of the others."""

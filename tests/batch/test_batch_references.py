@@ -33,10 +33,10 @@ def table(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture
 def refs(tmp_path: Path, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder that is allowed, and the bucket of the destination."""
+    """A folder that is allowed, and a folder of the bucket."""
     folder = tmp_path / "refs"
     folder.mkdir()
-    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", str(folder))
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", f"{folder}:s3://{BUCKET}/refs")
     return folder
 
 

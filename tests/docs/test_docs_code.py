@@ -105,6 +105,7 @@ def test_the_python_of_a_page_runs(page: str, studio: Studio, tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("EACHLABS_MAX_IN_FLIGHT", "none")  # leases of a server are another test's
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", f"{tmp_path}:s3://acme")
     names: dict[str, Any] = {"__name__": page, "api": studio.api, "studio": studio}
     for block in here("python", on=page):
         if block.title:

@@ -88,7 +88,10 @@ def test_the_picture_of_the_day_is_bought_once_a_day(studio: Studio) -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_variations_are_bought_once_each_and_further_samples_later(studio: Studio) -> None:
+def test_variations_are_bought_once_each_and_further_samples_later(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", studio.destination)
     with closing(boto3.client("s3")) as s3:
         key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/fox.jpg"
         s3.put_object(Bucket=BUCKET, Key=key, Body=picture_bytes(7, "JPEG"))

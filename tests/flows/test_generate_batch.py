@@ -34,6 +34,11 @@ from tests.flows.flow_fixtures import BUCKET, Studio
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
+@pytest.fixture(autouse=True)
+def _tables_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", str(tmp_path))
+
+
 def table(tmp_path: Path, prompts: Sequence[str]) -> str:
     path = tmp_path / "spring.tsv"
     path.write_text("\n".join(["prompt", *prompts]) + "\n", encoding="utf-8")
@@ -145,7 +150,8 @@ def test_a_budget_holds_for_the_flow_too(studio: Studio, tmp_path: Path) -> None
     assert studio.billed == 2
 
 
-def test_a_source_may_stand_in_the_bucket(studio: Studio) -> None:
+def test_a_source_may_stand_in_the_bucket(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", studio.destination)
     key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/in/foxes.csv"
     with closing(boto3.client("s3")) as s3:
         s3.put_object(Bucket=BUCKET, Key=key, Body=b"prompt,id\nfox,f1\ndog,d1\n")

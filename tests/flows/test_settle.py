@@ -40,7 +40,7 @@ def test_a_tidy_bucket_is_completed(studio: Studio) -> None:
     state = settled(studio.destination)
     assert state.is_completed()
     assert "1 records, 0 to settle" in str(state.message)
-    assert last_artifact().description == studio.destination
+    assert last_artifact().description == "What runs left behind"
 
 
 def test_what_was_bought_and_left_is_stored(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ ROWS = 12
 
 
 @pytest.fixture
-def table(tmp_path: Path) -> str:
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", str(tmp_path))
     path = tmp_path / "harbours.csv"
     path.write_text("\n".join(["prompt", *(f"a harbour at {n}" for n in range(ROWS))]))
     return str(path)

@@ -272,7 +272,7 @@ def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> 
         "block_token": SECRETS["a block's session token"],
         "table": str(table),
     }
-    roots = f"s3://{BUCKET}"
+    roots = f"s3://{BUCKET}:{tmp_path}"
     (tmp_path / "facts.json").write_text(json.dumps(facts))
     assert scene.run("flows", str(tmp_path / "facts.json"), EACHLABS_REFERENCE_ROOTS=roots) == 0
     said = json.loads(next(line for line in scene.said.splitlines() if line.startswith('{"well"')))

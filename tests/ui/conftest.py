@@ -68,6 +68,7 @@ def studio(database: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> It
         given = {
             "EACHLABS_BASE_URL": api.url,
             "EACHLABS_API_KEY": "a-key-of-tests",
+            "EACHLABS_REFERENCE_ROOTS": f"s3://{BUCKET}/tables",
             "EACHLABS_CLAIM_SECONDS": str(CLAIM_SECONDS),
             "EACHLABS_SETTLING_SECONDS": "3",
             "AWS_ENDPOINT_URL_S3": s3.url,

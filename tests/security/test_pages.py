@@ -1,0 +1,82 @@
+"""Who chooses names and prompts puts nothing but words on the pages of the Prefect UI."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRunFilterId
+
+from prefect_eachlabs.artifacts import escaped, plain
+from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.flows import generate_image, settle_leftovers
+from prefect_eachlabs.flows.batch_artifacts import chunk_markdown
+from prefect_eachlabs.net.redaction import visible
+from tests.conftest import ROOT
+from tests.flows.flow_fixtures import BUCKET, Studio
+from tests.security.hostile import ESCAPES, FORGED
+
+HOSTILE = "![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)> www.evil.invalid *x* _y_ `z` [a]: b &amp; # h"
+RENDER = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+
+
+def assert_words_alone(markdown: str) -> None:
+    """Rendered with everything on, it is one paragraph of text, and nothing in it is made a link of."""
+    kinds = [token.type for token in RENDER.parse(markdown)]
+    assert kinds == ["paragraph_open", "inline", "paragraph_close"]
+    (inline,) = (token for token in RENDER.parse(markdown) if token.type == "inline")
+    assert {child.type for child in inline.children or ()} <= {"text"}
+    assert "www." not in markdown
+    assert "://" not in markdown
+    assert visible(markdown) == markdown
+
+
+@pytest.mark.parametrize("text", [HOSTILE, f"{ESCAPES}{FORGED}", "- list", "1. list", "> quote", "=====", "\ud800\x00"])
+def test_a_description_is_words_alone(text: str) -> None:
+    assert_words_alone(f"Item {plain(text)}")
+
+
+def test_what_moves_terminals_is_written_out_on_a_page() -> None:
+    assert escaped("a\x1b[2J\u202eb") == "a&#92;x1b&#91;2J&#92;u202eb"
+    row = Outcome(row=1, state=RowState.FAILED, prompt=HOSTILE, error={"kind": HOSTILE, "message": ESCAPES + FORGED})
+    markdown = chunk_markdown([row])
+    assert visible(markdown, keeping="\n") == markdown
+    tokens = RENDER.parse(markdown)
+    assert [token.type for token in tokens] == ["html_block"]
+    assert "<img" not in markdown
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_the_artifacts_of_runs_describe_themselves_in_words_alone(studio: Studio) -> None:
+    """A form's destination may hold any Markdown: it was the description of the picture's artifact."""
+    hostile = f"s3://{BUCKET}/![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)>"
+    image = generate_image(HOSTILE, hostile, return_state=True)
+    left = settle_leftovers(hostile, return_state=True)
+
+    async def read(run_id: Any) -> list[Any]:
+        run = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+        async with get_client() as client:
+            return await client.read_artifacts(artifact_filter=ArtifactFilter(), flow_run_filter=run)
+
+    for state in (image, left):
+        (artifact,) = asyncio.run(read(state.state_details.flow_run_id))
+        assert_words_alone(str(artifact.description))
+        assert [token.type for token in RENDER.parse(str(artifact.data))] == ["html_block"]
+        assert "evil.invalid/p.png)<img" not in str(artifact.data)
+
+
+def test_a_prompt_that_names_a_run_moves_no_log() -> None:
+    from prefect_eachlabs.tasks import shortened
+
+    assert visible(shortened(ESCAPES + FORGED)) == shortened(ESCAPES + FORGED)
+
+
+def test_the_deployment_that_events_start_says_that_each_spends_and_runs_few_at_a_time() -> None:
+    deployments = yaml.safe_load((ROOT / "deployments" / "prefect.yaml").read_text())["deployments"]
+    (asked,) = (one for one in deployments if one.get("triggers"))
+    assert asked["concurrency_limit"]["limit"] <= 10
+    assert "Each event eachlabs.picture.requested spends" in asked["description"]
