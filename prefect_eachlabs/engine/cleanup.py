@@ -16,6 +16,7 @@ from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
+from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Cleanup:
                     held = await books.ledger.read(item_id)
             except StoreFailed as error:  # of this record alone: the listing was answered
                 report.pending += 1
-                report.problems[item_id] = str(error)
+                report.problems[visible(item_id)] = str(error)
                 left.add(item_id)
                 return
             if held is None or held.record.state not in UNSETTLED:
@@ -118,7 +119,7 @@ class Cleanup:
             outcome, problem = await self._settle_one(books, held, run_id)
             setattr(report, outcome, getattr(report, outcome) + 1)
             if problem:
-                report.problems[item_id] = problem
+                report.problems[visible(item_id)] = problem
                 left.add(item_id)
 
         began, suspects = await self._suspects(books.ledger, memory, report)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import closing
 from typing import Any
 
+import boto3
 import pytest
 import yaml
 from markdown_it import MarkdownIt
@@ -13,6 +15,8 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRu
 
 from prefect_eachlabs.artifacts import escaped, plain
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.batch.pages import _escaped
+from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.flows import generate_image, settle_leftovers
 from prefect_eachlabs.flows.batch_artifacts import chunk_markdown
 from prefect_eachlabs.net.redaction import visible
@@ -80,3 +84,19 @@ def test_the_deployment_that_events_start_says_that_each_spends_and_runs_few_at_
     (asked,) = (one for one in deployments if one.get("triggers"))
     assert asked["concurrency_limit"]["limit"] <= 10
     assert "Each event eachlabs.picture.requested spends" in asked["description"]
+
+
+def test_a_key_that_somebody_writes_to_the_bucket_moves_no_terminal(
+    studio: Studio, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prefix = studio.destination.removeprefix(f"s3://{BUCKET}/")
+    with closing(boto3.client("s3")) as s3:
+        s3.put_object(Bucket=BUCKET, Key=f"{prefix}/records/\x1b[2J\u202e.json", Body=b"{}")
+    assert main(["settle", studio.destination]) == 1
+    said = capsys.readouterr().out
+    assert "\\x1b[2J\\u202e" in said
+    assert visible(said, keeping="\n") == said
+
+
+def test_the_page_of_a_report_shows_what_turns_text_as_what_it_is() -> None:
+    assert _escaped(f"<b>{ESCAPES}") == "&lt;b&gt;" + visible(ESCAPES)
