@@ -1,6 +1,7 @@
 """The report for people: one page without scripts, its pictures beside it in the bucket (`report.html.j2`); pure.
 
-Everything that came from outside is escaped, by Jinja; the page loads nothing but pictures.
+Everything that came from outside is escaped, by Jinja, and control and direction characters are written out; the page
+loads nothing but pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from prefect_eachlabs.batch.outcomes import Outcome
+from prefect_eachlabs.net.redaction import visible
 
 MOST_PICTURES = 2_000
 MOST_FAILURES = 1_000
@@ -44,7 +46,11 @@ def index_page(
     facts.append(("all its pictures", f"${totals.get('pictures_cost_usd', 0):,.2f}"))
     facts.append(("pictures a minute", totals.get("pictures_per_minute", 0)))
     jinja = Environment(
-        loader=PackageLoader("prefect_eachlabs", "batch"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("prefect_eachlabs", "batch"),
+        autoescape=True,
+        finalize=lambda value: visible(str(value), keeping="\n\t"),
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return jinja.get_template("report.html.j2").generate(
         totals=totals,

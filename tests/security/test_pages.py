@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRu
 
 from prefect_eachlabs.artifacts import escaped, plain
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
-from prefect_eachlabs.batch.pages import _escaped
+from prefect_eachlabs.batch.pages import index_page
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.flows import generate_image, settle_leftovers
 from prefect_eachlabs.flows.batch_artifacts import chunk_markdown
@@ -99,4 +99,14 @@ def test_a_key_that_somebody_writes_to_the_bucket_moves_no_terminal(
 
 
 def test_the_page_of_a_report_shows_what_turns_text_as_what_it_is() -> None:
-    assert _escaped(f"<b>{ESCAPES}") == "&lt;b&gt;" + visible(ESCAPES)
+    text = f"{HOSTILE}{ESCAPES}"
+    there = Outcome(
+        row=1, state=RowState.STORED, item_id=text, prompt=text, uri=f"s3://{BUCKET}/{text}.png", labels={text: text}
+    )
+    not_there = Outcome(row=2, state=RowState.FAILED, prompt=text, error={"kind": text, "message": text})
+    totals = dict.fromkeys(("batch_id", "source", "destination", "run", "ended_at", "stopped_by"), text)
+    page = "".join(index_page({**totals, "stored": 1, "failed": 1}, pictures=[there], not_there=[not_there]))
+    assert page.count("\\x1b[2J") >= 12, "it is not shown at all"
+    assert visible(page, keeping="\n") == page
+    assert page.count("<img") == 1
+    assert "onerror=alert(1)&gt;" in page
