@@ -70,8 +70,9 @@ def test_each_prediction_in_flight_is_cancelled_once_and_the_report_says_so(
 
 def test_before_the_first_order_nothing_is_bought(api: EmulatorServer, s3: LocalS3, tmp_path: Path) -> None:
     s3.set_faults(latency_seconds=0.2)
+    before = s3.counts()
     with command(batch(tmp_path, 40), api, s3, tmp_path / "run") as running:
-        running.until(lambda: bool(s3.counts()))
+        running.until(lambda: s3.counts() != before)
         running.press_ctrl_c()
         assert running.wait() == 130
     assert api.predictions() == []

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -73,8 +74,11 @@ def running_demo(folder: Path, environ: Mapping[str, str], *words: str) -> Itera
 
 
 def assert_nothing_is_left(running: subprocess.Popen[str], folder: Path) -> None:
+    give_up_at = time.monotonic() + 10  # what has ended is there until init has asked for its status
     with pytest.raises(ProcessLookupError):
-        os.killpg(running.pid, 0)  # a process of its group is alive
+        while time.monotonic() < give_up_at:
+            os.killpg(running.pid, 0)  # a process of its group is alive
+            time.sleep(0.05)
     assert [path.name for path in (folder / "tmp").iterdir() if "prefect-eachlabs" in path.name] == []
     assert not (folder / "home" / ".prefect").exists()
 

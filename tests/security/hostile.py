@@ -91,6 +91,9 @@ class _Api(_Handler):
         if self.path.startswith("/v1/executions"):
             self._say(200, json.dumps({"executions": []}))
             return
+        if self.path.startswith("/files/"):
+            self._say(200, said, "text/plain")
+            return
         prediction_id = self.path.rpartition("/")[2]
         if prediction_id not in self.server.made:
             self._say(404, json.dumps({"error": said}))

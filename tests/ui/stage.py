@@ -240,7 +240,10 @@ class Stage:
     # ------------------------------------------------------------------ the API
 
     def ask(self, method: str, path: str, body: object = None) -> Any:
-        answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30)
+        for _ in range(10):  # with SQLite the server answers 503 while another writes
+            answer = httpx.request(method, f"{self.url}{path}", json=body, timeout=30)
+            if answer.status_code != 503:
+                break
         assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text[:500]}"
         return answer.json() if answer.content else None
 
