@@ -272,7 +272,13 @@ class _Handler(WSGIRequestHandler):
     def run_wsgi(self) -> None:
         environ = self.make_environ()
         size = -1 if "wsgi.input_terminated" in environ else int(environ.get("CONTENT_LENGTH") or 0)
-        body = environ["wsgi.input"].read(size)
+        try:
+            body = environ["wsgi.input"].read(size)
+        except OSError:  # the end of a chunk that never came
+            body = None
+        if body is None or len(body) < size:  # who sent it was killed on the way: as on S3, nothing is written
+            self.close_connection = True
+            return
         try:
             answer = self._owner.answer(environ, body)
         except Exception:

@@ -151,6 +151,21 @@ def test_a_body_in_chunks_is_taken_whole(s3: LocalS3) -> None:
     connection.close()
 
 
+@pytest.mark.parametrize("head", ["Content-Length: 100\r\n\r\n", "Transfer-Encoding: chunked\r\n\r\n64\r\n"])
+def test_a_put_whose_sender_is_killed_on_the_way_is_not_applied(s3: LocalS3, client: Clients, head: str) -> None:
+    host, port = s3.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        lines = [
+            "PUT /pictures/half HTTP/1.1",
+            f"Host: {host}",
+            *(f"{name}: {value}" for name, value in SIGNED.items()),
+        ]
+        connection.sendall(("\r\n".join(lines) + f"\r\n{head}half").encode())
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(1_000) == b"", "it is not answered"
+    assert client().list_objects_v2(Bucket="pictures", Prefix="half")["KeyCount"] == 0
+
+
 def test_a_refused_put_is_not_applied_and_the_next_one_is(s3: LocalS3, client: Clients) -> None:
     boto = client()
     s3.set_faults(Fault("refuse", nth=2, key_contains="refused/"))
