@@ -16,7 +16,7 @@ import pytest
 
 from prefect_eachlabs.errors import PredictionFailed
 from prefect_eachlabs.ledger.records import RecordState
-from prefect_eachlabs.testing.emulator.ledger import Job
+from prefect_eachlabs.testing.emulator.predictions import Job
 from tests.batch import batch_kit
 from tests.memory_store import MemoryStore
 from tests.protocol.kit import KEY, World, play, wanted
@@ -40,7 +40,7 @@ async def earlier_world() -> World:
     now = world.now()
     for number, one in enumerate(EARLIER["predictions"], start=1):
         cancelled_ago = one["cancelled_ago"]
-        world.emulator.ledger.add(
+        world.emulator.bought.add(
             Job(
                 number=number,
                 id=one["id"],
@@ -56,7 +56,7 @@ async def earlier_world() -> World:
                 cancelled=None if cancelled_ago is None else now - cancelled_ago,
             )
         )
-    world.emulator.ledger.settle(now)
+    world.emulator.bought.settle(now)
     return world
 
 

@@ -4,83 +4,81 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 
-from prefect_eachlabs.testing.emulator import EmulatorOptions, Fault, InProcessTransport, kinds_of
-from prefect_eachlabs.testing.emulator.faults import FaultBook
-from tests.testing.test_emulator import KEY, Api, settled
+from prefect_eachlabs.testing.emulator import Emulator, EmulatorOptions, Fault, InProcessTransport, kinds_of
+from prefect_eachlabs.testing.emulator.faults import ENDPOINTS, FaultRules
+from tests.testing.emulator_kit import KEY, ORDER, Api, in_virtual_time
 from tests.virtual_time import run
 
 # ---------------------------------------------------------------- which is hit
 
 
-def hits(book: FaultBook, calls: int, **call: Any) -> list[int]:
-    return [number for number in range(1, calls + 1) if book.draw("create", "after", **call)]
+def rules(*faults: str, seed: int = 0) -> FaultRules:
+    return FaultRules([Fault.parse(fault) for fault in faults], seed=seed)
+
+
+def hits(rules: FaultRules, calls: int, **call: Any) -> list[int]:
+    return [number for number in range(1, calls + 1) if rules.draw("create", "after", **call)]
 
 
 def test_a_fault_hits_the_calls_it_names() -> None:
-    assert hits(FaultBook([Fault.parse("create:lost_answer,at=2+5")]), 10) == [2, 5]
-    assert hits(FaultBook([Fault.parse("create:lost_answer,next=3")]), 10) == [1, 2, 3]
-    assert hits(FaultBook([Fault.parse("create:lost_answer")]), 3) == [1, 2, 3]
+    assert hits(rules("create:lost_answer,at=2+5"), 10) == [2, 5]
+    assert hits(rules("create:lost_answer,next=3"), 10) == [1, 2, 3]
+    assert hits(rules("create:lost_answer"), 3) == [1, 2, 3]
+    matching = rules("create:lost_answer,matching=naked")
+    assert (hits(matching, 2, text="a fox"), hits(matching, 2, text="a naked mole rat")) == ([], [1, 2])
+    sticky = rules("picture:truncated,at=1,sticky")
+    assert [sticky.draw("picture", subject=name) is not None for name in "abab"] == [True, False, True, False]
 
 
 def test_a_rate_is_kept_and_the_same_for_the_same_seed() -> None:
-    fault = Fault.parse("create:lost_answer=5%")
-    assert fault.rate == 0.05
-    one = hits(FaultBook([fault], seed=1), 2_000)
+    one = hits(rules("create:lost_answer=5%", seed=1), 2_000)
     assert 70 < len(one) < 130
-    assert one == hits(FaultBook([fault], seed=1), 2_000)
-    assert one != hits(FaultBook([fault], seed=2), 2_000)
+    assert one == hits(rules("create:lost_answer=0.05", seed=1), 2_000)
+    assert one != hits(rules("create:lost_answer=0.05", seed=2), 2_000)
 
 
-def test_a_fault_may_wait_for_a_prompt() -> None:
-    book = FaultBook([Fault.parse("create:lost_answer,matching=naked")])
-    assert hits(book, 2, text="a fox") == []
-    assert hits(book, 2, text="a naked mole rat") == [1, 2]
+def test_a_fault_may_hit_the_first_calls_of_each_picture_or_of_a_share_of_them() -> None:
+    def struck(fault: str) -> list[int]:
+        made = rules(fault)
+        return [sum(made.draw("picture", subject=str(name)) is not None for _ in range(4)) for name in range(200)]
 
-
-def test_a_sticky_fault_hits_what_it_hit_again() -> None:
-    book = FaultBook([Fault.parse("picture:truncated,at=1,sticky")])
-    assert [book.draw("picture", subject=name) is not None for name in "abab"] == [True, False, True, False]
+    assert set(struck("picture:not_found,first=2")) == {2}
+    share = struck("picture:not_found=0.25,first=2")
+    assert set(share) == {0, 2}
+    assert 30 < share.count(2) < 70
 
 
 def test_faults_set_anew_replace_those_before_and_go_on_counting_calls() -> None:
-    book = FaultBook([Fault.parse("create:lost_answer,at=1+2")])
-    assert hits(book, 1) == [1]
-    book.set([Fault.parse("create:lost_answer,at=2")])
-    assert hits(book, 1) == [1], "the second call since the start"
-    book.set([Fault.parse("create:lost_answer,next=1")])
-    assert hits(book, 3) == [1]
-    assert book.injected == {"create:lost_answer": 3}
+    made = rules("create:lost_answer,at=1+2")
+    assert hits(made, 1) == [1]
+    made.set([Fault.parse("create:lost_answer,at=2")])
+    assert hits(made, 1) == [1], "the second call since the start"
+    made.set([Fault.parse("create:lost_answer,next=1")])
+    assert hits(made, 3) == [1]
+    assert made.injected == {"create:lost_answer": 3}
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "create",
-        "create:nonsense",
-        "nowhere:error",
-        "picture:lost_answer",
-        "create:error=2",
-        "create:error=x",
-        "create:error,at=0",
-        "create:error,colour=red",
-        "create:error,status=99",
+        *("", "create", "create:nonsense", "nowhere:error", "picture:lost_answer", "create:error=2"),
+        *("create:error=x", "create:error,at=0", "create:error,colour=red", "picture:error,first=0"),
     ],
 )
-def test_what_is_no_fault_is_refused(text: str) -> None:
+def test_what_is_not_a_fault_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Fault.parse(text)
 
 
 def test_every_kind_of_fault_can_be_written() -> None:
-    endpoints = ("create", "get", "cancel", "executions", "models", "presign", "upload", "prediction", "picture")
-    faults = [Fault.parse(f"{endpoint}:{kind}=0.5") for endpoint in endpoints for kind in kinds_of(endpoint)]
+    faults = [Fault.parse(f"{endpoint}:{kind}=0.5") for endpoint in ENDPOINTS for kind in kinds_of(endpoint)]
     assert len(faults) == len({fault.name for fault in faults}) > 150
     assert EmulatorOptions(faults=[fault.name for fault in faults])
     with pytest.raises(ValidationError, match="lost_answer"):
@@ -96,14 +94,8 @@ def test_faults_are_set_read_and_refused_over_http() -> None:
         {"on": "get", "kind": "cut"},
     ]
     assert [api.create().status_code for _ in range(2)] == [503, 200]
-    for wrong in (
-        {},
-        {"faults": "create:error"},
-        {"faults": ["create:no"]},
-        {"faults": [{"on": "x"}]},
-        {"faults": [1]},
-    ):
-        assert api.call("POST", "/_emulator/faults", json=wrong).status_code == 400, wrong
+    for wrong in (None, "create:error", ["create:no"], [{"on": "x"}], [1]):
+        assert api.call("POST", "/_emulator/faults", json={"faults": wrong}).status_code == 400, wrong
     assert "lost_answer" in api.call("GET", "/_emulator").json()["fault_kinds"]["create"]
 
 
@@ -113,24 +105,29 @@ def test_faults_are_set_read_and_refused_over_http() -> None:
 @pytest.mark.parametrize(
     ("fault", "status", "content_type"),
     [
-        ("create:error", 503, "application/json"),
-        ("create:error,status=500", 500, "application/json"),
-        ("create:empty_error", 500, "application/json"),
-        ("create:html", 502, "text/html"),
-        ("create:throttled", 429, "application/json"),
-        ("create:no_balance", 402, "application/json"),
-        ("create:redirect", 307, None),
+        ("error", 503, "application/json"),
+        ("error,status=500", 500, "application/json"),
+        ("empty_error", 500, "application/json"),
+        ("html", 502, "text/html"),
+        ("throttled", 429, "application/json"),
+        ("no_balance", 402, "application/json"),
+        ("redirect", 307, ""),
     ],
 )
-def test_a_fault_before_the_post_is_accepted_bills_nothing(fault: str, status: int, content_type: str | None) -> None:
-    api = Api(faults=[fault])
+def test_a_fault_before_the_post_is_accepted_bills_nothing(fault: str, status: int, content_type: str) -> None:
+    api = Api(faults=[f"create:{fault}"])
     answer = api.create()
-    assert answer.status_code == status
-    assert answer.headers.get("content-type", "").split(";")[0] == (content_type or "")
-    assert api.tallies()["billed"] == 0
-    name = fault.partition(",")[0]
-    assert list(api.tallies()["faults"]) == [name]
+    assert (answer.status_code, answer.headers.get("content-type", "").split(";")[0]) == (status, content_type)
+    name = f"create:{fault.partition(',')[0]}"
+    assert (api.tallies()["billed"], api.tallies()["faults"]) == (0, {name: 1})
     assert api.emulator.journal.entries[0].fault == name
+
+
+def test_a_prompt_may_be_refused_for_ever_or_at_first_while_others_are_taken() -> None:
+    for_ever = Api(faults=["create:error,status=500,matching=fox"])
+    assert [for_ever.create(prompt).status_code for prompt in ("a fox", "a hen", "a fox")] == [500, 200, 500]
+    at_first = Api(faults=["create:error,first=1"])
+    assert [at_first.create(prompt).status_code for prompt in ("a", "b", "a", "b")] == [503, 503, 200, 200]
 
 
 def test_a_redirect_leads_where_it_is_told() -> None:
@@ -140,18 +137,17 @@ def test_a_redirect_leads_where_it_is_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"),
-    [("create:error_after", 500), ("create:html_after", 504), ("create:malformed", 200), ("create:no_id", 200)],
+    ("fault", "status"), [("error_after", 500), ("html_after", 504), ("malformed", 200), ("no_id", 200)]
 )
 def test_a_fault_after_the_post_was_accepted_bills_it(fault: str, status: int) -> None:
-    api = Api(faults=[fault])
+    api = Api(faults=[f"create:{fault}"])
     answer = api.create()
     assert answer.status_code == status
     assert api.rows()[0]["id"] not in answer.text
     assert api.tallies()["billed"] == 1
 
 
-def test_a_malformed_answer_is_no_json() -> None:
+def test_a_malformed_answer_is_not_json() -> None:
     with pytest.raises(json.JSONDecodeError):
         Api(faults=["create:malformed"]).create().json()
     assert Api(faults=["create:malformed,value=[[["]).create().text == "[[["
@@ -168,34 +164,26 @@ def test_the_nth_accepted_post_loses_its_answer_whatever_was_refused_before() ->
     assert [api.create().status_code for _ in range(4)] == [503, 200, 500, 200]
 
 
-def test_a_late_answer_is_accepted_at_once_and_a_late_post_when_it_is_late() -> None:
-    for fault, billed in (("create:late_answer,seconds=50", 1), ("create:late,seconds=50", 0)):
-        api = Api(faults=[fault])
+@pytest.mark.parametrize(("fault", "billed"), [("late_answer", 1), ("late", 0)])
+def test_a_late_answer_is_accepted_at_once_and_a_late_post_when_it_is_late(fault: str, billed: int) -> None:
+    async def story(http: httpx.AsyncClient, emulator: Emulator) -> tuple[int, int, int]:
+        posting = asyncio.ensure_future(http.post("/v1/prediction/", json=ORDER))
+        await asyncio.sleep(49)
+        early = emulator.tallies()["billed"]
+        return early, (await posting).status_code, emulator.tallies()["billed"]
 
-        async def story(http: httpx.AsyncClient, api: Api = api) -> tuple[int, int, int]:
-            order = {"model": "gemini", "input": {"prompt": "a fox"}}
-            posting = asyncio.ensure_future(http.post("/v1/prediction/", json=order))
-            await settled()
-            early = api.tallies()["billed"]
-            assert not posting.done()
-            api.clock.time += 50
-            return early, (await posting).status_code, api.tallies()["billed"]
-
-        assert api.together(story) == (billed, 200, 1)
+    assert in_virtual_time(story, faults=[f"create:{fault},seconds=50"]) == (billed, 200, 1)
 
 
 def test_a_post_goes_on_when_its_client_has_stopped_waiting() -> None:
-    transport = InProcessTransport(EmulatorOptions(faults=["create:late,seconds=50"]))
+    async def story(http: httpx.AsyncClient, emulator: Emulator) -> tuple[int, int]:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post("/v1/prediction/", json=ORDER, timeout=30)
+        early = emulator.tallies()["billed"]
+        await asyncio.sleep(20)
+        return early, emulator.tallies()["billed"]
 
-    async def story() -> tuple[int, int]:
-        async with httpx.AsyncClient(transport=transport, base_url="http://e", headers={"X-API-Key": KEY}) as http:
-            with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/prediction/", json={"model": "gemini", "input": {"prompt": "a"}}, timeout=30)
-            early = transport.emulator.tallies()["billed"]
-            await asyncio.sleep(20)
-            return early, transport.emulator.tallies()["billed"]
-
-    assert run(story()) == (0, 1)
+    assert in_virtual_time(story, faults=["create:late,seconds=50"]) == (0, 1)
 
 
 def test_a_cut_without_a_socket_looks_like_one() -> None:
@@ -206,23 +194,22 @@ def test_a_cut_without_a_socket_looks_like_one() -> None:
     assert api.emulator.journal.entries[0].status is None
 
 
-# -------------------------------------------------------------------------- GET
+# ------------------------------------------------------------------ GET and others
 
 
 def test_a_get_may_not_find_a_young_prediction() -> None:
     api = Api(faults=["get:not_found,seconds=3"])
     bought = api.buy()
     assert api.call("GET", f"/v1/prediction/{bought}").status_code == 404
-    api.clock.time += 3
+    api.time += 3
     assert api.get(bought)["status"] == "processing"
 
 
 def test_a_get_may_be_stale_say_strange_words_or_keep_the_input_to_itself() -> None:
     api = Api(faults=["get:stale,seconds=2,next=1", "get:status_word,value=reticulating,at=2", "get:no_echo,at=3"])
     bought = api.buy()
-    api.clock.time += 6
-    assert api.get(bought)["status"] == "processing"
-    assert api.get(bought)["status"] == "reticulating"
+    api.time += 6
+    assert [api.get(bought)["status"] for _ in range(2)] == ["processing", "reticulating"]
     assert "input" not in api.get(bought)
     assert api.get(bought)["status"] == "success"
 
@@ -244,3 +231,238 @@ def test_every_endpoint_knows_the_faults_of_the_wire(endpoint: str) -> None:
     with pytest.raises(json.JSONDecodeError):
         answers[2].json()
     assert answers[3].json()
+
+
+# ------------------------------------------------------------------- predictions
+
+
+def ended(fault: str, prompt: str = "a fox", **input: Any) -> tuple[Api, dict[str, Any]]:
+    api = Api(faults=[f"prediction:{fault}"], service_seconds=0, strict_models=False)
+    return api, api.get(api.buy(input={"prompt": prompt, **input}))
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "retryable", "category"),
+    [
+        ("fail", "PROVIDER_FAILED", False, "provider_error"),
+        ("fail,value=MODEL_BROKE", "MODEL_BROKE", False, "provider_error"),
+        ("fail_retryable", "PROVIDER_UNAVAILABLE", True, "provider_unavailable"),
+        ("fail_moderation", "CONTENT_MODERATION", False, "content_moderation"),
+        ("fail_logs", "PROVIDER_FAILED", False, "provider_error"),
+        ("fail_under_success", "PROVIDER_FAILED", False, "provider_error"),
+    ],
+)
+def test_a_failing_prediction_has_its_envelope_and_costs_nothing(
+    fault: str, code: str, retryable: bool, category: str
+) -> None:
+    api, view = ended(fault)
+    envelope = json.loads(view["logs"]) if "logs" in fault else view["output"]
+    assert view["status"] == ("success" if "under_success" in fault else "failed")
+    assert (envelope["error_code"], envelope["retryable"]) == (code, retryable)
+    assert envelope["classification"]["category"] == category
+    assert envelope["error_message"]
+    assert (view["metrics"]["cost"], api.tallies()["cost_usd"], api.rows()[0]["output"]) == (0, 0, None)
+
+
+def test_a_failure_may_be_text_in_the_logs() -> None:
+    _, view = ended("fail_text")
+    assert (view["status"], view["output"]) == ("failed", "")
+    assert "out of memory" in view["logs"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "shape"),
+    [
+        ("output_list", ["URL"]),
+        ("output_object", {"url": "URL", "content_type": "image/png"}),
+        ("output_images", {"images": [{"url": "URL", "content_type": "image/png"}], "seed": 1}),
+        ("output_json", '{"images": ["URL"]}'),
+        ("output_empty", ""),
+        ("output_null", None),
+        ("output_several,value=2", ["URL", "URL2"]),
+        ("output_missing", "no field"),
+    ],
+)
+def test_an_output_may_have_any_shape_that_was_seen(fault: str, shape: object) -> None:
+    _, view = ended(fault)
+    url = f"http://emulator/files/{view['id']}"
+    expected = json.dumps(shape).replace("URL2", f"{url}-2.png").replace("URL", f"{url}.png")
+    assert view["status"] == "success"
+    assert json.dumps(view.get("output", "no field")) == expected
+
+
+@pytest.mark.parametrize(
+    ("fault", "echo"),
+    [
+        ("echo_normalised", {"prompt": 'Café "fox" & a hen', "image_url": "https://e.com/a.png", "seed": None}),
+        ("echo_cut,value=8", {"prompt": "  Cafe\u0301 ", "image_url": "https://", "seed": None}),
+        (
+            "echo_escaped",
+            {
+                "prompt": "  Cafe\u0301  &quot;fox&quot; &amp; a hen",
+                "image_url": "https://e.com/a.png",
+                "seed": None,
+            },
+        ),
+        (
+            "echo_rehosted",
+            {
+                "prompt": '  Cafe\u0301  "fox" & a hen',
+                "image_url": "https://storage.eachlabs.example/a.png",
+                "seed": None,
+            },
+        ),
+        ("echo_without_nulls", {"prompt": '  Cafe\u0301  "fox" & a hen', "image_url": "https://e.com/a.png"}),
+    ],
+)
+def test_an_echo_may_nearly_be_what_was_sent(fault: str, echo: dict[str, Any]) -> None:
+    _, view = ended(fault, '  Cafe\u0301  "fox" & a hen', image_url="https://e.com/a.png", seed=None)
+    assert view["input"] == echo
+
+
+def test_an_echo_may_be_completed_wrapped_or_missing() -> None:
+    assert ended("echo_defaults")[1]["input"] == {"num_outputs": 1, "safety_tolerance": 2, "prompt": "a fox"}
+    assert json.loads(ended("echo_text")[1]["input"]) == {"prompt": "a fox"}
+    assert "input" not in ended("echo_none")[1]
+
+
+def test_a_prediction_may_be_stuck_or_slow() -> None:
+    api = Api(faults=["prediction:stuck,at=1", "prediction:slow,seconds=10,at=2"])
+    stuck, slow = api.buy("a"), api.buy("b")
+    api.time += 14.9
+    assert api.get(slow)["status"] == "processing"
+    api.time += 0.1
+    assert api.get(slow)["status"] == "success"
+    api.time += 1e6
+    assert (api.get(stuck)["status"], api.tallies()["in_flight"]) == ("processing", 1)
+    api.call("POST", f"/v1/prediction/{stuck}/cancel")
+    assert api.get(stuck)["status"] == "cancelled"
+
+
+def test_a_success_may_be_seen_before_its_output_and_a_cost_be_told_late() -> None:
+    api = Api(faults=["prediction:late_output,seconds=30", "prediction:late_cost,seconds=20"], service_seconds=5)
+    bought, seen = api.buy(), []
+    for moment in (1_005, 1_024, 1_025, 1_034, 1_035):
+        api.time = moment
+        view, row = api.get(bought), api.rows()[0]
+        assert (view["status"], view["output"]) == ("success", row["output"])
+        assert view["metrics"]["cost"] == row["execution_cost"]
+        seen.append((view["output"] is not None, row["execution_cost"]))
+    assert seen == [(False, 0), (False, 0), (False, 0.039), (False, 0.039), (True, 0.039)]
+
+
+def test_a_prediction_may_be_missing_from_the_listing_or_late_in_it() -> None:
+    api = Api(faults=["prediction:unlisted,at=1", "prediction:listed_late,seconds=30,at=2"])
+    unlisted, late = api.buy("a"), api.buy("b")
+    api.time += 29
+    assert api.rows() == []
+    api.time += 1
+    assert [row["id"] for row in api.rows()] == [late]
+    assert api.get(unlisted)["status"] == "success"
+
+
+def test_a_cancel_may_have_no_effect() -> None:
+    api = Api(faults=["prediction:uncancellable"])
+    bought = api.buy()
+    assert api.call("POST", f"/v1/prediction/{bought}/cancel").json()["status"] == "cancelled"
+    api.time += 5
+    assert api.get(bought)["status"] == "success"
+    assert (api.tallies()["cancelled"], api.tallies()["succeeded"]) == (0, 1)
+
+
+def test_faults_of_different_aspects_may_hit_the_same_prediction() -> None:
+    api = Api(faults=["prediction:output_list", "prediction:echo_none", "prediction:output_json", "prediction:slow"])
+    bought = api.buy()
+    api.time += 65
+    view = api.get(bought)
+    assert isinstance(view["output"], list), "the first of one aspect wins"
+    assert "input" not in view
+
+
+def test_a_twin_of_another_key_is_in_the_list_and_on_nobodys_bill() -> None:
+    api = Api(faults=["prediction:foreign_twin,seconds=2"])
+    api.buy()
+    assert len(api.rows()) == 1
+    api.time += 2
+    assert len(api.rows()) == 2
+    assert (api.tallies()["billed"], api.tallies()["foreign"]) == (1, 1)
+    foreign = api.call("POST", "/_emulator/foreign", json={**ORDER, "count": 3}).json()["prediction_ids"]
+    assert len(set(foreign) & {row["id"] for row in api.rows()}) == 3
+
+
+# ------------------------------------------------------------- lists that see badly
+
+
+def with_25_bought(fault: str) -> tuple[Api, list[str]]:
+    """An account with 25 predictions that have ended, and their ids, newest first."""
+    api = Api(faults=[fault], requests_per_minute=None, max_in_flight=None, service_seconds=0)
+    return api, [api.buy(str(number)) for number in range(25)][::-1]
+
+
+def test_a_list_may_be_missing_stale_empty_or_lack_rows() -> None:
+    assert Api(faults=["executions:missing"]).call("GET", "/v1/executions").status_code == 404
+    api, bought = with_25_bought("executions:stale,seconds=10")
+    assert api.rows() == []
+    api.time += 10
+    assert len(api.rows()) == 20
+    api, bought = with_25_bought("executions:missing_rows=0.5")
+    found = [row["id"] for row in api.rows(limit=100)]
+    assert found == [row["id"] for row in api.rows(limit=100)], "a row that is missing stays missing"
+    assert 3 < len(found) < 22
+    api, bought = with_25_bought("executions:empty_list")
+    assert api.page() == {"executions": [], "total_count": 0, "total_capped": False, "offset": 0, "limit": 20}
+    assert api.get(bought[0])["status"] == "success"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_page_may_hold_fewer_rows_than_were_asked_for(told: bool) -> None:
+    api, bought = with_25_bought(f"executions:short_pages{'' if told else '_untold'},value=10")
+    pages = [api.page(limit=100, offset=offset) for offset in (0, 10, 20)]
+    assert [[row["id"] for row in one["executions"]] for one in pages] == [bought[:10], bought[10:20], bought[20:]]
+    told_about = {name: pages[0][name] for name in ("limit", "total_count") if name in pages[0]}
+    assert told_about == ({"limit": 10, "total_count": 25} if told else {})
+    assert len(api.rows(limit=5)) == 5
+
+
+def test_rows_may_have_other_names_ids_and_dates_than_theirs() -> None:
+    api, bought = with_25_bought("executions:other_model")
+    rows = api.rows(model="gemini", limit=100)
+    assert ([row["id"] for row in rows], {row["model"] for row in rows}) == (bought, {"gemini-2.0-flash-exp"})
+    api, bought = with_25_bought("executions:other_ids")
+    assert api.rows()[0]["id"] == f"exec_{bought[0]}"
+    assert api.call("GET", f"/v1/prediction/exec_{bought[0]}").status_code == 404
+    api, _ = with_25_bought("executions:naive_dates")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:.]+", api.rows()[0]["created_at"])
+
+
+# --------------------------------------------------------------- the key, quoted
+
+
+@pytest.mark.parametrize("where", ["error", "logs", "output"])
+def test_a_prediction_may_quote_the_key(where: str) -> None:
+    api, view = ended(f"key_in_{where}")
+    assert view["status"] == ("failed" if where == "error" else "success")
+    assert KEY in (view["logs"] if where == "logs" else str(view["output"]))
+    assert where != "output" or api.download(view["output"]).content.startswith(b"\x89PNG")
+    assert KEY not in str(api.call("GET", "/_emulator/predictions").json())
+
+
+@pytest.mark.parametrize("endpoint", ["create", "get", "executions"])
+def test_a_refusal_may_quote_the_key(endpoint: str) -> None:
+    api = Api(faults=[f"{endpoint}:quoted_key,next=1"])
+    path = {"create": "/v1/prediction", "get": "/v1/prediction/x", "executions": "/v1/executions"}[endpoint]
+    refused = api.call("POST" if endpoint == "create" else "GET", path, json=ORDER)
+    assert refused.status_code == 400
+    assert KEY in refused.json()["error"]
+    assert KEY in refused.json()["details"]
+    assert KEY not in api.call("GET", "/_emulator/journal").text
+
+
+def test_the_transport_cleans_up_after_itself() -> None:
+    async def story() -> None:
+        transport = InProcessTransport(EmulatorOptions(faults=["create:late,seconds=600"]))
+        async with httpx.AsyncClient(transport=transport, base_url="http://e", headers={"X-API-Key": KEY}) as http:
+            with pytest.raises(httpx.ReadTimeout):
+                await http.post("/v1/prediction/", json=ORDER, timeout=1)
+
+    run(story())

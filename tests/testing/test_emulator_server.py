@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
-from prefect_eachlabs.testing.emulator.ledger import Job
+from prefect_eachlabs.testing.emulator.predictions import Job
 from prefect_eachlabs.testing.pytest_plugin import TEST_API_KEY
 
 pytest_plugins = ["prefect_eachlabs.testing.pytest_plugin"]

@@ -4,11 +4,11 @@ It is a judge: it counts what was billed, the worst minute, the worst number in 
 """
 
 from prefect_eachlabs.testing.emulator.app import create_app
-from prefect_eachlabs.testing.emulator.clock import Clock, LoopClock, ManualClock, SystemClock
-from prefect_eachlabs.testing.emulator.core import Emulator
+from prefect_eachlabs.testing.emulator.clock import Clock
 from prefect_eachlabs.testing.emulator.faults import Fault, kinds_of
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.server import EmulatorServer, run_emulator
+from prefect_eachlabs.testing.emulator.state import Emulator
 from prefect_eachlabs.testing.emulator.transport import InProcessTransport
 
 __all__ = [
@@ -18,9 +18,6 @@ __all__ = [
     "EmulatorServer",
     "Fault",
     "InProcessTransport",
-    "LoopClock",
-    "ManualClock",
-    "SystemClock",
     "create_app",
     "kinds_of",
     "run_emulator",

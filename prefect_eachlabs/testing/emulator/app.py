@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import uuid
 from collections.abc import Mapping
+from email.utils import format_datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -13,16 +14,10 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from prefect_eachlabs.testing.emulator.api import prediction_routes
-from prefect_eachlabs.testing.emulator.control import control_routes
-from prefect_eachlabs.testing.emulator.core import Emulator
-from prefect_eachlabs.testing.emulator.files import file_routes
-from prefect_eachlabs.testing.emulator.journal import Entry, key_hash
-from prefect_eachlabs.testing.emulator.limits import throttled
-from prefect_eachlabs.testing.emulator.listing import listing_routes
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
-from prefect_eachlabs.testing.emulator.responses import Receive, Scope, Send, error
-from prefect_eachlabs.testing.emulator.wire import ENTRY, KEY
+from prefect_eachlabs.testing.emulator.responses import Receive, Scope, Send, error, throttled
+from prefect_eachlabs.testing.emulator.routes import ENTRY, KEY, Refused, routes_of
+from prefect_eachlabs.testing.emulator.state import Emulator, Entry, key_hash
 
 _PUBLIC = ("/v1/models", "/v1/model")
 
@@ -67,6 +62,8 @@ class Gate:
         async def noting_send(message: Any) -> None:
             if message["type"] == "http.response.start":
                 entry.status = message["status"]
+                date = emulator.clock.date(emulator.clock.now())  # the whole vendor's clock is off by the skew
+                MutableHeaders(scope=message)["date"] = format_datetime(date, usegmt=True)
                 if entry.path.startswith("/v1/"):
                     MutableHeaders(scope=message)["x-request-id"] = entry.request_id or ""
             await send(message)
@@ -126,13 +123,14 @@ def create_app(emulator: Emulator | EmulatorOptions | None = None) -> FastAPI:
     )
     app.state.emulator = state
     app.add_middleware(Gate, emulator=state)
-    for routes in (prediction_routes, listing_routes, file_routes, control_routes):
-        app.include_router(routes(state))
+    app.include_router(routes_of(state))
 
     async def as_the_vendor_says_it(request: Request, wrong: Exception) -> Response:
-        status = wrong.status_code if isinstance(wrong, HTTPException) else 500
-        detail = str(wrong.detail) if isinstance(wrong, HTTPException) else "internal error"
-        return error(status, detail, headers=getattr(wrong, "headers", None))
+        if isinstance(wrong, Refused):
+            return wrong.answer
+        assert isinstance(wrong, HTTPException), "registered for these two"
+        return error(wrong.status_code, str(wrong.detail), headers=wrong.headers)
 
-    app.add_exception_handler(HTTPException, as_the_vendor_says_it)
+    for kind in (HTTPException, Refused):
+        app.add_exception_handler(kind, as_the_vendor_says_it)
     return app

@@ -1,160 +1,98 @@
-"""Time as the emulator knows it: handed in, so that tests move it by assignment and a real server lets it run."""
+"""Time as the emulator knows it: that of the loop it runs on, and the vendor's dates, which may be off."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import heapq
-import itertools
-import time
+import re
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
-from typing import Protocol
 
 
-class Clock(Protocol):
-    """What the emulator asks of time."""
+class Clock:
+    """The running loop's clock, real or virtual. Outside of a loop it stands where it was last looked at.
+
+    Args:
+        now: Where seconds that only grow come from instead, for a test that moves time by assignment.
+        skew_seconds: The vendor's dates are off by so much.
+    """
+
+    def __init__(self, now: Callable[[], float] | None = None, *, skew_seconds: float = 0.0) -> None:
+        self._given = now
+        self._seen = 0.0
+        self._origin: tuple[datetime, float] | None = None
+        self._sleepers: set[asyncio.Future[None]] = set()
+        self._is_stopped = False
+        self.skew_seconds = skew_seconds
 
     def now(self) -> float:
         """Seconds that only grow."""
-        ...
-
-    async def sleep(self, seconds: float) -> None:
-        """Comes back when so many seconds have passed, or when the clock is stopped."""
-        ...
-
-    def stop(self) -> None:
-        """Ends every sleep at once, those to come too: the server goes down and holds nobody back."""
-        ...
-
-    def start(self) -> None:
-        """Lets sleeps be sleeps again, after a stop."""
-        ...
-
-
-class SystemClock:
-    """`time.monotonic`, for a real server."""
-
-    def __init__(self) -> None:
-        self._stopped = asyncio.Event()
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    async def sleep(self, seconds: float) -> None:
-        if self._stopped.is_set() or seconds <= 0:
-            return
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), seconds)
-
-    def stop(self) -> None:
-        self._stopped.set()
-
-    def start(self) -> None:
-        self._stopped = asyncio.Event()  # a new one: an Event belongs to the loop that first waited for it
-
-
-class LoopClock:
-    """The running loop's own clock: what a loop with virtual time needs (`InProcessTransport`).
-
-    Outside of a loop, when its tallies are read after a test, say, it stands where it was last looked at.
-    """
-
-    def __init__(self) -> None:
-        self._seen = 0.0
-
-    def now(self) -> float:
+        if self._given is not None:
+            return self._given()
         with contextlib.suppress(RuntimeError):
             self._seen = asyncio.get_running_loop().time()
         return self._seen
 
     async def sleep(self, seconds: float) -> None:
-        await asyncio.sleep(max(0.0, seconds))
-
-    def stop(self) -> None:
-        """Nothing to do: who owns the loop ends its tasks."""
-
-    def start(self) -> None:
-        """Nothing to do."""
-
-
-class ManualClock:
-    """Stands still until somebody assigns `time`.
-
-    >>> clock = ManualClock()
-    >>> clock.time += 60
-    >>> clock.now()
-    60.0
-    """
-
-    def __init__(self, time: float = 0.0) -> None:
-        self._time = float(time)
-        self._order = itertools.count()
-        self._sleepers: list[tuple[float, int, asyncio.Future[None]]] = []
-
-    @property
-    def time(self) -> float:
-        return self._time
-
-    @time.setter
-    def time(self, value: float) -> None:
-        if value < self._time:
-            raise ValueError(f"time only grows: {value} is before {self._time}")
-        self._time = float(value)
-        self._wake(self._time)
-
-    def now(self) -> float:
-        return self._time
-
-    async def sleep(self, seconds: float) -> None:
-        if seconds <= 0:
+        """Comes back when so many seconds of the loop have passed, or when the clock is stopped."""
+        if self._is_stopped or seconds <= 0:
             return
-        woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        heapq.heappush(self._sleepers, (self._time + seconds, next(self._order), woken))
-        await woken
+        loop = asyncio.get_running_loop()
+        woken: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(seconds, self._wake, woken)
+        self._sleepers.add(woken)
+        try:
+            await woken
+        finally:
+            timer.cancel()
+            self._sleepers.discard(woken)
+
+    @staticmethod
+    def _wake(sleeper: asyncio.Future[None]) -> None:
+        if not sleeper.done():
+            sleeper.set_result(None)
 
     def stop(self) -> None:
-        self._wake(float("inf"))
+        """Ends every sleep at once, those to come too: the server goes down and holds nobody back."""
+        self._is_stopped = True
+        for sleeper in list(self._sleepers):
+            self._wake(sleeper)
 
     def start(self) -> None:
-        """Nothing to do."""
+        """Lets sleeps be sleeps again, after a stop."""
+        self._is_stopped = False
 
-    def _wake(self, until: float) -> None:
-        while self._sleepers and self._sleepers[0][0] <= until:
-            woken = heapq.heappop(self._sleepers)[2]
-            if not woken.done():
-                woken.set_result(None)
-
-
-class Calendar:
-    """Dates for a clock: the wall time when it was first asked plus what has passed since."""
-
-    def __init__(self, clock: Clock, *, began: datetime | None = None, skew_seconds: float = 0.0) -> None:
-        self._clock = clock
-        self._began = began
-        self._zero: float | None = None
-        self.skew_seconds = skew_seconds
-
-    def _origin(self) -> tuple[datetime, float]:
-        if self._zero is None or self._began is None:
-            self._zero = self._clock.now()
-            self._began = self._began or datetime.now(timezone.utc)
-        return self._began, self._zero
-
-    def date(self, at: float) -> datetime:
-        """The vendor's date for a moment of the clock, its skew included."""
-        return self.true_date(at) + timedelta(seconds=self.skew_seconds)
+    def _began(self) -> tuple[datetime, float]:
+        if self._origin is None:
+            self._origin = datetime.now(timezone.utc), self.now()
+        return self._origin
 
     def true_date(self, at: float) -> datetime:
-        """The date for a moment of the clock, without skew."""
-        began, zero = self._origin()
-        return began + timedelta(seconds=at - zero)
+        """The date of a moment: the wall time when it was first asked for, plus what has passed since."""
+        date, zero = self._began()
+        return date + timedelta(seconds=at - zero)
+
+    def date(self, at: float) -> datetime:
+        """The vendor's date of a moment, its skew included."""
+        return self.true_date(at) + timedelta(seconds=self.skew_seconds)
 
     def moment(self, date: datetime) -> float:
-        """The moment of the clock that the vendor would date so."""
-        began, zero = self._origin()
+        """The moment that the vendor would date so."""
+        began, zero = self._began()
         return zero + (date - began).total_seconds() - self.skew_seconds
 
 
 def rfc3339(date: datetime) -> str:
     """`2026-01-01T00:00:00.123Z`, as the vendor writes dates."""
     return date.astimezone(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_date(text: str) -> datetime | None:
+    """An RFC 3339 date; None when it is not one."""
+    # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
+    six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", text.strip().replace(" ", "+"))
+    try:
+        date = datetime.fromisoformat(re.sub(r"[zZ]$", "+00:00", six_digits))
+    except ValueError:
+        return None
+    return date if date.tzinfo is not None else None

@@ -12,12 +12,14 @@ import random
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Endpoint = Literal["create", "get", "cancel", "executions", "models", "presign", "upload", "prediction", "picture"]
+ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 Phase = Literal["before", "after"]
+DEFAULT_SECONDS = 60.0
 
 # In a file of its own, which `prefect-eachlabs emulator --help` reads without importing the emulator.
 _KINDS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("fault_kinds.json").read_text(encoding="utf-8"))
@@ -94,6 +96,11 @@ class Fault(BaseModel):
         return f"{self.on}:{self.kind}"
 
     @property
+    def wait_seconds(self) -> float:
+        """How long what takes long takes."""
+        return DEFAULT_SECONDS if self.seconds is None else self.seconds
+
+    @property
     def phase(self) -> Phase:
         return "before" if self.kind in BEFORE or self.on in ("prediction", "picture") else "after"
 
@@ -116,7 +123,18 @@ class Fault(BaseModel):
         return cls(**fields)
 
 
-class FaultBook:
+def parse_faults(given: object) -> tuple[Fault, ...]:
+    """Faults from texts (`create:lost_answer=0.05`), objects, or `Fault`s.
+
+    Raises:
+        ValueError: One of them is not a fault; says what is known.
+    """
+    if not isinstance(given, (list, tuple)):
+        raise ValueError("faults must be a list")
+    return tuple(Fault.parse(fault) if isinstance(fault, str) else Fault.model_validate(fault) for fault in given)
+
+
+class FaultRules:
     """Decides which call is hit. Counts calls by endpoint and phase; the same seed decides the same."""
 
     _REMEMBERED = 100_000

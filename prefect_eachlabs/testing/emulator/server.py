@@ -16,11 +16,10 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_eachlabs.testing.emulator.app import create_app
-from prefect_eachlabs.testing.emulator.control import journal_view, parse_faults
-from prefect_eachlabs.testing.emulator.core import Emulator
-from prefect_eachlabs.testing.emulator.faults import Fault
+from prefect_eachlabs.testing.emulator.faults import Fault, parse_faults
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.responses import CUT, Receive, Scope, Send
+from prefect_eachlabs.testing.emulator.state import Emulator
 
 T = TypeVar("T")
 
@@ -63,6 +62,7 @@ class _Server(uvicorn.Server):
             log_level="warning",
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             server_header=False,
+            date_header=False,  # the app dates its answers itself
         )
         super().__init__(config)
         self._emulator = emulator
@@ -202,7 +202,7 @@ class EmulatorServer:
 
     def journal(self) -> list[dict[str, Any]]:
         """All requests, oldest first."""
-        requests: list[dict[str, Any]] = self._there(lambda: journal_view(self.emulator)["requests"])
+        requests: list[dict[str, Any]] = self._there(lambda: self.emulator.journal.view()["requests"])
         return requests
 
     def set_faults(self, *faults: Fault | str | Mapping[str, Any]) -> None:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from email.utils import format_datetime
 
 import httpx
 
 from prefect_eachlabs.testing.emulator.app import create_app
-from prefect_eachlabs.testing.emulator.clock import LoopClock
-from prefect_eachlabs.testing.emulator.core import Emulator
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.responses import ConnectionCut
+from prefect_eachlabs.testing.emulator.state import Emulator
 
 
 class InProcessTransport(httpx.AsyncBaseTransport):
@@ -32,7 +30,7 @@ class InProcessTransport(httpx.AsyncBaseTransport):
 
     def __init__(self, emulator: Emulator | EmulatorOptions | None = None) -> None:
         if not isinstance(emulator, Emulator):
-            emulator = Emulator(emulator, clock=LoopClock(), threads=False)
+            emulator = Emulator(emulator, threads=False)
         self.emulator = emulator
         self._asgi = httpx.ASGITransport(create_app(emulator))
         self._abandoned: set[asyncio.Task[httpx.Response]] = set()
@@ -44,11 +42,7 @@ class InProcessTransport(httpx.AsyncBaseTransport):
         read_seconds = request.extensions.get("timeout", {}).get("read")
         try:
             # Shielded: a server goes on with a request whose client has stopped listening.
-            response = await asyncio.wait_for(asyncio.shield(answering), read_seconds)
-            # As a server does; the whole vendor's clock is off by the emulator's skew.
-            date = self.emulator.calendar.date(self.emulator.clock.now())
-            response.headers["date"] = format_datetime(date, usegmt=True)
-            return response
+            return await asyncio.wait_for(asyncio.shield(answering), read_seconds)
         except asyncio.TimeoutError:
             raise httpx.ReadTimeout("the emulator's answer took too long", request=request) from None
         except ConnectionCut:
