@@ -17,7 +17,7 @@ from prefect_eachlabs.cli.models import _described, _line
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.tasks import generate_and_store
-from prefect_eachlabs.testing.emulator.catalogue import CATALOGUE
+from prefect_eachlabs.testing.emulator.state import MODELS
 from tests.api.reference_kit import Shop, buy, picture_bytes, play
 from tests.flows.flow_fixtures import Studio
 from tests.virtual_time import run
@@ -95,7 +95,7 @@ def test_a_picture_that_the_model_would_ignore_is_refused() -> None:
     ],
 )
 def test_faults_are_told_field_by_field(slug: str, input: dict[str, Any], faults: list[str]) -> None:
-    found = Model.parse(CATALOGUE[slug].view()).faults_of(input)
+    found = Model.parse(MODELS[slug]).faults_of(input)
     assert len(found) == len(faults)
     for said, wanted in zip(found, faults, strict=True):
         assert said.startswith(wanted)
@@ -308,7 +308,7 @@ def test_models_lists_the_catalogue_without_a_key(
     monkeypatch.delenv("EACHLABS_API_KEY")
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(CATALOGUE)
+    assert [line.split()[0] for line in lines] == list(MODELS)
     assert "needs prompt, image_urls; reference picture: image_urls (several)" in "\n".join(lines)
     assert main(["models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["models"]

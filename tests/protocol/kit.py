@@ -157,7 +157,7 @@ class World:
         return self.bought_at(self.now())
 
     def bought_at(self, now: float) -> list[Job]:
-        return [job for job in reversed(list(self.emulator.bought.newest_first(now))) if not job.foreign]
+        return [job for job in reversed(list(self.emulator.ledger.newest_first(now))) if not job.foreign]
 
     def bought_for(self, item: Item) -> list[Job]:
         return [job for job in self.bought() if job.input == item.input]
@@ -187,7 +187,7 @@ class World:
             picture = self.store.objects[self.destination.image_key(item.item_id)]
             assert picture.metadata["prediction-id"] == record.prediction_id, item.item_id
             assert verify_png(picture.body).sha256 == record.sha256
-            job = self.emulator.bought.get(record.prediction_id or "", self.now())
+            job = self.emulator.ledger.get(record.prediction_id or "", self.now())
             assert job is not None, record.prediction_id
             assert job.input == item.input, f"{item.item_id} has the picture of another input"
             assert not job.foreign, f"{item.item_id} adopted another key's prediction"

@@ -40,7 +40,7 @@ async def earlier_world() -> World:
     now = world.now()
     for number, one in enumerate(EARLIER["predictions"], start=1):
         cancelled_ago = one["cancelled_ago"]
-        world.emulator.bought.add(
+        world.emulator.ledger.add(
             Job(
                 number=number,
                 id=one["id"],
@@ -56,7 +56,7 @@ async def earlier_world() -> World:
                 cancelled=None if cancelled_ago is None else now - cancelled_ago,
             )
         )
-    world.emulator.bought.settle(now)
+    world.emulator.ledger.settle(now)
     return world
 
 

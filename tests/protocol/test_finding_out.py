@@ -158,7 +158,7 @@ def test_a_row_of_another_key_that_get_does_not_show_us_holds_nothing_up(status:
         await world.process().obtain(B)
         await abandoned(world, A)
         others_buy(world, A)
-        foreign = next(iter(world.emulator.bought.newest_first(world.now())))
+        foreign = next(iter(world.emulator.ledger.newest_first(world.now())))
         world.hidden[foreign.id] = status
         await world.process().obtain(A)
         world.check([A, B])

@@ -206,7 +206,7 @@ class LifeOfRecords(RuleBasedStateMachine):
         for item in ITEMS:
             record = self.world.record(item)
             assert record.state is RecordState.STORED
-            job = self.world.emulator.bought.get(record.prediction_id or "", self.world.now())
+            job = self.world.emulator.ledger.get(record.prediction_id or "", self.world.now())
             assert job is not None
             assert job.input == item.input, "the picture of another input"
             assert self.world.store.objects[f"kit/images/{item.item_id}.png"].metadata["prediction-id"] == job.id

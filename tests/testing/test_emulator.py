@@ -317,10 +317,8 @@ def test_the_journal_tells_each_request_and_the_judge_is_not_in_it() -> None:
 
 
 def test_journal_predictions_and_uploads_are_bounded_and_the_tallies_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state, "KEPT_REQUESTS", 3)
-    monkeypatch.setattr("prefect_eachlabs.testing.emulator.predictions.KEPT", 2)
     monkeypatch.setattr(state, "_KEPT_UPLOADS", 1)
-    api = Api(requests_per_minute=None, service_seconds=0)
+    api = Api(requests_per_minute=None, service_seconds=0, keep_requests=3, keep_predictions=2)
     bought = [api.buy(str(number)) for number in range(5)]
     assert api.call("GET", "/_emulator/journal").json()["dropped"] == 2
     assert [api.call("GET", f"/v1/prediction/{one}").status_code for one in bought] == [404, 404, 404, 200, 200]
@@ -374,9 +372,8 @@ def test_executions_come_newest_first_in_words_of_their_own_and_without_inputs()
     assert all("input" not in row for row in rows)
 
 
-def test_pages_are_cut_by_limit_and_offset_and_default_to_20(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefect_eachlabs.testing.emulator.routes.TOTAL_CAP", 12)
-    api = Api(requests_per_minute=None, max_in_flight=None, service_seconds=0)
+def test_pages_are_cut_by_limit_and_offset_and_default_to_20() -> None:
+    api = Api(requests_per_minute=None, max_in_flight=None, service_seconds=0, total_cap=12)
     bought = [api.buy(str(number)) for number in range(25)][::-1]
     assert [row["id"] for row in api.rows()] == bought[:20]
     assert [row["id"] for row in api.rows(limit=10, offset=20)] == bought[20:]
@@ -405,6 +402,10 @@ def test_a_wrong_query_is_a_400_that_says_what_may_stand_there(query: dict[str, 
     answer = Api().call("GET", "/v1/executions", params=query)
     assert answer.status_code == 400
     assert next(iter(query)) in answer.json()["error"]
+
+
+def test_a_filter_that_the_emulator_does_not_have_is_not_ignored() -> None:
+    assert Api().call("GET", "/v1/executions", params={"status": "error"}).status_code == 501
 
 
 def test_a_listing_delay_shows_the_world_as_it_was() -> None:

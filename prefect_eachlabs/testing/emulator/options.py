@@ -31,9 +31,12 @@ class EmulatorOptions(BaseModel):
         long_poll_seconds: A GET of an unfinished prediction is held until the end or so long; 0: never.
         clock_skew_seconds: The vendor's dates are off by so much.
         listing_delay_seconds: Executions shows the world as it was so long ago.
+        total_cap: `total_count` of executions is counted up to here.
         strict_models: Whether a POST for a model outside the catalogue is refused (404), and its input checked
             against the model's schema (400).
         require_version: Whether a POST without `version` is refused, as the API of 2025 did.
+        keep_requests: The journal holds the last so many requests.
+        keep_predictions: The oldest ended predictions beyond so many are forgotten (their tallies stay).
         faults: What goes wrong; see `Fault`.
     """
 
@@ -57,8 +60,11 @@ class EmulatorOptions(BaseModel):
     long_poll_seconds: Annotated[float, Field(ge=0, le=3_600)] = 0.0
     clock_skew_seconds: Annotated[float, Field(ge=-31_536_000, le=31_536_000)] = 0.0
     listing_delay_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    total_cap: Annotated[int, Field(ge=1)] = 1_000
     strict_models: bool = True
     require_version: bool = False
+    keep_requests: Annotated[int, Field(ge=1, le=10_000_000)] = 200_000
+    keep_predictions: Annotated[int, Field(ge=1, le=10_000_000)] = 200_000
     faults: tuple[Fault, ...] = ()
 
     @field_validator("faults", mode="before")

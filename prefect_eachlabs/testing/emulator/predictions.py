@@ -22,8 +22,6 @@ from prefect_eachlabs.testing.emulator.clock import Clock, rfc3339
 from prefect_eachlabs.testing.emulator.faults import Fault
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 
-KEPT = 200_000
-"""The oldest predictions beyond so many are forgotten once they have ended; their tallies stay."""
 _STARTING_FRACTION = 0.15
 _STARTING_SECONDS = 2.0
 _EXECUTION_STATUS = {"starting": "created", "processing": "starting", "failed": "error"}
@@ -31,7 +29,12 @@ _EXECUTION_STATUS = {"starting": "created", "processing": "starting", "failed": 
 _FAILURES = {
     "fail": ("PROVIDER_FAILED", "The provider could not make the picture.", False, "provider_error"),
     "fail_retryable": ("PROVIDER_UNAVAILABLE", "The provider is overloaded.", True, "provider_unavailable"),
-    "fail_moderation": ("CONTENT_MODERATION", "The provider's safety system refused it.", False, "content_moderation"),
+    "fail_moderation": (
+        "CONTENT_MODERATION",
+        "It was refused by the provider's safety system.",
+        False,
+        "content_moderation",
+    ),
     "key_in_error": ("PROVIDER_FAILED", "Upstream refused the header X-API-Key: {key}", False, "provider_auth"),
     "fail_input": ("INVALID_INPUT", "The reference picture could not be fetched.", False, "invalid_user_input"),
 }
@@ -110,7 +113,8 @@ class Predictions:
 
     _IDS_SHOWN = 20
 
-    def __init__(self) -> None:
+    def __init__(self, *, keep: int) -> None:
+        self._keep = keep
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._numbers = 0
         self._landings: list[tuple[float, int, Job]] = []
@@ -139,7 +143,7 @@ class Predictions:
             self.worst_in_flight = max(self.worst_in_flight, self._in_flight[job.key])
             heapq.heappush(self._landings, (job.ends, job.number, job))
             self._by_input.setdefault(_digest(job), []).append(job)
-        while len(self._jobs) > KEPT and (oldest := next(iter(self._jobs.values()))).ended_at(job.created):
+        while len(self._jobs) > self._keep and (oldest := next(iter(self._jobs.values()))).ended_at(job.created):
             del self._jobs[oldest.id]
 
     def announce(self, job: Job) -> None:

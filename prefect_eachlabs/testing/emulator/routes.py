@@ -35,10 +35,10 @@ KEY = "prefect_eachlabs.testing.emulator.key"
 """Where it carries the API key in clear, for the faults that quote it; the journal knows its hash alone."""
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
-TOTAL_CAP = 1_000
-"""`total_count` of executions is counted up to here."""
 RETENTION_SECONDS = 180 * 86_400
 _DEFAULT_WINDOW = timedelta(days=90)
+_OTHER_FILTERS = {"status", "error_classification", "workflow_id", "workflow_execution_id"}
+"""The vendor's filters of executions that the emulator does not have."""
 _PICTURE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:-([0-9]{1,2}))?\.(png|jpeg|webp|gif)")
 
 
@@ -163,17 +163,17 @@ def check_order(emulator: Emulator, body: Mapping[str, Any]) -> None:
 def over_the_account(emulator: Emulator, key: str) -> Response | None:
     """429 or 402 when the account's predictions in flight or its balance leave no slot for one more."""
     options, now = emulator.options, emulator.clock.now()
-    in_flight = emulator.bought.in_flight(key, now)
+    in_flight = emulator.ledger.in_flight(key, now)
     if options.max_in_flight is not None and in_flight >= options.max_in_flight:
         emulator.journal.violations["over_max_in_flight"] += 1
-        next_end = emulator.bought.next_end(key)
+        next_end = emulator.ledger.next_end(key)
         return throttled(
             f"Concurrent prediction limit reached: {in_flight} predictions are in flight and at most "
             f"{options.max_in_flight} may be. Wait until one has ended.",
             emulator=emulator,
             wait_seconds=1.0 if next_end is None else next_end - now,
         )
-    if options.balance_usd is not None and emulator.bought.owed_usd(now) + options.cost_usd > options.balance_usd:
+    if options.balance_usd is not None and emulator.ledger.owed_usd(now) + options.cost_usd > options.balance_usd:
         return no_balance()
     return None
 
@@ -205,7 +205,7 @@ def prediction_routes(emulator: Emulator, router: APIRouter) -> None:
     async def called(request: Request, prediction_id: str, endpoint: Endpoint) -> tuple[Call, Job | Response]:
         """A question about a prediction: the prediction, or what is answered instead."""
         entry_of(request).prediction_id = prediction_id
-        call, job = Call(emulator, request, endpoint), emulator.bought.get(prediction_id, emulator.clock.now())
+        call, job = Call(emulator, request, endpoint), emulator.ledger.get(prediction_id, emulator.clock.now())
         call.text = job.prompt if job else ""
         answer = await call.before()
         return call, answer or job or error(404, "Prediction not found")
@@ -259,7 +259,7 @@ def executions_page(emulator: Emulator, request: Request, faults: Mapping[str, F
         limit = min(limit, int(short.value or 50))
     at = emulator.clock.now() - (stale.wait_seconds if stale else emulator.options.listing_delay_seconds)
     page: list[Job] = []
-    matched, counted_up_to = 0, max(offset + limit, TOTAL_CAP)
+    matched, counted_up_to = 0, max(offset + limit, emulator.options.total_cap)
     for job in () if "empty_list" in faults else _listed(emulator, request, at=at):
         if missing is not None and _is_missing(emulator, missing, job):
             continue
@@ -272,12 +272,14 @@ def executions_page(emulator: Emulator, request: Request, faults: Mapping[str, F
     rows = [_as_said(execution_view(job, emulator.options, emulator.clock, at=at), faults) for job in page]
     if "short_pages_untold" in faults:
         return {"executions": rows}
-    total = TOTAL_CAP if capped else matched
+    total = emulator.options.total_cap if capped else matched
     return {"executions": rows, "total_count": total, "total_capped": capped, "offset": offset, "limit": limit}
 
 
 def _listed(emulator: Emulator, request: Request, *, at: float) -> Iterator[Job]:
     """What the list shows at a moment, of a model and between two dates if asked so."""
+    if other := sorted(_OTHER_FILTERS & set(request.query_params)):
+        raise Refused(f"the emulator does not filter by {other[0]}", status=501)
     clock, now = emulator.clock, emulator.clock.now()
     dates = {}
     for name in ("from", "to"):
@@ -291,7 +293,7 @@ def _listed(emulator: Emulator, request: Request, *, at: float) -> Iterator[Job]
         begin = clock.moment(dates["from"] or until - _DEFAULT_WINDOW)
     except OverflowError:
         begin = float("-inf")
-    for job in emulator.bought.newest_first(now):
+    for job in emulator.ledger.newest_first(now):
         if job.created < begin:
             break
         late = job.faults.get("listed_late")
@@ -389,7 +391,7 @@ def file_routes(emulator: Emulator, router: APIRouter) -> None:
     @router.head("/files/{name}")
     async def download(request: Request, name: str) -> Response:
         match, now = _PICTURE.fullmatch(name), emulator.clock.now()
-        job = emulator.bought.get(match[1], now) if match else None
+        job = emulator.ledger.get(match[1], now) if match else None
         number = int(match[2] or 1) if match else 1
         if match is None or job is None or job.status_at(now) != "success" or not 1 <= number <= job.pictures:
             return error(404, "Not Found")

@@ -25,8 +25,6 @@ from prefect_eachlabs.testing.emulator.pictures import Pictures
 from prefect_eachlabs.testing.emulator.predictions import Job, Predictions, new_id
 
 WINDOW_SECONDS = 60.0
-KEPT_REQUESTS = 200_000
-"""The journal holds the last so many requests."""
 MAX_UPLOAD_BYTES = 100_000_000
 _KEPT_UPLOADS = 1_000
 _FOREIGN_KEY = "another-key"
@@ -109,8 +107,8 @@ class _Window:
 class Journal:
     """Who asked what and when: what makes the emulator a judge."""
 
-    def __init__(self) -> None:
-        self.entries: deque[Entry] = deque(maxlen=KEPT_REQUESTS)
+    def __init__(self, *, keep: int) -> None:
+        self.entries: deque[Entry] = deque(maxlen=keep)
         self.total = 0
         self.by_endpoint: Counter[str] = Counter()
         self.by_status: Counter[str] = Counter()
@@ -253,8 +251,8 @@ class Emulator:
 
     def reset(self) -> None:
         """Forgets everything: predictions, journal, uploads, counted calls; the options and their faults stay."""
-        self.journal = Journal()
-        self.bought = Predictions()
+        self.journal = Journal(keep=self.options.keep_requests)
+        self.ledger = Predictions(keep=self.options.keep_predictions)
         self.faults = FaultRules(self.options.faults, seed=self.options.seed)
         self.uploads = Uploads()
         self.downloads = 0
@@ -280,7 +278,7 @@ class Emulator:
             expiries = [expiry for text in texts if (expiry := _expiry_of(text)) is not None]
             if early := sum(expiry < end for expiry in expiries):
                 self.journal.violations["reference_expires_too_early"] += early
-        self.bought.add(job)
+        self.ledger.add(job)
         if (twin := job.faults.get("foreign_twin")) is not None:
             self.announce_foreign(body, base_url=base_url, after_seconds=twin.seconds or 0.0)
         return job
@@ -289,11 +287,11 @@ class Emulator:
         """Another key of the organization buys the same; it costs us nothing and shows in executions."""
         job = self._job(body, base_url=base_url, created=self.clock.now() + after_seconds)
         job.foreign = True
-        self.bought.announce(job)
+        self.ledger.announce(job)
         return job
 
     def _job(self, body: Mapping[str, Any], *, base_url: str, created: float) -> Job:
-        number, model = self.bought.next_number(), MODELS.get(body["model"], {})
+        number, model = self.ledger.next_number(), MODELS.get(body["model"], {})
         defaults = _defaults(model)
         wanted = body["input"].get("num_images", defaults.get("num_images", 1))
         pictures = wanted if type(wanted) is int and 1 <= wanted <= 16 else 1
@@ -316,7 +314,7 @@ class Emulator:
         )
 
     def cancel(self, job: Job) -> None:
-        if self.bought.cancel(job, self.clock.now()):
+        if self.ledger.cancel(job, self.clock.now()):
             for held in self._held.pop(job.id, []):
                 if not held.done():
                     held.set_result(None)
@@ -351,7 +349,7 @@ class Emulator:
                 "cost_usd": job.bill_at(now),
                 "faults": sorted(job.faults),
             }
-            for job in reversed(list(self.bought.newest_first(now)))
+            for job in reversed(list(self.ledger.newest_first(now)))
         ]
 
     def tallies(self) -> dict[str, Any]:
@@ -362,7 +360,7 @@ class Emulator:
         `worst_in_flight` the most of its predictions that were in flight at once.
         """
         return {
-            **self.bought.tallies(self.clock.now()),
+            **self.ledger.tallies(self.clock.now()),
             "worst_window": self.journal.worst_window,
             "rejected_429": self.journal.rejected_429,
             "unauthorized": self.unauthorized,
