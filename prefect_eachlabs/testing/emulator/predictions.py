@@ -31,7 +31,7 @@ _FAILURES = {
     "fail_retryable": ("PROVIDER_UNAVAILABLE", "The provider is overloaded.", True, "provider_unavailable"),
     "fail_moderation": (
         "CONTENT_MODERATION",
-        "It was refused by the provider's safety system.",
+        "The request was refused by the provider's safety system.",
         False,
         "content_moderation",
     ),
