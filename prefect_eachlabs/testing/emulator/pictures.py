@@ -58,12 +58,13 @@ def draw(prompt: str, *, size_px: int, seed: str, format: str = "png") -> bytes:
     caption = ImageFont.load_default(max(6, size_px // 32))
     pen.text((margin, size_px - margin), CAPTION, font=caption, fill="white", anchor="ls")
     words = _showable(prompt).split() or ["(no", "prompt)"]
-    for size in (size_px // part for part in (10, 14, 18, 24, 32)):
-        font = ImageFont.load_default(max(6, size))
+    for part in (10, 14, 18, 24, 32):
+        size = max(6, size_px // part)
+        font = ImageFont.load_default(size)
         lines = _wrapped(words, font, size_px - 2 * margin)
-        if len(lines) * size * 1.3 <= size_px - 3 * margin:
+        if len(lines) * size * 1.3 <= size_px - 3 * margin or part == 32:
+            pen.multiline_text((margin, margin), "\n".join(lines), font=font, fill="white", spacing=size * 0.3)
             break
-    pen.multiline_text((margin, margin), "\n".join(lines), font=font, fill="white", spacing=size * 0.3)
     buffer = io.BytesIO()
     picture.save(buffer, format.upper())
     return buffer.getvalue()
