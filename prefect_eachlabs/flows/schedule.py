@@ -14,7 +14,7 @@ from prefect_eachlabs.flows.image import target
 from prefect_eachlabs.flows.results import kept_as_json
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
-from prefect_eachlabs.tasks import generate_and_store
+from prefect_eachlabs.tasks import generate_and_store, shortened
 
 __all__ = ["scheduled_image"]
 
@@ -92,7 +92,7 @@ def named_for_its_date() -> str:
     parameters = flow_run.parameters
     try:
         date = _scheduled_for(parameters["time_zone"])
-        return filled(parameters["item_id_template"], date, name="item_id_template")[:128] or "picture"
+        return shortened(filled(parameters["item_id_template"], date, name="item_id_template"), 128) or "picture"
     except (BadInput, KeyError):
         return "picture"  # the flow says what is wrong
 

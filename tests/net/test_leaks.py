@@ -110,13 +110,22 @@ class Scene:
                     with found["Body"] as body:
                         yield f"s3 {row['Key']}", body.read() + json.dumps(found["Metadata"]).encode()
 
+    def read_by_people(self) -> Iterator[tuple[str, str]]:
+        """What a person reads at a terminal, in a file or on a page of the Prefect UI, by name."""
+        for where, data in self.outputs():
+            if where in ("stdout and stderr", "debug.log") or where.endswith((".html", ".txt")):
+                yield where, data.decode(errors="replace")
+        with closing(sqlite3.connect(f"file:{self.home / 'prefect' / 'prefect.db'}?mode=ro", uri=True)) as database:
+            for kind in ("flow_run_state.message", "task_run_state.message", "log.message", "artifact.description"):
+                table, _, column = kind.partition(".")
+                for (text,) in database.execute(f"select {column} from {table} where {column} is not null"):
+                    yield kind, text
+
     def unshown(self) -> list[str]:
-        """Where a sign that moves terminals stands in what a person reads."""
+        """Where a sign that moves terminals, or a forged line, stands in what a person reads."""
         return [
             f"{where}: {text[max(0, found.start() - 90) : found.end() + 20]!r}"
-            for where, data in self.outputs()
-            if where in ("stdout and stderr", "debug.log") or where.endswith((".html", ".txt"))
-            for text in [data.decode(errors="replace")]
+            for where, text in self.read_by_people()
             for found in re.finditer("[\x1b\x07\x9b\u202e\u2066\u2028]|^2026-11-24", text, re.MULTILINE)
         ]
 
@@ -219,6 +228,8 @@ def test_a_key_that_answers_quote_is_written_down_nowhere(quoting_scene: Scene, 
     for place in (*PLACES, "prefect.db artifact", "s3 quoted-cli/records"):
         assert any(place in where for where, _ in quoting_scene.outputs()), place
     assert "upstream refused" in quoting_scene.said
+    read = {kind for kind, text in quoting_scene.read_by_people() if "upstream refused" in text}
+    assert {"flow_run_state.message", "task_run_state.message", "log.message"} <= read
     assert quoting_scene.leaks() == []
     assert quoting_scene.unshown() == []
 

@@ -15,6 +15,8 @@ from urllib.parse import quote
 FORGED = "\r\n2026-11-24 12:00:00 | INFO | FORGED: all paid"
 ESCAPES = "\x1b[2J\x1b]0;pwned\x07\x9b31m\u202e\u2066\u2028"
 """Clears the screen, names the window, colours (C1), turns the direction of the text, ends a line."""
+MARKUP = "![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)> www.evil.invalid *x* _y_ `z` [a]: b &amp; # h"
+"""Markdown and HTML that load, link or run something where they are taken for more than words."""
 
 
 def quoting(secret: str) -> str:

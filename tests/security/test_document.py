@@ -15,10 +15,10 @@ def test_each_promise_is_tested_where_the_document_says() -> None:
     ]
     assert len(rows) > 8
     for row in rows[2:]:
-        named = re.findall(r"`([a-z_/]+(?:\.py|/))`", row.rstrip("|").rpartition("|")[2])
-        assert named, row
-        for path in named:
-            assert (ROOT / "tests" / path).exists(), path
+        linked = re.findall(r"\]\((tests/[a-z_/.]+)\)", row)
+        assert linked, row
+        for path in linked:
+            assert (ROOT / path).exists(), path
 
 
 def test_it_fits_one_screen() -> None:

@@ -17,14 +17,13 @@ from prefect_eachlabs.artifacts import escaped, plain
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.pages import index_page
 from prefect_eachlabs.cli.main import main
-from prefect_eachlabs.flows import generate_image, settle_leftovers
+from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
 from prefect_eachlabs.flows.batch_artifacts import chunk_markdown
 from prefect_eachlabs.net.redaction import visible
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import BUCKET, Studio
-from tests.security.hostile import ESCAPES, FORGED
+from tests.security.hostile import ESCAPES, FORGED, MARKUP
 
-HOSTILE = "![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)> www.evil.invalid *x* _y_ `z` [a]: b &amp; # h"
 RENDER = MarkdownIt("gfm-like", {"html": True, "linkify": False})
 
 
@@ -39,14 +38,14 @@ def assert_words_alone(markdown: str) -> None:
     assert visible(markdown) == markdown
 
 
-@pytest.mark.parametrize("text", [HOSTILE, f"{ESCAPES}{FORGED}", "- list", "1. list", "> quote", "=====", "\ud800\x00"])
+@pytest.mark.parametrize("text", [MARKUP, f"{ESCAPES}{FORGED}", "- list", "1. list", "> quote", "=====", "\ud800\x00"])
 def test_a_description_is_words_alone(text: str) -> None:
     assert_words_alone(f"Item {plain(text)}")
 
 
 def test_what_moves_terminals_is_written_out_on_a_page() -> None:
     assert escaped("a\x1b[2J\u202eb") == "a&#92;x1b&#91;2J&#92;u202eb"
-    row = Outcome(row=1, state=RowState.FAILED, prompt=HOSTILE, error={"kind": HOSTILE, "message": ESCAPES + FORGED})
+    row = Outcome(row=1, state=RowState.FAILED, prompt=MARKUP, error={"kind": MARKUP, "message": ESCAPES + FORGED})
     markdown = chunk_markdown([row])
     assert visible(markdown, keeping="\n") == markdown
     tokens = RENDER.parse(markdown)
@@ -58,7 +57,7 @@ def test_what_moves_terminals_is_written_out_on_a_page() -> None:
 def test_the_artifacts_of_runs_describe_themselves_in_words_alone(studio: Studio) -> None:
     """A form's destination may hold any Markdown: it was the description of the picture's artifact."""
     hostile = f"s3://{BUCKET}/![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)>"
-    image = generate_image(HOSTILE, hostile, return_state=True)
+    image = generate_image(MARKUP, hostile, return_state=True)
     left = settle_leftovers(hostile, return_state=True)
 
     async def read(run_id: Any) -> list[Any]:
@@ -73,10 +72,29 @@ def test_the_artifacts_of_runs_describe_themselves_in_words_alone(studio: Studio
         assert "evil.invalid/p.png)<img" not in str(artifact.data)
 
 
-def test_a_prompt_that_names_a_run_moves_no_log() -> None:
-    from prefect_eachlabs.tasks import shortened
+@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.parametrize(
+    ("flow", "parameters"),
+    [
+        (generate_image, {"prompt": FORGED + ESCAPES}),
+        (generate_image, {"prompt": "a fox", "item_id": ESCAPES + FORGED}),
+        (scheduled_image, {"prompt_template": "a fox", "item_id_template": FORGED + ESCAPES}),
+        (scheduled_image, {"prompt_template": "a fox", "time_zone": FORGED + ESCAPES}),
+        (generate_batch, {"source": f"{ESCAPES}{FORGED}.csv"}),
+        (generate_batch, {"source": "a.csv", "batch_id": ESCAPES + FORGED}),
+    ],
+)
+def test_what_names_a_run_moves_no_log_and_is_no_line_of_it(studio: Studio, flow: Any, parameters: Any) -> None:
+    state = flow(destination=f"{studio.destination}/\x1b[2J", **parameters, return_state=True)
 
-    assert visible(shortened(ESCAPES + FORGED)) == shortened(ESCAPES + FORGED)
+    async def read() -> Any:
+        async with get_client() as client:
+            return await client.read_flow_run(state.state_details.flow_run_id)
+
+    run = asyncio.run(read())
+    assert state.is_failed()
+    for text in (run.name, state.message):
+        assert visible(text) == text
 
 
 def test_the_deployment_that_events_start_says_that_each_spends_and_runs_few_at_a_time() -> None:
@@ -99,7 +117,7 @@ def test_a_key_that_somebody_writes_to_the_bucket_moves_no_terminal(
 
 
 def test_the_page_of_a_report_shows_what_turns_text_as_what_it_is() -> None:
-    text = f"{HOSTILE}{ESCAPES}"
+    text = f"{MARKUP}{ESCAPES}"
     there = Outcome(
         row=1, state=RowState.STORED, item_id=text, prompt=text, uri=f"s3://{BUCKET}/{text}.png", labels={text: text}
     )
