@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.net.addresses import PrivateHosts, is_loopback
-from prefect_eachlabs.reference_images import ROOTS_VARIABLE, Roots
+from prefect_eachlabs.reference_images import Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
 
@@ -133,21 +133,7 @@ class AccountSettings(BaseModel):
         return min(20.0, self.claim_seconds / 3)
 
 
-ENVIRONMENT: dict[str, str] = {
-    "api_key": "EACHLABS_API_KEY",
-    "base_url": "EACHLABS_BASE_URL",
-    "auth_scheme": "EACHLABS_AUTH_SCHEME",
-    "requests_per_minute": "EACHLABS_REQUESTS_PER_MINUTE",
-    "max_in_flight": "EACHLABS_MAX_IN_FLIGHT",
-    "account": "EACHLABS_ACCOUNT",
-    "claim_seconds": "EACHLABS_CLAIM_SECONDS",
-    "settling_seconds": "EACHLABS_SETTLING_SECONDS",
-    "deadline_seconds": "EACHLABS_DEADLINE_SECONDS",
-    "conditional_writes": "EACHLABS_CONDITIONAL_WRITES",
-    "reference_roots": ROOTS_VARIABLE,
-    "check_references": "EACHLABS_CHECK_REFERENCES",
-    "private_hosts": "EACHLABS_PRIVATE_HOSTS",
-}
+ENVIRONMENT = {field: f"EACHLABS_{field.upper()}" for field in AccountSettings.model_fields}
 """Field of `AccountSettings` → environment variable."""
 
 
@@ -175,17 +161,13 @@ def settings_from_environment(environ: Mapping[str, str] | None = None, **given:
         SetupError: No key anywhere, or a value out of its bounds; says which variable and what it may be.
     """
     environ = os.environ if environ is None else environ
-    values: dict[str, Any] = {}
-    for field, variable in ENVIRONMENT.items():
-        text = environ.get(variable, "").strip()
-        if not text:
-            continue
-        if field in ("requests_per_minute", "max_in_flight") and text.lower() == "none":
+    found = {field: environ.get(variable, "").strip() for field, variable in ENVIRONMENT.items()}
+    values: dict[str, Any] = {field: text for field, text in found.items() if text}
+    for field in ("requests_per_minute", "max_in_flight"):
+        if found[field].lower() == "none":
             values[field] = None
-        elif field in ("auth_scheme", "conditional_writes", "check_references"):
-            values[field] = text.lower()
-        else:
-            values[field] = text
+    for field in {"auth_scheme", "conditional_writes", "check_references"} & values.keys():
+        values[field] = found[field].lower()
     values.update(given)
     if not values.get("api_key"):
         raise SetupError(

@@ -1,6 +1,6 @@
-"""The commands, one module each; `cli.COMMANDS` lists them.
+"""The command line: `main.COMMANDS` names the commands, each a function in a module of its own name.
 
-A module has `configure(parser)`, which adds the command's flags, and `run(arguments) -> int`, which returns the exit
-status and raises errors of `errors.py`: the command line turns those into one line, or into JSON. What is heavy to
-import is imported by `run`, so that help and refusals answer at once.
+A command's signature is its flags, its docstring its help, what it returns its exit status; it raises errors of
+`errors.py`, which `main` turns into one line, or into JSON. What is heavy to import it imports when it runs, so that
+help and refusals answer at once.
 """

@@ -4,24 +4,26 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
+from cyclopts import Parameter
+
 from prefect_eachlabs.cli.generate import source_of_places
-from prefect_eachlabs.cli.options import add_purchase_flags, positive_number
+from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags
+from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
     from prefect_eachlabs.batch.outcomes import BatchResult
     from prefect_eachlabs.batch.plan import Plan
     from prefect_eachlabs.batch.progress import Show
     from prefect_eachlabs.batch.report import Worker
-    from prefect_eachlabs.batch.run import Batch, BatchOptions
+    from prefect_eachlabs.batch.run import Batch
     from prefect_eachlabs.engine.runtime import Gateway
 
 BAR_SECONDS = 0.5
@@ -32,86 +34,98 @@ SHOWN_MESSAGES = 20
 CANCELS_SECONDS = 65.0
 """Where the minute's requests are used up, the cancels wait for the next ones; a second Ctrl-C does not."""
 
-EPILOG = """\
-The source is CSV, TSV, JSON Lines or Parquet, told by its ending: a path, or s3://BUCKET/KEY. It needs a column
-'prompt' (or 'Prompt'); 'id', 'image_url', 'model' and 'version' are used where present, 'input.NAME' goes into the
-model's input, all others are labels, kept in records and report.
 
-Run the same again after a kill, a failure or with new rows: what is stored is not bought again.
-The report: PREFIX/batches/BATCH_ID/report.json, report.jsonl (a row an item), index.html, contact-sheet.png.
+def batch(
+    source: Annotated[str, Parameter(help="the table: a path or s3://bucket/key")],
+    /,
+    *,
+    batch_id: Annotated[str | None, Parameter(help="names the report's folder (the source's base name)")] = None,
+    budget_usd: Annotated[
+        PositiveNumber | None, Parameter(help="spend at most so much in this run; the rest is left out")
+    ] = None,
+    dry_run: Annotated[bool, Parameter(help="check every row, estimate cost and time, buy nothing")] = False,
+    presigned_days: Annotated[
+        PositiveNumber | None,
+        Parameter(help="the page links pictures by presigned URLs that anybody may open for so long (7 at most)"),
+    ] = None,
+    flags: PurchaseFlags = NONE_GIVEN,
+) -> int:
+    """A table of prompts becomes pictures in your bucket and a report, bought once each.
 
-exit status: 0 every row has its picture, 1 some have not, 2 usage or set-up wrong
+    The source is CSV, TSV, JSON Lines or Parquet, told by its ending. It needs a
+    column 'prompt' (or 'Prompt'); 'id', 'image_url', 'model' and 'version' are used
+    where present, 'input.NAME' goes into the model's input, all others are labels,
+    kept in records and report.
 
-examples:
-  prefect-eachlabs batch prompts.csv --to s3://acme/spring --dry-run
-  prefect-eachlabs batch prompts.csv --to s3://acme/spring --budget-usd 25
-"""
+    Run the same again after a kill, a failure or with new rows: what is stored is
+    not bought again. The report: PREFIX/batches/BATCH_ID/report.json, report.jsonl
+    (a row an item), index.html, contact-sheet.png.
 
+    exit status: 0 every row has its picture, 1 some have not, 2 set-up wrong
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument("source", metavar="SOURCE", help="the table: a path or s3://BUCKET/KEY")
-    add_purchase_flags(parser)
-    parser.add_argument("--batch-id", metavar="ID", help="names the report's folder (the source's base name)")
-    parser.add_argument(
-        "--budget-usd",
-        type=positive_number,
-        metavar="X",
-        help="spend at most so much in this run; the rest is left out",
-    )
-    parser.add_argument("--dry-run", action="store_true", help="check every row, estimate cost and time, buy nothing")
-    parser.add_argument(
-        "--presigned-days",
-        type=positive_number,
-        metavar="D",
-        help="the page links pictures by presigned URLs that anybody may open for so long (7 at most)",
-    )
-
-
-def run(arguments: argparse.Namespace) -> int:
+    examples:
+      prefect-eachlabs batch prompts.csv --to s3://acme/spring --dry-run
+      prefect-eachlabs batch prompts.csv --to s3://acme/spring --budget-usd 25
+    """
+    from prefect_eachlabs.batch.plan import open_batch
     from prefect_eachlabs.batch.run import BatchOptions
-    from prefect_eachlabs.errors import BadInput
-    from prefect_eachlabs.images.formats import check_formats
+    from prefect_eachlabs.batch.source import Defaults
+    from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
 
-    days = arguments.presigned_days
-    if days is not None and days > MOST_DAYS:
+    if presigned_days is not None and presigned_days > MOST_DAYS:
         raise BadInput(f"--presigned-days: S3 signs URLs for {MOST_DAYS:g} days at most.")
     options = BatchOptions(
         run_id=uuid4().hex,
-        budget_usd=arguments.budget_usd,
-        replace=arguments.replace,
-        rebuy_missing=arguments.rebuy_missing,
-        retry_failed=arguments.retry_failed,
-        on_ambiguous=arguments.on_ambiguous,
-        retry_ambiguous=arguments.retry_ambiguous,
-        deadline_seconds=arguments.deadline_seconds,
-        formats=check_formats(arguments.formats),
-        presigned_seconds=None if days is None else max(1, round(days * DAY_SECONDS)),
+        budget_usd=budget_usd,
+        presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
+        **flags.options(),
     )
-    bar, show, show_seconds = _shown(arguments)
+    destination = flags.destination()
+    bar, show, show_seconds = _shown(quiet=flags.in_json or dry_run)
+
+    def opened(gateway: Gateway, worker: Worker) -> Coroutine[Any, Any, Batch]:
+        return open_batch(
+            gateway.engine,
+            source,
+            destination,
+            options,
+            batch_id=batch_id,
+            defaults=Defaults(check_model_name(flags.model or DEFAULT_MODEL), flags.version),
+            worker=worker,
+            show=show,
+            show_seconds=show_seconds,
+            any_source=True,
+        )
+
     with bar:
-        _log_to_stderr(quiet=arguments.json)
-        answer = _run(arguments, options, (show, show_seconds))
-    print(json.dumps(answer.as_json()) if arguments.json else _as_text(answer), flush=True)
+        _log_to_stderr(quiet=flags.in_json)
+        answer = _run(opened, dry_run=dry_run)
+    print(json.dumps(answer.as_json()) if flags.in_json else _as_text(answer), flush=True)
     if answer.is_complete:
         return 0
     return 2 if answer.set_up_wrong else 1
 
 
-def _run(arguments: argparse.Namespace, options: BatchOptions, shown: tuple[Show | None, float]) -> BatchResult | Plan:
-    from prefect_eachlabs.batch.plan import ThreadWorker
+def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry_run: bool) -> BatchResult | Plan:
+    from prefect_eachlabs.batch.plan import ThreadWorker, plan_batch, run_batch
+    from prefect_eachlabs.batch.run import window_for
     from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
 
     worker = ThreadWorker()
-    opened: list[Batch] = []
+    batch: Batch | None = None
 
-    def work(gateway: Gateway) -> Coroutine[Any, Any, BatchResult | Plan]:
-        return _work(gateway, arguments, options, worker, shown, opened)
+    async def work(gateway: Gateway) -> BatchResult | Plan:
+        nonlocal batch
+        batch = await opened(gateway, worker)
+        if dry_run:
+            return await plan_batch(batch, gateway.settings)
+        window = window_for(gateway.settings.max_in_flight)
+        return await run_batch(batch, window=window, interrupt_seconds=CANCELS_SECONDS)
 
     def came_of(gateway: Gateway) -> Interrupted:
-        ends = gateway.engine.account.interruptions
-        text, numbers = what_came_of(ends, unanswered=sum(batch.unanswered for batch in opened))
-        result = next((batch.last_result for batch in opened if batch.last_result is not None), None)
+        unanswered = batch.unanswered if batch else 0
+        text, numbers = what_came_of(gateway.engine.account.interruptions, unanswered=unanswered)
+        result = batch.last_result if batch else None
         if result is None:
             return Interrupted(text, numbers)
         text += f" This run was billed {result.money}. Report: {result.index_uri}. Run the same again: it goes on."
@@ -123,45 +137,11 @@ def _run(arguments: argparse.Namespace, options: BatchOptions, shown: tuple[Show
         worker.close()
 
 
-async def _work(
-    gateway: Gateway,
-    arguments: argparse.Namespace,
-    options: BatchOptions,
-    worker: Worker,
-    shown: tuple[Show | None, float],
-    opened: list[Batch],
-) -> BatchResult | Plan:
-    from prefect_eachlabs.batch.plan import open_batch, plan_batch, run_batch
-    from prefect_eachlabs.batch.run import window_for
-    from prefect_eachlabs.batch.source import Defaults
-    from prefect_eachlabs.models import DEFAULT_MODEL, Destination, check_model_name
-    from prefect_eachlabs.settings import destination_from_environment
-
-    show, show_seconds = shown
-    batch = await open_batch(
-        gateway.engine,
-        arguments.source,
-        Destination.parse(arguments.to or destination_from_environment()),
-        options,
-        batch_id=arguments.batch_id,
-        defaults=Defaults(check_model_name(arguments.model or DEFAULT_MODEL), arguments.version),
-        worker=worker,
-        show=show,
-        show_seconds=show_seconds,
-        any_source=True,
-    )
-    opened.append(batch)
-    if arguments.dry_run:
-        return await plan_batch(batch, gateway.settings)
-    window = window_for(gateway.settings.max_in_flight)
-    return await run_batch(batch, window=window, interrupt_seconds=CANCELS_SECONDS)
-
-
-def _shown(arguments: argparse.Namespace) -> tuple[AbstractContextManager[object], Show | None, float]:
+def _shown(*, quiet: bool) -> tuple[AbstractContextManager[object], Show | None, float]:
     """How progress is shown: a bar for people, lines for logs, nothing beside `--json`; always on stderr."""
     from prefect_eachlabs.batch.progress import TerminalBar, log_lines
 
-    if arguments.json or arguments.dry_run:
+    if quiet:
         return nullcontext(), None, LOG_SECONDS
     if sys.stderr.isatty():
         bar = TerminalBar()

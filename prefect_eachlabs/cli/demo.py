@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import queue
@@ -14,10 +13,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+from cyclopts import Parameter, validators
 
 from prefect_eachlabs.cli import demo_stage
-from prefect_eachlabs.cli.options import positive_number
+from prefect_eachlabs.cli.options import PositiveNumber
 from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -54,18 +55,6 @@ With AWS credentials as boto3 finds them (AWS_PROFILE, AWS_ACCESS_KEY_ID ...) an
 """
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="where the pictures go (demo-output)"
-    )
-    parser.add_argument(
-        "--pictures", type=int, choices=range(1, len(PROMPTS) + 1), default=6, metavar="N", help="1 to 12 (6)"
-    )
-    parser.add_argument(
-        "--service-seconds", type=positive_number, default=5.0, metavar="S", help="the emulator's time a picture (5)"
-    )
-
-
 @dataclass
 class Played:
     """What the flow runs returned, and what the bucket held afterwards."""
@@ -76,29 +65,35 @@ class Played:
     tallies: dict[str, Any] = field(default_factory=dict)
 
 
-def run(arguments: argparse.Namespace) -> NoReturn:
+def demo(
+    *,
+    output: Annotated[Path, Parameter(help="folder for the pictures (demo-output)")] = Path("demo-output"),
+    pictures: Annotated[int, Parameter(help="1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = 6,
+    service_seconds: Annotated[PositiveNumber, Parameter(help="the emulator's time a picture (5)")] = 5.0,
+) -> NoReturn:
+    """Pictures from the emulator into a local S3, through a real flow; nothing to set up."""
     demo_stage.refuse_a_used_process()
     from rich.console import Console
 
     begun_at = time.monotonic()
     console = Console()
-    output = _folder(arguments.output)
+    folder = _folder(output)
     numbered = {f"{number:02d}-{name}": prompt for number, (name, prompt) in enumerate(PROMPTS.items(), 1)}
-    prompts = dict(list(numbered.items())[: arguments.pictures])
+    prompts = dict(list(numbered.items())[:pictures])
     try:
         with demo_stage.Interrupts() as interrupts:
-            played = _play(prompts, arguments.service_seconds, console, interrupts)
+            played = _play(prompts, service_seconds, console, interrupts)
     except KeyboardInterrupt:
         print("Interrupted. The demo and all that it started have ended.", file=sys.stderr)
         demo_stage.leave(130)
     # Only what an earlier demo may have left: the folder may hold files of the user's own.
     for item_id in numbered:
-        (output / f"{item_id}.png").unlink(missing_ok=True)
+        (folder / f"{item_id}.png").unlink(missing_ok=True)
     for item_id, picture in played.pictures.items():
-        (output / f"{item_id}.png").write_bytes(picture)
-    (output / SHEET).write_bytes(_sheet(played, prompts))
+        (folder / f"{item_id}.png").write_bytes(picture)
+    (folder / SHEET).write_bytes(_sheet(played, prompts))
     _tell(played, prompts, console)
-    console.print(f"\nPictures and contact sheet: {output}", style="bold", highlight=False, soft_wrap=True)
+    console.print(f"\nPictures and contact sheet: {folder}", style="bold", highlight=False, soft_wrap=True)
     console.print(_books(played.tallies, time.monotonic() - begun_at), highlight=False, soft_wrap=True)
     console.print(f"\n{CLOSING.rstrip()}", highlight=False, soft_wrap=True, markup=False)
     demo_stage.leave(0 if set(played.pictures) == set(played.images) == set(prompts) else 1)

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -12,9 +11,12 @@ import platform
 import sys
 from collections.abc import Iterable
 from importlib import metadata
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
 
 from prefect_eachlabs.cli.findings import Finding, State, finding_of, mend, ok, skipped, wrong
+from prefect_eachlabs.cli.options import InJson
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, Rejected, SetupError, StoreFailed, Throttled
 
 if TYPE_CHECKING:
@@ -25,43 +27,45 @@ if TYPE_CHECKING:
 PLACE_WITHIN_SECONDS = 20.0
 PROBE = "doctor.txt"
 
-EPILOG = """\
-Sends one request to the API, which is free (a list of one execution), and with --to writes one small object
-(PREFIX/doctor.txt) to see whether the bucket keeps the conditions that purchases rely on.
 
-exit status: 0 all is well, 1 it works and something should be mended, 2 it cannot work until something is mended
+def doctor(
+    *,
+    to: Annotated[
+        str | None, Parameter(help="s3://bucket/prefix, or eachlabs-s3-destination/NAME: check the bucket too")
+    ] = None,
+    credentials: Annotated[
+        str | None, Parameter(help="name of an EachlabsCredentials block; the environment otherwise")
+    ] = None,
+    in_json: InJson = False,
+) -> int:
+    """What is set up and what is wrong: each line ok, or what to do; costs nothing.
 
-example:
-  prefect-eachlabs doctor --to s3://acme-pictures/daily
-"""
+    Sends one request to the API, which is free (a list of one execution), and with
+    --to writes one small object (PREFIX/doctor.txt) to see whether the bucket keeps
+    the conditions that purchases rely on.
 
+    exit status: 0 all is well, 1 it works and something should be mended, 2 it
+    cannot work until something is mended
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "--to", metavar="DESTINATION", help="s3://bucket/prefix, or eachlabs-s3-destination/NAME: check the bucket too"
-    )
-    parser.add_argument("--credentials", metavar="NAME", help="an EachlabsCredentials block; the environment otherwise")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-
-
-def run(arguments: argparse.Namespace) -> int:
+    example:
+      prefect-eachlabs doctor --to s3://acme-pictures/daily
+    """
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.cli.doctor_server import server_findings
     from prefect_eachlabs.engine.runtime import close_gateways
 
     findings = [versions()]
-    settings, said = account(arguments.credentials)
+    settings, said = account(credentials)
     findings.append(said)
     of_server, limits_are_there = server_findings(settings)
     try:
         findings.append(api(settings, shared=limits_are_there))
-        findings.append(bucket(arguments.to))
+        findings.append(bucket(to))
     finally:
         close_gateways()
     findings += of_server
     status = exit_status(findings)
-    if arguments.json:
+    if in_json:
         print(json.dumps({"status": status, "findings": [vars(one) for one in findings]}, default=str), flush=True)
     else:
         width = max(len(one.about) for one in findings)

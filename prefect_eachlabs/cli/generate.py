@@ -4,18 +4,19 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.options import add_purchase_flags, named_value
-from prefect_eachlabs.errors import EachlabsError, SetupError
+from cyclopts import Parameter
+
+from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags
+from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
@@ -24,84 +25,83 @@ if TYPE_CHECKING:
 
 FIRST_PAUSE_SECONDS = 1.0
 
-EPILOG = """\
-Running the same again buys nothing: the record in the bucket knows the item by its id, which is the
-fingerprint of model, version and input unless you name it with --item-id.
 
-A reference picture may be a public URL, an object in a bucket, or a file, which is uploaded through the API and
-then public to whoever has its link. Another model gets it under the name it has for it; what a model takes shows
-`prefect-eachlabs models SLUG`.
+def generate(
+    prompt: Annotated[
+        str | None,
+        Parameter(help="what the picture shows: subject, action, surroundings, style (some models take none)"),
+    ] = None,
+    /,
+    *,
+    image_url: Annotated[
+        str | None, Parameter(help="a reference picture, 100 MB at most: a public URL, s3://bucket/key or a file")
+    ] = None,
+    input: Annotated[
+        Sequence[str], Parameter(help="NAME=JSON, a further field of the model's input; may be repeated")
+    ] = (),
+    item_id: Annotated[str | None, Parameter(help="names the item: 1 to 128 of A-Z a-z 0-9 _ -")] = None,
+    flags: PurchaseFlags = NONE_GIVEN,
+) -> int:
+    """One prompt becomes one PNG in your bucket, bought once.
 
-examples:
-  prefect-eachlabs generate "a red fox in the snow, watercolour" --to s3://acme/daily
-  prefect-eachlabs generate "the same in winter" --to s3://acme/daily --image-url fox.jpg
-  prefect-eachlabs generate "a red fox" --to s3://acme/daily --model imagen-4 --input num_images=2
-"""
+    Running the same again buys nothing: the record in the bucket knows the item
+    by its id, which is the fingerprint of model, version and input unless you
+    name it with --item-id.
 
+    A reference file is uploaded through the API and then public to whoever has
+    its link. Another model gets it under the name it has for it; what a model
+    takes shows `prefect-eachlabs models SLUG`.
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument(
-        "prompt",
-        metavar="PROMPT",
-        nargs="?",
-        help="what the picture shows: subject, action, surroundings, style (some models take none)",
-    )
-    parser.add_argument("--image-url", metavar="URL|s3://B/K|FILE", help="a reference picture, 100 MB at most")
-    parser.add_argument(
-        "--input",
-        metavar="NAME=JSON",
-        type=named_value,
-        action="append",
-        default=[],
-        help="a further field of the model's input; may be repeated",
-    )
-    parser.add_argument("--item-id", metavar="ID", help="names the item: 1 to 128 of A-Z a-z 0-9 _ -")
-    add_purchase_flags(parser)
-
-
-def run(arguments: argparse.Namespace) -> int:
+    examples:
+      prefect-eachlabs generate "a red fox, watercolour" --to s3://acme/daily
+      prefect-eachlabs generate "in winter" --to s3://acme/daily --image-url fox.jpg
+      prefect-eachlabs generate "a fox" --model imagen-4 --input num_images=2
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item
+    from prefect_eachlabs.models import DEFAULT_MODEL, Item
     from prefect_eachlabs.reference_images import Roots, opened
-    from prefect_eachlabs.settings import destination_from_environment
 
     item = Item.wanted(
-        arguments.prompt,
+        prompt,
         # Whoever is at the command line may publish what they may read.
-        image_url=opened(arguments.image_url, Roots(anywhere=True)),
-        model=DEFAULT_MODEL if arguments.model is None else arguments.model,
-        version=arguments.version,
-        item_id=arguments.item_id,
-        input=dict(arguments.input),
+        image_url=opened(image_url, Roots(anywhere=True)),
+        model=DEFAULT_MODEL if flags.model is None else flags.model,
+        version=flags.version,
+        item_id=item_id,
+        input=dict(map(named_value, input)),
     )
-    destination = Destination.parse(arguments.to or destination_from_environment())
+    destination = flags.destination()
     try:
-        image = _generate(item, destination, arguments)
+        image = _generate(item, destination, flags)
     except EachlabsError as error:
         if not isinstance(error, SetupError):  # that is about every item
             error.item_id = error.item_id or item.item_id
         raise
-    print(json.dumps(_as_json(image)) if arguments.json else _as_line(image), flush=True)
+    print(json.dumps(_as_json(image)) if flags.in_json else _as_line(image), flush=True)
     return 0
 
 
-def _generate(item: Item, destination: Destination, arguments: argparse.Namespace) -> StoredImage:
+def named_value(text: str) -> tuple[str, Any]:
+    """NAME=JSON; what is not JSON is text, so that `aspect_ratio=16:9` needs no quotes."""
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise BadInput(f"--input: {text!r} must be NAME=JSON, such as seed=7 or aspect_ratio=16:9.")
+    try:
+        return name.strip(), json.loads(value, parse_constant=_not_json)
+    except (ValueError, RecursionError):
+        return name.strip(), value
+
+
+def _not_json(word: str) -> Any:
+    """Python's parser takes NaN and Infinity, which JSON has not."""
+    raise ValueError(word)
+
+
+def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> StoredImage:
     from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
-    from prefect_eachlabs.images.formats import check_formats
     from prefect_eachlabs.ledger.rules import PurchaseOptions
 
-    options = PurchaseOptions(
-        run_id=uuid4().hex,
-        replace=arguments.replace,
-        rebuy_missing=arguments.rebuy_missing,
-        retry_failed=arguments.retry_failed,
-        on_ambiguous=arguments.on_ambiguous,
-        retry_ambiguous=arguments.retry_ambiguous,
-        deadline_seconds=arguments.deadline_seconds,
-        formats=check_formats(arguments.formats),
-        any_reference=True,
-    )
+    options = PurchaseOptions(run_id=uuid4().hex, any_reference=True, **flags.options())
 
     def work(gateway: Gateway) -> Coroutine[Any, Any, StoredImage]:
         return retry_while_retryable(

@@ -4,69 +4,66 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from prefect_eachlabs.cli.options import account_for_the_server, count_or_none
+from cyclopts import Parameter
+
+from prefect_eachlabs.cli.options import InJson, account_for_the_server
+from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
     from prefect_eachlabs.limits.admin import LimitStatus
 
-EPILOG = """\
-apply  writes the account's numbers (EACHLABS_REQUESTS_PER_MINUTE, EACHLABS_MAX_IN_FLIGHT) to the server
-show   what is taken, by how many processes, and whether places are leaked
-reset  gives leaked places back; what live processes hold stays theirs
 
-example:
-  prefect-eachlabs limits apply --tag eachlabs-create=5
-"""
+def limits(
+    action: Annotated[Literal["apply", "show", "reset"], Parameter(help="what to do")],
+    /,
+    *,
+    tag: Annotated[
+        Sequence[str],
+        Parameter(
+            help="NAME=N, with apply: at most N task runs with this tag at once, an operator's brake; repeatable"
+        ),
+    ] = (),
+    in_json: InJson = False,
+) -> int:
+    """The account's limits on the Prefect server: create, show, give leaked places back.
 
+    apply  writes the account's numbers (EACHLABS_REQUESTS_PER_MINUTE,
+           EACHLABS_MAX_IN_FLIGHT) to the server
+    show   what is taken, by how many processes, and whether places are leaked
+    reset  gives leaked places back; what live processes hold stays theirs
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument("action", choices=("apply", "show", "reset"), help="see below")
-    parser.add_argument(
-        "--tag",
-        action="append",
-        default=[],
-        type=tag_limit,
-        metavar="NAME=N",
-        help="with apply: at most N task runs with this tag at once, an operator's brake; repeatable",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    example:
+      prefect-eachlabs limits apply --tag eachlabs-create=5
+    """
+    tags = dict(map(tag_limit, tag))
+    if tags and action != "apply":
+        raise BadInput("--tag goes with `limits apply`.")
+    from prefect_eachlabs.limits import admin as limits_admin
+
+    settings = account_for_the_server()
+    if action == "apply":
+        statuses = asyncio.run(limits_admin.apply(settings, tags))
+    else:
+        statuses = asyncio.run(limits_admin.show(settings) if action == "show" else limits_admin.reset(settings))
+    if in_json:
+        print(json.dumps({"account": settings.account, "limits": as_json(statuses)}), flush=True)
+    else:
+        for status in statuses:
+            print(_as_line(status, action))
+    return 0
 
 
 def tag_limit(text: str) -> tuple[str, int]:
     """`NAME=N` as a pair."""
-    name, equals, number = text.rpartition("=")
-    count = count_or_none(number) if equals else None
-    if not name or count is None:
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=N, with N at least 1")
-    return name, count
-
-
-def run(arguments: argparse.Namespace) -> int:
-    from prefect_eachlabs.errors import BadInput
-    from prefect_eachlabs.limits import admin as limits_admin
-
-    if arguments.tag and arguments.action != "apply":
-        raise BadInput("--tag goes with `limits apply`.")
-    settings = account_for_the_server()
-    if arguments.action == "apply":
-        statuses = asyncio.run(limits_admin.apply(settings, dict(arguments.tag)))
-    elif arguments.action == "show":
-        statuses = asyncio.run(limits_admin.show(settings))
-    else:
-        statuses = asyncio.run(limits_admin.reset(settings))
-    if arguments.json:
-        print(json.dumps({"account": settings.account, "limits": as_json(statuses)}), flush=True)
-    else:
-        for status in statuses:
-            print(_as_line(status, arguments.action))
-    return 0
+    name, _, number = text.rpartition("=")
+    if not name or not number.isdecimal() or int(number) < 1:
+        raise BadInput(f"--tag: {text!r} must be NAME=N, with N at least 1.")
+    return name, int(number)
 
 
 def as_json(statuses: Sequence[LimitStatus]) -> list[dict[str, object]]:

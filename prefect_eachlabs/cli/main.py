@@ -5,40 +5,42 @@ Nothing heavy is imported before a command runs (Prefect alone takes two seconds
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import os
 import sys
-from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 from prefect_eachlabs.errors import BadInput, EachlabsError, ItemConflict, OutcomeUnknown, SetupError
 from prefect_eachlabs.net import redaction
 
 ITEM_FAILED, SET_UP_WRONG, INTERRUPTED = 1, 2, 130
 
+COMMANDS = {
+    "demo": "pictures from the emulator into a local S3, through a real flow; nothing to set up",
+    "generate": "one prompt becomes one PNG in your bucket, bought once",
+    "batch": "a table of prompts becomes pictures in your bucket and a report, bought once each",
+    "models": "the catalogue: which models there are, or what one takes",
+    "settle": "what runs left behind in a bucket: find out, store what was paid for, buy nothing",
+    "limits": "the account's limits on the Prefect server: create, show, give leaked places back",
+    "doctor": "what is set up and what is wrong: each line ok, or what to do; costs nothing",
+    "setup": "makes work pool, limits and blocks on the Prefect server, as often as you like",
+    "emulator": "a stand-in for the Eachlabs API that keeps its rules, on this machine",
+}
+"""Name → summary. Each is a function of that name in a module of that name, imported when it is called."""
 
-class Command(NamedTuple):
-    """A command: a module `prefect_eachlabs.cli.NAME` with `configure(parser)` and `run(arguments) -> int`."""
+# Written here, not made by cyclopts: importing that takes as long as all the rest of this answer.
+HELP = """\
+Usage: prefect-eachlabs COMMAND [OPTIONS]
 
-    name: str
-    summary: str
+Buys pictures from the Eachlabs prediction API and leaves them safe in your S3 bucket.
 
+commands (each has its own --help):
+{commands}
 
-COMMANDS = (
-    Command("demo", "pictures from the emulator into a local S3, through a real flow; nothing to set up"),
-    Command("generate", "one prompt becomes one PNG in your bucket, bought once"),
-    Command("batch", "a table of prompts becomes pictures in your bucket and a report, bought once each"),
-    Command("models", "the catalogue: which models there are, or what one takes"),
-    Command("settle", "what runs left behind in a bucket: find out, store what was paid for, buy nothing"),
-    Command("limits", "the account's limits on the Prefect server: create, show, give leaked places back"),
-    Command("doctor", "what is set up and what is wrong: each line ok, or what to do; costs nothing"),
-    Command("setup", "makes work pool, limits and blocks on the Prefect server, as often as you like"),
-    Command("emulator", "a stand-in for the Eachlabs API that keeps its rules, on this machine"),
-)
+  --version   print the version and exit
 
-EPILOG = """\
 environment:
   EACHLABS_API_KEY      your key from eachlabs.ai; where the API is: EACHLABS_BASE_URL (https://api.eachlabs.ai)
   EACHLABS_DESTINATION  s3://bucket/prefix, where a command names none
@@ -57,22 +59,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     redaction.install()
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser_for(words)
+    in_json = "--json" in words
     try:
-        arguments = parser.parse_args(words)
-    except UsageError as error:
-        print(f"{error.usage}prefect-eachlabs: {error}", file=sys.stderr)
-        return _report(BadInput(str(error)), in_json="--json" in words, told=True)
-    except SystemExit as end:  # --help and --version have been printed
-        return int(end.code or 0)
-    in_json = bool(getattr(arguments, "json", False))
-    try:
-        status: int = arguments.run(arguments)
+        return parse(words)() or 0
     except EachlabsError as error:
         return _report(error, in_json=in_json)
     except KeyboardInterrupt as interrupt:
         return _report_interrupt(interrupt, in_json=in_json)
-    return status
+
+
+def parse(words: Sequence[str]) -> Callable[[], int | None]:
+    """The command that the words name, ready to run; its module has been imported, and no other.
+
+    Raises:
+        BadInput: They are not a command line; says what was meant, perhaps, and whose `--help` says more.
+    """
+    name = words[0] if words else ""
+    if name in ("--help", "-h"):
+        return _print_help
+    if name == "--version":
+        return _print_version
+    if name not in COMMANDS:
+        from difflib import get_close_matches  # noqa: PLC0415 - for those who mistype
+
+        what = f"Unknown command {name!r}." if name else "Which command?"
+        meant = f" Did you mean {', '.join(near)}?" if (near := get_close_matches(name, COMMANDS)) else ""
+        raise BadInput(f"{what}{meant} See `prefect-eachlabs --help`.")
+    from cyclopts import App, CycloptsError, Parameter  # noqa: PLC0415 - takes longer than to print the help
+
+    # A flag is said as it is declared (`--json` has no `--no-json`); said twice, the last one counts.
+    plain = Parameter(negative=(), allow_repeating=True, show_default=False)
+    app = App(name="prefect-eachlabs", version_flags=(), help_format="plaintext", default_parameter=plain)
+    app.command(f"prefect_eachlabs.cli.{name}:{name}", name=name)
+    try:
+        command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        what = " ".join(str(error).split()).rstrip(".")
+        raise BadInput(f"{what}. See `prefect-eachlabs {name} --help`.") from None
+    return partial(command, *given.args, **given.kwargs)
 
 
 def exit_status(error: EachlabsError) -> int:
@@ -81,7 +105,17 @@ def exit_status(error: EachlabsError) -> int:
     return SET_UP_WRONG if set_up_wrong else ITEM_FAILED
 
 
-def _report(error: EachlabsError, *, in_json: bool, told: bool = False) -> int:
+def _print_help() -> None:
+    print(HELP.format(commands="\n".join(f"  {name:<10}  {summary}" for name, summary in COMMANDS.items())), end="")
+
+
+def _print_version() -> None:
+    from importlib.metadata import version  # noqa: PLC0415 - slow, and looked up only when it is asked for
+
+    print(f"prefect-eachlabs {version('prefect-eachlabs')}")
+
+
+def _report(error: EachlabsError, *, in_json: bool) -> int:
     # A run's state does not show a table's head; a person may see it.
     of_a_table = error.details if isinstance(error, BadInput) else None
     if in_json:
@@ -93,10 +127,9 @@ def _report(error: EachlabsError, *, in_json: bool, told: bool = False) -> int:
                 "prediction_id": error.prediction_id,
             }
         )
-    if not told:
-        print(f"prefect-eachlabs: {error}", file=sys.stderr)
-        if error.details and error.details not in str(error):
-            print(of_a_table or f"The API said: {error.details}", file=sys.stderr)
+    print(f"prefect-eachlabs: {error}", file=sys.stderr)
+    if error.details and error.details not in str(error):
+        print(of_a_table or f"The API said: {error.details}", file=sys.stderr)
     return exit_status(error)
 
 
@@ -114,52 +147,3 @@ def _report_interrupt(interrupt: KeyboardInterrupt, *, in_json: bool) -> int:
 
 def _print_json(answer: dict[str, Any]) -> None:
     print(json.dumps(answer), flush=True)
-
-
-class UsageError(Exception):
-    """Words that are no command line; `usage` is how one looks."""
-
-    def __init__(self, message: str, usage: str) -> None:
-        super().__init__(message)
-        self.usage = usage
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message}. See `{self.prog} --help`.", self.format_usage())
-
-
-class _PrintVersion(argparse.Action):
-    """Looks the version up only when it is asked for."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
-        metadata = importlib.import_module("importlib.metadata")
-        print(f"prefect-eachlabs {metadata.version('prefect-eachlabs')}")
-        parser.exit()
-
-
-def _parser_for(words: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser; only the command that is called learns its flags, the others are not even imported."""
-    parser = _Parser(
-        prog="prefect-eachlabs",
-        description="Buys pictures from the Eachlabs prediction API and leaves them safe in your S3 bucket.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action=_PrintVersion, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    called = next((word for word in words if not word.startswith("-")), None)
-    for command in COMMANDS:
-        own = commands.add_parser(
-            command.name,
-            help=command.summary,
-            description=f"{command.summary[0].upper()}{command.summary[1:]}.",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if command.name == called:
-            module = importlib.import_module(f"prefect_eachlabs.cli.{command.name}")
-            module.configure(own)
-            own.set_defaults(run=module.run)
-    return parser

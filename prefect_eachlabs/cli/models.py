@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -12,10 +11,12 @@ import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+from cyclopts import Parameter
 
 from prefect_eachlabs.cli.generate import source_of_places
-from prefect_eachlabs.cli.options import account_for_the_server
+from prefect_eachlabs.cli.options import InJson, account_for_the_server
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
 
@@ -24,40 +25,37 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-EPILOG = """\
-examples:
-  prefect-eachlabs models            # all of them
-  prefect-eachlabs models imagen-4   # the fields that this one takes; --json for its schema
-  prefect-eachlabs generate "a red fox" --to s3://acme/daily --model imagen-4 --input num_images=2
-"""
 MOST_NEAR = 8
 _SAID_ELSEWHERE = {"type", "title", "description", "items", "anyOf", "oneOf"}
 
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument("slug", metavar="SLUG", nargs="?", default="", help="one model; without it, all are listed")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+def models(
+    slug: Annotated[str, Parameter(help="one model; without it, all are listed")] = "", /, *, in_json: InJson = False
+) -> int:
+    """The catalogue: which models there are, or what one takes.
 
-
-def run(arguments: argparse.Namespace) -> int:
+    examples:
+      prefect-eachlabs models            # all of them
+      prefect-eachlabs models imagen-4   # its fields; --json for its schema
+      prefect-eachlabs generate "a fox" --model imagen-4 --input num_images=2
+    """
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.models import check_model_name
 
-    if not arguments.slug:
-        models = ask_catalogue(lambda catalogue: catalogue.find())
-        if arguments.json:
-            print(json.dumps({"models": [as_json(model) for model in models]}), flush=True)
+    if not slug:
+        found = ask_catalogue(lambda catalogue: catalogue.find())
+        if in_json:
+            print(json.dumps({"models": [as_json(model) for model in found]}), flush=True)
         else:
-            print("\n".join(map(_line, models)) or "The catalogue is empty.")
+            print("\n".join(map(_line, found)) or "The catalogue is empty.")
         return 0
-    slug = check_model_name(arguments.slug)
+    slug = check_model_name(slug)
     model = ask_catalogue(lambda catalogue: catalogue.model(slug))
     if model is None:
         near = nearest(slug, [model.slug for model in ask_catalogue(lambda catalogue: catalogue.find())])
         said = f"The nearest: {', '.join(near)}." if near else "`prefect-eachlabs models` lists what there is."
         raise BadInput(f"model: the catalogue has no {slug!r}. {said}")
-    print(json.dumps(as_json(model)) if arguments.json else "\n".join(_described(model)), flush=True)
+    print(json.dumps(as_json(model)) if in_json else "\n".join(_described(model)), flush=True)
     return 0
 
 

@@ -1,92 +1,97 @@
-"""Flags that several commands have, and how their words become values."""
+"""Flags that several commands have, each declared here alone."""
+
+# ruff: noqa: PLC0415 - what is heavy is imported when a command runs, so that help and refusals answer at once
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
 
 if TYPE_CHECKING:
+    from prefect_eachlabs.models import Destination
     from prefect_eachlabs.settings import AccountSettings
 
 
-def add_purchase_flags(parser: argparse.ArgumentParser) -> None:
-    """What may be done about an item beyond the first purchase, and for how long."""
-    parser.add_argument(
-        "--to", metavar="s3://BUCKET/PREFIX", help="where pictures and records go (EACHLABS_DESTINATION)"
+def positive(_: Any, number: object) -> None:
+    """A validator: greater than 0, and not without end."""
+    if isinstance(number, (int, float)) and not 0 < number < math.inf:
+        raise ValueError("It must be greater than 0.")
+
+
+PositiveNumber = Annotated[float, Parameter(validator=positive)]
+CountOrNone = Annotated[int | Literal["none"], Parameter(validator=positive)]
+InJson = Annotated[bool, Parameter(name="--json", help="print one JSON object and nothing else on stdout")]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class PurchaseFlags:
+    """What is bought where, what may be done about an item beyond the first purchase, and for how long."""
+
+    to: Annotated[str | None, Parameter(help="s3://bucket/prefix for pictures and records (EACHLABS_DESTINATION)")] = (
+        None
     )
-    parser.add_argument("--model", metavar="SLUG", help="the model's slug (gemini)")
-    parser.add_argument("--version", metavar="V", help="the model's version (the default model has its own)")
-    parser.add_argument(
-        "--formats",
-        metavar="F,F",
-        help="what may be stored: png (the default), jpeg, webp, gif; the key's ending follows",
-    )
-    parser.add_argument("--replace", action="store_true", help="buy although the item id stands for another input")
-    parser.add_argument(
-        "--rebuy-missing", action="store_true", help="buy again when a stored picture is gone from the bucket"
-    )
-    parser.add_argument("--retry-failed", action="store_true", help="buy again what failed for good")
-    parser.add_argument(
-        "--on-ambiguous",
-        choices=("settle", "fail"),
-        default="settle",
-        help="after a lost answer: find out what it bought (settle, the default), or report it (fail)",
-    )
-    parser.add_argument(
-        "--retry-ambiguous",
-        action="store_true",
-        help="you have looked in the vendor's dashboard: what stands as ambiguous was not bought; buy it once",
-    )
-    parser.add_argument(
-        "--deadline-seconds",
-        type=positive_number,
-        metavar="S",
-        help="from the POST until an unfinished prediction counts as timed out (EACHLABS_DEADLINE_SECONDS, 300)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    model: Annotated[str | None, Parameter(help="the model's slug (gemini)")] = None
+    version: Annotated[str | None, Parameter(help="the model's version (the default model has its own)")] = None
+    formats: Annotated[
+        str | None,
+        Parameter(
+            help="what may be stored, after commas: png (the default), jpeg, webp, gif; the key's ending follows"
+        ),
+    ] = None
+    replace: Annotated[bool, Parameter(help="buy although the item id stands for another input")] = False
+    rebuy_missing: Annotated[bool, Parameter(help="buy again when a stored picture is gone from the bucket")] = False
+    retry_failed: Annotated[bool, Parameter(help="buy again what failed for good")] = False
+    on_ambiguous: Annotated[
+        Literal["settle", "fail"],
+        Parameter(help="after a lost answer: find out what it bought (settle, the default), or report it (fail)"),
+    ] = "settle"
+    retry_ambiguous: Annotated[
+        bool,
+        Parameter(
+            help="you have looked in the vendor's dashboard: what stands as ambiguous was not bought; buy it once"
+        ),
+    ] = False
+    deadline_seconds: Annotated[
+        PositiveNumber | None,
+        Parameter(
+            help="from the POST until an unfinished prediction counts as timed out (EACHLABS_DEADLINE_SECONDS, 300)"
+        ),
+    ] = None
+    in_json: InJson = False
+
+    def destination(self) -> Destination:
+        """Where pictures and records go; SetupError where neither flag nor environment says so."""
+        return destination_of(self.to)
+
+    def options(self) -> dict[str, Any]:
+        """What `PurchaseOptions` and `BatchOptions` both take."""
+        from prefect_eachlabs.images.formats import check_formats
+
+        return {
+            "replace": self.replace,
+            "rebuy_missing": self.rebuy_missing,
+            "retry_failed": self.retry_failed,
+            "on_ambiguous": self.on_ambiguous,
+            "retry_ambiguous": self.retry_ambiguous,
+            "deadline_seconds": self.deadline_seconds,
+            "formats": check_formats(self.formats),
+        }
 
 
-def named_value(text: str) -> tuple[str, Any]:
-    """NAME=JSON; what is no JSON is text, so that `aspect_ratio=16:9` needs no quotes."""
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=JSON, such as seed=7 or aspect_ratio=16:9")
-    try:
-        return name.strip(), json.loads(value, parse_constant=_no_json)
-    except (ValueError, RecursionError):
-        return name.strip(), value
+NONE_GIVEN = PurchaseFlags()
 
 
-def _no_json(word: str) -> Any:
-    """Python's parser takes NaN and Infinity, which are none."""
-    raise ValueError(word)
+def destination_of(text: str | None) -> Destination:
+    """The destination that was named, or the environment's."""
+    from prefect_eachlabs.models import Destination
+    from prefect_eachlabs.settings import destination_from_environment
 
-
-def positive_number(text: str) -> float:
-    """A number greater than 0."""
-    try:
-        number = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a number") from None
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return number
-
-
-def count_or_none(text: str) -> int | None:
-    """A count of at least 1; `none` means without limit."""
-    if text.lower() == "none":
-        return None
-    try:
-        count = int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number or 'none'") from None
-    if count < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1, or 'none'")
-    return count
+    return Destination.parse(text or destination_from_environment())
 
 
 def account_for_the_server() -> AccountSettings:
@@ -95,7 +100,7 @@ def account_for_the_server() -> AccountSettings:
     Raises:
         SetupError: A setting is out of bounds.
     """
-    from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment  # noqa: PLC0415 - pydantic is heavy
+    from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment
 
     if os.environ.get(ENVIRONMENT["api_key"], "").strip():
         return settings_from_environment()

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -12,9 +11,11 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from prefect_eachlabs.cli.options import account_for_the_server
+from cyclopts import Parameter
+
+from prefect_eachlabs.cli.options import InJson, account_for_the_server
 from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -28,40 +29,44 @@ SAID_OF_POOLS = {
     "move that into the workers' own environment, take it out under Work Pools → eachlabs → Edit, and run this again.",
 }
 
-EPILOG = """\
-Makes what is missing, and writes what the environment says over what is there; the rest stays as it is:
-  the work pool `eachlabs` (processes), closed: whoever starts a run chooses its parameters, and no command or
-  environment; one that is open is closed
-  the account's two limits (EACHLABS_REQUESTS_PER_MINUTE, EACHLABS_MAX_IN_FLIGHT)
-  the block types, and the block eachlabs-credentials/default when EACHLABS_API_KEY is set
-  the block eachlabs-s3-destination/default with --destination; AWS_REGION and AWS_ENDPOINT_URL_S3 go into it, AWS
-  keys do not: workers find them by boto3's own chain
 
-example:
-  prefect-eachlabs setup --destination s3://acme-pictures/daily
-"""
+def setup(
+    *,
+    destination: Annotated[
+        str | None, Parameter(help="s3://bucket/prefix: also make the block of a destination")
+    ] = None,
+    block: Annotated[str, Parameter(help="the blocks' name (default)")] = "default",
+    in_json: InJson = False,
+) -> int:
+    """Makes work pool, limits and blocks on the Prefect server, as often as you like.
 
+    Makes what is missing, and writes what the environment says over what is there;
+    the rest stays as it is:
+      the work pool `eachlabs` (processes), closed: whoever starts a run chooses its
+      parameters, and no command or environment; one that is open is closed
+      the account's two limits (EACHLABS_REQUESTS_PER_MINUTE,
+      EACHLABS_MAX_IN_FLIGHT)
+      the block types, and the block eachlabs-credentials/default when
+      EACHLABS_API_KEY is set
+      the block eachlabs-s3-destination/default with --destination; AWS_REGION and
+      AWS_ENDPOINT_URL_S3 go into it, AWS keys do not: workers find them by boto3's
+      own chain
 
-def configure(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = EPILOG
-    parser.add_argument("--destination", metavar="s3://BUCKET/PREFIX", help="also make the block of a destination")
-    parser.add_argument("--block", default="default", metavar="NAME", help="the blocks' name (default)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
-
-
-def run(arguments: argparse.Namespace) -> int:
+    example:
+      prefect-eachlabs setup --destination s3://acme-pictures/daily
+    """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.cli.limits import as_json
     from prefect_eachlabs.limits import admin as limits_admin
     from prefect_eachlabs.models import Destination
 
-    place = Destination.parse(arguments.destination) if arguments.destination else None
+    place = Destination.parse(destination) if destination else None
     settings = account_for_the_server()
     with server_errors():
         pool = make_work_pool()
         limits = asyncio.run(limits_admin.apply(settings))
-        blocks = make_blocks(os.environ, arguments.block, place)
-    if arguments.json:
+        blocks = make_blocks(os.environ, block, place)
+    if in_json:
         print(json.dumps({"work_pool": {WORK_POOL: pool}, "limits": as_json(limits), "blocks": blocks}), flush=True)
         return 0
     print(f"work pool {WORK_POOL}: {pool}{SAID_OF_POOLS.get(pool, '')}")

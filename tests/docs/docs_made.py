@@ -117,7 +117,7 @@ def help_of(command: str) -> str:
 def help_texts() -> str:
     parts = [f"## prefect-eachlabs\n\n```text\n{help_of('')}\n```"]
     for command in cli.COMMANDS:
-        parts.append(f"## prefect-eachlabs {command.name}\n\n```text\n{help_of(command.name)}\n```")
+        parts.append(f"## prefect-eachlabs {command}\n\n```text\n{help_of(command)}\n```")
     return "\n\n".join(parts)
 
 

@@ -38,8 +38,8 @@ def test_every_error_is_in_the_reference(error: type[BaseException]) -> None:
 @pytest.mark.parametrize(("page", "name", "text"), PARTS, ids=[name for _, name, _ in PARTS])
 def test_what_the_code_knows_better_is_written_by_it(page: object, name: str, text: str) -> None:
     made = MADE[name]()
-    if name == "help":  # argparse breaks lines in another way in each version of Python
-        made, text = " ".join(made.split()), " ".join(text.split())
+    if name == "help" and sys.version_info < (3, 11):
+        pytest.skip("its cyclopts does not say what a flag takes")
     assert text == made, f"{page} is old: {sys.executable} -m tests.docs.docs_made"
 
 

@@ -48,7 +48,7 @@ def test_the_async_example_runs(studio: Studio) -> None:
 def test_every_command_that_is_shown_exists() -> None:
     shown = set(re.findall(r"^\$ prefect-eachlabs ([a-z]+)", README, re.MULTILINE))
     assert shown
-    assert shown <= {command.name for command in cli.COMMANDS}
+    assert shown <= set(cli.COMMANDS)
 
 
 def test_the_table_of_settings_is_the_settings() -> None:
