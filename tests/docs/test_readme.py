@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.cli import main as cli
+from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE
 from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import Studio
@@ -53,7 +54,7 @@ def test_every_command_that_is_shown_exists() -> None:
 
 def test_the_table_of_settings_is_the_settings() -> None:
     rows = dict(re.findall(r"^\| `(EACHLABS_[A-Z_]+)` \|\s*`?([^|`]*?)`?\s*\|", README, re.MULTILINE))
-    assert set(rows) == set(ENVIRONMENT.values())
+    assert set(rows) == {*ENVIRONMENT.values(), DESTINATIONS_VARIABLE}
     for field, variable in ENVIRONMENT.items():
         default = AccountSettings.model_fields[field].default
         if field != "api_key":
