@@ -16,6 +16,8 @@ if TYPE_CHECKING:  # what an editor and a type checker see of the map below
     from prefect_eachlabs.models import Prediction as Prediction
     from prefect_eachlabs.models import PredictionStatus as PredictionStatus
     from prefect_eachlabs.models import StoredImage as StoredImage
+    from prefect_eachlabs.rows import agenerate_rows as agenerate_rows
+    from prefect_eachlabs.rows import generate_rows as generate_rows
     from prefect_eachlabs.tasks import aawait_result as aawait_result
     from prefect_eachlabs.tasks import acancel_prediction as acancel_prediction
     from prefect_eachlabs.tasks import acreate_prediction as acreate_prediction
@@ -33,6 +35,7 @@ else:
             "blocks": "EachlabsCredentials S3Destination",
             "errors": "EachlabsError",
             "models": "Prediction PredictionStatus StoredImage",
+            "rows": "generate_rows agenerate_rows",
             "tasks": "create_prediction await_result cancel_prediction store_image generate_and_store "
             "acreate_prediction aawait_result acancel_prediction astore_image agenerate_and_store",
         },

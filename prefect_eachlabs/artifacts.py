@@ -15,6 +15,7 @@ import html
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 from urllib.parse import quote, urlsplit
 
 from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifact
@@ -30,6 +31,7 @@ from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.s3_client import S3Access, client_of
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 THUMBNAIL_PX = 320
 MOST_UNTOUCHED_BYTES = 200_000
@@ -179,6 +181,25 @@ def _not_shown(image: StoredImage, error: Exception) -> None:
         image.uri,
         type(error).__name__,
         str(error)[:200],
+    )
+
+
+def quietly(show: Plan[T]) -> Plan[T | None]:
+    """An artifact that cannot be made is no reason to stop buying, or to call pictures lost."""
+    try:
+        return (yield from show)
+    except Exception as error:
+        logger.warning("An artifact could not be made: %s: %s", type(error).__name__, str(error)[:200])
+        return None
+
+
+def show_markdown(markdown: str, *, description: str, key: str | None = None) -> Plan[None]:
+    """Makes a markdown artifact."""
+    yield from quietly(
+        either(
+            lambda: create_markdown_artifact(markdown, key=key, description=description),
+            lambda: acreate_markdown_artifact(markdown, key=key, description=description),
+        )
     )
 
 

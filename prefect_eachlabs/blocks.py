@@ -6,7 +6,7 @@ import importlib
 import os
 import time
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.core import Block
@@ -292,15 +292,21 @@ def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
 
 
 def where(destination: S3Destination | Destination | str | None) -> tuple[Destination, S3Access | None]:
-    """A destination and how to get in, from a block or from `s3://bucket/prefix`; the environment's when none is named.
+    """A destination and how to get in: of a block, of `eachlabs-s3-destination/NAME` of a saved one, or of
+    `s3://bucket/prefix`; the environment's when none is named.
 
     For tasks and flows, which may write where EACHLABS_DESTINATIONS says, and anywhere when it is not set.
 
     Raises:
-        BadInput: It is neither, or runs may not write there.
-        SetupError: None is named here, and none in the environment; or EACHLABS_DESTINATIONS cannot be read.
+        BadInput: It is none of these, or runs may not write there.
+        SetupError: None is named here, and none in the environment; there is no such block; or EACHLABS_DESTINATIONS
+            cannot be read.
     """
+    if isinstance(destination, str):
+        destination = destination.strip()
     destination = destination or destination_from_environment()
+    if isinstance(destination, str) and destination.startswith(f"{S3Destination.get_block_type_slug()}/"):
+        destination = cast(S3Destination, load_block(destination, S3Destination))
     if isinstance(destination, S3Destination):
         return _writable(destination.destination()), destination.access()
     return _writable(Destination.parse(destination)), None

@@ -23,15 +23,19 @@ EachlabsError
 │   │   └── HostNotAllowed     it is at a host of this network: allow it, and run again
 │   └── StoreFailed        the bucket did not take it, or did not answer
 ├── PictureMissing         it was stored, and is gone from the bucket: bought again only when asked
-└── Skipped                left out on purpose (a budget, a setting); nothing was bought
+├── Skipped                left out on purpose (a budget, a setting); nothing was bought
+└── BatchIncomplete        more rows than allowed have no picture; holds the batch's result
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from prefect_eachlabs.net.redaction import shown
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.batch.outcomes import BatchResult
 
 BODY_LIMIT_CHARACTERS = 500
 """Bodies that the API sent are cut here before they get into a message."""
@@ -71,6 +75,8 @@ class EachlabsError(Exception):
     """
 
     retryable: ClassVar[bool] = False
+    says_all: ClassVar[bool] = True
+    """Whether the message is all that a person needs: Prefect's log has it in place of a traceback."""
     """Whether the same task may simply run again."""
     default_kind: ClassVar[str] = "error"
 
@@ -256,3 +262,17 @@ class Skipped(EachlabsError):
     """Left out on purpose, by a budget or a setting; nothing was bought."""
 
     default_kind = "skipped"
+
+
+class BatchIncomplete(EachlabsError):
+    """A batch came to its end, and more of its rows than `fail_above` allows have no picture. Run the same again.
+
+    Attributes:
+        result: What the batch came to, its rows included; None where Prefect has read the error back from JSON.
+    """
+
+    default_kind = "batch incomplete"
+
+    def __init__(self, message: str, *, result: BatchResult | None = None, **facts: Any) -> None:
+        super().__init__(message, **facts)
+        self.result = result

@@ -558,6 +558,21 @@ def check_item_id(item_id: object) -> str:
     return item_id
 
 
+def item_id_of(name: object) -> str:
+    """An item id for what has another name elsewhere: an SKU such as `AB/12.3`, a path, a number.
+
+    The same name has the same id, always, and other names have others. What is an id already stays as it is.
+
+    >>> item_id_of("p-1"), item_id_of("AB/12.3")
+    ('p-1', 'AB-12-3-298059af54')
+    """
+    text = str(name)
+    if ITEM_ID_PATTERN.fullmatch(text):
+        return text
+    readable = re.sub("[^A-Za-z0-9_]+", "-", text).strip("-")[:80]
+    return f"{readable}-{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:10]}".lstrip("-")
+
+
 def check_model_name(model: object) -> str:
     """The model's slug itself. Raises BadInput when it is blank or no plain name."""
     if not isinstance(model, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}", model):

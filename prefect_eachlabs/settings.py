@@ -172,7 +172,7 @@ def settings_from_environment(environ: Mapping[str, str] | None = None, **given:
     if not values.get("api_key"):
         raise SetupError(
             "No API key. Set EACHLABS_API_KEY (your key from eachlabs.ai), or save an EachlabsCredentials block "
-            "and pass its name as credentials_block. Nothing was bought."
+            "and pass its name as credentials. Nothing was bought."
         )
     try:
         return AccountSettings(**values)

@@ -14,7 +14,7 @@ from functools import wraps
 from typing import Any, Literal, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
-from prefect import Task, task
+from prefect import Task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import FlowRunContext, TaskRunContext
@@ -24,7 +24,7 @@ from prefect.logging import get_run_logger
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, arun, beside_the_loop, on_the_loop, run
+from prefect_eachlabs.engine.doors import Plan, alone, arun, beside_the_loop, on_the_loop, run
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.images.formats import check_formats
@@ -74,7 +74,7 @@ def _named(verb: str) -> Callable[..., str]:
     return run_name
 
 
-def _run_id() -> str:
+def run_id() -> str:
     """Who owns claims: the flow run, so that whoever cancels it knows which predictions are its own."""
     flow_context = FlowRunContext.get()
     task_context = TaskRunContext.get()
@@ -102,6 +102,10 @@ def _api_task(verb: str) -> dict[str, Any]:
     }
 
 
+def _named_for_its_batch(parameters: dict[str, Any]) -> str:
+    return f"batch {shortened(parameters.get('batch_id') or 'of rows')}"
+
+
 _TASKS = {
     name: _api_task(verb)
     for name, verb in {
@@ -110,19 +114,25 @@ _TASKS = {
         "cancel-prediction": "cancel",
         "store-image": "store",
         "generate-and-store": "generate",
+        "generate-rows": "generate",
     }.items()
 }
+# No retries: what may be repeated is repeated row by row, and the rows may be read only once.
+_TASKS["generate-rows"] |= {"retries": 0, "task_run_name": _named_for_its_batch}
 
 
-def sync_task(name: str) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
+def sync_task(name: str, kind: type[Task[Any, Any]] = Task) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
     """Makes a plan the task of that name: the door that blocks."""
 
     def decorate(plan: Callable[P, Plan[T]]) -> Task[P, T]:
         @wraps(plan)
         def door(*args: P.args, **kwargs: P.kwargs) -> T:
-            return run(plan(*args, **kwargs))
+            try:
+                return run(plan(*args, **kwargs))
+            except EachlabsError as error:
+                raise alone(error) from None
 
-        return task(name=name, **_TASKS[name])(door)
+        return kind(door, name=name, **_TASKS[name])
 
     return decorate
 
@@ -133,10 +143,14 @@ def async_task(blocking: Task[P, T]) -> Task[P, Coroutine[Any, Any, T]]:
 
     @wraps(plan)
     async def door(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await arun(plan(*args, **kwargs))
+        try:
+            return await arun(plan(*args, **kwargs))
+        except EachlabsError as error:
+            raise alone(error) from None
 
     door.__name__ = door.__qualname__ = f"a{plan.__name__}"
-    return task(name=blocking.name, **_TASKS[blocking.name])(door)
+    kind: type[Task[Any, Any]] = type(blocking)
+    return kind(door, name=blocking.name, **_TASKS[blocking.name])
 
 
 def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]:
@@ -204,7 +218,7 @@ def create_prediction(
         ```
     """
     options = PurchaseOptions(
-        run_id=_run_id(),
+        run_id=run_id(),
         replace=replace,
         rebuy_missing=rebuy_missing,
         retry_failed=retry_failed,
@@ -229,11 +243,12 @@ def _told(what: str, prediction: Prediction) -> Prediction:
     """The one line that a person finds in the run's log."""
     cost = f", {prediction.cost_usd:.4f} USD" if prediction.cost_usd else ""
     item = f" for item {prediction.item_id}" if prediction.item_id else ""
-    _log(f"Prediction {prediction.id}{item} {what}{cost}.")
+    log(f"Prediction {prediction.id}{item} {what}{cost}.")
     return prediction
 
 
-def _log(message: str) -> None:
+def log(message: str) -> None:
+    """A line in the run's log, or in this module's where nothing runs."""
     try:
         get_run_logger().info(message)
     except MissingContextError:
@@ -265,7 +280,7 @@ def await_result(
     if deadline_seconds is not None and not deadline_seconds > 0:
         raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
     gateway = gateway_of(credentials)
-    waiting = gateway.engine.wait(prediction, deadline_seconds=deadline_seconds, run_id=_run_id())
+    waiting = gateway.engine.wait(prediction, deadline_seconds=deadline_seconds, run_id=run_id())
     end = yield from on_the_loop(gateway, waiting)
     return _told("finished", end)
 
@@ -360,7 +375,7 @@ def _stored(
 ) -> Plan[StoredImage]:
     """What the run's log, its artifact and an event say of the picture."""
     verb = "was bought earlier" if image.reused else "is stored"
-    _log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+    log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
     if with_artifact:
         yield from show_picture(gateway, image, place, access)
     events.picture_stored(image)
@@ -411,7 +426,7 @@ def generate_and_store(
         ```
     """
     options = PurchaseOptions(
-        run_id=_run_id(),
+        run_id=run_id(),
         replace=replace,
         rebuy_missing=rebuy_missing,
         retry_failed=retry_failed,

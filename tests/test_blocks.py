@@ -167,6 +167,6 @@ class TestOnAServer:
         ).save("by-name", overwrite=True)
         for name in ("EACHLABS_API_KEY", "EACHLABS_BASE_URL", "AWS_ENDPOINT_URL_S3"):
             monkeypatch.delenv(name)
-        image = generate_image("a red fox", "eachlabs-s3-destination/by-name", credentials_block="by-name")
+        image = generate_image("a red fox", "eachlabs-s3-destination/by-name", credentials="by-name")
         assert image.uri.startswith(studio.destination)
         assert studio.billed == 1

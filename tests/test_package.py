@@ -55,7 +55,7 @@ def test_what_is_public_is_sorted_and_there_and_documented(package: Any) -> None
 
 
 def test_sixteen_names_are_public() -> None:
-    assert len(prefect_eachlabs.__all__) == 16
+    assert len(prefect_eachlabs.__all__) == 18
     assert prefect_eachlabs.__version__ == VERSION
 
 

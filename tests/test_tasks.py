@@ -251,7 +251,7 @@ def test_bad_input_is_refused_before_anything_is_bought(
 
 def test_no_key_says_where_to_put_it(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EACHLABS_API_KEY")
-    with pytest.raises(SetupError, match=r"EACHLABS_API_KEY.*credentials_block"):
+    with pytest.raises(SetupError, match=r"EACHLABS_API_KEY.*credentials"):
         generate_and_store.fn("x", destination=studio.destination)
 
 

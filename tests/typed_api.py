@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import flow
-from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, PrefectFutureList
 from typing_extensions import assert_type
 
@@ -24,13 +23,16 @@ from prefect_eachlabs import (
     acancel_prediction,
     acreate_prediction,
     agenerate_and_store,
+    agenerate_rows,
     astore_image,
     await_result,
     cancel_prediction,
     create_prediction,
     generate_and_store,
+    generate_rows,
     store_image,
 )
+from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
@@ -56,7 +58,16 @@ from prefect_eachlabs.errors import (
     Throttled,
     Unanswered,
 )
-from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
+from prefect_eachlabs.flows import (
+    agenerate_batch,
+    agenerate_image,
+    ascheduled_image,
+    asettle_leftovers,
+    generate_batch,
+    generate_image,
+    scheduled_image,
+    settle_leftovers,
+)
 from prefect_eachlabs.testing import EmulatorOptions, EmulatorServer, LocalS3
 
 PLACE = "s3://acme/daily"
@@ -85,6 +96,9 @@ def in_the_background(prompts: list[str]) -> list[StoredImage]:
     assert_type(future, PrefectFuture[StoredImage])
     futures = generate_and_store.map(prompts, destination=PLACE)
     assert_type(futures, PrefectFutureList[StoredImage])
+    batch = generate_rows([{"prompt": prompt} for prompt in prompts], destination=PLACE, budget_usd=5)
+    assert_type(batch, BatchResult)
+    assert_type([(row.id, row.uri, row.cost_usd) for row in batch], list[tuple[str | None, str | None, float | None]])
     order = create_prediction.submit(prompts[0])
     assert_type(order, PrefectFuture[Prediction])
     return [future.result(), *futures.result()]
@@ -99,13 +113,18 @@ async def awaited(prompt: str) -> None:
     assert_type(await acancel_prediction(prediction.id), Prediction)
     assert_type(await astore_image(finished, PLACE), StoredImage)
     assert_type(await agenerate_and_store(prompt, destination=PLACE), StoredImage)
+    assert_type(await agenerate_rows([{"prompt": prompt}], destination=PLACE), BatchResult)
+    assert_type(await agenerate_image(prompt, PLACE), StoredImage)
+    assert_type(await agenerate_batch("s3://acme/in/prompts.csv", PLACE), BatchResult)
+    assert_type(await ascheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
+    assert_type(await asettle_leftovers(PLACE), dict[str, Any])
 
 
 def flows_within_flows() -> None:
     assert_type(generate_image("a red fox", PLACE), StoredImage)
     assert_type(scheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
-    assert_type(generate_batch("s3://acme/in/prompts.csv", PLACE), State[dict[str, Any]])
-    assert_type(settle_leftovers(PLACE), State[dict[str, Any]])
+    assert_type(generate_batch("s3://acme/in/prompts.csv", PLACE), BatchResult)
+    assert_type(settle_leftovers(PLACE), dict[str, Any])
 
 
 def testing() -> None:

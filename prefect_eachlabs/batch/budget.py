@@ -22,7 +22,7 @@ from prefect_eachlabs.models import Item, StoredImage
 
 logger = logging.getLogger(__name__)
 
-DUST_USD = 1e-9
+ROUNDING_USD = 1e-9
 """Sums of floating-point dollars are off by this much."""
 PRICE_PAUSES_SECONDS = (2.0, 5.0, 10.0, 20.0, 30.0)
 
@@ -117,8 +117,8 @@ class Budget:
         self._prices_told_by = prices
         self._prices: dict[str, _Price] = defaultdict(_Price)
         self._orders: dict[str, list[Order]] = {}
-        """Of items in the air, and of those that ended with something unknown."""
-        self._in_the_air: set[str] = set()
+        """Of items in progress, and of those that ended with something unknown."""
+        self._in_progress: set[str] = set()
         self._waiting: set[str] = set()
         self._set_aside: Counter[str] = Counter()
         """Model → orders whose cost is not told: approved, in flight, lost, or stored and not settled."""
@@ -166,11 +166,11 @@ class Budget:
 
     def is_exhausted(self, model: str) -> bool:
         """Whether the budget buys no further picture of this model, whatever becomes of what is in flight."""
-        if self.budget_usd is None or any(self._orders.get(item_id) for item_id in self._in_the_air):
+        if self.budget_usd is None or any(self._orders.get(item_id) for item_id in self._in_progress):
             return False
         free_usd = self.budget_usd - self.committed_usd
         expected_usd = self._prices[model].expected_usd
-        return free_usd <= DUST_USD if expected_usd is None else free_usd + DUST_USD < expected_usd
+        return free_usd <= ROUNDING_USD if expected_usd is None else free_usd + ROUNDING_USD < expected_usd
 
     # What was known before.
 
@@ -231,8 +231,8 @@ class Budget:
             raise Skipped(self.stopped.message, kind=self.stopped.kind)
 
     def begin(self, item_id: str) -> None:
-        """An item is in the air until `ended`."""
-        self._in_the_air.add(item_id)
+        """An item is in progress until `ended`."""
+        self._in_progress.add(item_id)
 
     async def approve(self, item: Item) -> None:
         """Sets the item's expected price aside; waits while what is in flight may still turn out to cost nothing.
@@ -279,8 +279,8 @@ class Budget:
             return False
         expected_usd = price.expected_usd
         free_usd = budget_usd - self.committed_usd
-        if free_usd + DUST_USD < (expected_usd or 0.0) or (expected_usd is None and free_usd <= DUST_USD):
-            if any(self._orders.get(item_id) for item_id in self._in_the_air - self._waiting - {item.item_id}):
+        if free_usd + ROUNDING_USD < (expected_usd or 0.0) or (expected_usd is None and free_usd <= ROUNDING_USD):
+            if any(self._orders.get(item_id) for item_id in self._in_progress - self._waiting - {item.item_id}):
                 return False
             raise Skipped(
                 f"Left out: the budget of {budget_usd:g} USD does not cover it ({self.committed_usd:.4f} USD are "
@@ -335,7 +335,7 @@ class Budget:
             self._forget_stored(item, image)
         if not orders:
             self._orders.pop(item.item_id, None)
-        self._in_the_air.discard(item.item_id)
+        self._in_progress.discard(item.item_id)
         self._changed()
         return ordered
 

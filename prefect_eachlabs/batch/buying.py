@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from prefect_eachlabs.batch.budget import Budget, Order, Prices
 from prefect_eachlabs.batch.outcomes import Outcome, not_there, stored
+from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import (
@@ -20,7 +21,7 @@ from prefect_eachlabs.errors import (
     Skipped,
 )
 from prefect_eachlabs.images.store import stored_image
-from prefect_eachlabs.ledger.records import Record, RecordState
+from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus, StoredImage
 from prefect_eachlabs.retry import retry_while_retryable
@@ -29,13 +30,11 @@ from prefect_eachlabs.storage.s3_client import S3Access
 logger = logging.getLogger(__name__)
 
 FIRST_ALONE_SECONDS = 2.0
-"""The first item goes ahead so long: a wrong key is met once, not by everything that is in the air."""
+"""The first item goes ahead so long: a wrong key is met once, not by everything that is in progress."""
 ATTEMPTS = 5
 INTERRUPTED = "interrupted"
 """The kind of rows that a Ctrl-C or a cancel has kept from their picture."""
 EXECUTIONS_A_PAGE = 100
-
-ReadRecord = Callable[[str], Awaitable["Record | None"]]
 
 
 class Buyer(Prices, Protocol):
@@ -82,53 +81,36 @@ class Buying:
 
     Args:
         buyer: Buys and stores a picture.
-        destination: Where pictures go.
+        folder: Of the batch: its bucket is where pictures and records are.
         access: How to get in there.
         options: What may be done for an item; the budget among them.
         budget: The same budget.
-        read_record: An item's record, or None.
     """
 
     def __init__(
-        self,
-        buyer: Buyer,
-        destination: Destination,
-        access: S3Access | None,
-        options: PurchaseOptions,
-        budget: Budget,
-        read_record: ReadRecord,
+        self, buyer: Buyer, folder: BatchFolder, access: S3Access | None, options: PurchaseOptions, budget: Budget
     ) -> None:
         self._buyer = buyer
-        self._destination = destination
+        self._destination = folder.destination
+        self._ledger = Ledger(folder.store, folder.destination)
         self._access = access
-        self.options = options
+        self._options = options
         self._budget = budget
-        self._read_record = read_record
         self._first_alone: asyncio.Event | None = None
-        self.in_the_air = 0
         self.stopped_by: EachlabsError | None = None
 
     async def obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
-        self.in_the_air += 1
         self._budget.begin(wanted.item.item_id)
-        try:
-            goes_ahead = await self._let_the_first_go_ahead()
-            try:
-                return await self._obtained(wanted)
-            finally:
-                goes_ahead()
-        finally:
-            self.in_the_air -= 1
-
-    async def _let_the_first_go_ahead(self) -> Callable[[], None]:
-        """Waits until the first item has ended, or a moment. Returns what to call at one's own end."""
         if self._first_alone is not None:
             await self._first_alone.wait()
-            return lambda: None
+            return await self._obtained(wanted)
         first_alone = self._first_alone = asyncio.Event()
         asyncio.get_running_loop().call_later(FIRST_ALONE_SECONDS, first_alone.set)
-        return first_alone.set
+        try:
+            return await self._obtained(wanted)
+        finally:
+            first_alone.set()
 
     async def _obtained(self, wanted: Wanted) -> Outcome:
         began = asyncio.get_running_loop().time()
@@ -156,11 +138,11 @@ class Buying:
         image: StoredImage | None = None
         error: EachlabsError | None = None
         try:
-            found = await self._read_record(wanted.item.item_id)
+            held = await self._ledger.read(wanted.item.item_id)
         except EachlabsError as caught:
             error = OutcomeUnknown(f"Interrupted, and its record cannot be read: {caught.message}", kind=INTERRUPTED)
         else:
-            image, error = _left_by(found, wanted.item, self._budget.ours)
+            image, error = _left_by(None if held is None else held.record, wanted.item, self._budget.ours)
         orders = await self._budget.ended(wanted.item, image, error, may_ask=False)
         return self._outcome(wanted, image, error, orders, None)
 
@@ -185,13 +167,13 @@ class Buying:
             wanted,
             error,
             seconds=seconds,
-            bought_by=self.options.run_id,
+            bought_by=self._options.run_id,
             prediction_id=orders[-1].prediction_id,
             cost_usd=cost_usd,
         )
 
     async def _buy(self, item: Item) -> StoredImage:
-        return await self._buyer.generate_and_store(item, self._destination, options=self.options, access=self._access)
+        return await self._buyer.generate_and_store(item, self._destination, options=self._options, access=self._access)
 
     def _stop_where_going_on_is_vain(self, error: EachlabsError) -> None:
         """A wrong key, a missing bucket, an empty balance: the next item would meet the same."""

@@ -13,7 +13,7 @@ from typing import IO, Any, BinaryIO, Protocol, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from prefect_eachlabs.batch.disk import on_disk
+from prefect_eachlabs.batch.worker import on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, without_query
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.storage.s3_client import ATTEMPTS, CUT_OR_SILENT, S3Access, client_of, code_and_status, explain

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 
 from prefect_eachlabs.batch.budget import Budget, Order
-from prefect_eachlabs.batch.outcomes import Outcome, RowState, not_there
+from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, not_there
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
@@ -129,7 +129,7 @@ class History:
         item = wanted.item
         if earlier is not None and earlier.outcome.fingerprint == item.fingerprint:
             was = replace(earlier.outcome, row=wanted.line, labels=item.labels)
-            if was.state in (RowState.STORED, RowState.REUSED) and earlier.has_picture:
+            if was.state in THERE and earlier.has_picture:
                 state = RowState.STORED if was_stored_by(was, self._budget.ours) else RowState.REUSED
                 return replace(was, state=state), False
             failed_for_good = was.state is RowState.FAILED and was.final and not self._retry_failed
@@ -156,7 +156,7 @@ class History:
 
 def was_stored_by(outcome: Outcome, runs: Collection[str]) -> bool:
     """Whether one of these runs had bought the row's picture and stored it."""
-    return outcome.state in (RowState.STORED, RowState.REUSED) and outcome.bought_by in runs
+    return outcome.state in THERE and outcome.bought_by in runs
 
 
 def ordered_by(record: Record, runs: Collection[str]) -> Order | None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import heapq
 import json
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any, NamedTuple, overload
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass as as_model
 
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.tables import BadRow
@@ -41,6 +44,10 @@ class RowState(str, Enum):
     """Nobody can tell whether it was bought; it is not repeated."""
     SKIPPED = "skipped"
     """Left out on purpose; nothing was bought."""
+
+
+THERE = (RowState.STORED, RowState.REUSED)
+NOT_THERE = (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED)
 
 
 @dataclass(frozen=True)
@@ -223,7 +230,7 @@ class Totals:
 
     def add(self, outcome: Outcome) -> None:
         self.counts[outcome.state] += 1
-        if outcome.state in (RowState.STORED, RowState.REUSED):
+        if outcome.state in THERE:
             self._add_picture(outcome)
         else:
             self.kinds[outcome.state][outcome.kind] += 1
@@ -259,7 +266,7 @@ class Totals:
     def why(self) -> str:
         """`3 failed (2 bad input, 1 timed out), 5 skipped (5 budget)`; empty when every row has its picture."""
         parts = []
-        for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED):
+        for state in NOT_THERE:
             if self.counts[state]:
                 kinds = ", ".join(f"{count} {kind}" for kind, count in _commonest(self.kinds[state])[:8])
                 parts.append(f"{self.counts[state]} {state.value} ({kinds})")
@@ -273,9 +280,7 @@ class Totals:
             "pictures_cost_usd": money(self.pictures_cost_usd),
             "pictures_without_a_told_cost": self.without_cost,
             "failures_by_kind": {
-                state.value: dict(_commonest(self.kinds[state]))
-                for state in (RowState.FAILED, RowState.AMBIGUOUS, RowState.SKIPPED)
-                if self.kinds[state]
+                state.value: dict(_commonest(self.kinds[state])) for state in NOT_THERE if self.kinds[state]
             },
             "slowest": [
                 {"seconds": seconds, "row": row, "item_id": item_id}
@@ -289,7 +294,7 @@ def _commonest(kinds: Counter[str]) -> list[tuple[str, int]]:
 
 
 def money(usd: float) -> float:
-    """Dollars without the dust of floating point."""
+    """Dollars without what floating point adds."""
     return round(usd, 6)
 
 
@@ -302,9 +307,62 @@ def spending(cost_usd: float, unknown: int, expected_usd: float | None) -> str:
     return f"{told} and {unknown:,} {'order' if unknown == 1 else 'orders'} of unknown cost{about}"
 
 
-@dataclass(frozen=True)
+class RowResult(NamedTuple):
+    """What became of a row.
+
+    Attributes:
+        id: Its item's id: the row's own, or the fingerprint of its input; None where no id could be read.
+        status: `stored`, `reused`, `failed`, `ambiguous` or `skipped`.
+        uri: Where its picture is; None: it has none.
+        cost_usd: What the API has billed for it; None: nothing, or not told yet.
+        error: Why it has no picture: a kind, and what to do; None: it has one.
+    """
+
+    id: str | None
+    status: str
+    uri: str | None
+    cost_usd: float | None
+    error: str | None
+
+    @classmethod
+    def of(cls, outcome: Outcome) -> RowResult:
+        error = None if outcome.error is None else f"{outcome.kind}: {outcome.error.get('message') or ''}"
+        return cls(outcome.item_id, outcome.state.value, outcome.uri, outcome.cost_usd, error)
+
+
+class RowResults(Sequence[RowResult]):
+    """One entry a row, in the order of the rows. Not a list: Prefect looks into lists for futures, entry by entry."""
+
+    def __init__(self, entries: Iterable[RowResult] = ()) -> None:
+        self._entries = tuple(entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> RowResult: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[RowResult]: ...
+
+    def __getitem__(self, index: int | slice) -> RowResult | Sequence[RowResult]:
+        return self._entries[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RowResults) and self._entries == other._entries
+
+    def __hash__(self) -> int:
+        return hash(self._entries)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} rows>"
+
+
+@as_model(frozen=True, config=ConfigDict(arbitrary_types_allowed=True))
 class BatchResult:
-    """What a batch came to. `items` is the sum of the five counts; `not_there` of the last three.
+    """What a batch came to: totals, and an entry for each row that was handed over.
+
+    `items` is the sum of the five counts; `not_there` of the last three. Iterating gives the entries.
 
     Attributes:
         cost_usd: What the API has billed to this run, as far as it has told, pictures that are not stored included.
@@ -316,6 +374,8 @@ class BatchResult:
         index_uri: The page; None when the source could not be read to its end.
         state: `completed`, or `stopped` by what `stopped_by` says.
         why: What is not there, by kind; empty when every row has its picture.
+        rows: Each row's id, status, uri, cost_usd and error, in the order of the rows; none of a file's, whose rows
+            are in the report. Not kept where Prefect keeps results.
     """
 
     batch_id: str
@@ -339,6 +399,10 @@ class BatchResult:
     why: str = ""
     stopped_by: str | None = None
     set_up_wrong: bool = False
+    rows: Annotated[RowResults, Field(exclude=True)] = field(default_factory=RowResults, repr=False)
+
+    def __iter__(self) -> Iterator[RowResult]:
+        return iter(self.rows)
 
     @property
     def not_there(self) -> int:
@@ -354,6 +418,23 @@ class BatchResult:
         """`$0.1560`, and what is not told yet."""
         return spending(self.cost_usd, self.cost_unknown, self.cost_unknown_expected_usd)
 
+    def in_words(self) -> str:
+        """One sentence: the counts, why some are not there, what it cost, and where the report is."""
+        words = "" if self.stopped_by is None else f"Stopped: {self.stopped_by} "
+        words += f"{self.stored} stored, {self.reused} reused"
+        if self.why:
+            words += f", {self.why}"
+        return f"{words} of {self.items}; {self.money}; {self.report_uri}"
+
+    def exceeds(self, fail_above: float) -> bool:
+        """Whether more rows than that have no picture (below 1 a share of all, from 1 on a number), or it stopped."""
+        allowed = fail_above if fail_above >= 1 else fail_above * self.items
+        return self.stopped_by is not None or self.not_there > allowed
+
+    def records(self) -> list[dict[str, Any]]:
+        """The entries as dicts, for `DataFrame(result.records())` or a database."""
+        return [row._asdict() for row in self.rows]
+
     def as_json(self) -> dict[str, Any]:
-        """What `--json` prints."""
-        return asdict(self)
+        """What `--json` prints: the totals."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "rows"}

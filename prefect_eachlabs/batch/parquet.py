@@ -67,7 +67,7 @@ class ParquetFile:
     def rows(self) -> Iterator[Row]:
         """Every row, once. Raises as the constructor does."""
         while (answer := self._asked({}))[0]["rows"]:
-            yield from json.loads(answer[1], object_hook=_opened)
+            yield from json.loads(answer[1], object_hook=opened)
 
     def _asked(self, arguments: dict[str, Any]) -> Answer:
         return self._process.call(arguments, seconds=SECONDS, read=self._read)
@@ -81,7 +81,7 @@ class ParquetFile:
         self._stream.close()
 
 
-def _opened(value: dict[str, Any]) -> Any:
+def opened(value: dict[str, Any]) -> Any:
     match value:
         case {"\0bytes": str(text)}:
             return text.encode("latin-1")
@@ -158,13 +158,13 @@ class ParquetReader:
             return json.dumps(f"a value cannot be read ({type(error).__name__}: {str(error)[:100]})")
 
     def _as_json(self, values: dict[str, Any]) -> str:
-        row = json.dumps(values, ensure_ascii=False, default=_said)
+        row = json.dumps(values, ensure_ascii=False, default=said)
         row.encode()
         too_large = len(row) > self._most_row_bytes
         return json.dumps(f"it is larger than {self._most_row_bytes // 1024} KiB") if too_large else row
 
 
-def _said(value: Any) -> dict[str, str]:
+def said(value: Any) -> dict[str, str]:
     return {"\0bytes": value.decode("latin-1")} if isinstance(value, bytes) else {"\0text": str(value)}
 
 

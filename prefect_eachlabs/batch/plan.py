@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from prefect_eachlabs.batch.buying import EngineBuyer
-from prefect_eachlabs.batch.disk import on_disk
 from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
-from prefect_eachlabs.batch.report import BatchFolder, Worker
+from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import INTERRUPT_SECONDS, Batch, BatchOptions
-from prefect_eachlabs.batch.source import Defaults, open_source
-from prefect_eachlabs.batch.tables import BadRow, base_name
+from prefect_eachlabs.batch.source import Defaults, Source, Wanted, open_source
+from prefect_eachlabs.batch.tables import BadRow, Table, base_name
+from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.cancellation import to_its_end
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.models import Destination
@@ -24,32 +23,17 @@ from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.s3_client import S3Access
 
-T = TypeVar("T")
-"""What a worker's work returns."""
-
+ROWS = "rows"
+"""What a table without a name is called, and its batch."""
 EXPECTED_PREDICTION_SECONDS = 5.0
 """What the model's page says, until a report tells better."""
 SHARE_OF_REQUESTS_FOR_BUYING = 0.9
 """Of the account's requests; the rest are questions."""
 
 
-class ThreadWorker:
-    """One thread of its own, for what blocks."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="eachlabs-batch")
-
-    async def __call__(self, work: Callable[..., T], /, *args: Any) -> T:
-        with on_disk():
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *args)
-
-    def close(self) -> None:
-        self._pool.shutdown(wait=False)
-
-
 async def open_batch(
     engine: Engine,
-    source: str,
+    source: str | Table,
     destination: Destination,
     options: BatchOptions,
     *,
@@ -65,10 +49,10 @@ async def open_batch(
 
     Args:
         engine: Buys for the account.
-        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet.
+        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet; or a table, which the batch closes.
         destination: Where pictures, records and reports go.
         options: What this run may do.
-        batch_id: Names the batch's folder of reports; the source's base name when None.
+        batch_id: Names the batch's folder of reports; the base name of a source when None.
         access: How to reach the bucket; boto3's own chain when None.
         defaults: The model of rows that name none.
         worker: Runs what blocks; the caller closes it.
@@ -80,36 +64,100 @@ async def open_batch(
         BadInput: The source may not be read, is no table, or has no prompt column.
         SetupError: It cannot be read.
     """
-    name = base_name(source) if batch_id is None else batch_id
+    if batch_id is None:
+        batch_id = base_name(source) if isinstance(source, str) else ROWS
     store = engine.account.books(destination, access).ledger.store
-    folder = BatchFolder(store, S3Files(destination.bucket, access), destination, name, worker)
+    folder = BatchFolder(store, S3Files(destination.bucket, access), destination, batch_id, worker)
     roots = Roots.parse(engine.settings.reference_roots)
     if access is not None:
         roots = roots.and_below(destination.bucket, destination.prefix)
-    if not any_source:
-        source = await worker(roots.source, source)
-    opened = await worker(open_source, source, access, defaults, roots)
+    if isinstance(source, str):
+        if not any_source:
+            source = await worker(roots.source, source)
+        opened = await worker(open_source, source, access, defaults, roots)
+    else:
+        opened = Source(source, ROWS, defaults, roots)
     return Batch(
         EngineBuyer(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
     )
 
 
-async def run_batch(batch: Batch, *, window: int, interrupt_seconds: float = INTERRUPT_SECONDS) -> BatchResult:
+class Chunk:
+    """Some rows that follow one another, all of them in progress or done. Opaque to Prefect, which looks into lists."""
+
+    def __init__(self) -> None:
+        self.rows: list[Wanted] = []
+        self._tasks: list[asyncio.Task[Outcome]] = []
+
+    @property
+    def name(self) -> str:
+        """`rows 2 to 21`, by their lines."""
+        return f"rows {self.rows[0].line} to {self.rows[-1].line}"
+
+    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
+        self.rows.append(wanted)
+        self._tasks.append(task)
+
+    async def ended(self) -> list[Outcome]:
+        """What became of them, once each has come to its end."""
+        await asyncio.wait(self._tasks)
+        return [task.result() for task in self._tasks if not task.cancelled()]
+
+
+class Chunks:
+    """Hands out a run's rows by the chunk, for whoever shows them; the buying does not wait for that.
+
+    Args:
+        size: Rows to a chunk; the last may have fewer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._filling = Chunk()
+        self._full: list[Chunk] = []
+        self._news = asyncio.Event()
+
+    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
+        """A row has begun."""
+        self._filling.add(wanted, task)
+        if len(self._filling.rows) == self._size:
+            self.flush()
+
+    def flush(self) -> None:
+        """No further row begins, or the run has ended: whoever waits looks again."""
+        if self._filling.rows:
+            self._full.append(self._filling)
+            self._filling = Chunk()
+        self._news.set()
+
+    async def next(self, seconds: float) -> list[Chunk]:
+        """Those that are new; waits so long for one, or for the end."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+        self._news.clear()
+        new, self._full = self._full, []
+        return new
+
+
+async def run_batch(
+    batch: Batch, *, window: int, interrupt_seconds: float = INTERRUPT_SECONDS, chunks: Chunks | None = None
+) -> BatchResult:
     """Runs a batch to its end: every row comes to one of five ends. **Costs money.**
 
     Cancelled, it cancels what is in flight and reports what came of it; run again, it goes on from there.
 
     Args:
         batch: As `open_batch` made it; closed in the end.
-        window: How many items are in the air at most.
+        window: How many items are in progress at most.
         interrupt_seconds: How long the cancels may take, when the run itself is cancelled.
+        chunks: Told of each row that begins.
 
     Raises:
         SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
     """
     try:
         await batch.begin()
-        await _obtain_all(batch, window)
+        await _obtain_all(batch, window, chunks)
         return await batch.finish()
     except asyncio.CancelledError:
         await to_its_end(batch.interrupt(interrupt_seconds))
@@ -118,25 +166,31 @@ async def run_batch(batch: Batch, *, window: int, interrupt_seconds: float = INT
         await to_its_end(batch.close())
 
 
-async def _obtain_all(batch: Batch, window: int) -> None:
-    in_the_air: set[asyncio.Task[Outcome]] = set()
+async def _obtain_all(batch: Batch, window: int, chunks: Chunks | None) -> None:
+    in_progress: set[asyncio.Task[Outcome]] = set()
     free = asyncio.Semaphore(window)
 
-    def landed(task: asyncio.Task[Outcome]) -> None:
-        in_the_air.discard(task)
+    def ended(task: asyncio.Task[Outcome]) -> None:
+        in_progress.discard(task)
         free.release()
 
-    while True:
-        await free.acquire()
-        wanted = await batch.next_wanted()
-        if wanted is None:
-            break
-        task = asyncio.ensure_future(batch.obtain(wanted))
-        in_the_air.add(task)
-        task.add_done_callback(landed)
-    if in_the_air:
+    try:
+        while True:
+            await free.acquire()
+            wanted = await batch.next_wanted()
+            if wanted is None:
+                break
+            task = asyncio.ensure_future(batch.obtain(wanted))
+            in_progress.add(task)
+            task.add_done_callback(ended)
+            if chunks is not None:
+                chunks.add(wanted, task)
+    finally:
+        if chunks is not None:
+            chunks.flush()
+    if in_progress:
         # Not a gather, which would pass a cancel on: `interrupt` cancels each row, once.
-        await asyncio.wait(in_the_air)
+        await asyncio.wait(in_progress)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Progress:
     stored: int
     reused: int
     not_there: int
-    in_the_air: int
+    in_progress: int
     cost_usd: float
     seconds: float
     per_minute: float

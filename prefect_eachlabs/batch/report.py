@@ -17,17 +17,19 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from prefect_eachlabs.batch.disk import on_disk
 from prefect_eachlabs.batch.files import Files
-from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.batch.outcomes import NOT_THERE, THERE, Outcome, RowState
+from prefect_eachlabs.batch.pages import MOST_FAILURES, MOST_PICTURES, index_page
+from prefect_eachlabs.batch.sheet import MOST_FRAMES, draw_sheet
 from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.batch.worker import Worker, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed
@@ -41,12 +43,6 @@ PART_ROWS = 1_000
 PART_SECONDS = 60.0
 LOADED_AT_A_TIME = 1_000
 BATCH_ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
-
-
-class Worker(Protocol):
-    """Runs what blocks, one after the other, beside the loop."""
-
-    def __call__(self, work: Callable[..., T], /, *args: Any) -> Awaitable[T]: ...
 
 
 def check_batch_id(batch_id: str) -> str:
@@ -102,7 +98,7 @@ class EarlierRuns:
 
     def add(self, outcome: Outcome) -> None:
         self.rows += 1
-        if outcome.state not in (RowState.STORED, RowState.REUSED):
+        if outcome.state not in THERE:
             return
         if outcome.predict_time_seconds:
             self._seconds += outcome.predict_time_seconds
@@ -265,6 +261,55 @@ class ReportWriter:
         body = json.dumps({"schema": SCHEMA, **self._totals()}, ensure_ascii=False, indent=1).encode()
         for name in names:
             await self._folder.store.put(self._folder.key(name), body, content_type="application/json")
+
+    async def write_page(self, presigned_seconds: int | None, *, home: str = "") -> None:
+        """Writes `index.html` into the batch's folder, or into `home` below it.
+
+        Its links are relative, or presigned URLs that last so long where they were asked for.
+        """
+        folder = self._folder
+        links: dict[str, str] = {}
+        end_at: datetime | None = None
+        if presigned_seconds is not None:
+            end_at = datetime.now(timezone.utc) + timedelta(seconds=presigned_seconds)
+            for item_id, name in await folder.worker(self._shown_pictures):
+                key = folder.destination.key(f"images/{name}")
+                links[item_id] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
+        page = await folder.worker(self._page, self._totals(), links, end_at, home)
+        await folder.store.put(folder.key(f"{home}index.html"), page, content_type="text/html; charset=utf-8")
+
+    def _shown_pictures(self) -> list[tuple[str, str]]:
+        return [(one.item_id or "", one.file_name) for one in self._outcomes(*THERE, most=MOST_PICTURES)]
+
+    def _page(self, totals: dict[str, Any], links: dict[str, str], end_at: datetime | None, home: str) -> bytes:
+        pieces = index_page(
+            totals,
+            pictures=self._outcomes(*THERE, most=MOST_PICTURES),
+            not_there=self._outcomes(*NOT_THERE, most=MOST_FAILURES),
+            links=links,
+            links_end_at=end_at,
+            up="../" * (2 + home.count("/")),
+        )
+        return "".join(pieces).encode()
+
+    def _outcomes(self, *states: RowState, most: int) -> Iterator[Outcome]:
+        for line in self._scratch.lines(*states, most=most):
+            if (outcome := Outcome.from_line(line)) is not None:
+                yield outcome
+
+    async def write_sheet(self) -> bool:
+        """Writes `contact-sheet.png` of up to 60 pictures; False where there is none to draw, or no Pillow."""
+        folder = self._folder
+        chosen = await folder.worker(self._scratch.pictures, MOST_FRAMES)
+        try:
+            sheet = await draw_sheet(folder.store, folder.destination, chosen, self._totals(), folder.worker)
+            if sheet is None:
+                return False
+            await folder.store.put(folder.key("contact-sheet.png"), sheet, content_type="image/png")
+        except EachlabsError as error:
+            logger.warning("The contact sheet could not be written: %s", error)
+            return False
+        return True
 
     async def merge(self, *, is_whole: bool) -> None:
         """Writes the report, in the order of the source: the run's own first, which marks one that lacks no row."""

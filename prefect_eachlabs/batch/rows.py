@@ -7,10 +7,10 @@ import itertools
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 
-from prefect_eachlabs.batch.report import Worker
 from prefect_eachlabs.batch.source import SHOWN_CHARACTERS, Source, Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
 from prefect_eachlabs.batch.tables import BadRow
+from prefect_eachlabs.batch.worker import Worker
 
 ROWS_AT_A_TIME = 100
 

@@ -5,26 +5,34 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
 
 from prefect_eachlabs.batch.budget import Budget
-from prefect_eachlabs.batch.buying import INTERRUPTED, Buyer, Buying
-from prefect_eachlabs.batch.closing import tell_late_costs, write_page, write_sheet
+from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, INTERRUPTED, Buyer, Buying
 from prefect_eachlabs.batch.history import History
-from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
+from prefect_eachlabs.batch.outcomes import (
+    THERE,
+    BatchResult,
+    Outcome,
+    RowResult,
+    RowResults,
+    RowState,
+    Totals,
+    money,
+    refused,
+)
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
-from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, Worker, run_name
+from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, run_name
 from prefect_eachlabs.batch.rows import Row, Rows
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
-from prefect_eachlabs.cancellation import all_ended
+from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.errors import EachlabsError, SetupError, Skipped
-from prefect_eachlabs.ledger.records import Ledger, Record
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -33,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 WINDOW_WITHOUT_LIMIT = 200
 WINDOW_BEYOND_THE_LIMIT = 30
-"""So many items more than may be in flight are in the air: downloading, uploading, or about to buy."""
+"""So many items more than may be in flight are in progress: downloading, uploading, or about to buy."""
 TICK_SECONDS = 1.0
 INTERRUPT_SECONDS = 20.0
 """So long a cancelled row may take to cancel its prediction and to see its end (Prefect kills a run after 30 s)."""
@@ -41,6 +49,10 @@ RECORD_SECONDS = 3.0
 """And so long, to read what its record says, when that was not enough."""
 MOST_ASKED_FOR = 100
 """So many costs of what was bought beside the rows' own pictures are asked for at the end, a request each."""
+LOOKS_FOR_COSTS = 2
+COST_PAUSE_SECONDS = 15.0
+PAGES_OF_OTHERS = 5
+"""Executions of other keys and runs stand among ours: so many pages more than ours would fill are looked through."""
 KEPT_FAILURES = 50
 """Rows without a picture that are at hand for whoever shows them; the report has all."""
 
@@ -59,6 +71,7 @@ class BatchOptions:
             leaves parts of a report, and no report.
         bought_here: Runs whose purchases count as this one's: those of its shares.
         presigned_seconds: The page shows pictures by presigned URLs that last so long; None: by relative paths.
+        with_rows: The result has an entry for each row.
     """
 
     run_id: str
@@ -73,6 +86,7 @@ class BatchOptions:
     formats: tuple[str, ...] | None = None
     shard: tuple[int, int] | None = None
     bought_here: frozenset[str] = frozenset()
+    with_rows: bool = False
 
 
 def shard_of(item_id: str, shards: int) -> int:
@@ -81,7 +95,7 @@ def shard_of(item_id: str, shards: int) -> int:
 
 
 def window_for(max_in_flight: int | None) -> int:
-    """How many items are in the air at most: enough that downloads and uploads never hold up buying."""
+    """How many items are in progress at most: enough that downloads and uploads never hold up buying."""
     return WINDOW_WITHOUT_LIMIT if max_in_flight is None else max_in_flight + WINDOW_BEYOND_THE_LIMIT
 
 
@@ -126,11 +140,11 @@ class Batch:
         self._show = show
         self._show_seconds = show_seconds
         self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
-        self._buying = Buying(buyer, folder.destination, access, PurchaseOptions(), self.budget, self._read_record)
+        self._buying: Buying | None = None
         self.first_not_there: list[Outcome] = []
         self._obtaining: set[asyncio.Task[Any]] = set()
         self._has_begun_to_buy = False
-        self._is_interrupted = False
+        self.is_interrupted = False
         self.last_result: BatchResult | None = None
         """What an interrupted run came to, where it had begun to buy and its report is written."""
         self._pace = Pace()
@@ -153,7 +167,7 @@ class Batch:
         self._began = asyncio.get_running_loop().time()
         await self.history.load()
         self._has_sheet = self.folder.has_sheet
-        self._buying.options = PurchaseOptions(
+        purchase = PurchaseOptions(
             run_id=self.options.run_id,
             replace=self.options.replace,
             rebuy_missing=self.options.rebuy_missing,
@@ -166,12 +180,13 @@ class Batch:
             presume_new=self.history.is_empty and self.options.budget_usd is None,
             budget=self.budget,
         )
+        self._buying = Buying(self._buyer, self.folder, self._access, purchase, self.budget)
         self._ticker = asyncio.ensure_future(self._tick())
 
     async def next_wanted(self) -> Wanted | None:
         """The next row that is to be obtained; those that are settled already are reported on the way.
 
-        None at the end, and where the source cannot be read on: then what is in the air ends, and the result says why
+        None at the end, and where the source cannot be read on: then what is in progress ends, and the result says why
         the rest is missing.
         """
         while (row := await self._next_row()) is not None:
@@ -192,10 +207,6 @@ class Batch:
             await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
             self._has_begun_to_buy = True
 
-    async def _read_record(self, item_id: str) -> Record | None:
-        held = await Ledger(self.folder.store, self.folder.destination).read(item_id)
-        return None if held is None else held.record
-
     def _is_mine(self, row: Wanted | BadRow) -> bool:
         """Rows that are no items are told by whoever goes through all of them."""
         if self.options.shard is None:
@@ -213,41 +224,32 @@ class Batch:
             self._stopped_by = error
             return None
 
-    async def next_chunk(self, size: int) -> list[Wanted]:
-        """Up to `size` rows that are to be obtained; an empty list at the end."""
-        chunk: list[Wanted] = []
-        while len(chunk) < size and (wanted := await self.next_wanted()) is not None:
-            chunk.append(wanted)
-        return chunk
-
     async def obtain(self, wanted: Wanted) -> Outcome:
-        """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
+        """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**
+
+        Of an interrupted run: what its record says.
+        """
         task = asyncio.current_task()
         assert task is not None, "a coroutine runs in a task"
+        assert self._buying is not None, "the batch has begun"
         self._obtaining.add(task)
         try:
             outcome = await self._buying.obtain(wanted)
         except asyncio.CancelledError:
-            if self._is_interrupted:
-                self._add(await self._buying.interrupted(wanted))
-            raise
+            if not self.is_interrupted:
+                raise
+            outcome = await self._buying.interrupted(wanted)
         finally:
             self._obtaining.discard(task)
         self._add(outcome)
         return outcome
-
-    async def obtain_all(self, chunk: Sequence[Wanted]) -> list[Outcome]:
-        """Several at a time; a cancel reaches each, once, and is over when each has come to its end."""
-        tasks = [asyncio.ensure_future(self.obtain(wanted)) for wanted in chunk]
-        await all_ended(tasks)
-        return [task.result() for task in tasks]
 
     async def interrupt(self, seconds: float = INTERRUPT_SECONDS) -> None:
         """Ends the run now: what is in flight is cancelled, and the report says what came of every row until here.
 
         Nothing is bought any more. What the API has not answered for after so many seconds stays as its record says.
         """
-        self._is_interrupted = True
+        self.is_interrupted = True
         self.budget.stop(Skipped("Interrupted before it was bought.", kind=INTERRUPTED))
         if not self._has_every_row:
             self._stopped_by = self._stopped_by or EachlabsError("interrupted", kind=INTERRUPTED)
@@ -276,24 +278,61 @@ class Batch:
     async def finish(self) -> BatchResult:
         """Merges the report and writes page and sheet; returns what it all came to.
 
+        A share leaves its parts, which whoever goes through all rows reads.
+
         Raises:
             StoreFailed, SetupError: The report could not be written; its parts stand as far as they were taken.
         """
         await self._end_ticker()
         if self._show is not None:
             self._show(self.progress())
-        self._stopped_by = self._stopped_by or self._buying.stopped_by
+        if self._stopped_by is None and self._buying is not None:
+            self._stopped_by = self._buying.stopped_by
         await self._writer.write_rest()
+        if self.options.shard is not None:
+            self._state = "completed" if self._stopped_by is None else "stopped"
+            return self.result()
         await self.folder.worker(self.scratch.flush)
         if self._stopped_by is None:
-            await tell_late_costs(self._buyer, self.scratch, self.totals, self.budget, self.folder.worker)
+            await self._tell_late_costs()
             await self.budget.ask_for_the_rest(MOST_ASKED_FOR)
         await self._write_report()
         if self.rows.all_read and self.totals.items != self.rows.total:
             raise RuntimeError(
                 f"{self.rows.total} rows were read and {self.totals.items} came to an end: a fault of ours."
             )
-        return self.result()
+        return self.result(await self.folder.worker(self._entries) if self.options.with_rows else RowResults())
+
+    async def _tell_late_costs(self) -> None:
+        """Looks up what was billed for rows that ended before the vendor had settled it: a request for each 100."""
+        for look in range(LOOKS_FOR_COSTS):
+            left = await self.folder.worker(self.scratch.count_unsettled)
+            if not left:
+                return
+            if look:
+                await asyncio.sleep(COST_PAUSE_SECONDS)
+            try:
+                await self._look_through_executions(left)
+            except EachlabsError as error:
+                logger.info("What some pictures cost is not known yet: %s", error)
+                return
+
+    async def _look_through_executions(self, left: int) -> None:
+        for page in range(-(-left // EXECUTIONS_A_PAGE) + PAGES_OF_OTHERS):
+            rows = await self._buyer.executions(page * EXECUTIONS_A_PAGE)
+            costs = {row.id: row.cost_usd for row in rows if row.cost_usd}
+            for settled in await self.folder.worker(self.scratch.settle, costs):
+                self.totals.cost_was_told(settled)
+                self.budget.told(
+                    settled.item_id or "", settled.model or "", settled.prediction_id or "", settled.cost_usd or 0.0
+                )
+                left -= 1
+            if not left or len(rows) < EXECUTIONS_A_PAGE:
+                return
+
+    def _entries(self) -> RowResults:
+        lines = map(Outcome.from_line, self.scratch.lines())
+        return RowResults(RowResult.of(outcome) for outcome in lines if outcome is not None)
 
     @property
     def _has_every_row(self) -> bool:
@@ -305,28 +344,18 @@ class Batch:
         return "" if self._has_every_row or not self.history.has_whole_report else f"runs/{self.run}/"
 
     async def _write_report(self) -> None:
-        self._state = "completed" if self._stopped_by is None else INTERRUPTED if self._is_interrupted else "stopped"
+        self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"
         self._ended_at = datetime.now(timezone.utc)
         await self.folder.worker(self.scratch.flush)
-        if not self._is_interrupted and self._has_every_row and (self._news or not self._has_sheet):
-            self._has_sheet = await write_sheet(self.folder, self.scratch, self.report()) or self._has_sheet
-        home, presigned_seconds = self._home, self.options.presigned_seconds
-        await retry_while_retryable(
-            lambda: write_page(self.folder, self.scratch, self.report(), presigned_seconds, home=home)
-        )
+        if not self.is_interrupted and self._has_every_row and (self._news or not self._has_sheet):
+            self._has_sheet = await self._writer.write_sheet() or self._has_sheet
+        home = self._home
+        await retry_while_retryable(lambda: self._writer.write_page(self.options.presigned_seconds, home=home))
         if home:
             # Its rows are in its parts, which the next run reads beside the last whole report.
             await retry_while_retryable(lambda: self._writer.write_totals(f"{home}report.json"))
         else:
             await retry_while_retryable(lambda: self._writer.merge(is_whole=self._has_every_row))
-
-    async def finish_shard(self) -> BatchResult:
-        """Ends a share: its parts are written, which whoever goes through all rows reads."""
-        await self._end_ticker()
-        await self._writer.write_rest()
-        self._state = "completed" if self._buying.stopped_by is None else "stopped"
-        self._stopped_by = self._stopped_by or self._buying.stopped_by
-        return self.result()
 
     async def close(self) -> None:
         """Ends what is left; a run that was cancelled leaves its parts, which are true."""
@@ -347,7 +376,7 @@ class Batch:
     def _add(self, outcome: Outcome, *, is_news: bool = True) -> None:
         self.totals.add(outcome)
         self._news += is_news
-        is_there = outcome.state in (RowState.STORED, RowState.REUSED)
+        is_there = outcome.state in THERE
         if not is_there and len(self.first_not_there) < KEPT_FAILURES:
             self.first_not_there.append(outcome)
         lacks_cost = outcome.bought_by in self.budget.ours and outcome.cost_usd is None
@@ -385,7 +414,7 @@ class Batch:
             stored=stored,
             reused=totals.count(RowState.REUSED),
             not_there=totals.not_there,
-            in_the_air=self._buying.in_the_air,
+            in_progress=len(self._obtaining),
             cost_usd=self.budget.spent_usd,
             seconds=now - self._began,
             per_minute=per_minute,
@@ -425,7 +454,7 @@ class Batch:
             "contact_sheet": self.folder.uri("contact-sheet.png") if self._has_sheet else None,
         }
 
-    def result(self) -> BatchResult:
+    def result(self, rows: RowResults | None = None) -> BatchResult:
         """What it came to."""
         report: Mapping[str, Any] = self.report()
         count = self.totals.count
@@ -452,4 +481,5 @@ class Batch:
             why=self.totals.why(),
             stopped_by=report["stopped_by"],
             set_up_wrong=isinstance(self._stopped_by, SetupError),
+            rows=rows or RowResults(),
         )

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from prefect_eachlabs.batch.outcomes import Outcome
-from prefect_eachlabs.batch.report import Worker
+from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail

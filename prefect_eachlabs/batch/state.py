@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefect_eachlabs.batch.outcomes import Outcome, RowState
+from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState
 
 _TABLES = """
 PRAGMA journal_mode = OFF;
@@ -28,7 +28,7 @@ CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
 """
 
 
-_THERE = (RowState.STORED.value, RowState.REUSED.value)
+_THERE = tuple(state.value for state in THERE)
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from prefect_eachlabs.batch.outcomes import BatchResult
     from prefect_eachlabs.batch.plan import Plan
     from prefect_eachlabs.batch.progress import Show
-    from prefect_eachlabs.batch.report import Worker
     from prefect_eachlabs.batch.run import Batch
+    from prefect_eachlabs.batch.worker import Worker
     from prefect_eachlabs.engine.runtime import Gateway
 
 BAR_SECONDS = 0.5
@@ -107,8 +107,9 @@ def batch(
 
 
 def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry_run: bool) -> BatchResult | Plan:
-    from prefect_eachlabs.batch.plan import ThreadWorker, plan_batch, run_batch
+    from prefect_eachlabs.batch.plan import plan_batch, run_batch
     from prefect_eachlabs.batch.run import window_for
+    from prefect_eachlabs.batch.worker import ThreadWorker
     from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
 
     worker = ThreadWorker()

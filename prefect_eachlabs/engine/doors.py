@@ -12,11 +12,15 @@ caller runs, in the caller's context; it must not block there.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any, NamedTuple, TypeVar
 
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.net import redaction
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -78,3 +82,14 @@ async def arun(plan: Plan[T]) -> T:
     except StopIteration as end:
         found: T = end.value
         return found
+
+
+def alone(error: EachlabsError) -> EachlabsError:
+    """The error as it leaves the package: what happened and what to do, without the calls that it came through.
+
+    Those stand in the log at debug level, with the causes (of httpx, of boto3), and Prefect logs the sentence alone.
+    """
+    redaction.install()
+    logger.debug("%s", error, exc_info=error)
+    error.__cause__, error.__suppress_context__ = None, True
+    return error.with_traceback(None)

@@ -5,30 +5,24 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from prefect import flow
 from prefect.runtime import flow_run
 
-from prefect_eachlabs.blocks import S3Destination, load_block
+from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.results import kept_as_json
+from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
-from prefect_eachlabs.tasks import await_result, create_prediction, shortened, store_image
+from prefect_eachlabs.tasks import (
+    aawait_result,
+    acreate_prediction,
+    astore_image,
+    await_result,
+    create_prediction,
+    shortened,
+    store_image,
+)
 
-__all__ = ["generate_image"]
-
-
-def target(destination: str) -> S3Destination | str:
-    """What a form's `destination` means: `s3://bucket/prefix`, or the name of an `S3Destination` block.
-
-    Raises:
-        SetupError: No block has that name.
-    """
-    text = destination.strip()
-    if text.startswith("eachlabs-s3-destination/"):
-        block: S3Destination = load_block(text, S3Destination)
-        return block
-    return text
+__all__ = ["agenerate_image", "generate_image"]
 
 
 def json_fields(text: str) -> dict[str, Any] | None:
@@ -54,11 +48,8 @@ def named_for_its_item() -> str:
     return shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
 
 
-@kept_as_json
-@flow(
-    name="generate-image",
-    description="One prompt becomes one PNG in S3, bought once.",
-    flow_run_name=named_for_its_item,
+@sync_flow(
+    "generate-image", description="One prompt becomes one PNG in S3, bought once.", flow_run_name=named_for_its_item
 )
 def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     prompt: str,
@@ -67,10 +58,10 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     model: str = DEFAULT_MODEL,
     version: str = DEFAULT_VERSION,
     item_id: str = "",
-    credentials_block: str = "",
+    credentials: str = "",
     input_json: str = "",
     formats: str = "",
-) -> StoredImage:
+) -> Plan[StoredImage]:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
     Args:
@@ -83,7 +74,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         version: The model's version; empty for models that have none.
         item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
             for each different input.
-        credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         input_json: Further fields of the model's input, as JSON such as {"aspect_ratio": "16:9"}.
             `prefect-eachlabs models SLUG` shows what it takes. Optional.
         formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
@@ -92,10 +83,11 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         Where the picture is.
     """
     fields = json_fields(input_json)
-    place = target(destination)
     if model != DEFAULT_MODEL and version == DEFAULT_VERSION:
         version = ""  # the form's default is the first model's
-    prediction = create_prediction(
+    prediction = yield from both(
+        create_prediction,
+        acreate_prediction,
         prompt,
         image_url=image_url or None,
         model=model,
@@ -103,8 +95,16 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         input=fields,
         item_id=item_id or None,
         formats=check_formats(formats or None),
-        destination=place,
-        credentials=credentials_block or None,
+        destination=destination,
+        credentials=credentials or None,
     )
-    finished = await_result(prediction, credentials=credentials_block or None)
-    return store_image(finished, place, credentials=credentials_block or None, with_artifact=True)
+    finished = yield from both(await_result, aawait_result, prediction, credentials=credentials or None)
+    return (
+        yield from both(
+            store_image, astore_image, finished, destination, credentials=credentials or None, with_artifact=True
+        )
+    )
+
+
+agenerate_image = async_flow(generate_image)
+"""`generate_image` for async callers: awaited. **Costs money** once."""

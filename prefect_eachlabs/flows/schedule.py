@@ -6,17 +6,16 @@ import re
 from datetime import datetime, timezone
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from prefect import flow
 from prefect.runtime import flow_run
 
+from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.image import target
-from prefect_eachlabs.flows.results import kept_as_json
+from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
-from prefect_eachlabs.tasks import generate_and_store, shortened
+from prefect_eachlabs.tasks import agenerate_and_store, generate_and_store, shortened
 
-__all__ = ["scheduled_image"]
+__all__ = ["ascheduled_image", "scheduled_image"]
 
 MOST_CHARACTERS = 20_000
 _PART = re.compile(r"\{\{|\}\}|\{(?P<field>[^{}]*)\}|[{}]")
@@ -97,9 +96,8 @@ def named_for_its_date() -> str:
         return "picture"  # the flow says what is wrong
 
 
-@kept_as_json
-@flow(
-    name="scheduled-image",
+@sync_flow(
+    "scheduled-image",
     description="A prompt with the run's date becomes one PNG in S3, bought once a date.",
     flow_run_name=named_for_its_date,
 )
@@ -111,9 +109,9 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     image_url: str = "",
     model: str = DEFAULT_MODEL,
     version: str = "",
-    credentials_block: str = "",
+    credentials: str = "",
     formats: str = "",
-) -> StoredImage:
+) -> Plan[StoredImage]:
     """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
 
     Args:
@@ -127,21 +125,29 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
         image_url: A reference picture: its public https URL. Optional.
         model: The model's slug.
         version: The model's version. Empty: the default model has its own.
-        credentials_block: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
 
     Returns:
         Where the picture is.
     """
     date = _scheduled_for(time_zone)
-    return generate_and_store(
-        filled(prompt_template, date, name="prompt_template"),
-        destination=target(destination),
-        item_id=filled(item_id_template, date, name="item_id_template"),
-        image_url=image_url or None,
-        model=model,
-        version=version or None,
-        credentials=credentials_block or None,
-        formats=check_formats(formats or None),
-        with_artifact=True,
+    return (
+        yield from both(
+            generate_and_store,
+            agenerate_and_store,
+            filled(prompt_template, date, name="prompt_template"),
+            destination=destination,
+            item_id=filled(item_id_template, date, name="item_id_template"),
+            image_url=image_url or None,
+            model=model,
+            version=version or None,
+            credentials=credentials or None,
+            formats=check_formats(formats or None),
+            with_artifact=True,
+        )
     )
+
+
+ascheduled_image = async_flow(scheduled_image)
+"""`scheduled_image` for async callers: awaited. **Costs money** once a date."""

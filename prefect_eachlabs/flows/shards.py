@@ -8,8 +8,7 @@ the end, waits for what others have in flight, and buys what nobody has bought.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 from uuid import UUID
 
@@ -20,44 +19,63 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Cancelling
 
-from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.errors import BadInput, SetupError
 
 logger = logging.getLogger(__name__)
 
-DEPLOYMENT = "generate-shard/generate-shard"
+DEPLOYMENT = "generate-batch/shard"
 MOST_SHARDS = 64
+NEVER_FAILS = 10**9
+"""Rows without a picture that a share may have: the first run goes through all rows, and says what is not there."""
 
 
-@contextmanager
-def other_shards(shards: int, parameters: Mapping[str, Any]) -> Iterator[list[UUID]]:
-    """Runs shards 1 to N-1 on the work pool while the block runs shard 0 and then everything.
+def one_of(shard: str) -> tuple[int, int] | None:
+    """Which share `2/4` is, counted from 0, and of how many; None where none is named.
 
-    Left by an error or a cancel, it cancels them; left in peace, those that no worker has begun.
+    Raises:
+        BadInput: It is not one.
+    """
+    if not shard.strip():
+        return None
+    number, _, shards = shard.partition("/")
+    try:
+        found = int(number) - 1, int(shards)
+    except ValueError:
+        found = -1, 0
+    if not 0 <= found[0] < found[1] <= MOST_SHARDS:
+        raise BadInput(f"shard: {shard[:40]!r} must be such as 2/4, of {MOST_SHARDS} at most.")
+    return found
+
+
+def start_shares(shards: int, parameters: Mapping[str, Any]) -> list[UUID]:
+    """Runs shares 2 to N on the work pool. Blocks.
 
     Args:
         shards: How many in all.
-        parameters: Of `generate_shard`, but for its number.
+        parameters: Of `generate_batch`.
 
     Raises:
+        BadInput: Too many, or none.
         SetupError: The deployment is not there.
     """
+    if not 1 <= shards <= MOST_SHARDS:
+        raise BadInput(f"shards: {shards} must be 1 to {MOST_SHARDS}.")
     runs: list[UUID] = []
     try:
-        for number in range(1, shards):
+        for number in range(2, shards + 1):
             runs.append(_start(number, shards, parameters))
-        yield runs
     except BaseException:
-        _end(runs, also_running=True)
+        end_shares(runs, also_running=True)
         raise
-    _end(runs, also_running=False)
+    return runs
 
 
 def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
     try:
         run = run_deployment(
             DEPLOYMENT,
-            parameters={**parameters, "shard": number, "shards": shards},
-            flow_run_name=f"shard {number} of {shards}",
+            parameters={**parameters, "shard": f"{number}/{shards}", "shards": 1, "fail_above": NEVER_FAILS},
+            flow_run_name=f"share {number} of {shards}",
             timeout=0,
             # Prefect's retry of the flow begins anew; a repeated request of this attempt does not.
             idempotency_key=f"{flow_run.id}/{flow_run.run_count}/{number}",
@@ -71,8 +89,11 @@ def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
     return run.id
 
 
-def _end(runs: Sequence[UUID], *, also_running: bool) -> None:
-    """Best effort: a shard that is not ended finds every row done, and ends by itself."""
+def end_shares(runs: Sequence[UUID], *, also_running: bool) -> None:
+    """Cancels those that no worker has begun, or all. Blocks.
+
+    Best effort: a shard that is not ended finds every row done, and ends by itself.
+    """
     if not runs:
         return
     try:

@@ -15,6 +15,8 @@ headers and fields that carry secrets, by their names, and the whole query of an
 there is anybody's guess. In the logs of this package and of those libraries, control characters are escaped.
 
 What is not: fields that a caller adds to a record (`extra=`), and what is printed instead of logged.
+
+And where Prefect logs an error of this package, its traceback gives way to the sentence that it is.
 """
 
 from __future__ import annotations
@@ -236,12 +238,23 @@ def _clean(record: logging.LogRecord) -> None:
         record.msg, record.args = cleaned, ()
     if record.stack_info:
         record.stack_info = redacted(record.stack_info)
+    if record.name.startswith("prefect.") and record.exc_info and _says_all(record.exc_info[1]):
+        # Prefect logs the calls of its own engine, up to four times, for an error that says what to do in a sentence.
+        said = clean(str(record.exc_info[1]))
+        record.exc_info = record.exc_text = None
+        if said not in cleaned:
+            record.msg, record.args = f"{cleaned}: {said}", ()
     if record.exc_info and record.exc_info[0] is not None:
         text = _traceback(record.exc_info)
         cleaned = visible(redacted(text), keeping="\n\t")
         if cleaned != text:
             # Formatters print `exc_text` where it is set, and would make it anew of `exc_info`.
             record.exc_info, record.exc_text = None, cleaned
+
+
+def _says_all(error: BaseException | None) -> bool:
+    """An error of this package; with its own log at debug level its tracebacks stay."""
+    return bool(getattr(error, "says_all", False)) and not logging.getLogger(_OURS).isEnabledFor(logging.DEBUG)
 
 
 def _traceback(exc_info: Any) -> str:

@@ -38,7 +38,9 @@ def stored(s3: LocalS3) -> int:
     return s3.counts().get(f"PUT {BUCKET}/p/images", 0)
 
 
-def start(source: Path, api: EmulatorServer, s3: LocalS3, folder: Path, number: int, *flags: str) -> subprocess.Popen[bytes]:
+def start(
+    source: Path, api: EmulatorServer, s3: LocalS3, folder: Path, number: int, *flags: str
+) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "EACHLABS_API_KEY": "a-key-of-tests",

@@ -22,7 +22,8 @@ QUICK = {"EACHLABS_CLAIM_SECONDS": "12", "EACHLABS_SETTLING_SECONDS": "4"}
 
 ONE_RUN = """
 import asyncio, json, sys
-from prefect_eachlabs.batch.plan import ThreadWorker, open_batch, run_batch
+from prefect_eachlabs.batch.plan import open_batch, run_batch
+from prefect_eachlabs.batch.worker import ThreadWorker
 from prefect_eachlabs.batch.run import BatchOptions
 from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 from prefect_eachlabs.models import Destination

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import boto3
 import pytest
@@ -21,12 +22,15 @@ from prefect.client.schemas.filters import (
     FlowRunFilterId,
 )
 from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
 
+from prefect_eachlabs import rows as rows_module
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
-from prefect_eachlabs.errors import BadInput, SetupError
-from prefect_eachlabs.flows import batch as batch_flow
+from prefect_eachlabs.batch.progress import Progress
+from prefect_eachlabs.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
+from prefect_eachlabs.engine.doors import Plan
+from prefect_eachlabs.errors import BadInput, BatchIncomplete, SetupError
 from prefect_eachlabs.flows.batch import generate_batch
-from prefect_eachlabs.flows.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
 from prefect_eachlabs.testing.emulator import EmulatorOptions
 from tests.batch.cli_process import objects_of
 from tests.flows.flow_fixtures import BUCKET, Studio
@@ -55,15 +59,21 @@ def ended(source: str, studio: Studio, **more: Any) -> State[Any]:
 
 
 def result_of(state: State[Any]) -> dict[str, Any]:
-    found: dict[str, Any] = asyncio.run(state.aresult(raise_on_failure=False))
-    return found
+    found = asyncio.run(state.aresult(raise_on_failure=False))
+    if isinstance(found, BatchIncomplete):
+        found = found.result
+    told: dict[str, Any] = found.as_json() if isinstance(found, BatchResult) else found
+    return told
 
 
 def seen_of(state: State[Any]) -> tuple[list[Any], list[Any]]:
     """The flow run's task runs and artifacts."""
     run_id = state.state_details.flow_run_id
     assert run_id is not None
+    return seen_of_run(run_id)
 
+
+def seen_of_run(run_id: UUID) -> tuple[list[Any], list[Any]]:
     async def read() -> tuple[list[Any], list[Any]]:
         async with get_client() as client:
             runs = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
@@ -84,7 +94,6 @@ def test_a_task_run_stands_for_a_chunk_and_the_run_is_completed(studio: Studio, 
 
     runs, artifacts = seen_of(state)
     assert sorted(run.name for run in runs) == ["rows 12 to 21", "rows 2 to 11", "rows 22 to 26"]
-    assert {tag for run in runs for tag in run.tags} >= {"eachlabs", "eachlabs-generate"}
     (progress,) = [one for one in artifacts if one.type == "progress"]
     assert progress.data == 100
     assert "25 of 25 (100%): 25 stored" in progress.description
@@ -188,10 +197,10 @@ def test_rows_of_a_task_run_that_prefect_lost_are_obtained_all_the_same(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     @task(cache_policy=NO_CACHE)
-    def lost(chunk: batch_flow.Chunk) -> None:
+    def lost(chunk: rows_module.ShownChunk) -> None:
         raise ConnectionError("the Prefect server is away")
 
-    monkeypatch.setattr(batch_flow, "generate_chunk", lost)
+    monkeypatch.setattr(rows_module, "generate_chunk", lost)
     state = ended(table(tmp_path, foxes(5)), studio)
     assert state.is_completed()
     assert result_of(state)["stored"] == 5 == studio.billed
@@ -205,14 +214,15 @@ def test_a_cancelled_run_cancels_what_its_chunks_have_in_flight(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     studio.api.emulator.options = EmulatorOptions(service_seconds=60, requests_per_minute=None)
-    monkeypatch.setattr(batch_flow, "PROGRESS_SECONDS", 0.2)
+    monkeypatch.setattr(rows_module, "NEWS_SECONDS", 0.2)
     waits = 0
 
-    def terminated(self: ProgressShown, **_: Any) -> None:
+    def terminated(self: ProgressShown, progress: Progress, **_: Any) -> Plan[None]:
         nonlocal waits
         waits += studio.api.tallies()["in_flight"] > 0
         if waits > 2:
             raise Ended
+        yield from ()
 
     monkeypatch.setattr(ProgressShown, "show", terminated)
     with pytest.raises(Ended):
@@ -226,6 +236,28 @@ def test_a_cancelled_run_cancels_what_its_chunks_have_in_flight(
     report = json.loads(objects_of(studio.s3, BUCKET, prefix)["report.json"])
     assert (report["state"], report["failures_by_kind"]["failed"]) == ("interrupted", {"cancelled": tallies["billed"]})
     assert (report["cost_usd"], report["cost_unknown"]) == (0, 0)
+
+
+def test_the_chunks_of_a_cancelled_run_end_as_cancelled_and_a_summary_is_left(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    studio.api.emulator.options = EmulatorOptions(service_seconds=60, requests_per_minute=None)
+    monkeypatch.setattr(rows_module, "NEWS_SECONDS", 0.2)
+    run_ids: list[str] = []
+
+    def terminated(self: ProgressShown, progress: Progress, **_: Any) -> Plan[None]:
+        run_ids.append(str(flow_run.id))
+        if studio.api.tallies()["in_flight"]:
+            raise Ended
+        yield from ()
+
+    monkeypatch.setattr(ProgressShown, "show", terminated)
+    with pytest.raises(Ended):
+        generate_batch(table(tmp_path, foxes(30)), studio.destination)
+    runs, artifacts = seen_of_run(UUID(run_ids[-1]))
+    assert {run.state.type.value for run in runs} == {"CANCELLED"}
+    (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
+    assert "interrupted" in report.data
 
 
 HOSTILE = "<img src=x onerror=alert(1)> | [a](javascript:alert(1)) `code` **bold**"

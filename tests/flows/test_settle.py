@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import State
 from prefect_eachlabs import create_prediction
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.engine import Engine
-from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.errors import OutcomeUnknown, SetupError
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.flows import settle as settle_flow
 from prefect_eachlabs.flows.settle import settle_leftovers
@@ -82,6 +82,8 @@ def test_ambiguous_items_fail_the_run_with_their_reasons(studio: Studio, monkeyp
     for words in ("7 ambiguous", "item-0: it may have been bought", "and 2 more in the artifact"):
         assert words in str(state.message)
     assert "item&#45;6" in last_artifact().data
+    with pytest.raises(OutcomeUnknown, match="7 ambiguous"):
+        settle_leftovers(studio.destination)
 
 
 def test_a_block_that_is_not_there_fails_the_run_with_what_to_do(studio: Studio) -> None:

@@ -13,7 +13,7 @@ from prefect.states import Scheduled
 from prefect_eachlabs.batch.run import shard_of
 from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.flows import shards
-from prefect_eachlabs.flows.batch import generate_batch, generate_shard
+from prefect_eachlabs.flows.batch import generate_batch
 from tests.flows.flow_fixtures import Studio
 
 ROWS = 12
@@ -42,8 +42,8 @@ class TestOnAServer:
         return state
 
     def test_a_share_leaves_parts_and_no_report_and_the_batch_buys_the_rest(self, studio: Studio, table: str) -> None:
-        share = generate_shard(table, studio.destination, shard=1, shards=2)
-        assert 0 < share["stored"] == studio.billed < ROWS
+        share = generate_batch(table, studio.destination, shard="2/2")
+        assert 0 < share.stored == studio.billed < ROWS
         names = studio.keys("batches/harbours/")
         assert [name.rpartition("/")[2] for name in names if name.endswith(".jsonl")] == ["part-00001.jsonl"]
         state = self.batch(studio, table)
@@ -57,9 +57,9 @@ class TestOnAServer:
         made: list[FlowRun] = []
 
         def scheduled(name: str, parameters: dict[str, Any], **_: Any) -> FlowRun:
-            assert (name, parameters["shards"]) == (shards.DEPLOYMENT, 3)
+            assert (name, parameters["shard"]) == (shards.DEPLOYMENT, f"{len(made) + 2}/3")
             with get_client(sync_client=True) as client:
-                made.append(client.create_flow_run(generate_shard, parameters=parameters, state=Scheduled()))
+                made.append(client.create_flow_run(generate_batch, parameters=parameters, state=Scheduled()))
             return made[-1]
 
         monkeypatch.setattr(shards, "run_deployment", scheduled)
@@ -72,7 +72,7 @@ class TestOnAServer:
         assert [one.is_cancelled() for one in states if one is not None] == [True, True]
 
     def test_without_its_deployment_nothing_is_bought(self, studio: Studio, table: str) -> None:
-        with pytest.raises(SetupError, match="generate-shard"):
+        with pytest.raises(SetupError, match="generate-batch/shard"):
             generate_batch(table, studio.destination, shards=2)
         assert studio.billed == 0
 
@@ -80,5 +80,6 @@ class TestOnAServer:
         for wrong in ({"shards": 2, "budget_usd": 1.0}, {"shards": 0}, {"shards": 65}):
             with pytest.raises(BadInput, match="shards"):
                 generate_batch(table, studio.destination, **wrong)  # type: ignore[arg-type]
-        with pytest.raises(BadInput, match="shard"):
-            generate_shard(table, studio.destination, shard=2, shards=2)
+        for wrong_share in ("0/2", "3/2", "2", "1/65", "a/b"):
+            with pytest.raises(BadInput, match="shard"):
+                generate_batch(table, studio.destination, shard=wrong_share)

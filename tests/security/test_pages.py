@@ -16,9 +16,9 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRu
 from prefect_eachlabs.artifacts import escaped, plain
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.pages import index_page
+from prefect_eachlabs.batch_artifacts import chunk_markdown
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
-from prefect_eachlabs.flows.batch_artifacts import chunk_markdown
 from prefect_eachlabs.net.redaction import visible
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import BUCKET, Studio

@@ -11,13 +11,21 @@ from prefect import flow
 from prefect.results import ResultStore
 from prefect.settings import PREFECT_LOCAL_STORAGE_PATH, temporary_settings
 
-from prefect_eachlabs import Prediction, StoredImage, await_result, create_prediction, generate_and_store, store_image
+from prefect_eachlabs import (
+    Prediction,
+    StoredImage,
+    await_result,
+    create_prediction,
+    generate_and_store,
+    generate_rows,
+    store_image,
+)
 from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
 from tests.flows.flow_fixtures import Studio
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
-TASKS = (create_prediction, await_result, store_image, generate_and_store)
+TASKS = (create_prediction, await_result, store_image, generate_and_store, generate_rows)
 FLOWS = (generate_batch, generate_image, scheduled_image, settle_leftovers)
 
 

@@ -38,7 +38,7 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
         IMAGE,
         "generate-image/requested-image",
         "generate-batch/generate-batch",
-        "generate-shard/generate-shard",
+        "generate-batch/shard",
         "scheduled-image/scheduled-image",
         "settle/settle",
     ):

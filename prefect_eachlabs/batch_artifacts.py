@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import TypeVar
 from uuid import UUID
 
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.logging import get_run_logger
+from prefect.artifacts import (
+    acreate_progress_artifact,
+    aupdate_progress_artifact,
+    create_progress_artifact,
+    update_progress_artifact,
+)
 
-from prefect_eachlabs.artifacts import escaped, table
+from prefect_eachlabs.artifacts import escaped, plain, quietly, show_markdown, table
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
+from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch
+from prefect_eachlabs.engine.doors import Plan, beside_the_loop, either, on_the_loop
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.tasks import log
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-PROGRESS_SECONDS = 5.0
 LOG_EVERY = 6
 """Every sixth look at the progress is a line in the log."""
 SHEET_WIDTH_PX = 900
@@ -32,47 +39,42 @@ JPEG_QUALITY = 75
 class ProgressShown:
     """The progress artifact, and a line in the run's log every now and then."""
 
-    def __init__(self, batch: Batch, gateway: Gateway) -> None:
-        self._batch = batch
-        self._gateway = gateway
+    def __init__(self) -> None:
         self._artifact: UUID | None = None
-        self._at: float | None = None
         self._times = 0
 
-    def show(self, *, at_the_end: bool = False) -> None:
-        """Now and then, however often it is called; for certain at the end."""
-
-        async def look() -> tuple[float, Any]:
-            return asyncio.get_running_loop().time(), self._batch.progress()
-
-        now, progress = self._gateway.call(look())
-        if self._at is not None and now - self._at < PROGRESS_SECONDS and not at_the_end:
-            return
-        self._at = now
+    def show(self, progress: Progress, *, at_the_end: bool = False) -> Plan[None]:
+        """The artifact is made the first time, and renewed each further one."""
         percent, line = round(100 * progress.share, 1), progress.line()
-        if self._artifact is None:
-            self._artifact = quietly(lambda: _made(create_progress_artifact(percent, description=line)))
+        artifact = self._artifact
+        if artifact is None:
+            made = either(
+                lambda: create_progress_artifact(percent, description=line),
+                lambda: acreate_progress_artifact(percent, description=line),
+            )
+            found = yield from quietly(made)
+            self._artifact = found if isinstance(found, UUID) else None
         else:
-            artifact = self._artifact
-            quietly(lambda: update_progress_artifact(artifact, percent, description=line))
+            yield from quietly(
+                either(
+                    lambda: update_progress_artifact(artifact, percent, description=line),
+                    lambda: aupdate_progress_artifact(artifact, percent, description=line),
+                )
+            )
         if self._times % LOG_EVERY == 0 or at_the_end:
-            get_run_logger().info(line)
+            log(line)
         self._times += 1
 
 
-def _made(artifact: object) -> UUID:
-    """Prefect types its artifacts for sync and async callers at once."""
-    assert isinstance(artifact, UUID), "made from sync code"
-    return artifact
-
-
-def quietly(show: Callable[[], T]) -> T | None:
-    """An artifact that cannot be made is no reason to stop buying, or to call pictures lost."""
-    try:
-        return show()
-    except Exception as error:
-        logger.warning("An artifact could not be made: %s: %s", type(error).__name__, str(error)[:200])
-        return None
+def show_report(gateway: Gateway, batch: Batch, result: BatchResult) -> Plan[None]:
+    """The artifact of the whole batch, with the contact sheet out of the bucket."""
+    sheet = None
+    with suppress(EachlabsError):
+        found = yield from on_the_loop(gateway, batch.folder.store.get(batch.folder.key("contact-sheet.png")))
+        sheet = found.body if found is not None else None
+    markdown = yield from beside_the_loop(lambda: report_markdown(result, batch.first_not_there, sheet))
+    key = f"eachlabs-batch-{''.join(c if c.isalnum() else '-' for c in result.batch_id.lower() if c.isascii())}"
+    yield from show_markdown(markdown, key=key, description=plain(f"Batch {result.batch_id}"))
 
 
 def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
