@@ -29,10 +29,10 @@ from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_markdown
 from prefect_eachlabs.batch.given import GivenRows
 from prefect_eachlabs.batch.outcomes import BatchResult, RowState
-from prefect_eachlabs.batch.plan import ROWS, Chunk, Chunks, open_batch, plan_batch, run_batch
+from prefect_eachlabs.batch.plan import ROWS, open_batch, plan_batch
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.progress import Progress
-from prefect_eachlabs.batch.run import Batch, BatchOptions, window_for
+from prefect_eachlabs.batch.run import Batch, BatchOptions, Chunk, Chunks, window_for
 from prefect_eachlabs.batch.source import Defaults
 from prefect_eachlabs.batch.tables import Table
 from prefect_eachlabs.batch.worker import ThreadWorker
@@ -185,7 +185,7 @@ def _bought(gateway: Gateway, batch: Batch, chunk_size: int) -> Plan[BatchResult
     begun: list[asyncio.Task[BatchResult]] = []
 
     async def begin() -> asyncio.Task[BatchResult]:
-        buying = run_batch(batch, window=window_for(gateway.settings.max_in_flight), chunks=chunks)
+        buying = batch.run(window=window_for(gateway.settings.max_in_flight), chunks=chunks)
         begun.append(asyncio.ensure_future(buying))
         begun[0].add_done_callback(lambda _: chunks.flush())
         return begun[0]

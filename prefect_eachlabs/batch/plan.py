@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.files import S3Files
-from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState, Totals, money, refused
+from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals, money, refused
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder
-from prefect_eachlabs.batch.run import INTERRUPT_SECONDS, Batch, BatchOptions
-from prefect_eachlabs.batch.source import Defaults, Source, Wanted, open_source
+from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.batch.source import Defaults, Source, open_source
 from prefect_eachlabs.batch.tables import BadRow, Table, base_name
 from prefect_eachlabs.batch.worker import Worker
-from prefect_eachlabs.cancellation import to_its_end
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.reference_images import Roots
@@ -80,117 +77,6 @@ async def open_batch(
     return Batch(
         EngineBuyer(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
     )
-
-
-class Chunk:
-    """Some rows that follow one another, all of them in progress or done. Opaque to Prefect, which looks into lists."""
-
-    def __init__(self) -> None:
-        self.rows: list[Wanted] = []
-        self._tasks: list[asyncio.Task[Outcome]] = []
-
-    @property
-    def name(self) -> str:
-        """`rows 2 to 21`, by their lines."""
-        return f"rows {self.rows[0].line} to {self.rows[-1].line}"
-
-    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
-        self.rows.append(wanted)
-        self._tasks.append(task)
-
-    async def ended(self) -> list[Outcome]:
-        """What became of them, once each has come to its end."""
-        await asyncio.wait(self._tasks)
-        return [task.result() for task in self._tasks if not task.cancelled()]
-
-
-class Chunks:
-    """Hands out a run's rows by the chunk, for whoever shows them; the buying does not wait for that.
-
-    Args:
-        size: Rows to a chunk; the last may have fewer.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._filling = Chunk()
-        self._full: list[Chunk] = []
-        self._news = asyncio.Event()
-
-    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
-        """A row has begun."""
-        self._filling.add(wanted, task)
-        if len(self._filling.rows) == self._size:
-            self.flush()
-
-    def flush(self) -> None:
-        """No further row begins, or the run has ended: whoever waits looks again."""
-        if self._filling.rows:
-            self._full.append(self._filling)
-            self._filling = Chunk()
-        self._news.set()
-
-    async def next(self, seconds: float) -> list[Chunk]:
-        """Those that are new; waits so long for one, or for the end."""
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._news.wait(), seconds)
-        self._news.clear()
-        new, self._full = self._full, []
-        return new
-
-
-async def run_batch(
-    batch: Batch, *, window: int, interrupt_seconds: float = INTERRUPT_SECONDS, chunks: Chunks | None = None
-) -> BatchResult:
-    """Runs a batch to its end: every row comes to one of five ends. **Costs money.**
-
-    Cancelled, it cancels what is in flight and reports what came of it; run again, it goes on from there.
-
-    Args:
-        batch: As `open_batch` made it; closed in the end.
-        window: How many items are in progress at most.
-        interrupt_seconds: How long the cancels may take, when the run itself is cancelled.
-        chunks: Told of each row that begins.
-
-    Raises:
-        SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
-    """
-    try:
-        await batch.begin()
-        await _obtain_all(batch, window, chunks)
-        return await batch.finish()
-    except asyncio.CancelledError:
-        await to_its_end(batch.interrupt(interrupt_seconds))
-        raise
-    finally:
-        await to_its_end(batch.close())
-
-
-async def _obtain_all(batch: Batch, window: int, chunks: Chunks | None) -> None:
-    in_progress: set[asyncio.Task[Outcome]] = set()
-    free = asyncio.Semaphore(window)
-
-    def ended(task: asyncio.Task[Outcome]) -> None:
-        in_progress.discard(task)
-        free.release()
-
-    try:
-        while True:
-            await free.acquire()
-            wanted = await batch.next_wanted()
-            if wanted is None:
-                break
-            task = asyncio.ensure_future(batch.obtain(wanted))
-            in_progress.add(task)
-            task.add_done_callback(ended)
-            if chunks is not None:
-                chunks.add(wanted, task)
-    finally:
-        if chunks is not None:
-            chunks.flush()
-    if in_progress:
-        # Not a gather, which would pass a cancel on: `interrupt` cancels each row, once.
-        await asyncio.wait(in_progress)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
 from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, INTERRUPTED, Buyer, Buying
@@ -32,6 +31,7 @@ from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
+from prefect_eachlabs.cancellation import to_its_end
 from prefect_eachlabs.errors import EachlabsError, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
@@ -58,15 +58,13 @@ KEPT_FAILURES = 50
 
 
 @dataclass(frozen=True)
-class BatchOptions:
-    """What a run of a batch may do; the defaults never buy anything twice.
+class BatchOptions(PurchaseOptions):
+    """What a run of a batch may do; the defaults never buy anything twice. The rest is as for a single picture.
+
+    The same `run_id` again is the same run (a flow that Prefect runs again), whose budget is one.
 
     Attributes:
-        run_id: Names the run in records and reports. The same id again is the same run (a flow that Prefect runs
-            again), whose budget is one.
         budget_usd: At most so much is spent by this run; None: no budget.
-        replace, rebuy_missing, retry_failed, on_ambiguous, retry_ambiguous, deadline_seconds, formats: As for a single
-            picture.
         shard: Only the rows of this share are seen to: its number from 0 on, and how many there are. Such a run
             leaves parts of a report, and no report.
         bought_here: Runs whose purchases count as this one's: those of its shares.
@@ -74,16 +72,8 @@ class BatchOptions:
         with_rows: The result has an entry for each row.
     """
 
-    run_id: str
     budget_usd: float | None = None
-    replace: bool = False
-    rebuy_missing: bool = False
-    retry_failed: bool = False
-    on_ambiguous: Literal["settle", "fail"] = "settle"
-    retry_ambiguous: bool = False
-    deadline_seconds: float | None = None
     presigned_seconds: int | None = None
-    formats: tuple[str, ...] | None = None
     shard: tuple[int, int] | None = None
     bought_here: frozenset[str] = frozenset()
     with_rows: bool = False
@@ -99,13 +89,68 @@ def window_for(max_in_flight: int | None) -> int:
     return WINDOW_WITHOUT_LIMIT if max_in_flight is None else max_in_flight + WINDOW_BEYOND_THE_LIMIT
 
 
-class Batch:
-    """One run over a source: `begin`, then `next_wanted` and `obtain` until there is no more, then `finish`.
+class Chunk:
+    """Some rows that follow one another, all of them in progress or done. Opaque to Prefect, which looks into lists."""
 
-    Lives on one loop; several rows may be obtained at a time. `close` it in the end, whatever happened.
+    def __init__(self) -> None:
+        self.rows: list[Wanted] = []
+        self._tasks: list[asyncio.Task[Outcome]] = []
+
+    @property
+    def name(self) -> str:
+        """`rows 2 to 21`, by their lines."""
+        return f"rows {self.rows[0].line} to {self.rows[-1].line}"
+
+    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
+        self.rows.append(wanted)
+        self._tasks.append(task)
+
+    async def ended(self) -> list[Outcome]:
+        """What became of them, once each has come to its end."""
+        await asyncio.wait(self._tasks)
+        return [task.result() for task in self._tasks if not task.cancelled()]
+
+
+class Chunks:
+    """Hands out a run's rows by the chunk, for whoever shows them; the buying does not wait for that.
 
     Args:
-        shop: Buys and stores a picture.
+        size: Rows to a chunk; the last may have fewer.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._filling = Chunk()
+        self._full: list[Chunk] = []
+        self._news = asyncio.Event()
+
+    def add(self, wanted: Wanted, task: asyncio.Task[Outcome]) -> None:
+        """A row has begun."""
+        self._filling.add(wanted, task)
+        if len(self._filling.rows) == self._size:
+            self.flush()
+
+    def flush(self) -> None:
+        """No further row begins, or the run has ended: whoever waits looks again."""
+        if self._filling.rows:
+            self._full.append(self._filling)
+            self._filling = Chunk()
+        self._news.set()
+
+    async def next(self, seconds: float) -> list[Chunk]:
+        """Those that are new; waits so long for one, or for the end."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._news.wait(), seconds)
+        self._news.clear()
+        new, self._full = self._full, []
+        return new
+
+
+class Batch:
+    """One run over a source, on one loop; made by `open_batch`, and run once.
+
+    Args:
+        buyer: Buys and stores a picture.
         source: The rows.
         folder: Where the report goes.
         options: What this run may do.
@@ -129,7 +174,7 @@ class Batch:
         self.folder = folder
         self.options = options
         self.totals = Totals()
-        self.run = run_name(options.run_id, datetime.now(timezone.utc))
+        self.run_name = run_name(options.run_id, datetime.now(timezone.utc))
         self.budget = Budget(options.budget_usd, buyer, ours=options.bought_here | {options.run_id})
         self.scratch = Scratch()
         self.rows = Rows(source, self.scratch, worker)
@@ -139,7 +184,7 @@ class Batch:
         self._access = access
         self._show = show
         self._show_seconds = show_seconds
-        self._writer = ReportWriter(folder, self.run, self.scratch, self.report)
+        self._writer = ReportWriter(folder, self.run_name, self.scratch, self.report)
         self._buying: Buying | None = None
         self.first_not_there: list[Outcome] = []
         self._obtaining: set[asyncio.Task[Any]] = set()
@@ -157,33 +202,64 @@ class Batch:
         self._ended_at: datetime | None = None
         self._ticker: asyncio.Task[None] | None = None
 
-    async def begin(self) -> None:
-        """Learns what earlier runs left. Free.
+    async def run(
+        self, *, window: int, interrupt_seconds: float = INTERRUPT_SECONDS, chunks: Chunks | None = None
+    ) -> BatchResult:
+        """To the end: every row comes to one of five ends. **Costs money.**
+
+        Cancelled, it cancels what is in flight and reports what came of it; run again, it goes on from there.
+
+        Args:
+            window: How many items are in progress at most.
+            interrupt_seconds: How long the cancels may take, when the run itself is cancelled.
+            chunks: Told of each row that begins.
 
         Raises:
-            SetupError: The bucket is missing or refuses us.
-            StoreFailed: The bucket does not answer.
+            SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
         """
+        try:
+            await self._begin()
+            await self._obtain_all(window, chunks)
+            return await self._finish()
+        except asyncio.CancelledError:
+            await to_its_end(self._interrupt(interrupt_seconds))
+            raise
+        finally:
+            await to_its_end(self.close())
+
+    async def _begin(self) -> None:
+        """Learns what earlier runs left. Free."""
         self._began = asyncio.get_running_loop().time()
         await self.history.load()
         self._has_sheet = self.folder.has_sheet
-        purchase = PurchaseOptions(
-            run_id=self.options.run_id,
-            replace=self.options.replace,
-            rebuy_missing=self.options.rebuy_missing,
-            retry_failed=self.options.retry_failed,
-            on_ambiguous=self.options.on_ambiguous,
-            retry_ambiguous=self.options.retry_ambiguous,
-            deadline_seconds=self.options.deadline_seconds,
-            formats=self.options.formats,
-            # With a budget an item that was bought already must not be asked whether it may be.
-            presume_new=self.history.is_empty and self.options.budget_usd is None,
-            budget=self.budget,
-        )
+        # With a budget an item that was bought already must not be asked whether it may be.
+        presume_new = self.history.is_empty and self.options.budget_usd is None
+        purchase = replace(self.options, presume_new=presume_new, budget=self.budget)
         self._buying = Buying(self._buyer, self.folder, self._access, purchase, self.budget)
         self._ticker = asyncio.ensure_future(self._tick())
 
-    async def next_wanted(self) -> Wanted | None:
+    async def _obtain_all(self, window: int, chunks: Chunks | None) -> None:
+        free = asyncio.Semaphore(window)
+        try:
+            while True:
+                await free.acquire()
+                wanted = await self._next_wanted()
+                if wanted is None:
+                    break
+                task = asyncio.ensure_future(self._obtain(wanted))
+                self._obtaining.add(task)
+                task.add_done_callback(self._obtaining.discard)
+                task.add_done_callback(lambda _: free.release())
+                if chunks is not None:
+                    chunks.add(wanted, task)
+        finally:
+            if chunks is not None:
+                chunks.flush()
+        if self._obtaining:
+            # Not a gather, which would pass a cancel on: an interrupt cancels each row, once.
+            await asyncio.wait(self._obtaining)
+
+    async def _next_wanted(self) -> Wanted | None:
         """The next row that is to be obtained; those that are settled already are reported on the way.
 
         None at the end, and where the source cannot be read on: then what is in progress ends, and the result says why
@@ -224,27 +300,19 @@ class Batch:
             self._stopped_by = error
             return None
 
-    async def obtain(self, wanted: Wanted) -> Outcome:
-        """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**
-
-        Of an interrupted run: what its record says.
-        """
-        task = asyncio.current_task()
-        assert task is not None, "a coroutine runs in a task"
-        assert self._buying is not None, "the batch has begun"
-        self._obtaining.add(task)
+    async def _obtain(self, wanted: Wanted) -> Outcome:
+        """The row's picture, safe in the bucket, or why not; of an interrupted run: what its record says."""
+        assert self._buying is not None, "the run has begun"
         try:
             outcome = await self._buying.obtain(wanted)
         except asyncio.CancelledError:
             if not self.is_interrupted:
                 raise
             outcome = await self._buying.interrupted(wanted)
-        finally:
-            self._obtaining.discard(task)
         self._add(outcome)
         return outcome
 
-    async def interrupt(self, seconds: float = INTERRUPT_SECONDS) -> None:
+    async def _interrupt(self, seconds: float) -> None:
         """Ends the run now: what is in flight is cancelled, and the report says what came of every row until here.
 
         Nothing is bought any more. What the API has not answered for after so many seconds stays as its record says.
@@ -275,7 +343,7 @@ class Batch:
         """Rows whose order had not been answered when the run was interrupted: they may be paid for."""
         return self.totals.kinds[RowState.AMBIGUOUS][INTERRUPTED]
 
-    async def finish(self) -> BatchResult:
+    async def _finish(self) -> BatchResult:
         """Merges the report and writes page and sheet; returns what it all came to.
 
         A share leaves its parts, which whoever goes through all rows reads.
@@ -341,7 +409,7 @@ class Batch:
     @property
     def _home(self) -> str:
         """Where the report goes: one that lacks rows does not take the place of a whole one."""
-        return "" if self._has_every_row or not self.history.has_whole_report else f"runs/{self.run}/"
+        return "" if self._has_every_row or not self.history.has_whole_report else f"runs/{self.run_name}/"
 
     async def _write_report(self) -> None:
         self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"
@@ -426,7 +494,7 @@ class Batch:
         seconds = asyncio.get_running_loop().time() - self._began
         return {
             "batch_id": self.folder.batch_id,
-            "run": self.run,
+            "run": self.run_name,
             "run_id": self.options.run_id,
             "state": self._state,
             "stopped_by": str(self._stopped_by) if self._stopped_by else None,
@@ -456,30 +524,12 @@ class Batch:
 
     def result(self, rows: RowResults | None = None) -> BatchResult:
         """What it came to."""
-        report: Mapping[str, Any] = self.report()
-        count = self.totals.count
-        home = self._home
-        return BatchResult(
-            batch_id=self.folder.batch_id,
-            run=self.run,
-            state=self._state,
-            items=self.totals.items,
-            stored=count(RowState.STORED),
-            reused=count(RowState.REUSED),
-            failed=count(RowState.FAILED),
-            ambiguous=count(RowState.AMBIGUOUS),
-            skipped=count(RowState.SKIPPED),
-            cost_usd=report["cost_usd"],
-            cost_unknown=report["cost_unknown"],
-            cost_unknown_expected_usd=report["cost_unknown_expected_usd"],
-            pictures_cost_usd=report["pictures_cost_usd"],
-            seconds=report["seconds"],
-            report_uri=self.folder.uri(f"{home}report.json"),
-            index_uri=self.folder.uri(f"{home}index.html"),
-            cost_by_model=report["cost_by_model"],
-            failures_by_kind=report["failures_by_kind"],
-            why=self.totals.why(),
-            stopped_by=report["stopped_by"],
-            set_up_wrong=isinstance(self._stopped_by, SetupError),
-            rows=rows or RowResults(),
-        )
+        told, home = self.report(), self._home
+        told |= {
+            "report_uri": self.folder.uri(f"{home}report.json"),
+            "index_uri": self.folder.uri(f"{home}index.html"),
+            "why": self.totals.why(),
+            "set_up_wrong": isinstance(self._stopped_by, SetupError),
+            "rows": rows or RowResults(),
+        }
+        return BatchResult(**{one.name: told[one.name] for one in fields(BatchResult)})

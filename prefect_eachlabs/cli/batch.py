@@ -107,7 +107,7 @@ def batch(
 
 
 def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry_run: bool) -> BatchResult | Plan:
-    from prefect_eachlabs.batch.plan import plan_batch, run_batch
+    from prefect_eachlabs.batch.plan import plan_batch
     from prefect_eachlabs.batch.run import window_for
     from prefect_eachlabs.batch.worker import ThreadWorker
     from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
@@ -121,7 +121,7 @@ def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry
         if dry_run:
             return await plan_batch(batch, gateway.settings)
         window = window_for(gateway.settings.max_in_flight)
-        return await run_batch(batch, window=window, interrupt_seconds=CANCELS_SECONDS)
+        return await batch.run(window=window, interrupt_seconds=CANCELS_SECONDS)
 
     def came_of(gateway: Gateway) -> Interrupted:
         unanswered = batch.unanswered if batch else 0

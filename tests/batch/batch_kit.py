@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from prefect_eachlabs.batch.outcomes import BatchResult
-from prefect_eachlabs.batch.plan import run_batch
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
@@ -207,7 +206,7 @@ def batch_of(
 
 async def run(shop: CountingShop, source: Source, *, window: int = 40, **options: Any) -> BatchResult:
     """A whole batch."""
-    return await run_batch(batch_of(shop, source, **options), window=window)
+    return await batch_of(shop, source, **options).run(window=window)
 
 
 def lines_of(store: MemoryStore, name: str = "report.jsonl", batch_id: str = "spring") -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ import pytest
 from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.outcomes import BatchResult
-from prefect_eachlabs.batch.plan import run_batch
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.errors import Skipped
@@ -33,7 +32,7 @@ def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, B
         folder = BatchFolder(store, MemoryFiles(process.world.store), DESTINATION, "spring", inline)
         given = BatchOptions(**{"run_id": process.run_id, **options})
         made = Batch(EngineBuyer(process.engine), source_of(prompts(count)), folder, given, worker=inline)
-        return await run_batch(made, window=12)
+        return await made.run(window=12)
 
     return process.run(run())
 

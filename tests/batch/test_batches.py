@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
-from prefect_eachlabs.batch.plan import estimated_seconds, plan_batch, run_batch
+from prefect_eachlabs.batch.plan import estimated_seconds, plan_batch
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import window_for
 from prefect_eachlabs.batch.source import Source
@@ -569,7 +569,7 @@ def test_progress_tells_how_far_it_is_and_how_long_it_takes() -> None:
     async def story() -> None:
         shop = CountingShop(MemoryStore())
         batch = batch_of(shop, source_of(prompts(600)), show=seen.append, show_seconds=30)
-        await run_batch(batch, window=40)
+        await batch.run(window=40)
 
     virtual_time.run(story())
     assert 9 <= len(seen) <= 11

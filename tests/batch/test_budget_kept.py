@@ -22,7 +22,7 @@ QUICK = {"EACHLABS_CLAIM_SECONDS": "12", "EACHLABS_SETTLING_SECONDS": "4"}
 
 ONE_RUN = """
 import asyncio, json, sys
-from prefect_eachlabs.batch.plan import open_batch, run_batch
+from prefect_eachlabs.batch.plan import open_batch
 from prefect_eachlabs.batch.worker import ThreadWorker
 from prefect_eachlabs.batch.run import BatchOptions
 from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
@@ -34,7 +34,7 @@ gateway, worker = gateway_for(), ThreadWorker()
 async def work():
     options = BatchOptions(run_id=run_id, budget_usd=float(budget_usd))
     batch = await open_batch(gateway.engine, source, Destination.parse(destination), options, worker=worker)
-    return await run_batch(batch, window=40)
+    return await batch.run(window=40)
 
 result = gateway.call(work())
 close_gateways()
