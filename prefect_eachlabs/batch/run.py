@@ -26,8 +26,7 @@ from prefect_eachlabs.batch.outcomes import (
 )
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
 from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, run_name
-from prefect_eachlabs.batch.rows import Row, Rows
-from prefect_eachlabs.batch.source import Source, Wanted
+from prefect_eachlabs.batch.source import Row, Rows, Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker

@@ -174,13 +174,26 @@ def _by_column(columns: tuple[str, ...], cells: list[str], line: int) -> Cells |
     return Cells(line, {name: cell for name, cell in zip(columns, cells, strict=True) if name})
 
 
-class CsvTable:
+class _TableOfLines:
+    """A table in a file of text."""
+
+    def __init__(self, source: str, lines: Lines) -> None:
+        self._source, self._lines = source, lines
+
+    def fraction_read(self) -> float:
+        return self._lines.fraction_read()
+
+    def close(self) -> None:
+        self._lines.close()
+
+
+class CsvTable(_TableOfLines):
     """RFC 4180. A broken line costs itself; a quote that is not closed ends the table, at the line that opens it."""
 
     typed = False
 
     def __init__(self, source: str, lines: Lines) -> None:
-        self._source, self._lines = source, lines
+        super().__init__(source, lines)
         self._records = self._read()
         head = next(self._records, None)
         if head is None:
@@ -224,20 +237,14 @@ class CsvTable:
             "it, or double it where it is part of the text, and run again: the rows before it are kept."
         )
 
-    def fraction_read(self) -> float:
-        return self._lines.fraction_read()
 
-    def close(self) -> None:
-        self._lines.close()
-
-
-class TsvTable:
+class TsvTable(_TableOfLines):
     """A line is a row, a tab a border."""
 
     typed = False
 
     def __init__(self, source: str, lines: Lines) -> None:
-        self._lines = lines
+        super().__init__(source, lines)
         head = next(lines, None)
         if head is None:
             no_table(source, "it is empty")
@@ -252,12 +259,6 @@ class TsvTable:
             elif line.text.strip():
                 yield _by_column(self.columns, _tab_separated(line.text), line.number)
 
-    def fraction_read(self) -> float:
-        return self._lines.fraction_read()
-
-    def close(self) -> None:
-        self._lines.close()
-
 
 def _tab_separated(text: str) -> list[str]:
     return [_unquoted(cell) for cell in text.rstrip("\r\n").split("\t")]
@@ -271,14 +272,14 @@ def _unquoted(cell: str) -> str:
     return inner.replace('""', '"') if '"' not in inner.replace('""', "") else cell
 
 
-class JsonLinesTable:
+class JsonLinesTable(_TableOfLines):
     """A JSON object a line. Its columns are those of its first lines, since it has no header."""
 
     typed = True
     LOOK_AHEAD = 100
 
     def __init__(self, source: str, lines: Lines) -> None:
-        self._lines = lines
+        super().__init__(source, lines)
         ahead = list(itertools.islice(lines, self.LOOK_AHEAD))
         if not ahead:
             no_table(source, "it is empty")
@@ -308,12 +309,6 @@ class JsonLinesTable:
         if not isinstance(values, dict):
             return BadRow(line.number, "broken line: it is no JSON object")
         return Cells(line.number, values)
-
-    def fraction_read(self) -> float:
-        return self._lines.fraction_read()
-
-    def close(self) -> None:
-        self._lines.close()
 
 
 def _refuse_constant(word: str) -> NoReturn:
