@@ -238,7 +238,7 @@ def _clean(record: logging.LogRecord) -> None:
         record.msg, record.args = cleaned, ()
     if record.stack_info:
         record.stack_info = redacted(record.stack_info)
-    if record.name.startswith("prefect.") and record.exc_info and _says_all(record.exc_info[1]):
+    if (record.name or "").startswith("prefect.") and record.exc_info and _says_all(record.exc_info[1]):
         # Prefect logs the calls of its own engine, up to four times, for an error that says what to do in a sentence.
         said = clean(str(record.exc_info[1]))
         record.exc_info = record.exc_text = None
