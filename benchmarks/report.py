@@ -18,7 +18,7 @@ from batches import (
 )
 from pace import SERVICE_SECONDS, WAYS, Figures
 
-_PACKAGES = ("prefect", "httpx", "boto3", "fastapi", "uvicorn", "moto")
+_PACKAGES = ("prefect", "httpx", "boto3", "starlette", "uvicorn", "moto")
 
 
 def paragraphs(*texts: str) -> str:

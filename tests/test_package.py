@@ -85,7 +85,7 @@ def test_the_command_line_says_its_help_without_loading_prefect_or_boto3() -> No
         "try: main(['--help'])\n"
         "except SystemExit as end: assert not end.code, end.code\n"
     )
-    assert loaded.isdisjoint({"prefect", "boto3", "fastapi"} | EXTRAS)
+    assert loaded.isdisjoint({"prefect", "boto3", "starlette"} | EXTRAS)
 
 
 # -------------------------------------------------------------------- wheel and sdist

@@ -97,7 +97,7 @@ def versions() -> Finding:
         except metadata.PackageNotFoundError:
             faults.append(f"{needed.name} is not installed")
             continue
-        if needed.name in ("prefect", "fastapi", "boto3"):
+        if needed.name in ("prefect", "boto3"):
             shown[needed.name] = here
         if not needed.specifier.contains(here, prereleases=True):
             faults.append(f"{needed.name} {here} is not {needed.specifier}")

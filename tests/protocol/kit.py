@@ -23,7 +23,7 @@ from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
-from prefect_eachlabs.testing.emulator import Clock, EmulatorOptions, InProcessTransport
+from prefect_eachlabs.testing.emulator import Clock, Emulator, EmulatorOptions, InProcessTransport
 from prefect_eachlabs.testing.emulator import Fault as EmulatorFault
 from prefect_eachlabs.testing.emulator.predictions import Job
 from tests.memory_store import MemoryStore
@@ -50,8 +50,6 @@ def options(run_id: str = "run", **given: Any) -> PurchaseOptions:
 
 
 _worlds: list[World] = []
-_idle: list[InProcessTransport] = []
-"""Emulators of worlds that are over: to make FastAPI's routes anew takes as long as a whole story."""
 
 
 def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
@@ -74,7 +72,6 @@ def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
 def let_go(world: World) -> None:
     """The world is over, and so is its loop."""
     _worlds.remove(world)
-    _idle.append(world.transport)
 
 
 def order(item: Item) -> dict[str, Any]:
@@ -118,10 +115,9 @@ class World:
             **emulated,
         }
         told = EmulatorOptions(faults=faults, **given)
-        self.transport = _idle.pop() if _idle else InProcessTransport(told)
-        self.emulator = self.transport.emulator
         self.clock = AheadClock()
-        self.emulator.__init__(told, clock=self.clock, threads=False)  # type: ignore[misc]  # begins anew
+        self.emulator = Emulator(told, clock=self.clock, threads=False)
+        self.transport = InProcessTransport(self.emulator)
         self.store = MemoryStore(honours_conditions=honours_conditions)
         self.latency_seconds = latency_seconds
         self.destination = DESTINATION

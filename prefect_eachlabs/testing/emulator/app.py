@@ -1,4 +1,4 @@
-"""The FastAPI app: the routes, and at its gate the key, the request limit and the journal."""
+"""The app: the routes, and at its gate the key, the request limit and the journal."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from email.utils import format_datetime
 from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -115,15 +117,9 @@ class Gate:
         return keys is None or any(hmac.compare_digest(key.encode(), good.encode()) for good in keys)
 
 
-def create_app(emulator: Emulator | EmulatorOptions | None = None) -> FastAPI:
+def create_app(emulator: Emulator | EmulatorOptions | None = None) -> Starlette:
     """The app of an emulator; `app.state.emulator` is the state behind it."""
     state = emulator if isinstance(emulator, Emulator) else Emulator(emulator)
-    app = FastAPI(
-        title="Eachlabs API, emulated", openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False
-    )
-    app.state.emulator = state
-    app.add_middleware(Gate, emulator=state)
-    app.include_router(routes_of(state))
 
     async def as_the_vendor_says_it(request: Request, wrong: Exception) -> Response:
         if isinstance(wrong, Refused):
@@ -131,6 +127,11 @@ def create_app(emulator: Emulator | EmulatorOptions | None = None) -> FastAPI:
         assert isinstance(wrong, HTTPException), "registered for these two"
         return error(wrong.status_code, str(wrong.detail), headers=wrong.headers)
 
-    for kind in (HTTPException, Refused):
-        app.add_exception_handler(kind, as_the_vendor_says_it)
+    app = Starlette(
+        routes=routes_of(state),
+        middleware=[Middleware(Gate, emulator=state)],
+        exception_handlers={HTTPException: as_the_vendor_says_it, Refused: as_the_vendor_says_it},
+    )
+    app.router.redirect_slashes = False
+    app.state.emulator = state
     return app

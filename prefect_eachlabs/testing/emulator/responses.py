@@ -122,7 +122,7 @@ class DripResponse(Response):
         ]
         await send({"type": "http.response.start", "status": self._whole.status_code, "headers": headers})
         step = max(1, -(-len(body) // self._PIECES))
-        for begin in range(0, len(body), step):
+        for begin in range(0, max(1, len(body)), step):
             await self._clock.sleep(self._seconds / self._PIECES)
             await send({"type": "http.response.body", "body": body[begin : begin + step], "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -5,15 +5,15 @@ from __future__ import annotations
 import hmac
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastapi import APIRouter, Request
 from pydantic import ValidationError
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from prefect_eachlabs.testing.emulator.clock import parse_date, rfc3339
 from prefect_eachlabs.testing.emulator.faults import ENDPOINTS, Endpoint, Fault, kinds_of, parse_faults
@@ -33,6 +33,8 @@ ENTRY = "prefect_eachlabs.testing.emulator.entry"
 """Where the ASGI scope carries the journal's entry of the request."""
 KEY = "prefect_eachlabs.testing.emulator.key"
 """Where it carries the API key in clear, for the faults that quote it; the journal knows its hash alone."""
+
+Handler = Callable[[Request], Awaitable[Response]]
 
 MAX_BODY_BYTES = 4 * 1024 * 1024
 RETENTION_SECONDS = 180 * 86_400
@@ -97,6 +99,20 @@ def note(request: Request, fault: Fault) -> None:
     """Writes the fault into the journal, beside any that hit the request already."""
     entry = entry_of(request)
     entry.fault = fault.name if entry.fault is None else f"{entry.fault} {fault.name}"
+
+
+class Routes:
+    """Collects routes, each with and without its last slash. A GET is answered to HEAD, too."""
+
+    def __init__(self) -> None:
+        self.all: list[Route] = []
+
+    def on(self, method: str, path: str) -> Callable[[Handler], Handler]:
+        def add(handler: Handler) -> Handler:
+            self.all += [Route(one, handler, methods=[method]) for one in (path, f"{path}/")]
+            return handler
+
+        return add
 
 
 class Call:
@@ -178,9 +194,8 @@ def over_the_account(emulator: Emulator, key: str) -> Response | None:
     return None
 
 
-def prediction_routes(emulator: Emulator, router: APIRouter) -> None:
-    @router.post("/v1/prediction")
-    @router.post("/v1/prediction/")
+def prediction_routes(emulator: Emulator, routes: Routes) -> None:
+    @routes.on("POST", "/v1/prediction")
     async def create(request: Request) -> Response:
         """What is accepted is billed, whatever becomes of the answer."""
         entry, call = entry_of(request), Call(emulator, request, "create")
@@ -202,19 +217,19 @@ def prediction_routes(emulator: Emulator, router: APIRouter) -> None:
             created[(renamed.value or "prediction_id") if renamed else "predictionID"] = job.id
         return await call.after(JSONResponse(created))
 
-    async def called(request: Request, prediction_id: str, endpoint: Endpoint) -> tuple[Call, Job | Response]:
+    async def called(request: Request, endpoint: Endpoint) -> tuple[Call, Job | Response]:
         """A question about a prediction: the prediction, or what is answered instead."""
+        prediction_id = str(request.path_params["prediction_id"])
         entry_of(request).prediction_id = prediction_id
         call, job = Call(emulator, request, endpoint), emulator.ledger.get(prediction_id, emulator.clock.now())
         call.text = job.prompt if job else ""
         answer = await call.before()
         return call, answer or job or error(404, "Prediction not found")
 
-    @router.get("/v1/prediction/{prediction_id}")
-    @router.get("/v1/prediction/{prediction_id}/")
-    async def get(request: Request, prediction_id: str) -> Response:
+    @routes.on("GET", "/v1/prediction/{prediction_id}")
+    async def get(request: Request) -> Response:
         """Where a prediction stands; held until its end with long polling."""
-        call, job = await called(request, prediction_id, "get")
+        call, job = await called(request, "get")
         if isinstance(job, Response):
             return job
         await emulator.hold(job)
@@ -230,11 +245,10 @@ def prediction_routes(emulator: Emulator, router: APIRouter) -> None:
             view.pop("input", None)
         return await call.after(JSONResponse(view))
 
-    @router.post("/v1/prediction/{prediction_id}/cancel")
-    @router.post("/v1/prediction/{prediction_id}/cancel/")
-    async def cancel(request: Request, prediction_id: str) -> Response:
+    @routes.on("POST", "/v1/prediction/{prediction_id}/cancel")
+    async def cancel(request: Request) -> Response:
         """Accepted always; whether it had an effect, GET says."""
-        call, job = await called(request, prediction_id, "cancel")
+        call, job = await called(request, "cancel")
         if isinstance(job, Response):
             return job
         emulator.cancel(job)
@@ -323,9 +337,8 @@ def _as_said(row: dict[str, Any], faults: Mapping[str, Fault]) -> dict[str, Any]
     return row
 
 
-def list_routes(emulator: Emulator, router: APIRouter) -> None:
-    @router.get("/v1/executions")
-    @router.get("/v1/executions/")
+def list_routes(emulator: Emulator, routes: Routes) -> None:
+    @routes.on("GET", "/v1/executions")
     async def executions(request: Request) -> Response:
         call = Call(emulator, request, "executions")
         if (answer := await call.before()) is not None:
@@ -335,8 +348,7 @@ def list_routes(emulator: Emulator, router: APIRouter) -> None:
             return error(404, "Not Found")
         return await call.after(JSONResponse(executions_page(emulator, request, faults)))
 
-    @router.get("/v1/models")
-    @router.get("/v1/models/")
+    @routes.on("GET", "/v1/models")
     async def models(request: Request) -> Response:
         call = Call(emulator, request, "models")
         if (answer := await call.before()) is not None:
@@ -347,8 +359,7 @@ def list_routes(emulator: Emulator, router: APIRouter) -> None:
         call.took_effect()
         return await call.after(JSONResponse(found[offset : offset + limit]))
 
-    @router.get("/v1/model")
-    @router.get("/v1/model/")
+    @routes.on("GET", "/v1/model")
     async def model(request: Request) -> Response:
         call = Call(emulator, request, "models")
         if (answer := await call.before()) is not None:
@@ -386,10 +397,10 @@ async def _upload_body(request: Request) -> bytes | None:
     return b"".join(parts) if size <= MAX_UPLOAD_BYTES else None
 
 
-def file_routes(emulator: Emulator, router: APIRouter) -> None:
-    @router.get("/files/{name}")
-    @router.head("/files/{name}")
-    async def download(request: Request, name: str) -> Response:
+def file_routes(emulator: Emulator, routes: Routes) -> None:
+    @routes.on("GET", "/files/{name}")
+    async def download(request: Request) -> Response:
+        name = str(request.path_params["name"])
         match, now = _PICTURE.fullmatch(name), emulator.clock.now()
         job = emulator.ledger.get(match[1], now) if match else None
         number = int(match[2] or 1) if match else 1
@@ -410,8 +421,7 @@ def file_routes(emulator: Emulator, router: APIRouter) -> None:
         note(request, fault)
         return spoil(picture, media_type, fault, emulator.clock, path=path)
 
-    @router.post("/v1/upload/presign")
-    @router.post("/v1/upload/presign/")
+    @routes.on("POST", "/v1/upload/presign")
     async def presign(request: Request) -> Response:
         call = Call(emulator, request, "presign")
         if (answer := await call.before()) is not None:
@@ -432,12 +442,13 @@ def file_routes(emulator: Emulator, router: APIRouter) -> None:
         call.took_effect()
         return await call.after(JSONResponse(said))
 
-    @router.put("/storage/uploads/{upload_id}")
-    async def put(request: Request, upload_id: str) -> Response:
+    @routes.on("PUT", "/storage/uploads/{upload_id}")
+    async def put(request: Request) -> Response:
         call = Call(emulator, request, "upload")
         if (answer := await call.before()) is not None:
             return answer
-        upload, signature = emulator.uploads.get(upload_id), request.query_params.get("X-Amz-Signature", "")
+        upload = emulator.uploads.get(str(request.path_params["upload_id"]))
+        signature = request.query_params.get("X-Amz-Signature", "")
         if upload is None or not hmac.compare_digest(signature.encode(), upload.signature.encode()):
             return xml_error(403, "SignatureDoesNotMatch")
         if any(request.headers.getlist(name) != [value] for name, value in upload.required_headers.items()):
@@ -452,9 +463,9 @@ def file_routes(emulator: Emulator, router: APIRouter) -> None:
         call.took_effect()
         return await call.after(Response(headers={"etag": f'"{upload.id}"'}))
 
-    @router.get("/uploads/{name}")
-    @router.head("/uploads/{name}")
-    async def uploaded(name: str) -> Response:
+    @routes.on("GET", "/uploads/{name}")
+    async def uploaded(request: Request) -> Response:
+        name = str(request.path_params["name"])
         upload = emulator.uploads.get(name.partition(".")[0])
         if upload is None or upload.body is None or name != upload.name:
             return xml_error(404, "NoSuchKey")
@@ -464,33 +475,33 @@ def file_routes(emulator: Emulator, router: APIRouter) -> None:
 # ------------------------------------------------------------------------- the judge
 
 
-def judge_routes(emulator: Emulator, router: APIRouter) -> None:
+def judge_routes(emulator: Emulator, routes: Routes) -> None:
     """Routes that the vendor does not have; they are not journaled."""
 
-    @router.get("/_emulator")
-    @router.get("/_emulator/")
-    async def about() -> Response:
+    @routes.on("GET", "/_emulator")
+    async def about(_: Request) -> Response:
         options = json.loads(emulator.options.model_dump_json(exclude={"api_keys"}))
         kinds = {endpoint: kinds_of(endpoint) for endpoint in ENDPOINTS}
         return JSONResponse({"what": "an emulator of the Eachlabs API", "options": options, "fault_kinds": kinds})
 
-    @router.get("/_emulator/tallies")
-    async def tallies() -> Response:
+    @routes.on("GET", "/_emulator/tallies")
+    async def tallies(_: Request) -> Response:
         return JSONResponse(emulator.tallies())
 
-    @router.get("/_emulator/journal")
-    async def journal(after: int = 0, limit: int | None = None) -> Response:
-        return JSONResponse(emulator.journal.view(after=after, limit=limit))
+    @routes.on("GET", "/_emulator/journal")
+    async def journal(request: Request) -> Response:
+        after, limit = (number_of(request, name, 0, 0, 10**11) for name in ("after", "limit"))
+        return JSONResponse(emulator.journal.view(after=after, limit=limit or None))
 
-    @router.get("/_emulator/predictions")
-    async def predictions() -> Response:
+    @routes.on("GET", "/_emulator/predictions")
+    async def predictions(_: Request) -> Response:
         return JSONResponse(emulator.predictions())
 
-    @router.get("/_emulator/faults")
-    async def faults() -> Response:
+    @routes.on("GET", "/_emulator/faults")
+    async def faults(_: Request) -> Response:
         return JSONResponse([fault.model_dump(exclude_defaults=True) for fault in emulator.faults.faults])
 
-    @router.post("/_emulator/faults")
+    @routes.on("POST", "/_emulator/faults")
     async def set_faults(request: Request) -> Response:
         try:
             given = parse_faults((await read_json(request)).get("faults"))
@@ -501,7 +512,7 @@ def judge_routes(emulator: Emulator, router: APIRouter) -> None:
         emulator.faults.set(given)
         return JSONResponse({"faults": len(given)})
 
-    @router.post("/_emulator/foreign")
+    @routes.on("POST", "/_emulator/foreign")
     async def foreign(request: Request) -> Response:
         """Another key of the organization buys `{model, version, input}`, `count` times."""
         body = await read_json(request)
@@ -512,14 +523,14 @@ def judge_routes(emulator: Emulator, router: APIRouter) -> None:
         jobs = [emulator.announce_foreign(body, base_url=base_url(request)) for _ in range(count)]
         return JSONResponse({"prediction_ids": [job.id for job in jobs]})
 
-    @router.post("/_emulator/reset")
-    async def reset() -> Response:
+    @routes.on("POST", "/_emulator/reset")
+    async def reset(_: Request) -> Response:
         emulator.reset()
         return JSONResponse({"reset": True})
 
 
-def routes_of(emulator: Emulator) -> APIRouter:
-    router = APIRouter()
+def routes_of(emulator: Emulator) -> list[Route]:
+    routes = Routes()
     for add in (prediction_routes, list_routes, file_routes, judge_routes):
-        add(emulator, router)
-    return router
+        add(emulator, routes)
+    return routes.all
