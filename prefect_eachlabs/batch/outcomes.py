@@ -237,9 +237,9 @@ class Totals:
 
     def _add_picture(self, outcome: Outcome) -> None:
         self.pictures_cost_usd += outcome.cost_usd or 0.0
+        self.without_cost += not outcome.cost_usd
         if outcome.state is not RowState.STORED:
             return
-        self.without_cost += not outcome.cost_usd
         if outcome.seconds is not None:
             heapq.heappush(self._slowest, (outcome.seconds, outcome.row, outcome.item_id or ""))
             if len(self._slowest) > SLOWEST:
@@ -247,7 +247,7 @@ class Totals:
 
     def cost_was_told(self, outcome: Outcome) -> None:
         """A row's cost, which had not been settled when it was counted."""
-        if outcome.state is RowState.STORED:
+        if outcome.state in THERE:
             self.pictures_cost_usd += outcome.cost_usd or 0.0
             self.without_cost -= 1
 

@@ -215,6 +215,18 @@ def test_the_totals_tell_rates_costs_the_slowest_and_failures_by_kind() -> None:
     virtual_time.run(story())
 
 
+@pytest.mark.parametrize("state", [RowState.STORED, RowState.REUSED])
+def test_a_picture_whose_cost_nobody_told_is_counted_as_such_until_it_is_told(state: RowState) -> None:
+    totals = Totals()
+    totals.add(outcome(1, state, cost_usd=0.04))
+    totals.add(outcome(2, state))
+    said = totals.as_json()
+    assert (said["pictures_cost_usd"], said["pictures_without_a_told_cost"]) == (0.04, 1)
+    totals.cost_was_told(outcome(2, state, cost_usd=0.04))
+    said = totals.as_json()
+    assert (said["pictures_cost_usd"], said["pictures_without_a_told_cost"]) == (0.08, 0)
+
+
 def test_totals_take_no_more_memory_for_more_rows() -> None:
     totals = Totals()
     for row in range(5_000):
