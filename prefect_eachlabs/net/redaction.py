@@ -99,7 +99,8 @@ def visible(text: str, *, keeping: str = "") -> str:
 def _spellings(secret: str) -> Iterator[str]:
     """A secret as texts quote it: as it is, and as URLs, JSON, HTML and base64 spell it."""
     yield secret
-    for quoted in (quote(secret, safe=""), quote(secret)):
+    data = secret.encode("utf-8", "surrogatepass")  # an environment may hold bytes that are not text
+    for quoted in (quote(data, safe=""), quote(data)):
         yield quoted
         yield re.sub("%..", lambda code: code[0].lower(), quoted)
     in_json = json.dumps(secret)[1:-1]
@@ -108,8 +109,8 @@ def _spellings(secret: str) -> Iterator[str]:
     yield html.escape(secret)
     for before in range(3):
         # Three bytes become four characters: wherever it stands among them, these are its own.
-        encoded = base64.b64encode(bytes(before) + secret.encode()).decode()
-        own = encoded[(0, 2, 3)[before] : 8 * (before + len(secret.encode())) // 6]
+        encoded = base64.b64encode(bytes(before) + data).decode()
+        own = encoded[(0, 2, 3)[before] : 8 * (before + len(data)) // 6]
         yield own
         yield own.translate(str.maketrans("+/", "-_"))
 

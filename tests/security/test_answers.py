@@ -154,3 +154,9 @@ def test_what_users_log_stays_as_they_wrote_it(caplog: pytest.LogCaptureFixture)
     for name in ("prefect.flow_runs", "acme.pipelines"):
         logging.getLogger(name).warning("\x1b[32mall\nwell\x1b[0m")
     assert {record.getMessage() for record in caplog.records} == {"\x1b[32mall\nwell\x1b[0m"}
+
+
+def test_a_key_that_is_no_text_is_hidden_and_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = b"sk-\xffHOSTILE-bytes".decode("utf-8", "surrogateescape")
+    monkeypatch.setenv("EACHLABS_API_KEY", key)
+    assert "HOSTILE" not in str(EachlabsError(f"It said {key}."))
