@@ -8,7 +8,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.errors import EachlabsError, SetupError
 
 T = TypeVar("T")
 
@@ -17,6 +17,7 @@ MOST_ASKED_PAUSE_SECONDS = 120.0
 
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
+REFUSED_FOR_SECONDS = 600.0
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,8 @@ async def until_it_succeeds(
 ) -> T:
     """What `make()` returns; made again after these errors for as long as the process lives: money depends on it.
 
-    Pauses grow from 0.5 s to 30 s. Any other error is raised.
+    Pauses grow from 0.5 s to 30 s. A `SetupError` (credentials that have expired) is raised when it has lasted for
+    10 minutes: this process may never get others, and the next run goes on from the record. Any other is raised.
 
     Args:
         make: Called once an attempt.
@@ -62,10 +64,15 @@ async def until_it_succeeds(
         what: Cannot be done yet, for the log: "item fox: its record cannot be read".
     """
     pause_seconds = FIRST_PAUSE_SECONDS
+    refused_at: float | None = None
     while True:
         try:
             return await make()
         except errors as error:
+            now = asyncio.get_running_loop().time()
+            refused_at = (refused_at or now) if isinstance(error, SetupError) else None
+            if refused_at is not None and now - refused_at >= REFUSED_FOR_SECONDS:
+                raise
             logger.warning("%s yet (%s); trying on.", what, error)
         await asyncio.sleep(pause_seconds)
         pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)

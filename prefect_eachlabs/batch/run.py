@@ -216,6 +216,7 @@ class Batch:
         Raises:
             SetupError, StoreFailed: The bucket is missing or does not answer, at the beginning or at the very end.
         """
+        self.options = self.options.begun()
         try:
             await self._begin()
             await self._obtain_all(window, chunks)

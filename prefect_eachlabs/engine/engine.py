@@ -111,7 +111,7 @@ class Engine:
             EachlabsError: As `errors.py` draws them; each says what to do next.
         """
         books = self.account.books(destination, access)
-        options = options.named()
+        options = options.begun()
         key = (id(books), item.item_id, item.fingerprint)
         while (running := self._running.get(key)) is not None and running.interrupted is not None:
             # It is being cancelled with its run: this one comes after it, and is not cancelled with it.

@@ -53,7 +53,7 @@ class Steps:
     ) -> Prediction:
         """Buys the item's prediction, or finds the one its record names. **Costs money.**"""
         books = self._account.books(destination, access)
-        options = options.named()
+        options = options.begun()
         job = Job(options.run_id)
         task = asyncio.ensure_future(self._create(item, books, options, job))
         try:

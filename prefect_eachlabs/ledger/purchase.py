@@ -235,7 +235,7 @@ class Purchaser:
         job: Job,
     ) -> tuple[VersionedRecord, Record]:
         """What an earlier order has come to, and the record that may be written next: created, or a claim."""
-        word = _may_be_overruled(held.record, options)
+        word = _may_be_overruled(held, options)
         if held.record.fingerprint == item.fingerprint:
             claim = self._first_claim(item, held, options)
             settled = await self._settle(ledger, reconciler, held, claim, job, abandoned=True)
@@ -723,11 +723,14 @@ class Purchaser:
         return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at)
 
 
-def _may_be_overruled(record: Record, options: PurchaseOptions) -> bool:
+def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
     """Whether a person's word counts: of what stood as ambiguous before this run began, and once for each run."""
+    record = held.record
+    if not options.retry_ambiguous or options.began_at is None or record.state is not RecordState.AMBIGUOUS:
+        return False
+    run_seconds = asyncio.get_running_loop().time() - options.began_at
     return (
-        options.retry_ambiguous
-        and record.state is RecordState.AMBIGUOUS
+        held.age_seconds - 1 >= run_seconds  # both times of an age have a resolution of 1 s
         and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))
     )
 

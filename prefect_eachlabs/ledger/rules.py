@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import uuid
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
@@ -28,6 +29,9 @@ class Budget(Protocol):
         ...
 
 
+Options = TypeVar("Options", bound="PurchaseOptions")
+
+
 @dataclass(frozen=True)
 class PurchaseOptions:
     """What may be done about an item beyond the first purchase; the defaults never buy anything twice.
@@ -45,6 +49,7 @@ class PurchaseOptions:
         any_reference: A person at the command line named the reference pictures: every bucket will do.
         retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
             leaves it open, it is bought once. The record keeps the statement; the same run makes it once for an item.
+        began_at: When the run began, by its loop's clock: a person's word is about what stood as ambiguous then.
     """
 
     run_id: str = ""
@@ -58,10 +63,12 @@ class PurchaseOptions:
     formats: tuple[str, ...] | None = None
     any_reference: bool = False
     retry_ambiguous: bool = False
+    began_at: float | None = None
 
-    def named(self) -> PurchaseOptions:
-        """These options with a run id of their own, where none was given."""
-        return self if self.run_id else replace(self, run_id=uuid.uuid4().hex)
+    def begun(self: Options) -> Options:
+        """These options for a run that begins now, unless it has begun: with a time, and a run id of its own."""
+        began_at = asyncio.get_running_loop().time() if self.began_at is None else self.began_at
+        return replace(self, run_id=self.run_id or uuid.uuid4().hex, began_at=began_at)
 
 
 class Step(str, Enum):

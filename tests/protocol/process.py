@@ -108,6 +108,8 @@ class Process:
     # ---------------------------------------------------------------- what it is told to do
 
     async def obtain(self, item: Item, **given: Any) -> StoredImage:
+        if given.get("retry_ambiguous"):
+            await asyncio.sleep(2)  # a person's word is about what was ambiguous before it was given
         return await self.run(
             self.engine.generate_and_store(
                 item, self.world.destination, options=PurchaseOptions(run_id=self.run_id, **given)

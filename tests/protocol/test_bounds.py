@@ -11,6 +11,7 @@ import pytest
 from prefect_eachlabs.errors import ItemConflict, OutcomeUnknown, SetupError
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.retry import until_it_succeeds
 from tests.protocol.kit import World, play, wanted
 from tests.protocol.losses import A, B
 
@@ -264,6 +265,37 @@ def test_a_persons_word_is_not_about_orders_that_are_lost_after_it_was_given() -
                 await process.obtain(A, retry_ambiguous=True)
         assert process.count("POST") == 2
         assert world.record(A).statements == []
+
+    play(story)
+
+
+def test_a_persons_word_is_not_about_orders_that_another_run_loses_meanwhile() -> None:
+    """Nothing is ever listed: the other's order stands as ambiguous when this run has just begun."""
+
+    async def story() -> None:
+        world = World("executions:missing")
+        other, told = world.process(by_name=[("POST", "lose", 1)]), world.process(run_id="told")
+        ends = await asyncio.gather(outcome(other.obtain(A)), outcome(told.obtain(A, retry_ambiguous=True)))
+        assert [type(end) for end in ends] == [OutcomeUnknown, OutcomeUnknown]
+        assert len(world.bought()) == 1
+
+    play(story)
+
+
+def test_credentials_that_expire_for_good_do_not_hold_a_purchase_up_for_ever() -> None:
+    async def story() -> None:
+        calls = 0
+
+        async def refused() -> None:
+            nonlocal calls
+            calls += 1
+            raise SetupError("the token has expired")
+
+        began = asyncio.get_running_loop().time()
+        with pytest.raises(SetupError, match="expired"):
+            await until_it_succeeds(refused, errors=(SetupError,), what="it cannot be written")
+        assert 600 <= asyncio.get_running_loop().time() - began <= 660
+        assert calls > 20
 
     play(story)
 
