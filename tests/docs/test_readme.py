@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.cli import main as cli
-from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import Studio
 
