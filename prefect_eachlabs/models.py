@@ -39,6 +39,8 @@ MAX_INPUT_NESTING = 64
 """pydantic reads JSON of less than 200 levels: a record that holds more could not be read any more."""
 _MAX_NESTING = 8
 _MAX_URLS = 64
+_MAX_VALUES = 10_000
+"""An output of a megabyte may hold hundreds of thousands; no picture has so many."""
 
 
 class PredictionStatus(str, Enum):
@@ -153,9 +155,12 @@ def parse_failure(output: object, logs: object = None) -> Failure | None:
 def collect_urls(output: object) -> tuple[str, ...]:
     """The http(s) URLs in an output of any documented shape, in order, each once, at most 64."""
     found: dict[str, None] = {}
+    left = _MAX_VALUES
 
     def walk(value: object, depth: int) -> None:
-        if depth > _MAX_NESTING or len(found) >= _MAX_URLS:
+        nonlocal left
+        left -= 1
+        if depth > _MAX_NESTING or len(found) >= _MAX_URLS or left < 0:
             return
         value = _unwrap_json(value)
         if isinstance(value, str):
@@ -165,10 +170,10 @@ def collect_urls(output: object) -> tuple[str, ...]:
         elif isinstance(value, Mapping):
             first = [value[name] for name in ("url", "image_url", "images") if name in value]
             rest = [inner for name, inner in value.items() if name not in ("url", "image_url", "images")]
-            for inner in first + rest:
+            for inner in (first + rest)[:_MAX_VALUES]:
                 walk(inner, depth + 1)
         elif isinstance(value, list):
-            for inner in value:
+            for inner in value[:_MAX_VALUES]:
                 walk(inner, depth + 1)
 
     walk(output, 0)

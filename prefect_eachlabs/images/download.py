@@ -32,6 +32,8 @@ INFLATED = ("gzip", "x-gzip", "deflate")
 PIECE_BYTES = 65_536
 MOST_INFLATED = 2
 """A picture is compressed already: what inflates to more than so many times what was sent, and 1 MiB, is a bomb."""
+WALKS_AT_A_TIME = 2
+"""Formats that are not verified while they come; more threads would leave less of the processor to the loop."""
 COSTLY_ATTEMPTS = 2
 """So often a process verifies a large picture that turns out not to be whole; retries must not multiply its cost."""
 REMEMBERED_REFUSALS = 1_000
@@ -73,6 +75,7 @@ class Downloader:
         self._total_seconds = total_seconds
         self._window_seconds = window_seconds
         self._large = asyncio.Lock()
+        self._walks = asyncio.Semaphore(WALKS_AT_A_TIME)
         self._refused: dict[str, tuple[int, str]] = {}
 
     async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
@@ -175,8 +178,10 @@ class Downloader:
             announced, came = _announced_bytes(response), _came_bytes(response, reader)
             if announced not in (None, came):
                 raise failed(f"{what} came with {came} bytes instead of {announced}: run again.")
-            # A PNG was verified while it came.
-            return await asyncio.to_thread(reader.finish) if reader.takes_long else reader.finish()
+            if not reader.takes_long:
+                return reader.finish()
+            async with self._walks:
+                return await asyncio.to_thread(reader.finish)
 
     def _check_answer(self, response: httpx.Response, what: str, failed: Callable[..., DownloadFailed]) -> None:
         status_code = response.status_code

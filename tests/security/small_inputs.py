@@ -1,0 +1,162 @@
+"""A worker that is given one small input of a stranger, and tells how much it grew and how long its loop stood still.
+
+    python -m tests.security.small_inputs SCENARIO FILE
+
+Memory is that of the process and its child together. The loop's stops are counted without what the kernel gave to
+others meanwhile, so that a busy machine does not look like a hostile input.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import resource
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from prefect_eachlabs.api.catalogue import Catalogue
+from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.artifacts import thumbnail_url
+from prefect_eachlabs.batch.source import Defaults, open_source
+from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.images.thumbnails import NoThumbnail
+from prefect_eachlabs.models import Item
+from prefect_eachlabs.settings import AccountSettings
+
+AT_ONCE = 6
+
+
+async def thumbnails(data: bytes) -> None:
+    async def one() -> None:
+        with suppress(NoThumbnail):
+            await asyncio.to_thread(thumbnail_url, data)
+
+    await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+
+
+async def downloads(data: bytes) -> None:
+    host = httpx.MockTransport(lambda _: httpx.Response(200, content=data))
+    downloader = Downloader(host, total_seconds=600.0)
+    formats = ("png", "jpeg", "webp", "gif")
+
+    async def one(number: int) -> None:
+        for _ in range(4):  # as often as it is repeated for a picture that is not whole
+            with suppress(EachlabsError):
+                await downloader.fetch(f"https://p.invalid/{number}", formats=formats, prediction_id="p")
+
+    await asyncio.gather(*(one(number) for number in range(AT_ONCE)))
+
+
+async def table(data: bytes, kind: str) -> None:
+    path = Path(sys.argv[2]).with_suffix(f".{kind}")
+    path.write_bytes(data)
+
+    def read() -> None:
+        with suppress(EachlabsError), closing(open_source(str(path), None, Defaults())) as source:
+            for _ in source.rows():
+                pass
+
+    await asyncio.to_thread(read)
+
+
+class Librarian:
+    """A catalogue that has one model, described as the file says."""
+
+    def __init__(self, data: bytes) -> None:
+        self._said = json.loads(data)
+
+    async def model(self, slug: str) -> Any:
+        return {"slug": slug, "request_schema": self._said["schema"]}
+
+    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]:
+        return []
+
+
+async def schema(data: bytes) -> None:
+    catalogue = Catalogue(Librarian(data), None)
+    item = Item.wanted(json.loads(data)["prompt"], model="m")
+
+    async def one() -> None:
+        with suppress(EachlabsError):
+            await catalogue.checked(item)
+
+    await asyncio.gather(*(one() for _ in range(AT_ONCE)))
+
+
+async def answer(data: bytes, **headers: str) -> None:
+    host = httpx.MockTransport(lambda _: httpx.Response(200, stream=httpx.ByteStream(data), headers=headers))
+    client = EachlabsClient(AccountSettings(api_key="key-of-the-team", base_url="https://api.invalid"), transport=host)
+    for ask in (lambda: client.get("p-1"), client.executions, lambda: client.model("m")):
+        with suppress(EachlabsError):
+            await ask()
+    await client.aclose()
+
+
+SCENARIOS: dict[str, Callable[[bytes], Awaitable[None]]] = {
+    "thumbnails": thumbnails,
+    "downloads": downloads,
+    "parquet": lambda data: table(data, "parquet"),
+    "csv": lambda data: table(data, "csv"),
+    "jsonl": lambda data: table(data, "jsonl"),
+    "schema": schema,
+    "answer": answer,
+    "gzipped answer": lambda data: answer(data, **{"Content-Encoding": "gzip"}),
+}
+
+
+async def measured(scenario: str, data: bytes) -> dict[str, float]:
+    stopped_seconds = 0.0
+    schedule = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat")
+
+    def waited_seconds() -> float:
+        return int(schedule.read_text().split()[1]) / 1e9
+
+    async def beat() -> None:
+        nonlocal stopped_seconds
+        while True:
+            began, waited_before = time.monotonic(), waited_seconds()
+            await asyncio.sleep(0.002)
+            waited = waited_seconds() - waited_before
+            stopped_seconds = max(stopped_seconds, time.monotonic() - began - waited)
+
+    await asyncio.to_thread(_count_memory_anew)  # in a thread, so that threads are there
+    before_mb = _most_mb("self")
+    beating = asyncio.ensure_future(beat())
+    began = time.monotonic()
+    await SCENARIOS[scenario](data)
+    await asyncio.sleep(0.05)
+    beating.cancel()
+    children = [_most_mb(child) for child in _children()] + [
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    ]
+    return {
+        "grown_mb": _most_mb("self") - before_mb + max(children),
+        "stopped_seconds": stopped_seconds,
+        "took_seconds": time.monotonic() - began,
+    }
+
+
+def _count_memory_anew() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _children() -> list[str]:
+    """Whichever thread has started them."""
+    return [child for file in Path("/proc/self/task").glob("*/children") for child in file.read_text().split()]
+
+
+def _most_mb(process: str) -> float:
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+
+
+if __name__ == "__main__":
+    print(json.dumps(asyncio.run(measured(sys.argv[1], Path(sys.argv[2]).read_bytes()))))

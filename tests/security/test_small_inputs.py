@@ -1,0 +1,174 @@
+"""A small input costs a worker little, whoever made it.
+
+No file, answer or row under 1 MB makes a worker grow by more than 300 MB, or stops its loop for more than half a
+second. Each is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc; memory is limited on Linux alone"),
+]
+
+MOST_MB = 300
+MOST_STOPPED_SECONDS = 0.5
+SMALL_BYTES = 1_000_000
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(width_px: int, height_px: int, *more: bytes, depth: int = 8, end: bool = True) -> bytes:
+    """RGBA, all of it nothing; `more` are chunks before its image data."""
+    line = bytes(1 + width_px * depth // 2)
+    deflate = zlib.compressobj(9)
+    data = b"".join(deflate.compress(line) for _ in range(height_px)) + deflate.flush()
+    head = struct.pack(">IIBBBBB", width_px, height_px, depth, 6, 0, 0, 0)
+    parts = [chunk(b"IHDR", head), *more, chunk(b"IDAT", data), *([chunk(b"IEND", b"")] if end else [])]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def bombs() -> list[bytes]:
+    """Text chunks and a colour profile of 64 MB each."""
+    nothing = zlib.compress(bytes(64_000_000), 9)
+    return [
+        chunk(b"iCCP", b"p\0\0" + nothing),
+        chunk(b"zTXt", b"a\0\0" + nothing),
+        chunk(b"iTXt", b"a\0\1\0\0\0" + nothing),
+    ]
+
+
+def saved(format: str, size_px: tuple[int, int], **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size_px).save(buffer, format, **how)
+    return buffer.getvalue()
+
+
+def animated_webp(width_px: int, height_px: int, frames: int) -> bytes:
+    """The same frame, told to be shown again and again."""
+    still = saved("WEBP", (width_px, height_px), lossless=True)
+    edges = struct.pack("<I", width_px - 1)[:3] + struct.pack("<I", height_px - 1)[:3]
+    frame = bytes(6) + edges + bytes(4) + still[12:]
+    head = b"VP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + edges
+    body = head + b"ANIM" + struct.pack("<IIH", 6, 0, 0) + frames * (b"ANMF" + struct.pack("<I", len(frame)) + frame)
+    return b"RIFF" + struct.pack("<I", 4 + len(body)) + b"WEBP" + body
+
+
+def table(labels: Any, **how: Any) -> bytes:
+    buffer = io.BytesIO()
+    parquet.write_table(
+        pyarrow.table({"prompt": ["a fox"] * len(labels), "label": labels}), buffer, compression="zstd", **how
+    )
+    return buffer.getvalue()
+
+
+def doubling() -> dict[str, Any]:
+    steps: dict[str, Any] = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(40)}
+    return {"$defs": {**steps, "d40": {}}, "properties": {"prompt": {"$ref": "#/$defs/d0"}}}
+
+
+def asked(schema: Any, prompt: str = "a fox") -> bytes:
+    return json.dumps({"schema": schema, "prompt": prompt}).encode()
+
+
+INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "thumbnails of a PNG of 8000 x 8000 px": ("thumbnails", lambda: png(8_000, 8_000)),
+    "thumbnails of a PNG of 4096 x 4096 px": ("thumbnails", lambda: png(4_096, 4_096)),
+    "thumbnails of a PNG with text of 64 MB": ("thumbnails", lambda: png(64, 64, *bombs())),
+    "thumbnails of an animated WebP": ("thumbnails", lambda: animated_webp(4_096, 4_096, 40)),
+    "thumbnails of a progressive JPEG of 100 million px": (
+        "thumbnails",
+        lambda: saved("JPEG", (10_000, 10_000), progressive=True),
+    ),
+    "thumbnails of a GIF of 65535 px": ("thumbnails", lambda: saved("GIF", (65_535, 200))),
+    "downloads of a PNG of 8000 x 8000 px": ("downloads", lambda: png(8_000, 8_000)),
+    "downloads of a PNG of 800 MB that is not whole": ("downloads", lambda: png(10_000, 10_000, depth=16, end=False)),
+    "downloads of a PNG with text of 64 MB": ("downloads", lambda: png(64, 64, *bombs())),
+    "downloads of an animated WebP": ("downloads", lambda: animated_webp(10_000, 10_000, 40)),
+    "downloads of a GIF of blocks of nothing": (
+        "downloads",
+        lambda: saved("GIF", (9, 9))[:-1] + b"\x21\xfe\0" * 330_000 + b";",
+    ),
+    "downloads of a JPEG of markers": (
+        "downloads",
+        lambda: saved("JPEG", (9, 9))[:-2] + b"\xff\0" * 490_000 + b"\xff\xd9",
+    ),
+    "a Parquet file of 200 cells of 5 MB": ("parquet", lambda: table(pyarrow.array(["x" * 5_000_000] * 200))),
+    "a Parquet file of 200 cells of 20 MB": ("parquet", lambda: table(pyarrow.array(["x" * 20_000_000] * 200))),
+    "a Parquet file with a page of 1 GB": (
+        "parquet",
+        lambda: table(pyarrow.array(["x" * 1_000_000_000]), use_dictionary=False),
+    ),
+    "a Parquet file with a list of 50 million nothings": (
+        "parquet",
+        lambda: table(pyarrow.array([[None] * 50_000_000], pyarrow.list_(pyarrow.int8()))),
+    ),
+    "a CSV file of one line": ("csv", lambda: b"prompt\n" + b"x" * 900_000),
+    "a CSV file of commas": ("csv", lambda: b"prompt\n" + b"," * 900_000),
+    "a CSV file of quotes": ("csv", lambda: b"prompt\n" + b'"\n' * 450_000),
+    "a CSV file of rows of many lines": ("csv", lambda: b"prompt\n" + (b'"' + b"\n" * 198 + b'"\n') * 4_500),
+    "a JSON Lines file of deep rows": ("jsonl", lambda: b'{"prompt": ' + b"[" * 900_000),
+    "a JSON Lines file of numbers": ("jsonl", lambda: b'{"prompt": "a", "n": [' + b"0," * 60_000 + b"0]}\n" * 7),
+    "a schema with a pattern that backtracks": (
+        "schema",
+        lambda: asked({"properties": {"prompt": {"pattern": "^(a+)+$"}}}, "a" * 27 + "!"),
+    ),
+    "a schema of references that double": ("schema", lambda: asked(doubling())),
+    "a schema with a pattern of repeats": (
+        "schema",
+        lambda: asked({"properties": {"prompt": {"pattern": "(((((x{99}){99}){99}){99}){99})"}}}),
+    ),
+    "a schema of 200 kB": ("schema", lambda: asked({"allOf": [{"maxLength": 1}] * 10_000}, "x" * 90_000)),
+    "an answer that is deep": ("answer", lambda: b"[" * 900_000),
+    "an answer of lists": ("answer", lambda: b'{"status": "success", "output": [' + b"[]," * 300_000 + b"[]]}"),
+    "an answer of texts of JSON": (
+        "answer",
+        lambda: json.dumps({"status": "success", "output": [json.dumps(["x" * 100])] * 8_000}).encode(),
+    ),
+    "an answer of lists, gzipped": (
+        "gzipped answer",
+        lambda: gzip.compress(b'{"status": "success", "output": [' + b"[]," * 2_700_000 + b"[]]}"),
+    ),
+    "an answer of 1 GB, gzipped": ("gzipped answer", lambda: gzip.compress(bytes(500_000_000))),
+}
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_no_small_input_fills_a_worker_or_stops_its_loop(name: str, tmp_path: Path) -> None:
+    scenario, make = INPUTS[name]
+    data = make()
+    assert len(data) < SMALL_BYTES
+    path = tmp_path / "input"
+    path.write_bytes(data)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.security.small_inputs", scenario, str(path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2_000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{name}: {len(data)} bytes, {found['grown_mb']:.0f} MB, {found['stopped_seconds']:.2f} s")
+    assert found["grown_mb"] < MOST_MB
+    assert found["stopped_seconds"] < MOST_STOPPED_SECONDS
