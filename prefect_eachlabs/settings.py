@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
 
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.net.addresses import PrivateHosts, is_loopback
+from prefect_eachlabs.net.public_only import is_loopback, parse_private_hosts
 from prefect_eachlabs.reference_images import Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
@@ -114,13 +114,18 @@ class AccountSettings(BaseModel):
     @field_validator("private_hosts")
     @classmethod
     def _hosts_that_can_be_read(cls, text: str) -> str:
-        PrivateHosts.parse(text)
+        parse_private_hosts(text)
         return text
 
     @property
     def post_begins_within_seconds(self) -> float:
         """How long after its claim was sent a POST may begin (10 s at the default claim of 60 s)."""
         return min(10.0, self.claim_seconds / 6)
+
+    @property
+    def api_host(self) -> str:
+        """The host of `base_url`, as a request names it."""
+        return httpx.URL(self.base_url).raw_host.decode("ascii")
 
     @property
     def post_given_up_after_seconds(self) -> float:

@@ -45,7 +45,7 @@ from prefect_eachlabs.models import (
     parse_prediction,
 )
 from prefect_eachlabs.net import redaction, safe_json
-from prefect_eachlabs.net.addresses import is_loopback
+from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import AccountSettings
 

@@ -65,9 +65,8 @@ class References:
         self._store_for = store_for
         self._roots = Roots.parse(settings.reference_roots)
         # What replaces the network finds the hosts by itself.
-        hosts = HostGuard.of(
-            settings.base_url, settings.private_hosts, resolve=addresses_of if transport is None else None
-        )
+        resolve = addresses_of if transport is None else None
+        hosts = HostGuard(settings.private_hosts, settings.api_host, resolve=resolve)
         self._prober = Prober(transport, hosts=hosts)
         self._looks: Once[str, object] = Once()
         self._uploads: Once[str, tuple[str, datetime]] = Once()

@@ -95,7 +95,7 @@ class Account:
         self.orders = Orders(self.catalogue, References(self.client, self.limiter, settings, store_for, outside))
         self.purchaser = Purchaser(self.client, self.limiter, self.poller, settings, self.orders)
         self.image_store = ImageStore(
-            downloader or Downloader(hosts=HostGuard.of(settings.base_url, settings.private_hosts))
+            downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
         )
         self._source = source
         self._store_for = store_for

@@ -12,37 +12,123 @@ from here is left to the proxy. The proxy's own address may be any: the operator
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import re
 import socket
 import urllib.request
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import httpcore
 import httpx
-
-from prefect_eachlabs.net.addresses import (
-    LOOPBACK,
-    METADATA,
-    PRIVATE,
-    SHARED,
-    PrivateHosts,
-    address_in,
-    host_as_written,
-    is_loopback,
-    kind_of,
-    meant,
-)
 
 SETTING = "EACHLABS_PRIVATE_HOSTS"
 PATIENCE_SECONDS = 2.0
 """An address that does not answer so long is given up for the host's next one."""
 
-_PRIVATE_ENDINGS = (".local", ".internal", ".localhost", ".lan", ".home.arpa")
-
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolve = Callable[[str], Awaitable[Sequence[str]]]
+
+LOOPBACK, PRIVATE, METADATA = "loopback", "private", "link-local, or a cloud's metadata service"
+
+
+def _networks(text: str) -> tuple[Network, ...]:
+    return tuple(map(ipaddress.ip_network, text.split()))
+
+
+_METADATA = _networks(
+    "169.254.0.0/16 fe80::/10 fd00:ec2::/32 fd20:ce::/64 100.100.100.200/32 192.0.0.192/32 168.63.129.16/32"
+)
+_PRIVATE = _networks("10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 100.64.0.0/10 fc00::/7")
+_INTERNET = _networks("0.0.0.0/0 2000::/3")
+_IPV4_WITHIN = _networks("64:ff9b::/96 ::/96")
+"""NAT64, and the old "IPv4-compatible" addresses: the last four bytes are what is reached."""
+_NUMERIC = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+))*")
+_NAME = re.compile(r"(\*\.)?[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+_PRIVATE_ENDINGS = (".local", ".internal", ".localhost", ".lan", ".home.arpa")
 
 
 class HostRefused(httpx.TransportError):
     """A request was not sent, for its host is of this network; the message says which host and why."""
+
+
+# ------------------------------------------------------------------------------------------- which addresses
+
+
+def host_as_written(host: str) -> str:
+    """A host in one spelling: lower case, without brackets, zone and the dot at the end."""
+    return host.strip().strip("[]").partition("%")[0].rstrip(".").lower()
+
+
+def address_in(host: str) -> Address | None:
+    """The address that a host's name is, in any spelling that the system's resolver takes (2130706433, 0x7f.1)."""
+    text = host_as_written(host)
+    try:
+        return ipaddress.ip_address(socket.inet_aton(text) if _NUMERIC.fullmatch(text) else text)
+    except (OSError, ValueError):
+        return None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name or address, plainly written, is this machine itself."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def not_public(address: Address) -> Iterator[tuple[Address, str]]:
+    """What of an address is not of the internet, and why; nothing: all is.
+
+    Packets to a mapped, 6to4, Teredo or NAT64 address end at the addresses within it, so it is those that count.
+    """
+    within: tuple[Address, ...] = (address,)
+    if isinstance(address, ipaddress.IPv6Address):
+        if (inner := address.ipv4_mapped or address.sixtofour) is not None:
+            within = (inner,)
+        elif address.teredo is not None:
+            within = address.teredo
+        elif int(address) > 1 and any(address in network for network in _IPV4_WITHIN):
+            within = (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
+    for one in within:
+        if any(one in network for network in _METADATA):
+            yield one, METADATA
+        elif one.is_loopback:
+            yield one, LOOPBACK
+        elif any(one in network for network in _PRIVATE):
+            yield one, PRIVATE
+        elif one.is_multicast or not one.is_global or not any(one in network for network in _INTERNET):
+            yield one, "reserved"
+
+
+def parse_private_hosts(text: str) -> tuple[tuple[str, ...], tuple[Network, ...]]:
+    """Reads host names, `*.suffix`, addresses and networks, separated by commas, or `all`; empty: none.
+
+    Raises:
+        ValueError: One is none of these.
+    """
+    names: list[str] = []
+    networks: list[Network] = []
+    for part in filter(None, (part.strip().lower() for part in text.split(","))):
+        if part == "all":
+            names.append("*")
+            networks += _networks("0.0.0.0/0 ::/0")
+            continue
+        try:
+            networks.append(ipaddress.ip_network(part.strip("[]"), strict=False))
+        except ValueError:
+            name = part.rstrip(".")
+            if not _NAME.fullmatch(name) or _NUMERIC.fullmatch(name.rpartition(".")[2]):
+                raise ValueError(
+                    f"{part!r} must be a host name, *.SUFFIX, an IP address or a network such as 10.0.0.0/8 "
+                    "(without scheme and port), or the whole setting `all`"
+                ) from None
+            names.append(name)
+    return tuple(names), tuple(networks)
+
+
+# ----------------------------------------------------------------------------------------------- which hosts
 
 
 async def addresses_of(host: str) -> list[str]:
@@ -55,27 +141,20 @@ class HostGuard:
     """Which hosts may be asked for pictures.
 
     Args:
-        private_hosts: Those of this network that may be.
+        private_hosts: Those of this network that may be, as the setting has them. A name does not open link-local
+            addresses, where the metadata services of clouds give out credentials; an address or a network does.
         api_host: The API's own host. Where it is of this network (a gateway, an emulator), so may the pictures be:
             on loopback only if it is itself, and at link-local addresses never.
         resolve: Finds a host's addresses; None: nobody does, and names alone decide.
+
+    Raises:
+        ValueError: The setting cannot be read.
     """
 
-    def __init__(
-        self,
-        private_hosts: PrivateHosts | None = None,
-        api_host: str = "",
-        *,
-        resolve: Resolve | None = addresses_of,
-    ) -> None:
-        self._private_hosts = private_hosts or PrivateHosts()
+    def __init__(self, private_hosts: str = "", api_host: str = "", *, resolve: Resolve | None = addresses_of) -> None:
+        self._names, self._networks = parse_private_hosts(private_hosts)
         self._api_host = host_as_written(api_host)
         self._resolve = resolve
-
-    @classmethod
-    def of(cls, base_url: str, private_hosts: str, *, resolve: Resolve | None = addresses_of) -> HostGuard:
-        """The guard of an account, by two of its settings."""
-        return cls(PrivateHosts.parse(private_hosts), httpx.URL(base_url).host, resolve=resolve)
 
     async def addresses(self, host: str) -> list[str]:
         """Those addresses of a host that may be connected to.
@@ -84,13 +163,15 @@ class HostGuard:
             HostRefused: It has addresses, and none of them may be.
             OSError: It has no address at all.
         """
-        name = host_as_written(host)
-        good, refused = await self._sorted(name, await self._found(name))
-        if refused and not good:
-            raise HostRefused(refused)
-        if not good:
-            raise OSError("it has no address")
-        return good
+        good: list[str] = []
+        refused = ""
+        for address in await self._found(host_as_written(host)):
+            why = await self._why_not(host, address)
+            refused = refused or why
+            good += [] if why else [address]
+        if good:
+            return good
+        raise HostRefused(refused) if refused else OSError("it has no address")
 
     async def check(self, host: str) -> None:
         """For requests that others connect: every address that is known of the host may be connected to.
@@ -102,12 +183,13 @@ class HostGuard:
         try:
             found = await self._found(name)
         except (OSError, UnicodeError):
-            if (name == "localhost" or name.endswith(_PRIVATE_ENDINGS)) and not await self._allow_name(name):
+            is_private = name == "localhost" or name.endswith(_PRIVATE_ENDINGS)
+            if is_private and not self._allows(name) and not await self._kinds_beside_the_api():
                 raise HostRefused(f"{name}, a name of this network alone") from None
             return  # who connects may know it
-        _, refused = await self._sorted(name, found)
-        if refused:
-            raise HostRefused(refused)
+        for address in found:
+            if why := await self._why_not(host, address):
+                raise HostRefused(why)
 
     async def _found(self, name: str) -> Sequence[str]:
         literal = address_in(name)
@@ -117,47 +199,37 @@ class HostGuard:
             raise OSError("nobody looks names up")
         return await self._resolve(name)
 
-    async def _sorted(self, name: str, found: Iterable[str]) -> tuple[list[str], str]:
-        """The addresses that may be connected to, and why the first of the others may not."""
-        good: list[str] = []
-        refused = ""
-        for address in found:
-            kind = await self._kind_refused(name, address)
-            if kind is None:
-                good.append(address)
-            elif not refused:
-                at = "" if address == name else f" at {address}"
-                refused = f"{name}{at}, an address of this network alone ({kind})"
-        return good, refused
-
-    async def _kind_refused(self, name: str, address: str) -> str | None:
+    async def _why_not(self, host: str, address: str) -> str:
+        name = host_as_written(host)
         parsed = address_in(address)
-        if parsed is None:
-            return "unreadable"
-        for one in meant(parsed):
-            kind = kind_of(one)
-            if kind is None or self._private_hosts.allow_address(one):
+        for one, kind in not_public(parsed) if parsed is not None else [(None, "unreadable")]:
+            if one is not None and any(one in network for network in self._networks):
                 continue
-            if kind == METADATA:
-                return kind
-            if not self._private_hosts.allow_name(name) and kind not in await self._kinds_beside_the_api():
-                return kind
-        return None
+            if kind == METADATA or not (self._allows(name) or kind in await self._kinds_beside_the_api()):
+                at = "" if address == name else f" at {address}"
+                return f"{name}{at}, an address of this network alone ({kind})"
+        return ""
 
-    async def _allow_name(self, name: str) -> bool:
-        return self._private_hosts.allow_name(name) or bool(await self._kinds_beside_the_api())
+    def _allows(self, name: str) -> bool:
+        return any(name.endswith(one[1:]) if one.startswith("*") else name == one for one in self._names)
 
     async def _kinds_beside_the_api(self) -> set[str]:
-        """The kinds of addresses that are open because the API is at such a one."""
+        """The kinds of addresses that are open because all of the API's are of one."""
         if self._api_host == "localhost":
-            return {LOOPBACK, PRIVATE, SHARED}
+            return {LOOPBACK, PRIVATE}
         try:
             found = await self._found(self._api_host) if self._api_host else []
         except (OSError, UnicodeError):
             return set()
-        kinds = {kind_of(one) for text in found if (address := address_in(text)) for one in meant(address)}
-        private = {kind for kind in kinds if kind is not None}
-        return private | {PRIVATE, SHARED} if private and private == kinds and METADATA not in private else set()
+        kinds: set[str] = set()
+        for text in found:
+            address = address_in(text)
+            if address is not None:
+                kinds |= {kind for _, kind in not_public(address)} or {"public"}
+        return kinds | {PRIVATE} if kinds and kinds <= {LOOPBACK, PRIVATE} else set()
+
+
+# ----------------------------------------------------------------------------------------- the requests' way
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
@@ -165,13 +237,14 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     Args:
         guard: Says which.
-        way_out: Sends what was let through (tests); httpx's own, with the environment's proxies, when None.
+        way_out: Sends what was let through (tests); a pool of connections of its own, or the environment's proxies,
+            when None.
     """
 
     def __init__(self, guard: HostGuard, way_out: httpx.AsyncBaseTransport | None = None) -> None:
         self._guard = guard
         self._way_out = way_out
-        self._direct: _Direct | None = None
+        self._direct: httpcore.AsyncConnectionPool | None = None
         self._proxies: dict[str, httpx.AsyncHTTPTransport] = {}
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
@@ -180,23 +253,47 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         Raises:
             HostRefused: It was not sent.
         """
-        if "%" in request.url.host and ":" not in request.url.host:
+        # As it is sent: `host` may be spelled as another name than the one that a proxy gets (faß.de, xn--fa-hia.de).
+        host = request.url.raw_host.decode("ascii")
+        if "%" in host and ":" not in host:
             # A proxy may decode what was checked as it stands; only the zone of an IPv6 address is written so.
-            raise HostRefused(f"{request.url.host}, a host that is written in an odd way")
-        others = self._way_out or self._proxy_for(request.url)
-        if others is not None:
-            await self._guard.check(request.url.host)
-            return await others.handle_async_request(request)
-        if self._direct is None:
-            self._direct = _Direct(self._guard)
-        return await self._direct.handle_async_request(request)
+            raise HostRefused(f"{host}, a host that is written in an odd way")
+        others = self._way_out or self._proxy_for(request.url.scheme, host)
+        if others is None:
+            return await self._sent(request)
+        await self._guard.check(host)
+        return await others.handle_async_request(request)
 
-    def _proxy_for(self, url: httpx.URL) -> httpx.AsyncHTTPTransport | None:
+    async def _sent(self, request: httpx.Request) -> httpx.Response:
+        assert isinstance(request.stream, httpx.AsyncByteStream), "the client is asynchronous"
+        if self._direct is None:
+            self._direct = httpcore.AsyncConnectionPool(
+                ssl_context=httpx.create_ssl_context(),
+                max_connections=100,
+                max_keepalive_connections=20,
+                keepalive_expiry=5.0,
+                network_backend=_GuardedNetwork(self._guard),
+            )
+        url = request.url
+        target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
+        with _errors_of_httpx():
+            answer = await self._direct.handle_async_request(
+                httpcore.Request(
+                    request.method,
+                    target,
+                    headers=request.headers.raw,
+                    content=request.stream,
+                    extensions=request.extensions,
+                )
+            )
+        return httpx.Response(answer.status, headers=answer.headers, stream=_Body(answer), extensions=answer.extensions)
+
+    def _proxy_for(self, scheme: str, host: str) -> httpx.AsyncHTTPTransport | None:
         # A proxy must not see what goes to an emulator on this machine, nor be asked for its own loopback.
-        if is_loopback(host_as_written(url.host)) or urllib.request.proxy_bypass(url.host):
+        if is_loopback(host_as_written(host)) or urllib.request.proxy_bypass(host):
             return None
         proxies = urllib.request.getproxies()
-        proxy = proxies.get(url.scheme) or proxies.get("all")
+        proxy = proxies.get(scheme) or proxies.get("all")
         if not proxy:
             return None
         if proxy not in self._proxies:
@@ -209,29 +306,40 @@ class GuardedTransport(httpx.AsyncBaseTransport):
 
     async def aclose(self) -> None:
         """Closes all connections; a later request opens new ones."""
-        opened = (self._way_out, self._direct, *self._proxies.values())
+        direct, proxies = self._direct, list(self._proxies.values())
         self._direct, self._proxies = None, {}
-        for transport in opened:
+        if direct is not None:
+            await direct.aclose()
+        for transport in (*proxies, self._way_out):
             if transport is not None:
                 await transport.aclose()
 
 
-class _Direct(httpx.AsyncHTTPTransport):
-    """httpx's transport, whose connections go to addresses that the guard has seen."""
+class _Body(httpx.AsyncByteStream):
+    def __init__(self, answer: httpcore.Response) -> None:
+        self._answer = answer
 
-    def __init__(self, guard: HostGuard) -> None:
-        context = httpx.create_ssl_context()
-        super().__init__(verify=context)
-        if not isinstance(getattr(self, "_pool", None), httpcore.AsyncConnectionPool):
-            # Better no picture than an unguarded one.
-            raise RuntimeError(f"httpx {httpx.__version__} keeps its connections elsewhere than this was written for")
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=context,
-            max_connections=100,
-            max_keepalive_connections=20,
-            keepalive_expiry=5.0,
-            network_backend=_GuardedNetwork(guard),
-        )
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        with _errors_of_httpx():
+            async for piece in self._answer.aiter_stream():
+                yield piece
+
+    async def aclose(self) -> None:
+        await self._answer.aclose()
+
+
+@contextmanager
+def _errors_of_httpx() -> Iterator[None]:
+    """httpcore's errors, each as the one of httpx that has its name."""
+    try:
+        yield
+    except (
+        httpcore.TimeoutException,
+        httpcore.NetworkError,
+        httpcore.ProtocolError,
+        httpcore.UnsupportedProtocol,
+    ) as error:
+        raise getattr(httpx, type(error).__name__, httpx.TransportError)(str(error)) from error
 
 
 class _GuardedNetwork(httpcore.AnyIOBackend):
@@ -262,11 +370,3 @@ class _GuardedNetwork(httpcore.AnyIOBackend):
             except (httpcore.ConnectError, httpcore.ConnectTimeout):
                 continue
         return await super().connect_tcp(last, port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        raise httpcore.ConnectError("pictures do not come from sockets of this machine")

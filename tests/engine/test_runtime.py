@@ -64,7 +64,7 @@ def gateway(settings: AccountSettings, thread: LoopThread) -> Iterator[Gateway]:
         thread,
         make_source=machine_source,
         store_for=lambda _destination, _access: store,
-        downloader=Downloader(hosts=HostGuard.of(settings.base_url, settings.private_hosts)),
+        downloader=Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host)),
     )
     yield made
     made.close()

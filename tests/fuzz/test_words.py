@@ -15,8 +15,16 @@ from prefect_eachlabs.errors import BadInput, HostNotAllowed, NotYetSafe, SetupE
 from prefect_eachlabs.flows.schedule import filled, zone
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import Destination, is_http_url
-from prefect_eachlabs.net.addresses import PrivateHosts, address_in, host_as_written, is_loopback, kind_of, meant
-from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
+from prefect_eachlabs.net.public_only import (
+    GuardedTransport,
+    HostGuard,
+    HostRefused,
+    address_in,
+    host_as_written,
+    is_loopback,
+    not_public,
+    parse_private_hosts,
+)
 from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.settings import ENVIRONMENT, AccountSettings, settings_from_environment
 from tests.fuzz import hostile
@@ -171,7 +179,7 @@ def test_the_environment_makes_an_account_that_works_or_names_the_variable(
         # The host that one parser saw is the host that the other connects to: on it depends where the key goes.
         client = EachlabsClient(account)
         connected = client._http.base_url
-        HostGuard.of(account.base_url, account.private_hosts)
+        HostGuard(account.private_hosts, account.api_host)
         assert connected.scheme == "https" or is_loopback(connected.host.strip("[]"))
         seen = urlsplit(account.base_url).hostname or ""
         assert connected.raw_host.decode() == httpx.URL(scheme="https", host=seen).raw_host.decode()
@@ -182,7 +190,7 @@ def test_the_environment_makes_an_account_that_works_or_names_the_variable(
 
 @fuzzed(hostile.texts | urls() | st.sampled_from(HOSTS))
 def test_settings_of_places_are_read_or_refused(text: str) -> None:
-    for parse, refusal in ((PrivateHosts.parse, ValueError), (Roots.parse, ValueError), (Destination.parse, BadInput)):
+    for parse, refusal in ((parse_private_hosts, ValueError), (Roots.parse, ValueError), (Destination.parse, BadInput)):
         try:
             parse(text)
         except refusal as error:
@@ -227,7 +235,7 @@ def test_no_url_of_a_picture_is_asked_for_within_this_network(url: str, addresse
                 # What cannot be looked up from here is left to the proxy that looks it up.
                 assert not addresses or set(addresses) == {"8.8.8.8"} or host_as_written(host) in unknown
             else:
-                assert not any(map(kind_of, meant(literal)))
+                assert not list(not_public(literal))
             assert "%" not in host, "a proxy may decode what was not decoded here"
         with contextlib.suppress(HostRefused, OSError, UnicodeError):
             await guard.addresses(urlsplit(url).hostname or "" if is_http_url(url) else url)
