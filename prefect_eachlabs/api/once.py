@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -19,7 +18,7 @@ FAILURES_REMEMBERED_SECONDS = 60.0
 class Once(Generic[K, V]):
     """Answers by key, each asked for once, however many want it at the same time.
 
-    An error that may be repeated is forgotten at once, any other after a minute: whoever mends it runs again.
+    An error that may be repeated is forgotten at once, any other after a minute: whoever fixes it runs again.
 
     Args:
         most: How many answers are remembered; the oldest are forgotten.
@@ -27,52 +26,42 @@ class Once(Generic[K, V]):
 
     def __init__(self, most: int = 10_000) -> None:
         self._most = most
-        self._asked: OrderedDict[K, asyncio.Task[V]] = OrderedDict()
+        self._asked: dict[K, asyncio.Future[V]] = {}
 
     async def get(self, key: K, ask: Callable[[], Awaitable[V]]) -> V:
         """The answer. A caller that is cancelled leaves the question to the others."""
-        task = self._asked.get(key)
-        if task is None:
-            task = self._asked[key] = asyncio.ensure_future(_asked(ask))
-            task.add_done_callback(lambda done: self._ended(key, done))
+        asked = self._asked.get(key)
+        if asked is None:
+            asked = self._asked[key] = asyncio.ensure_future(ask())
+            asked.add_done_callback(lambda done: self._ended(key, done))
             while len(self._asked) > self._most:
-                self._asked.popitem(last=False)
+                del self._asked[next(iter(self._asked))]
         try:
-            return await asyncio.shield(task)
+            return await asyncio.shield(asked)
         except EachlabsError as error:
             # Each caller writes its own item into what it raises.
             raise copy.copy(error) from error.__cause__
 
-    def _ended(self, key: K, task: asyncio.Task[V]) -> None:
-        if task.cancelled():
-            self._forget(key, task)
-        elif (error := task.exception()) is not None:
-            if isinstance(error, EachlabsError) and not error.retryable:
-                asyncio.get_running_loop().call_later(FAILURES_REMEMBERED_SECONDS, self._forget, key, task)
-            else:
-                self._forget(key, task)
-
-    def _forget(self, key: K, task: asyncio.Task[V]) -> None:
-        if self._asked.get(key) is task:
-            del self._asked[key]
-
     def known(self, key: K) -> V | None:
         """The answer, where it is there."""
-        task = self._asked.get(key)
-        good = task is not None and task.done() and not task.cancelled() and task.exception() is None
-        return task.result() if task is not None and good else None
+        asked = self._asked.get(key)
+        is_there = asked is not None and asked.done() and not asked.cancelled() and asked.exception() is None
+        return asked.result() if asked is not None and is_there else None
 
-    def forget(self, key: K) -> None:
-        """Whoever asks next asks anew."""
-        self._asked.pop(key, None)
+    def forget(self, key: K, answer: asyncio.Future[V] | None = None) -> None:
+        """Whoever asks next asks anew; with an `answer`, only while it is that one."""
+        if answer is None or self._asked.get(key) is answer:
+            self._asked.pop(key, None)
+
+    def _ended(self, key: K, answer: asyncio.Future[V]) -> None:
+        if answer.cancelled():
+            self.forget(key, answer)
+        elif (error := answer.exception()) is not None:
+            lasts = isinstance(error, EachlabsError) and not error.retryable
+            seconds = FAILURES_REMEMBERED_SECONDS if lasts else 0
+            asyncio.get_running_loop().call_later(seconds, self.forget, key, answer)
 
     async def aclose(self) -> None:
         """Ends what is still being asked."""
-        tasks = [task for task in self._asked.values() if not task.done()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def _asked(ask: Callable[[], Awaitable[V]]) -> V:
-    return await ask()
+        asked = [answer for answer in self._asked.values() if answer.cancel()]
+        await asyncio.gather(*asked, return_exceptions=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from prefect_eachlabs.api.catalogue import Catalogue
@@ -12,67 +12,55 @@ from prefect_eachlabs.models import Destination, Item, without_signature
 from prefect_eachlabs.reference_images import REFERENCE_FIELDS
 from prefect_eachlabs.storage.s3_client import S3Access
 
-
-class Order:
-    """An item that may be bought: `sent` is asked right before the POST, so that signed URLs are fresh."""
-
-    def __init__(self, item: Item, input: Mapping[str, Any], urls: Mapping[str, Url]) -> None:
-        self._item = item
-        self._input = input
-        self._urls = urls
-
-    async def sent(self) -> Item:
-        """The item with the input that is sent; signs URLs, which sends nothing in most cases."""
-        if not self._urls and self._input == self._item.input:
-            return self._item
-        urls = {name: await give() for name, give in self._urls.items()}
-        sent = {
-            field: _replaced(value, urls) if field in REFERENCE_FIELDS else value
-            for field, value in self._input.items()
-        }
-        return self._item.model_copy(update={"sent_input": sent})
+Prepared = Callable[[], Awaitable[Item]]
+"""Gives the item as it is sent; asked right before the POST, so that signed URLs are fresh."""
 
 
-class Orders:
-    """Checks what is wanted, and makes its reference pictures ready; nothing is bought when that fails."""
+async def prepare_input(
+    catalogue: Catalogue,
+    references: References,
+    item: Item,
+    destination: Destination,
+    access: S3Access | None,
+    *,
+    anywhere: bool = False,
+) -> Prepared:
+    """Checks an item's input and makes its reference pictures ready; nothing is bought when that fails.
 
-    def __init__(self, catalogue: Catalogue, references: References) -> None:
-        self._catalogue = catalogue
-        self._references = references
+    For the first model without a reference picture this asks nobody.
 
-    async def prepare(
-        self, item: Item, destination: Destination, access: S3Access | None, *, anywhere: bool = False
-    ) -> Order:
-        """An order for the item. For the first model without a reference picture this asks nobody.
+    Args:
+        catalogue: Knows what the model takes.
+        references: Makes pictures reachable.
+        item: What is wanted.
+        destination: Its bucket's objects may be reference pictures, and with `anywhere` every bucket's.
+        access: How buckets are reached.
+        anywhere: A person at the command line named the pictures.
 
-        Args:
-            item: What is wanted.
-            destination: Its bucket's objects may be reference pictures, and with `anywhere` every bucket's.
-            access: How buckets are reached.
-            anywhere: A person at the command line named the pictures.
+    Raises:
+        BadInput: Model or vendor would refuse it; says which field and why.
+        EachlabsError: What must be known first could not be learned, or not be uploaded.
+    """
+    try:
+        input = await catalogue.checked(item)
+        urls: dict[str, Url] = {}
+        for field in REFERENCE_FIELDS:
+            for name in _names(input.get(field)):
+                url = await references.ready(name, item.sources.get(name), destination, access, anywhere=anywhere)
+                if url is not None:
+                    urls[name] = url
+    except EachlabsError as error:
+        error.item_id = error.item_id or item.item_id
+        raise
 
-        Raises:
-            BadInput: Model or vendor would refuse it; says which field and why.
-            EachlabsError: What must be known first could not be learned, or not be uploaded.
-        """
-        try:
-            input = await self._catalogue.checked(item)
-            urls: dict[str, Url] = {}
-            for field in REFERENCE_FIELDS:
-                for name in _names(input.get(field)):
-                    url = await self._references.ready(
-                        name, item.sources.get(name), destination, access, anywhere=anywhere
-                    )
-                    if url is not None:
-                        urls[name] = url
-        except EachlabsError as error:
-            error.item_id = error.item_id or item.item_id
-            raise
-        return Order(item, input, urls)
+    async def prepared() -> Item:
+        if not urls and input == item.input:
+            return item
+        fresh = {name: await give() for name, give in urls.items()}
+        sent = {f: _replaced(value, fresh) if f in REFERENCE_FIELDS else value for f, value in input.items()}
+        return item.model_copy(update={"sent_input": sent})
 
-    async def aclose(self) -> None:
-        await self._catalogue.aclose()
-        await self._references.aclose()
+    return prepared
 
 
 def recorded(item: Item) -> dict[str, Any] | None:

@@ -16,7 +16,6 @@ import httpx
 
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.orders import Orders
 from prefect_eachlabs.api.references import References
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.images.download import Downloader
@@ -92,8 +91,10 @@ class Account:
         self.client = client or EachlabsClient(settings)
         self.poller = Poller(self.client, self.limiter)
         self.catalogue = Catalogue(self.client, self.limiter)
-        self.orders = Orders(self.catalogue, References(self.client, self.limiter, settings, store_for, outside))
-        self.purchaser = Purchaser(self.client, self.limiter, self.poller, settings, self.orders)
+        self.references = References(self.client, self.limiter, settings, store_for, outside)
+        self.purchaser = Purchaser(
+            self.client, self.limiter, self.poller, settings, catalogue=self.catalogue, references=self.references
+        )
         self.image_store = ImageStore(
             downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
         )
@@ -250,7 +251,8 @@ class Account:
         for books in self._books.values():
             await books.reconciler.aclose()
         await self.poller.close()
-        await self.orders.aclose()
+        await self.catalogue.aclose()
+        await self.references.aclose()
         await self.client.aclose()
         await self.image_store.aclose()
         await self._source.close()

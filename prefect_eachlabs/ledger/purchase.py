@@ -17,8 +17,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 
+from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.orders import Order, Orders, recorded
+from prefect_eachlabs.api.orders import Prepared, prepare_input, recorded
+from prefect_eachlabs.api.references import References
 from prefect_eachlabs.api.waking import asleep_seconds
 from prefect_eachlabs.errors import (
     EachlabsError,
@@ -156,13 +158,21 @@ class Purchaser:
     """Buys predictions for items, each once."""
 
     def __init__(
-        self, client: EachlabsClient, limiter: RateLimiter, poller: Poller, settings: AccountSettings, orders: Orders
+        self,
+        client: EachlabsClient,
+        limiter: RateLimiter,
+        poller: Poller,
+        settings: AccountSettings,
+        *,
+        catalogue: Catalogue,
+        references: References,
     ) -> None:
         self._client = client
         self._limiter = limiter
         self._poller = poller
         self._settings = settings
-        self._orders = orders
+        self._catalogue = catalogue
+        self._references = references
 
     async def buy(
         self,
@@ -196,11 +206,16 @@ class Purchaser:
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None, error=None)
                 try:
-                    order = await self._orders.prepare(
-                        item, ledger.destination, ledger.access, anywhere=options.any_reference
+                    prepared = await prepare_input(
+                        self._catalogue,
+                        self._references,
+                        item,
+                        ledger.destination,
+                        ledger.access,
+                        anywhere=options.any_reference,
                     )
                     request = await self._take_approved_slots(item, options, job)
-                    sent = await self._sent(order, request)
+                    sent = await self._sent(prepared, request)
                 except EachlabsError:
                     await self._give_back_settled(ledger, replacing, record)
                     raise
@@ -306,10 +321,10 @@ class Purchaser:
             raise
         return request
 
-    async def _sent(self, order: Order, request: Slot) -> Item:
+    async def _sent(self, prepared: Prepared, request: Slot) -> Item:
         """The item as it is sent now, with fresh URLs of its reference pictures."""
         try:
-            return await order.sent()
+            return await prepared()
         except BaseException:
             request.unused()
             self._limiter.breaker.left()
