@@ -6,18 +6,19 @@ import os
 import socket
 from urllib.parse import urlsplit
 
-from prefect_eachlabs.net.addresses import (
+from prefect_eachlabs.net.public_only import (
     METADATA,
+    SETTING,
     Address,
-    PrivateHosts,
     address_in,
     host_as_written,
     is_loopback,
-    kind_of,
+    is_named,
     meant,
+    not_public,
+    parse_private_hosts,
 )
 
-PRIVATE_HOSTS_VARIABLE = "EACHLABS_PRIVATE_HOSTS"
 OWN_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
 
@@ -43,13 +44,19 @@ def checked_endpoint(url: str, *, has_keys: bool) -> str | None:
             "it needs an access key of its own, for this machine's keys are for the endpoint that this machine's "
             "AWS_ENDPOINT_URL_S3 names"
         )
-    private_hosts = PrivateHosts.parse(os.environ.get(PRIVATE_HOSTS_VARIABLE, ""))
-    addresses = [address for one in _addresses(host) for address in meant(one)]
-    if any(kind_of(one) == METADATA and not private_hosts.allow_address(one) for one in addresses):
+    names, networks = parse_private_hosts(os.environ.get(SETTING, ""))
+    addresses = _addresses(host)
+
+    def allowed(address: Address) -> bool:
+        return any(address in network for network in networks)
+
+    special = [found for address in addresses for found in not_public(address)]
+    if any(kind == METADATA and not allowed(address) for address, kind in special):
         raise ValueError(f"that is {METADATA}")
-    named = private_hosts.allow_name(host) or (addresses and all(map(private_hosts.allow_address, addresses)))
+    ends = [end for address in addresses for end in meant(address)]
+    named = is_named(host, names) or (ends and all(map(allowed, ends)))
     if parts.scheme == "http" and not is_loopback(host) and not named:
-        raise ValueError(f"over http it must be on this machine, or in {PRIVATE_HOSTS_VARIABLE}; otherwise use https")
+        raise ValueError(f"over http it must be on this machine, or in {SETTING}; otherwise use https")
     return url
 
 

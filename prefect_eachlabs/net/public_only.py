@@ -78,20 +78,21 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def not_public(address: Address) -> Iterator[tuple[Address, str]]:
-    """What of an address is not of the internet, and why; nothing: all is.
-
-    Packets to a mapped, 6to4, Teredo or NAT64 address end at the addresses within it, so it is those that count.
-    """
-    within: tuple[Address, ...] = (address,)
+def meant(address: Address) -> tuple[Address, ...]:
+    """The addresses that packets to this one end at: those within a mapped, 6to4, Teredo or NAT64 address."""
     if isinstance(address, ipaddress.IPv6Address):
         if (inner := address.ipv4_mapped or address.sixtofour) is not None:
-            within = (inner,)
-        elif address.teredo is not None:
-            within = address.teredo
-        elif int(address) > 1 and any(address in network for network in _IPV4_WITHIN):
-            within = (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
-    for one in within:
+            return (inner,)
+        if address.teredo is not None:
+            return address.teredo
+        if int(address) > 1 and any(address in network for network in _IPV4_WITHIN):
+            return (ipaddress.IPv4Address(int(address) & 0xFFFFFFFF),)
+    return (address,)
+
+
+def not_public(address: Address) -> Iterator[tuple[Address, str]]:
+    """What an address means that is not of the internet, and why it is not; nothing: all is."""
+    for one in meant(address):
         if any(one in network for network in _METADATA):
             yield one, METADATA
         elif one.is_loopback:
@@ -126,6 +127,11 @@ def parse_private_hosts(text: str) -> tuple[tuple[str, ...], tuple[Network, ...]
                 ) from None
             names.append(name)
     return tuple(names), tuple(networks)
+
+
+def is_named(host: str, names: Iterable[str]) -> bool:
+    """Whether a host is one of the names that were parsed, or ends as one with a `*` does."""
+    return any(host.endswith(name[1:]) if name.startswith("*") else host == name for name in names)
 
 
 # ----------------------------------------------------------------------------------------------- which hosts
@@ -184,7 +190,7 @@ class HostGuard:
             found = await self._found(name)
         except (OSError, UnicodeError):
             is_private = name == "localhost" or name.endswith(_PRIVATE_ENDINGS)
-            if is_private and not self._allows(name) and not await self._kinds_beside_the_api():
+            if is_private and not is_named(name, self._names) and not await self._kinds_beside_the_api():
                 raise HostRefused(f"{name}, a name of this network alone") from None
             return  # who connects may know it
         for address in found:
@@ -205,13 +211,10 @@ class HostGuard:
         for one, kind in not_public(parsed) if parsed is not None else [(None, "unreadable")]:
             if one is not None and any(one in network for network in self._networks):
                 continue
-            if kind == METADATA or not (self._allows(name) or kind in await self._kinds_beside_the_api()):
+            if kind == METADATA or not (is_named(name, self._names) or kind in await self._kinds_beside_the_api()):
                 at = "" if address == name else f" at {address}"
                 return f"{name}{at}, an address of this network alone ({kind})"
         return ""
-
-    def _allows(self, name: str) -> bool:
-        return any(name.endswith(one[1:]) if one.startswith("*") else name == one for one in self._names)
 
     async def _kinds_beside_the_api(self) -> set[str]:
         """The kinds of addresses that are open because all of the API's are of one."""
