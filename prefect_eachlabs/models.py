@@ -37,6 +37,8 @@ ITEM_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _PREDICTION_ID_PATTERN = re.compile(r"[!-~]{1,256}")
 MAX_INPUT_NESTING = 64
 """pydantic reads JSON of less than 200 levels: a record that holds more could not be read any more."""
+MAX_URL_CHARACTERS = 65_536
+"""httpx takes none that is longer."""
 _MAX_NESTING = 8
 _MAX_URLS = 64
 _MAX_VALUES = 10_000
@@ -182,7 +184,9 @@ def collect_urls(output: object) -> tuple[str, ...]:
 
 def is_http_url(text: str) -> bool:
     """Whether the text is an absolute http(s) URL with a host and no white space."""
-    if not text.lower().startswith(("http://", "https://")) or any(c.isspace() or ord(c) < 32 for c in text):
+    if len(text) > MAX_URL_CHARACTERS or not text.lower().startswith(("http://", "https://")):
+        return False
+    if any(c.isspace() or ord(c) < 32 for c in text):
         return False
     try:
         parts = urlsplit(text)

@@ -11,6 +11,7 @@ import csv
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -159,7 +160,7 @@ class Lines:
 
 def _columns(source: str, names: list[str]) -> tuple[str, ...]:
     names = [name.strip() for name in names]
-    twice = sorted({name for name in names if name and names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if twice:
         raise BadInput(
             f"{source} has columns of the same name: rename one of them.", details=f"They are: {', '.join(twice)}."

@@ -7,6 +7,7 @@ by the `Date` of the very answer that lists the executions.
 from __future__ import annotations
 
 import html
+import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from prefect_eachlabs.ledger.records import Intent, Record, RecordState, VersionedRecord
-from prefect_eachlabs.models import Execution, is_http_url, without_signature
+from prefect_eachlabs.models import MAX_INPUT_NESTING, Execution, is_http_url, without_signature
 from prefect_eachlabs.net.redaction import without_secrets
 
 CLOCK_MARGIN = timedelta(seconds=60)
@@ -32,16 +33,29 @@ LISTED_FOR = timedelta(days=7)
 """A prediction that is younger is still listed (the vendor's list goes back 90 days)."""
 LEAST_CUT_CHARACTERS = 100
 """Of an echo that was cut; two short texts may begin alike by chance."""
+MOST_COMPARED_CHARACTERS = 20_000
+"""Of two texts that are not the same, to see whether they nearly are."""
+_MARKS = re.compile(r"[^\w\s\x00-\x7f]{31}")
+"""More marks on one letter than any script has (Unicode's UAX 15 says 30): to sort 100,000 of them takes minutes."""
 
 
 # ------------------------------------------------------------------------------------------------ echoes
 
 
-def normalised(value: Any) -> Any:
-    """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count."""
+def normalised(value: Any, *, most_characters: float = float("inf"), depth: int = 0) -> Any:
+    """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count.
+
+    What is longer or nested more deeply than any input of ours stays as it is, which is equal to none.
+    """
+    if depth > MAX_INPUT_NESTING:
+        return _TOO_DEEP
     if isinstance(value, str):
+        if len(value) > most_characters:
+            return value
         # An echo comes without the secrets in use, so a prompt that happens to hold one is compared without it.
-        return without_signature(" ".join(unicodedata.normalize("NFC", without_secrets(value)).split()))
+        text = without_secrets(value)
+        text = text if _MARKS.search(text) else unicodedata.normalize("NFC", text)
+        return without_signature(" ".join(text.split()))
     if value is None:
         return value
     if isinstance(value, bool):
@@ -52,10 +66,22 @@ def normalised(value: Any) -> Any:
         except OverflowError:  # JSON's numbers have no end
             return value
     if isinstance(value, Mapping):
-        return {str(name): normalised(inner) for name, inner in value.items()}
+        within = {"most_characters": most_characters, "depth": depth + 1}
+        return {str(name): normalised(inner, **within) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [normalised(inner) for inner in value]
+        return [normalised(inner, most_characters=most_characters, depth=depth + 1) for inner in value]
     return value
+
+
+_TOO_DEEP = object()
+
+
+def _both(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An echo's fields that were sent, and what was sent, both normalised."""
+    # Four times as long as all that was sent, and a signature more: no text of ours grows so by being echoed.
+    most_characters = 4 * len(str(sent)) + 4_096
+    of_ours = {name: value for name, value in echo.items() if name in sent}
+    return normalised(of_ours, most_characters=most_characters), normalised(sent)
 
 
 def fit(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> int | None:
@@ -64,7 +90,7 @@ def fit(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> int | None:
     The API may have added defaults, not left out or changed a field. So an echo can be that of several inputs, of
     which the one with the most fields fits best.
     """
-    said, ours = normalised(echo), normalised(sent)
+    said, ours = _both(echo, sent)
     return len(ours) if all(name in said and said[name] == value for name, value in ours.items()) else None
 
 
@@ -76,7 +102,7 @@ def may_share_an_echo(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def is_near(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> bool:
     """Whether an echo may be that of an input although it differs: cut, escaped, re-hosted, or without its nulls."""
-    return _is_near(normalised(echo), normalised(sent))
+    return _is_near(*_both(echo, sent))
 
 
 def _is_near(said: Any, ours: Any) -> bool:
@@ -97,7 +123,7 @@ def _is_near(said: Any, ours: Any) -> bool:
 
 def _bare_text(value: Any) -> str:
     """Letters and digits alone, unescaped: what escaping, cutting and tidying leave as it is."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)[:MOST_COMPARED_CHARACTERS]
     return "".join(character for character in html.unescape(html.unescape(text)).casefold() if character.isalnum())
 
 

@@ -31,6 +31,7 @@ import re
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -70,13 +71,15 @@ _FIELD = re.compile(
     r"|(?P<made>\bsignature[:=]\s*|<(?:secretaccesskey|sessiontoken|signatureprovided)>)[^\s<,'\"]+"
 )
 """What libraries log of requests, answers and credentials; in other people's logs these are everyday words."""
-_URL_QUERY = re.compile(r"(?i)(https?://[^\s'\"<>?]{1,2048})\?[^\s'\"<>]+")
+_URL = re.compile(r"(?i)(https?://[^\s'\"<>?]+)(\?[^\s'\"<>]+)?")
+"""With its query or without one: what begins a URL is gone through once, however often it begins."""
 _QUERY = re.compile(r"(?<=[^\s'\"<>?])\?[^\s'\"<>]+")
 
 
-_MOVES_TERMINALS = re.compile(
+_MOVES_TERMINALS = (
     # C0 and C1; what ends a line; what turns the direction of the text; half characters, which no file takes.
-    "[\x00-\x1f\x7f-\x9f\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    *(range(0x20), range(0x7F, 0xA0), range(0x2028, 0x202F), range(0x61C, 0x61D)),
+    *(range(0x200E, 0x2010), range(0x2066, 0x206A), range(0xD800, 0xE000)),
 )
 
 
@@ -89,11 +92,13 @@ def visible(text: str, *, keeping: str = "") -> str:
     Args:
         keeping: Characters that stay as they are.
     """
+    return text.translate(_escapes(keeping))
 
-    def escape(found: re.Match[str]) -> str:
-        return found[0] if found[0] in keeping else found[0].encode("unicode_escape").decode()
 
-    return _MOVES_TERMINALS.sub(escape, text)
+@lru_cache(maxsize=8)
+def _escapes(keeping: str) -> dict[int, str]:
+    codes = (code for codes in _MOVES_TERMINALS for code in codes if chr(code) not in keeping)
+    return {code: chr(code).encode("unicode_escape").decode() for code in codes}
 
 
 def _spellings(secret: str) -> Iterator[str]:
@@ -193,8 +198,12 @@ def cleaned(value: Any) -> Any:
 def redacted(text: str) -> str:
     """A library's text (a message, a traceback) without secrets and signatures; URLs in it lose their queries."""
     # Values first: a pattern that ends within one would leave the rest of it, which nobody knows any more.
-    text = _URL_QUERY.sub(rf"\1?{HIDDEN}", _secrets.hidden_in(text))
+    text = _URL.sub(_without_query, _secrets.hidden_in(text))
     return _FIELD.sub(_without_value, _PARAMETER.sub(rf"\1{HIDDEN}", text))
+
+
+def _without_query(found: re.Match[str]) -> str:
+    return f"{found[1]}?{HIDDEN}" if found[2] else found[0]
 
 
 def _without_value(found: re.Match[str]) -> str:
