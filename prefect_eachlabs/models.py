@@ -644,7 +644,7 @@ class Destination(BaseModel):
 
 
 class Media(BaseModel):
-    """Bytes that were verified to be one whole picture (or video) of a format."""
+    """Bytes that were verified to be one whole picture of a format."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -653,10 +653,6 @@ class Media(BaseModel):
     width_px: int
     height_px: int
     format: str = "png"
-
-
-class Png(Media):
-    """Bytes that were verified to be one whole PNG."""
 
 
 class StoredImage(BaseModel):

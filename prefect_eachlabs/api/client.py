@@ -10,7 +10,6 @@ import asyncio
 import json
 import logging
 import uuid
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -45,6 +44,7 @@ from prefect_eachlabs.models import (
     parse_prediction,
 )
 from prefect_eachlabs.net import redaction, safe_json
+from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
 from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import AccountSettings
@@ -55,8 +55,8 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """A page of 100 executions is some 50 kB; more than this is not read."""
 MAX_INFLATED_BYTES = 1024 * 1024
 """Of an answer that comes encoded, though none was asked for: 1 kB of it may stand for all that is taken."""
-
-PIECE_BYTES = 65_536
+MAX_ROWS = 1_000
+"""Of a page; 100 are asked for."""
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 75.0
@@ -305,6 +305,7 @@ class EachlabsClient:
         rows = said.get("executions")
         if not isinstance(rows, list):
             raise Unanswered("The API's list of executions is unreadable.")
+        rows = rows[:MAX_ROWS]
         total = None if said.get("total_capped") is True else _count(said.get("total_count"))
         return ExecutionsPage(parse_executions(rows), len(rows), answer.date(), _count(said.get("limit")), total)
 
@@ -330,7 +331,7 @@ class EachlabsClient:
         rows = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
         if not isinstance(rows, list):
             raise Unanswered("The API's catalogue of models is unreadable; ask again.")
-        return rows
+        return rows[:MAX_ROWS]
 
     async def presign(self, *, content_type: str, expires_in_seconds: int) -> UploadSlot:
         """POST /v1/upload/presign: where a picture may be put, and where it is public then. Free.
@@ -457,30 +458,17 @@ def _count(value: object) -> int | None:
 
 
 async def _read(response: httpx.Response) -> tuple[bytes, bool]:
-    """What an answer holds, and whether that is all of it and could be decoded.
-
-    No encoding is asked for, but a proxy may add one, and the answer to an order is paid for: gzip and zlib are read.
-    """
-    encoding = response.headers.get("Content-Encoding", "").strip().lower()
-    body = bytearray()
-    # A response that was made with its content (by tests) has decoded it itself.
-    if encoding in ("", "identity") or response.is_stream_consumed:
-        async for piece in response.aiter_bytes(PIECE_BYTES):
-            body += piece
-            if len(body) > MAX_ANSWER_BYTES:
-                return bytes(body), False
-        return bytes(body), True
-    if encoding not in ("gzip", "x-gzip", "deflate"):
+    """What an answer holds, and whether that is all of it and could be decoded."""
+    encoding = encoding_of(response)
+    if encoding not in ENCODINGS and not response.is_stream_consumed:
         return f"the answer is encoded ({encoding[:40]}), which was not asked for".encode(), False
-    inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    async for piece in response.aiter_raw(PIECE_BYTES):
-        try:
-            body += inflater.decompress(piece, MAX_INFLATED_BYTES + 1 - len(body))
-        except zlib.error as error:
-            raise httpx.DecodingError(str(error)) from error
-        if len(body) > MAX_INFLATED_BYTES:
-            return b"the answer is encoded, which was not asked for, and too large", False
-    return bytes(body), inflater.eof or not body
+    most_bytes = MAX_ANSWER_BYTES if encoding == "identity" else MAX_INFLATED_BYTES
+    body = bytearray()
+    async for piece in decoded(response):
+        body += piece
+        if len(body) > most_bytes:
+            return bytes(body) if encoding == "identity" else b"the answer is encoded, and too large", False
+    return bytes(body), True
 
 
 def _reason(error: BaseException) -> str:

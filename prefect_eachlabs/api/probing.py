@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import httpx
 
 from prefect_eachlabs.errors import BadInput, without_query
+from prefect_eachlabs.net.bodies import byte_count, encoding_of
 from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
 from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused
 from prefect_eachlabs.reference_images import MAX_PICTURE_BYTES, SNIFFED_BYTES, content_type_of
@@ -129,7 +130,7 @@ def _is_picture(content_type: str) -> bool:
 
 async def _sniffed(response: httpx.Response, said: str) -> str:
     """What the first bytes show; a host that ignores the range is cut off after them."""
-    if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+    if encoding_of(response) != "identity":
         return said  # which was not asked for, and may inflate to any size
     head = b""
     async for piece in response.aiter_bytes(SNIFFED_BYTES):
@@ -148,4 +149,4 @@ def _total_bytes(response: httpx.Response) -> int | None:
         total = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
         total = response.headers.get("Content-Length", "")
-    return int(total) if total.isascii() and total.isdigit() and len(total) < 20 else None
+    return byte_count(total)

@@ -7,7 +7,6 @@ and the task that wanted it runs again.
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from functools import partial
@@ -18,6 +17,7 @@ from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, HostNotAll
 from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, FormatRefused, MediaError, MediaReader
 from prefect_eachlabs.images.png import MAX_BYTES, PngError
 from prefect_eachlabs.models import Media
+from prefect_eachlabs.net.bodies import ENCODINGS, byte_count, decoded, encoding_of
 from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
 from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused
 
@@ -28,8 +28,6 @@ SLOWEST_BYTES_PER_SECOND = 8192
 """Of a picture that takes longer than a window: what comes more slowly than that does not come."""
 LARGE_BYTES = 64 * 1024 * 1024
 """Larger ones are in memory one at a time."""
-INFLATED = ("gzip", "x-gzip", "deflate")
-PIECE_BYTES = 65_536
 MOST_INFLATED = 2
 """A picture is compressed already: what inflates to more than so many times what was sent, and 1 MiB, is a bomb."""
 WALKS_AT_A_TIME = 2
@@ -77,10 +75,6 @@ class Downloader:
         self._large = asyncio.Lock()
         self._walks = asyncio.Semaphore(WALKS_AT_A_TIME)
         self._refused: dict[str, tuple[int, str]] = {}
-
-    async def fetch_png(self, url: str, *, prediction_id: str | None = None, item_id: str | None = None) -> Media:
-        """The verified PNG; see `fetch`."""
-        return await self.fetch(url, prediction_id=prediction_id, item_id=item_id)
 
     async def fetch(
         self,
@@ -168,16 +162,16 @@ class Downloader:
             self._check_answer(response, what, failed)
             pace = _Pace(self._window_seconds)
             is_large = False
-            async for piece in _pieces(response, what, failed):
+            async for piece in _pieces(response):
                 pace.came(len(piece))
                 await reader.feed_in_turns(piece)
                 if reader.size_bytes > LARGE_BYTES and not is_large:
                     is_large = True
                     await open_.enter_async_context(self._large)
                     pace.begin()
-            announced, came = _announced_bytes(response), _came_bytes(response, reader)
-            if announced not in (None, came):
-                raise failed(f"{what} came with {came} bytes instead of {announced}: run again.")
+            announced = _announced_bytes(response) if encoding_of(response) == "identity" else None
+            if announced not in (None, reader.size_bytes):
+                raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
             if not reader.takes_long:
                 return reader.finish()
             async with self._walks:
@@ -196,8 +190,8 @@ class Downloader:
                 f"{what} could not be fetched (HTTP {status_code}): run again within {RETENTION_HOURS} h.",
                 status_code=status_code,
             )
-        encoding = _encoding(response)
-        if encoding not in ("identity", *INFLATED):
+        encoding = encoding_of(response)
+        if encoding not in ENCODINGS:
             raise failed(f"{what} came encoded ({encoding[:40]}), which was not asked for: run again.")
         if (_announced_bytes(response) or 0) > self._max_bytes:
             raise PngError(f"it is larger than {self._max_bytes} bytes")
@@ -230,37 +224,15 @@ class _Pace:
             self.begin()
 
 
-def _encoding(response: httpx.Response) -> str:
-    return str(response.headers.get("Content-Encoding", "")).strip().lower() or "identity"
-
-
-async def _pieces(response: httpx.Response, what: str, failed: Callable[..., DownloadFailed]) -> AsyncIterator[bytes]:
-    """The picture's bytes. Some hosts compress whatever they send: that is taken off, within bounds."""
-    if _encoding(response) == "identity":
-        async for piece in response.aiter_bytes():
-            yield piece
-        return
-    inflater, inflated_bytes = zlib.decompressobj(zlib.MAX_WBITS | 32), 0
-    async for raw in response.aiter_raw():
-        rest, piece = raw, b""
-        while rest or len(piece) == PIECE_BYTES:  # zlib may have taken all of it and hold output back
-            try:
-                piece = inflater.decompress(rest, PIECE_BYTES)
-            except zlib.error as error:
-                raise httpx.DecodingError(str(error)) from error
-            rest = inflater.unconsumed_tail
-            inflated_bytes += len(piece)
-            if inflated_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
-                raise PngError("it inflates to far more than a picture does")
-            yield piece
-    if not inflater.eof:
-        raise failed(f"{what} came cut off: run again.")
-
-
-def _came_bytes(response: httpx.Response, reader: MediaReader) -> int:
-    return reader.size_bytes if _encoding(response) == "identity" else response.num_bytes_downloaded
+async def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
+    """The picture's bytes."""
+    is_encoded, came_bytes = encoding_of(response) != "identity", 0
+    async for piece in decoded(response):
+        came_bytes += len(piece)
+        if is_encoded and came_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
+            raise PngError("it inflates to far more than a picture does")
+        yield piece
 
 
 def _announced_bytes(response: httpx.Response) -> int | None:
-    length = response.headers.get("Content-Length", "")
-    return int(length) if len(length) < 20 and length.isascii() and length.isdigit() else None
+    return byte_count(response.headers.get("Content-Length", ""))

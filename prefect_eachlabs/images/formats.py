@@ -25,7 +25,9 @@ HEAD_BYTES = 64
 """A PNG's size in pixels is among them."""
 COSTLY_BYTES = 16 * 1024 * 1024
 """Decompressed. Up to this (2300 x 2300 px of RGB) a PNG is verified in some 50 ms."""
-TURN_BYTES = 4096
+TURN_BYTES = 64 * 1024
+"""Of what is not costly: 5,000 chunks of nothing, at most."""
+COSTLY_TURN_BYTES = 4096
 
 
 class Format(NamedTuple):
@@ -138,16 +140,16 @@ class MediaReader:
         """`feed` on the event loop, which has its turn in between: 4 kB of a PNG may stand for 4 MB of picture."""
         at = 0
         while at < len(data):
-            begin, at = at, at + (self._turn_bytes or len(data))
+            begin, at = at, at + self._turn_bytes
             self.feed(data[begin:at])
             await asyncio.sleep(0)
 
     @property
-    def _turn_bytes(self) -> int | None:
-        """How much may be fed at a time; None: all."""
+    def _turn_bytes(self) -> int:
+        """How much may be fed at a time."""
         if self.format is None:
             return HEAD_BYTES
-        return TURN_BYTES if self.is_costly else None
+        return COSTLY_TURN_BYTES if self.is_costly else TURN_BYTES
 
     @property
     def is_costly(self) -> bool:

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from prefect_eachlabs.models import Png
+from prefect_eachlabs.models import Media
 
 MAX_BYTES = 256 * 1024 * 1024
 MAX_PIXELS = 100_000_000
@@ -164,7 +164,7 @@ class PngReader:
             self._fault = fault
             raise
 
-    def finish(self) -> Png:
+    def finish(self) -> Media:
         """The verified picture, when all its bytes have been fed.
 
         Raises:
@@ -178,7 +178,7 @@ class PngReader:
             raise PngError(f"it is truncated: it ends after {self.size_bytes} bytes, before its last chunk (IEND)")
         width_px, height_px, *_ = self._header
         data, sha256 = b"".join(self._pieces), self._hash.hexdigest()
-        return Png(data=data, sha256=sha256, width_px=width_px, height_px=height_px)
+        return Media(data=data, sha256=sha256, width_px=width_px, height_px=height_px)
 
     # Each step reads what is pending from a position on, and returns how much it used; 0 when it needs more.
 
@@ -295,7 +295,7 @@ def _what_it_is(head: bytes) -> str:
     return f"it does not begin like a PNG (its first bytes are {head[:8].hex(' ')})"
 
 
-def verify_png(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Png:
+def verify_png(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX_PIXELS) -> Media:
     """The bytes as a verified picture.
 
     Raises:

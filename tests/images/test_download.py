@@ -15,7 +15,7 @@ import pytest
 
 from prefect_eachlabs.errors import DownloadFailed, EachlabsError, HostNotAllowed, NotAPng, NotYetSafe
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.models import Png
+from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.public_get import MAX_REDIRECTS
 from prefect_eachlabs.net.public_only import HostGuard
 from tests.images.test_png import IEND, SMALL, chunk, header, idat, png
@@ -60,9 +60,9 @@ class Body(httpx.AsyncByteStream):
         self.closed = True
 
 
-async def fetch(downloader: Downloader, url: str = URL) -> Png:
+async def fetch(downloader: Downloader, url: str = URL) -> Media:
     try:
-        return await downloader.fetch_png(url, prediction_id="pred-1", item_id="item-1")
+        return await downloader.fetch(url, prediction_id="pred-1", item_id="item-1")
     finally:
         await downloader.aclose()
 
@@ -105,7 +105,7 @@ def test_no_key_no_cookie_and_no_encoding_goes_with_the_request(monkeypatch: pyt
 
     async def twice() -> None:
         downloader = Downloader(host.transport())
-        await downloader.fetch_png(URL, prediction_id="pred-1")
+        await downloader.fetch(URL, prediction_id="pred-1")
         await fetch(downloader)
 
     run(twice())
@@ -118,7 +118,7 @@ def test_no_key_no_cookie_and_no_encoding_goes_with_the_request(monkeypatch: pyt
 
 
 def test_a_downloader_that_was_closed_opens_again() -> None:
-    async def story() -> Png:
+    async def story() -> Media:
         downloader = Downloader(Host(SMALL).transport())
         await fetch(downloader)
         return await fetch(downloader)
@@ -255,7 +255,7 @@ def test_a_large_picture_that_is_refused_is_taken_apart_twice_and_not_for_each_r
         said = []
         for number in range(5):
             with pytest.raises(NotAPng) as caught:
-                await downloader.fetch_png(f"{URL}-{number}", prediction_id="pred-1")
+                await downloader.fetch(f"{URL}-{number}", prediction_id="pred-1")
             said.append(caught.value.message)
         await downloader.aclose()
         return said
@@ -390,7 +390,7 @@ def test_a_picture_of_a_hundred_megabytes_arrives_and_such_come_one_at_a_time() 
 
         downloader = Downloader(Host(answer).transport())
         began = asyncio.get_running_loop().time()
-        for done in asyncio.as_completed([downloader.fetch_png(URL, prediction_id=str(n)) for n in range(2)]):
+        for done in asyncio.as_completed([downloader.fetch(URL, prediction_id=str(n)) for n in range(2)]):
             assert (await done).sha256 == hashlib.sha256(data).hexdigest()
         assert asyncio.get_running_loop().time() - began > 30, "the second waited where the first was large"
         await downloader.aclose()
@@ -423,7 +423,7 @@ def test_the_log_of_httpx_shows_no_query_of_a_picture(caplog: pytest.LogCaptureF
 # ------------------------------------------------------------------------ with a real socket
 
 
-async def against_a_real_host(answer: bytes) -> Png:
+async def against_a_real_host(answer: bytes) -> Media:
     """A host that sends these bytes and closes the connection."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 import prefect_eachlabs.images.png
 from prefect_eachlabs.images.png import SIGNATURE, PngError, PngReader, verify_png
-from prefect_eachlabs.models import Png
+from prefect_eachlabs.models import Media
 
 
 def chunk(name: bytes, body: bytes = b"") -> bytes:
@@ -55,7 +55,7 @@ def drawn(mode: str = "RGB", size: tuple[int, int] = (37, 23), **options: object
     return file.getvalue()
 
 
-def read(reader: PngReader, data: bytes, piece_bytes: int) -> Png:
+def read(reader: PngReader, data: bytes, piece_bytes: int) -> Media:
     for start in range(0, len(data), piece_bytes):
         reader.feed(data[start : start + piece_bytes])
     return reader.finish()

@@ -300,7 +300,7 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(SMALL) + SMALL
 async def fetched(guard: HostGuard, url: str, **given: Any) -> bytes:
     downloader = Downloader(hosts=guard, **given)
     try:
-        return (await downloader.fetch_png(url, prediction_id="pred-1")).data
+        return (await downloader.fetch(url, prediction_id="pred-1")).data
     finally:
         await downloader.aclose()
 
