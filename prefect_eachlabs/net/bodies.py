@@ -24,7 +24,7 @@ def byte_count(text: str) -> int | None:
 
 
 async def decoded(response: httpx.Response) -> AsyncIterator[bytes]:
-    """The body, in pieces of 64 KiB at most, however little of it has come; the caller counts them, and may stop.
+    """The body as it comes; what was encoded in pieces of 64 KiB at most. The caller counts them, and may stop.
 
     Raises:
         httpx.DecodingError: It is not what it is said to be, or cut off.
@@ -32,11 +32,11 @@ async def decoded(response: httpx.Response) -> AsyncIterator[bytes]:
     """
     # A response that was made with its content (by tests) has decoded it itself.
     if encoding_of(response) == "identity" or response.is_stream_consumed:
-        async for piece in response.aiter_bytes(PIECE_BYTES):
+        async for piece in response.aiter_bytes():
             yield piece
         return
     inflater = zlib.decompressobj(zlib.MAX_WBITS | 32)
-    async for raw in response.aiter_raw(PIECE_BYTES):
+    async for raw in response.aiter_raw():
         rest, piece = raw, b""
         while rest or len(piece) == PIECE_BYTES:  # zlib may have taken all of it and hold output back
             try:

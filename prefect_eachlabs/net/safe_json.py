@@ -17,8 +17,10 @@ def loads(text: bytes | str) -> Any:
     Raises:
         ValueError, RecursionError: It is no JSON, or nested too deeply.
     """
-    value = json.loads(text)
-    whole = json.dumps(value, ensure_ascii=False)
+    said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
+    value = json.loads(said)
+    # Without escapes its strings stand in it as they are.
+    whole = json.dumps(value, ensure_ascii=False) if "\\" in said else said
     try:
         whole.encode()
     except UnicodeEncodeError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import resource
 import sys
 import threading
@@ -28,6 +29,7 @@ from prefect_eachlabs.batch.source import Defaults, open_source
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.thumbnails import NoThumbnail
+from prefect_eachlabs.ledger.evidence import fit, is_near
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.settings import AccountSettings
 
@@ -91,13 +93,36 @@ async def schema(data: bytes) -> None:
     await asyncio.gather(*(one() for _ in range(AT_ONCE)))
 
 
-async def answer(data: bytes, **headers: str) -> None:
-    host = httpx.MockTransport(lambda _: httpx.Response(200, stream=httpx.ByteStream(data), headers=headers))
+async def answer(data: bytes, status_code: int = 200, **headers: str) -> None:
+    def answered(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(status_code, stream=httpx.ByteStream(data), headers=headers)
+
+    host = httpx.MockTransport(answered)
     client = EachlabsClient(AccountSettings(api_key="key-of-the-team", base_url="https://api.invalid"), transport=host)
-    for ask in (lambda: client.get("p-1"), client.executions, lambda: client.model("m")):
-        with suppress(EachlabsError):
+    item = Item.wanted("a fox", input={"seed": 1})
+    asks = (client.executions, lambda: client.model("m"), client.models, lambda: client.create(item))
+    for ask in asks:
+        try:
             await ask()
+        except EachlabsError as error:
+            logging.getLogger("prefect_eachlabs").warning("It failed: %s", error, exc_info=error)
+    with suppress(EachlabsError):
+        echo = (await client.get("p-1")).input or {}
+        for _ in range(AT_ONCE):  # as for orders whose answers were lost
+            await asyncio.sleep(0)
+            assert fit(echo, item.input) is None
+            is_near(echo, item.input)
     await client.aclose()
+
+
+async def prompt(data: bytes) -> None:
+    """What a form or a row may say, compared with its own echo."""
+    with suppress(EachlabsError):
+        item = Item.wanted(data.decode())
+        await asyncio.sleep(0)
+        assert fit(item.input, item.input) is not None
+        await asyncio.sleep(0)
+        is_near({"prompt": data.decode()}, item.input)
 
 
 SCENARIOS: dict[str, Callable[[bytes], Awaitable[None]]] = {
@@ -108,6 +133,9 @@ SCENARIOS: dict[str, Callable[[bytes], Awaitable[None]]] = {
     "jsonl": lambda data: table(data, "jsonl"),
     "schema": schema,
     "answer": answer,
+    "prompt": prompt,
+    "refusal": lambda data: answer(data, 422),
+    "redirect": lambda data: answer(b"", 302, Location=data.decode("latin-1")),
     "gzipped answer": lambda data: answer(data, **{"Content-Encoding": "gzip"}),
 }
 

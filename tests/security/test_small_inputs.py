@@ -86,6 +86,40 @@ def doubling() -> dict[str, Any]:
     return {"$defs": {**steps, "d40": {}}, "properties": {"prompt": {"$ref": "#/$defs/d0"}}}
 
 
+def exif() -> bytes:
+    """A directory of 4,000 fields, each of which says that it is 4 GB, and that leads to itself."""
+    field = struct.pack("<HHII", 0x011A, 5, 0x1FFFFFFF, 8)
+    tiff = b"II*\0" + struct.pack("<IH", 8, 4_000) + field * 4_000 + struct.pack("<I", 8)
+    return b"Exif\0\0" + tiff
+
+
+def segments(marker: int, body: bytes, count: int) -> bytes:
+    """A JPEG with so many equal segments at its head."""
+    jpeg = saved("JPEG", (64, 64))
+    return jpeg[:2] + count * (struct.pack(">BBH", 0xFF, marker, 2 + len(body)) + body) + jpeg[2:]
+
+
+def scans(count: int) -> bytes:
+    """A progressive JPEG of 80 million px whose last scan comes again and again."""
+    jpeg = saved("JPEG", (9_000, 9_000), progressive=True)
+    last = jpeg.rindex(b"\xff\xda")
+    return jpeg[:last] + jpeg[last:-2][:4_000] * count + b"\xff\xd9"
+
+
+def nested(depth: int) -> bytes:
+    value: Any = pyarrow.array([1])
+    for _ in range(depth):
+        value = pyarrow.StructArray.from_arrays([value], ["a"])
+    return table(value)
+
+
+def columns(count: int) -> bytes:
+    buffer = io.BytesIO()
+    names = {f"c{number}": ["x"] for number in range(count)}
+    parquet.write_table(pyarrow.table({"prompt": ["a fox"], **names}), buffer, write_statistics=False)
+    return buffer.getvalue()
+
+
 def asked(schema: Any, prompt: str = "a fox") -> bytes:
     return json.dumps({"schema": schema, "prompt": prompt}).encode()
 
@@ -148,6 +182,68 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
         "gzipped answer",
         lambda: gzip.compress(b'{"status": "success", "output": [' + b"[]," * 2_700_000 + b"[]]}"),
     ),
+    "thumbnails of a PNG of 60,000 chunks": ("thumbnails", lambda: png(9, 9, *[chunk(b"teXt", b"")] * 60_000)),
+    "thumbnails of a JPEG of comments": ("thumbnails", lambda: segments(0xFE, b"x" * 65_000, 14)),
+    "thumbnails of a JPEG of comments of nothing": ("thumbnails", lambda: segments(0xFE, b"", 200_000)),
+    "thumbnails of a JPEG with fields of 4 GB": ("thumbnails", lambda: segments(0xE1, exif(), 9)),
+    "thumbnails of a JPEG of many scans": ("thumbnails", lambda: scans(150)),
+    "thumbnails of a WebP of 16383 px": ("thumbnails", lambda: saved("WEBP", (16_383, 16_383), lossless=True)),
+    "downloads of a PNG of 60,000 chunks": ("downloads", lambda: png(9, 9, *[chunk(b"teXt", b"")] * 60_000)),
+    "downloads of a PNG of lines of one px": ("downloads", lambda: png(1, 50_000_000)),
+    "downloads of a JPEG of comments of nothing": ("downloads", lambda: segments(0xFE, b"", 200_000)),
+    "downloads of an AVIF": ("downloads", lambda: b"\0\0\0\x1cftypavif" + bytes(900_000)),
+    "a Parquet file of a value that is 400 deep": ("parquet", lambda: nested(400)),
+    "a Parquet file of 4,000 columns": ("parquet", lambda: columns(4_000)),
+    "a CSV file of 40,000 columns": ("csv", lambda: b",".join(b"%x" % n for n in range(22_000)) + b"\n,\n" * 200_000),
+    "a CSV file of one cell": ("csv", lambda: b'prompt\n"' + b"x" * 900_000 + b'"\n'),
+    "a JSON Lines file of a million names": (
+        "jsonl",
+        lambda: b"".join(
+            b'{"prompt":"a",' + b",".join(b'"%x":1' % n for n in range(k, k + 12_000)) + b"}\n"
+            for k in range(0, 84_000, 12_000)
+        ),
+    ),
+    "a JSON Lines file of long numbers": (
+        "jsonl",
+        lambda: b'{"prompt":"a","n":[' + b",".join([b"9" * 4_299] * 28) + b"]}\n",
+    ),
+    "a schema that refers to itself": ("schema", lambda: asked({"$ref": "#"})),
+    "a schema that is deep": ("schema", lambda: b'{"prompt":"a","schema":' + b'{"not":' * 300 + b"{}" + b"}" * 301),
+    "an answer of lists 100,000 deep": (
+        "answer",
+        lambda: b'{"status": "success", "output": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ),
+    "an answer with an echo 900 deep": (
+        "answer",
+        lambda: b'{"status": "success", "input": {"seed": ' + b"[" * 900 + b"]" * 900 + b"}}",
+    ),
+    "an answer of long numbers": (
+        "answer",
+        lambda: b'{"status": "failed", "error": "x", "output": [' + b",".join([b"9" * 4_299] * 200) + b"]}",
+    ),
+    "an answer with an echo of marks": (
+        "answer",
+        lambda: json.dumps(
+            {"status": "success", "input": {"prompt": "a" + "\u0301\u0323" * 220_000}}, ensure_ascii=False
+        ).encode(),
+    ),
+    "an answer with an echo of entities": (
+        "answer",
+        lambda: json.dumps({"status": "success", "input": {"prompt": "&amp;" * 180_000}}).encode(),
+    ),
+    "an answer of 19,000 executions": (
+        "answer",
+        lambda: json.dumps([{"id": str(n), "status": "success", "slug": "m"} for n in range(19_000)]).encode(),
+    ),
+    "an answer of a URL of 900 kB": (
+        "answer",
+        lambda: json.dumps({"status": "success", "output": "https://a.invalid/" + "?" * 900_000}).encode(),
+    ),
+    "a refusal of URLs": ("refusal", lambda: json.dumps({"error": "https://" * 110_000}).encode()),
+    "a refusal of escapes": ("refusal", lambda: json.dumps({"error": "\x1b" * 160_000}).encode()),
+    "a refusal that is a page of escapes": ("refusal", lambda: b"\x1b" * 900_000),
+    "a redirect of 60 kB": ("redirect", lambda: b"https://" * 7_500),
+    "a prompt of marks": ("prompt", ("a" + "\u0301\u0323" * 30_000).encode),
     "an answer of 1 GB, gzipped": ("gzipped answer", lambda: gzip.compress(bytes(500_000_000))),
 }
 
