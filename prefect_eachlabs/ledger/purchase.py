@@ -19,8 +19,7 @@ from datetime import datetime, timedelta, timezone
 
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.orders import Prepared, prepare_input, recorded
-from prefect_eachlabs.api.references import References
+from prefect_eachlabs.api.references import Prepared, References, prepare_input, recorded
 from prefect_eachlabs.api.waking import asleep_seconds
 from prefect_eachlabs.errors import (
     EachlabsError,

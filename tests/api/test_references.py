@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from prefect_eachlabs.api import references
-from prefect_eachlabs.api.probing import Prober, Seen
+from prefect_eachlabs.api.references import Prober, Seen
 from prefect_eachlabs.errors import BadInput, Throttled, Unanswered
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item, without_signature

@@ -16,8 +16,7 @@ import httpx
 import pytest
 
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.probing import Prober, Seen
-from prefect_eachlabs.api.references import References
+from prefect_eachlabs.api.references import Prober, References, Seen
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import DownloadFailed, HostNotAllowed, NotAPng, SetupError
 from prefect_eachlabs.images.download import Downloader
