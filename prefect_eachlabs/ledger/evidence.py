@@ -45,10 +45,10 @@ _MARKS = re.compile(r"[^\w\s\x00-\x7f]{31}")
 def normalised(value: Any, *, most_characters: float = float("inf"), depth: int = 0) -> Any:
     """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count.
 
-    What is longer or nested more deeply than any input of ours stays as it is, which is equal to none.
+    Longer text stays as it is, and what is nested more deeply than any input of ours is equal to nothing.
     """
     if depth > MAX_INPUT_NESTING:
-        return _TOO_DEEP
+        return object()
     if isinstance(value, str):
         if len(value) > most_characters:
             return value
@@ -66,14 +66,13 @@ def normalised(value: Any, *, most_characters: float = float("inf"), depth: int 
         except OverflowError:  # JSON's numbers have no end
             return value
     if isinstance(value, Mapping):
-        within = {"most_characters": most_characters, "depth": depth + 1}
-        return {str(name): normalised(inner, **within) for name, inner in value.items()}
+        return {
+            str(name): normalised(inner, most_characters=most_characters, depth=depth + 1)
+            for name, inner in value.items()
+        }
     if isinstance(value, (list, tuple)):
         return [normalised(inner, most_characters=most_characters, depth=depth + 1) for inner in value]
     return value
-
-
-_TOO_DEEP = object()
 
 
 def _both(echo: Mapping[str, Any], sent: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

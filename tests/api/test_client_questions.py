@@ -124,6 +124,13 @@ def test_executions_asks_for_a_page_and_reads_its_rows() -> None:
     assert rows[0].created_at == datetime(2026, 11, 22, 10, tzinfo=timezone.utc)
 
 
+def test_a_page_of_more_rows_than_anybody_asks_for_is_read_as_far_as_1000() -> None:
+    rows = [{"id": f"p-{number}", "status": "success"} for number in range(1_001)]
+    page = answered(httpx.Response(200, json={"executions": rows}), lambda client: client.executions_page())
+    assert (len(page.rows), page.row_count) == (1_000, 1_000)  # so that the next page begins with the row after them
+    assert not page.is_last(1_000)
+
+
 @pytest.mark.parametrize("body", [{}, {"executions": None}, {"executions": {}}, "x", 3, None])
 def test_a_list_of_executions_that_is_none_is_unanswered(body: object) -> None:
     with pytest.raises(Unanswered):

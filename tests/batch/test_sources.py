@@ -233,6 +233,13 @@ def test_a_file_that_is_no_table_ends_at_once(data: bytes, kind: str, words: str
         rows_of(data, kind)
 
 
+def test_a_head_of_20000_columns_is_read_once() -> None:
+    """Quadratic, it took 13 seconds."""
+    names = ["prompt", *(f"{number:x}" for number in range(20_000))]
+    row = only(rows_of(",".join(names) + "\na fox" + "," * 20_000 + "\n"))
+    assert row.item.input["prompt"] == "a fox"
+
+
 @pytest.mark.parametrize(
     ("data", "kind", "columns"),
     [

@@ -86,10 +86,12 @@ def test_what_is_no_secret_stays() -> None:
         assert redacted(text) == text
 
 
-@pytest.mark.parametrize("part", ["http://", "cookie: ", "signature:", "?a", "x-amz-", "Authorization: Bearer "])
+@pytest.mark.parametrize(
+    "part", ["http://", "https://a", "cookie: ", "signature:", "?a", "x-amz-", "Authorization: Bearer "]
+)
 def test_a_hostile_text_is_cleaned_without_going_over_it_again_and_again(part: str) -> None:
     """Quadratic, each would take minutes."""
-    assert len(redacted(part * 20_000)) > 10
+    assert len(redacted(part * 100_000)) > 10
 
 
 def test_other_peoples_logs_lose_values_in_use_and_signatures_alone(printed: io.StringIO) -> None:
