@@ -3,13 +3,13 @@
 EachlabsError
 ├── BadInput               refused before anything was bought (also a ValueError)
 │   └── ItemConflict       this item id already stands for another input
-├── SetupError             key, bucket, limit or server is missing or refused: mend the set-up
+├── SetupError             key, bucket, limit or server is missing or refused: fix the set-up
 ├── NotSent                no request reached the API: repeat freely
 ├── Unanswered             a question (GET) came back without a readable answer: ask again
 ├── Throttled              429: nothing created, nothing billed; the account pauses
 │   └── InsufficientBalance   402: the same, until somebody tops up the balance
 ├── OutcomeUnknown         a POST went out and no readable answer came: never repeat, find out
-├── Rejected               the request is wrong (400, 403, 404, 422 ...): mend it
+├── Rejected               the request is wrong (400, 403, 404, 422 ...): fix it
 │   └── KeyRefused         401 or 403: the key is not accepted (also a SetupError)
 ├── PredictionFailed       the model ran and failed; keeps the API's code, message, `retryable`
 │   ├── ContentRefused     content moderation said no
@@ -17,7 +17,7 @@ EachlabsError
 ├── PredictionCancelled    it was cancelled; nothing was billed
 ├── PredictionTimedOut     its deadline passed (also a TimeoutError); it may still end, and is stored then
 ├── NotYetSafe             paid for, not yet in the bucket: repeat the storing, never the buying
-│   ├── NotAPng            the bytes are no whole PNG
+│   ├── NotAPng            the bytes are not a whole PNG
 │   │   └── FormatNotAllowed   they are a picture of another format: allow it, and run again
 │   ├── DownloadFailed     the picture could not be fetched
 │   │   └── HostNotAllowed     it is at a host of this network: allow it, and run again
@@ -120,7 +120,7 @@ class EachlabsError(Exception):
 
 
 class BadInput(EachlabsError, ValueError):
-    """The input is refused before anything is bought: mend it as the message says."""
+    """The input is refused before anything is bought: fix it as the message says."""
 
     default_kind = "bad input"
 
@@ -172,7 +172,7 @@ class OutcomeUnknown(EachlabsError):
 
 
 class Rejected(EachlabsError):
-    """The API refused the request as wrong: mend it; nothing was created."""
+    """The API refused the request as wrong: fix it; nothing was created."""
 
     default_kind = "rejected"
 
@@ -221,7 +221,7 @@ class NotYetSafe(EachlabsError):
 
 
 class NotAPng(NotYetSafe):
-    """The bytes that came are no whole PNG: kept out of the bucket; the prediction is paid for."""
+    """The bytes that came are not a whole PNG: kept out of the bucket; the prediction is paid for."""
 
     default_kind = "not a PNG"
 

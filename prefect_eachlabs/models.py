@@ -267,7 +267,7 @@ class Prediction(BaseModel):
                 if failure.is_content_refusal
                 else "It may be resubmitted."
                 if failure.may_be_resubmitted
-                else "Failed predictions cost nothing; mend the input, or buy it again on purpose."
+                else "Failed predictions cost nothing; fix the input, or buy it again on purpose."
             )
             raise kind(
                 f"The prediction failed: {failure.code + ': ' if failure.code else ''}{said} {advice}",
@@ -462,7 +462,7 @@ class Item(BaseModel):
 
         Raises:
             BadInput: A blank prompt, a prompt that is no text, an image URL that is not http(s), an item id of
-                another form, an input that is no JSON; says what, where and how to mend it.
+                another form, an input that is no JSON; says what, where and how to fix it.
         """
         fields: dict[str, Any] = dict(input or {})
         if prompt is not None:

@@ -1,7 +1,7 @@
 """The catalogue of models: what each takes, asked for once a run; inputs are checked against it before they cost.
 
 A schema comes from afar and is trusted with nothing: it can refuse an input, and it says which field takes the
-reference picture. What it refers to elsewhere is not fetched; one that is no schema checks nothing.
+reference picture. What it refers to elsewhere is not fetched; one that is not a schema checks nothing.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -149,7 +150,7 @@ class Catalogue:
 
     Args:
         librarian: Knows the catalogue.
-        slots: The account's; each question takes a request slot. None: nobody counts (no key is sent).
+        limiter: The account's; each question takes a request slot. None: nobody counts (no key is sent).
     """
 
     def __init__(self, librarian: Librarian, limiter: RateLimiter | None) -> None:
@@ -170,7 +171,7 @@ class Catalogue:
 
     async def _ask(self, slug: str) -> Model | None:
         try:
-            async with _Turn(self._limiter):
+            async with self._turn():
                 return Model.parse(await self._librarian.model(slug), slug)
         except KeyRefused:
             raise
@@ -186,7 +187,7 @@ class Catalogue:
         """
         found: list[Model] = []
         for page in range(MOST_PAGES):
-            async with _Turn(self._limiter):
+            async with self._turn():
                 rows = await self._librarian.models(name, limit=ROWS_A_PAGE, offset=page * ROWS_A_PAGE)
             found += [Model.parse(row) for row in rows if isinstance(row, Mapping) and row.get("slug")]
             if len(rows) < ROWS_A_PAGE:
@@ -211,11 +212,21 @@ class Catalogue:
         if faults:
             more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
             raise BadInput(
-                f"Model {item.model!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Mend it "
+                f"Model {item.model!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Fix it "
                 f"(`prefect-eachlabs models {item.model}` shows what it takes); nothing was bought.",
                 item_id=item.item_id,
             )
         return input
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """A request slot for one question."""
+        slot = None if self._limiter is None else await self._limiter.take_request(question=True)
+        try:
+            yield
+        finally:
+            if slot is not None:
+                slot.done()
 
     async def aclose(self) -> None:
         await self._models.aclose()
@@ -231,17 +242,3 @@ def _with_urls(input: Mapping[str, Any]) -> dict[str, Any]:
         return "https://pictures.invalid/reference.png" if mine else value
 
     return {name: url(value) if name in REFERENCE_FIELDS else value for name, value in input.items()}
-
-
-class _Turn:
-    """A request slot for one question."""
-
-    def __init__(self, limiter: RateLimiter | None) -> None:
-        self._limiter = limiter
-
-    async def __aenter__(self) -> None:
-        self._slot = None if self._limiter is None else await self._limiter.take_request(question=True)
-
-    async def __aexit__(self, *_: object) -> None:
-        if self._slot is not None:
-            self._slot.done()

@@ -1,7 +1,7 @@
 """Speaks the API's endpoints: one coroutine each, one request each; no retries, no sleeping, no limits.
 
 What an answer means for money is decided here, once: `NotSent` (repeat freely), `OutcomeUnknown` (never repeat),
-`Throttled` (nothing was created), `Rejected` (mend it), `Unanswered` (a question, ask again).
+`Throttled` (nothing was created), `Rejected` (fix it), `Unanswered` (a question, ask again).
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class Answer:
         return 200 <= self.status_code < 300
 
     def details(self) -> str:
-        """What the API says went wrong, in its own words; of a body that is no JSON, its start."""
+        """What the API says went wrong, in its own words; of a body that is not JSON, its start."""
         if isinstance(self.json, Mapping):
             words = [self.json.get(name) for name in ("error", "message", "details")]
             said = "; ".join(w if isinstance(w, str) else json.dumps(w, ensure_ascii=False) for w in words if w)
@@ -271,7 +271,7 @@ class EachlabsClient:
         """
         answer = await self._ask(f"/v1/prediction/{quote(prediction_id, safe='')}", prediction_id=prediction_id)
         if not isinstance(answer.json, Mapping):
-            raise Unanswered("The API's answer is no JSON object.", prediction_id=prediction_id)
+            raise Unanswered("The API's answer is not a JSON object.", prediction_id=prediction_id)
         return parse_prediction(answer.json, prediction_id=prediction_id)
 
     async def cancel(self, prediction_id: str) -> None:
@@ -425,7 +425,7 @@ class EachlabsClient:
                 "EACHLABS_BASE_URL to where the API is; if it is right, the API is being repaired: run again later."
             )
         elif 400 <= status < 500 and status != 408:
-            advice = "Mend it." if to_an_order else "Check what was asked for."
+            advice = "Fix it." if to_an_order else "Check what was asked for."
             message = f"The API refused the request (HTTP {status}){said}. {advice}"
         else:
             return None

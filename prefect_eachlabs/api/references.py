@@ -137,7 +137,7 @@ class References:
 
     Args:
         client: Asks the API where a picture may be put.
-        slots: The account's; each such question takes a request slot.
+        limiter: The account's; each such question takes a request slot.
         settings: The account.
         store_for: Opens other buckets than the destination's.
         transport: Replaces the network for looks and uploads; it never sees the key.
@@ -173,7 +173,7 @@ class References:
         *,
         anywhere: bool = False,
     ) -> Url | None:
-        """Makes one picture ready to be sent, and returns what gives its URL then; None: it is no picture's name.
+        """Makes one picture ready to be sent, and returns what gives its URL then; None: it is not a picture's name.
 
         Args:
             name: What stands in the item's input: a URL, `s3://bucket/key` or `sha256:DIGEST`.
@@ -313,7 +313,7 @@ class Seen:
 
 
 class _Refused(Exception):
-    """The host answered, and it is no picture that could be had; `status_code` 0: it is no matter of status."""
+    """The host answered, and it is not a picture that could be had; `status_code` 0: it does not matter."""
 
     def __init__(self, reason: str, status_code: int = 0) -> None:
         super().__init__(reason)
@@ -347,7 +347,7 @@ class Prober:
             signed: It is presigned for GET alone: HEAD would be refused.
 
         Raises:
-            BadInput: It cannot be had, is too large, or is no picture; says which. Nothing was bought.
+            BadInput: It cannot be had, is too large, or is not a picture; says which. Nothing was bought.
         """
         shown = shown or without_query(url)
         pause_seconds, reason = FIRST_PAUSE_SECONDS, ""
@@ -387,7 +387,7 @@ class Prober:
         if seen is None or seen.size_bytes is None or not _is_picture(seen.content_type):
             seen = await self._ask("GET", url)
         if not _is_picture(seen.content_type):
-            raise _Refused(f"it is no picture ({seen.content_type[:60] or 'of an unknown type'})")
+            raise _Refused(f"it is not a picture ({seen.content_type[:60] or 'of an unknown type'})")
         if seen.size_bytes is not None and seen.size_bytes > MAX_PICTURE_BYTES:
             raise _Refused(f"it has {seen.size_bytes} bytes, and at most 100 MB are taken")
         return seen

@@ -117,7 +117,7 @@ class Downloader:
             if reader.is_costly:
                 self._remember_refusal(url, str(error))
             raise NotAPng(
-                f"{what} is paid for, but what came is no whole {wanted}: {error}. Nothing was stored; run again "
+                f"{what} is paid for, but what came is not a whole {wanted}: {error}. Nothing was stored; run again "
                 "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
                 prediction_id=prediction_id,
                 item_id=item_id,

@@ -32,7 +32,7 @@ _TEXTS = {b"<!doctype html": "HTML", b"<html": "HTML", b"<head": "HTML", b"<": "
 
 
 class PngError(ValueError):
-    """The bytes are no whole PNG; the message says why."""
+    """The bytes are not a whole PNG; the message says why."""
 
 
 class _Header(NamedTuple):
@@ -299,7 +299,7 @@ def verify_png(data: bytes, *, max_bytes: int = MAX_BYTES, max_pixels: int = MAX
     """The bytes as a verified picture.
 
     Raises:
-        PngError: They are no whole PNG, or too large.
+        PngError: They are not a whole PNG, or too large.
     """
     reader = PngReader(max_bytes=max_bytes, max_pixels=max_pixels)
     reader.feed(data)

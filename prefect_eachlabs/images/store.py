@@ -256,7 +256,7 @@ class ImageStore:
                     raise Overtaken(current)
                 if not _is_of_any(present, current.record) and not await _is_same(ledger, present, media):
                     raise ItemConflict(
-                        f"{ledger.store.uri(key)} is no picture of item {record.item_id}, and is left as it is. The "
+                        f"{ledger.store.uri(key)} is not a picture of item {record.item_id}, and is left as it is. The "
                         "item's picture is paid for and kept: move that object away and run the same again, which "
                         f"stores it and buys nothing. The vendor keeps it for {RETENTION_HOURS} h.",
                         item_id=record.item_id,
@@ -299,7 +299,7 @@ class ImageStore:
             if (current and current.etag) != (held and held.etag):
                 raise Overtaken(current)  # it is the picture of another run that was quicker, perhaps
             raise ItemConflict(
-                f"{ledger.store.uri(key)} is there already and is no picture of item {item_id}; it is left as it is. "
+                f"{ledger.store.uri(key)} is there already and is not a picture of item {item_id}; it stays as it is. "
                 "Choose another item id or destination, or move that object away. Nothing was bought.",
                 item_id=item_id,
             )

@@ -15,7 +15,7 @@ def loads(text: bytes | str) -> Any:
     use (an answer may quote the request's headers) becomes `***` in every string, here, before anybody writes it down.
 
     Raises:
-        ValueError, RecursionError: It is no JSON, or nested too deeply.
+        ValueError, RecursionError: It is not JSON, or nested too deeply.
     """
     said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
     value = json.loads(said)

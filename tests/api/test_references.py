@@ -623,7 +623,7 @@ def test_a_presigned_get_is_of_the_buckets_region_and_outlives_the_prediction(
     ("image_url", "said"),
     [
         ("s3://far-refs/refs/none.png", "there is no such object \\(HTTP 404\\)"),
-        ("s3://far-refs/refs/page.png", "it is no picture"),
+        ("s3://far-refs/refs/page.png", "it is not a picture"),
         ("s3://no-such-bucket/refs/a.png", "there is no such object"),
         ("s3://far-refs/elsewhere/a.png", "may not be taken"),
     ],

@@ -180,7 +180,7 @@ def test_a_url_that_cannot_be_asked_is_a_failed_download(url: str) -> None:
         run(fetch(Downloader(Host(SMALL).transport()), url))
 
 
-# ------------------------------------------------------------------------ what is no picture
+# ------------------------------------------------------------------------ what is not a picture
 
 
 @pytest.mark.parametrize(
