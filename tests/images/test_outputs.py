@@ -175,7 +175,7 @@ def test_another_format_than_was_promised_is_refused_and_the_error_says_how_to_h
 def test_a_format_that_is_allowed_is_taken_as_it_is(format: str) -> None:
     data = picture(format)
     assert fetched(data, "png", format).data == data
-    with pytest.raises(NotAPng, match=f"no whole PNG or {media.FORMATS[format].title}: .*") as info:
+    with pytest.raises(NotAPng, match=f"not a whole PNG or {media.FORMATS[format].title}: .*") as info:
         fetched(data[:-40], "png", format)
     assert info.value.retryable, "it may come whole another time"
 
