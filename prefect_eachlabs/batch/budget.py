@@ -4,8 +4,9 @@ What counts is what was ordered, not what became of it. An order counts from the
 expected price until the API tells its cost, and for as long as nobody tells: so neither a failing download, nor a lost
 answer, nor a restart of the run makes it spend more than its budget.
 
-The first picture of each model is bought alone, until its cost is told: prices may have changed since they were
-learned. Where nobody knows a price at all, the budget can be exceeded by that one picture.
+The first picture of each model is bought alone, until its cost is told (for a minute at most, where a price was
+learned before): prices may have changed. Where nobody knows a price at all, nothing is ordered after the first picture
+until its cost is told, whatever the model, and the budget can be exceeded by that one.
 """
 
 from __future__ import annotations
@@ -140,6 +141,12 @@ class Budget:
         return self.spent_usd + sum(
             count * (self._prices[model].expected_usd or 0.0) for model, count in self._set_aside.items()
         )
+
+    @property
+    def _has_unpriced(self) -> bool:
+        """Whether something was ordered whose price nobody knows yet, and may still come to be known."""
+        prices = [self._prices[model] for model, count in self._set_aside.items() if count]
+        return any(price.expected_usd is None and not price.is_kept_secret for price in prices)
 
     @property
     def untold(self) -> int:
@@ -277,10 +284,13 @@ class Budget:
             )
         if not price.is_confirmed and price.learner not in (None, item.item_id):
             return False
+        in_flight = any(self._orders.get(item_id) for item_id in self._in_progress - self._waiting - {item.item_id})
+        if in_flight and self._has_unpriced:
+            return False
         expected_usd = price.expected_usd
         free_usd = budget_usd - self.committed_usd
         if free_usd + ROUNDING_USD < (expected_usd or 0.0) or (expected_usd is None and free_usd <= ROUNDING_USD):
-            if any(self._orders.get(item_id) for item_id in self._in_progress - self._waiting - {item.item_id}):
+            if in_flight:
                 return False
             raise Skipped(
                 f"Left out: the budget of {budget_usd:g} USD does not cover it ({self.committed_usd:.4f} USD are "
@@ -370,24 +380,26 @@ class Budget:
         if price.learner != item.item_id:
             return
         unknown = next((order for order in orders if order.cost_usd is None), None)
-        if unknown is not None and price.expected_usd is None:
+        if unknown is not None:
             price.is_kept_secret = not await self._find_price(unknown, price)
         if unknown is not None and price.expected_usd is not None:
             price.is_confirmed = True  # by what was learned before: this one's cost may not be told for hours
         price.learner = None
 
     async def _find_price(self, order: Order, price: _Price) -> bool:
-        """Whether the first picture's cost came to be known, of itself or through the account's executions."""
-        for pause_seconds in PRICE_PAUSES_SECONDS if self._prices_told_by is not None else ():
+        """Whether a price is known, the first picture's or one learned before; waits a minute for the first's."""
+        was_known = price.expected_usd is not None
+        can_be_told = self._prices_told_by is not None and not (was_known and order.prediction_id is None)
+        for pause_seconds in PRICE_PAUSES_SECONDS if can_be_told else ():
             await asyncio.sleep(pause_seconds)
             if order.prediction_id is not None:
                 await self._ask_for(order)
             else:
                 for cost_usd in await self._past_costs(order.model):
                     price.learn(cost_usd)
-            if order.cost_usd == 0 or price.expected_usd is not None:
+            if order.cost_usd is not None or (price.expected_usd is not None and not was_known):
                 return True
-        return False
+        return was_known
 
     # Costs as they are told.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
@@ -372,3 +373,51 @@ def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
     assert not budget.is_exhausted("gemini")
     budget.resume("flux", told=45, cost_usd=0.99, highest_usd=0.022, untold=0)
     assert budget.is_exhausted("flux")
+
+
+class Told:
+    """Tells each prediction's cost when it is asked, and nothing of the past."""
+
+    async def cost_of(self, prediction_id: str) -> float | None:
+        return PRICE_USD
+
+    async def past_costs(self, model: str) -> list[float]:
+        return []
+
+
+def test_of_twenty_models_whose_prices_nobody_knows_one_picture_exceeds_the_budget() -> None:
+    async def story() -> None:
+        budget = Budget(0.01, Told())
+        wanted_items = [Item.wanted("a fox", item_id=f"fox-{number}", model=f"model-{number}") for number in range(20)]
+
+        async def row(item: Item) -> None:
+            budget.begin(item.item_id)
+            await budget.approve(item)
+            await asyncio.sleep(5)
+            budget.ordered(item, f"of {item.item_id}")
+            await budget.ended(item, None, None)
+
+        ends = await asyncio.gather(*map(row, wanted_items), return_exceptions=True)
+        assert sum(end is None for end in ends) == 1
+        assert sum(isinstance(end, Skipped) for end in ends) == 19
+        assert budget.spent_usd == pytest.approx(PRICE_USD)
+
+    play(story)
+
+
+def test_twenty_models_are_all_bought_where_the_budget_covers_them() -> None:
+    async def story() -> None:
+        budget = Budget(1.0, Told())
+
+        async def row(number: int) -> None:
+            item = Item.wanted("a fox", item_id=f"fox-{number}", model=f"model-{number % 20}")
+            budget.begin(item.item_id)
+            await budget.approve(item)
+            await asyncio.sleep(5)
+            budget.ordered(item, f"of {item.item_id}")
+            await budget.ended(item, None, None)
+
+        await asyncio.wait_for(asyncio.gather(*map(row, range(25))), 300)
+        assert budget.spent_usd == pytest.approx(25 * PRICE_USD)
+
+    play(story)
