@@ -5,6 +5,7 @@ What stands in `assert_type` is what an editor shows and a user's own type check
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from prefect import flow
@@ -123,7 +124,7 @@ async def awaited(prompt: str) -> None:
 def flows_within_flows() -> None:
     assert_type(generate_image("a red fox", PLACE), StoredImage)
     assert_type(scheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
-    assert_type(generate_batch("s3://acme/in/prompts.csv", PLACE), BatchResult)
+    assert_type(generate_batch(Path("prompts.csv"), PLACE, formats=("png", "jpeg")), BatchResult)
     assert_type(settle_leftovers(PLACE), dict[str, Any])
 
 

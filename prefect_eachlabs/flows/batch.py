@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from os import fspath
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
-from pydantic import BeforeValidator
 
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.tables import base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
-from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.doors import FileName, Formats, async_flow, sync_flow
 from prefect_eachlabs.flows.shards import end_shares, one_of, start_shares
 from prefect_eachlabs.models import DEFAULT_MODEL
 from prefect_eachlabs.rows import CHUNK_SIZE, Work, options_of
 from prefect_eachlabs.settings import destination_from_environment
 from prefect_eachlabs.tasks import run_id, shortened
-
-FileName = Annotated[str, BeforeValidator(lambda source: fspath(source) if isinstance(source, Path) else source)]
-"""A field of text in a form, which takes a path from Python."""
 
 
 def _named_for_its_batch() -> str:
@@ -61,7 +55,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     presigned_days: float | None = None,
     credentials: str | None = None,
     shards: int = 1,
-    formats: str = "",
+    formats: Formats = "",
     retry_ambiguous: bool = False,
     shard: str = "",
 ) -> Plan[BatchResult]:
@@ -115,7 +109,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     )
     # Every share has the same, whatever its own worker's environment says.
     destination = destination.strip() or destination_from_environment()
-    work = Work(source.strip(), destination, batch_id or None, model, version or None, credentials or None)
+    work = Work(str(source).strip(), destination, batch_id or None, model, version or None, credentials or None)
     if dry_run:
         return cast(BatchResult, _planned((yield from work.planned(options))))
     if shards == 1:

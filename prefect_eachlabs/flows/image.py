@@ -9,7 +9,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
+from prefect_eachlabs.flows.doors import Formats, async_flow, both, sync_flow
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
 from prefect_eachlabs.tasks import (
@@ -60,7 +60,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     item_id: str = "",
     credentials: str = "",
     input_json: str = "",
-    formats: str = "",
+    formats: Formats = "",
 ) -> Plan[StoredImage]:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 

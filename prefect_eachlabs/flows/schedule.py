@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 
 from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
+from prefect_eachlabs.flows.doors import Formats, async_flow, both, sync_flow
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import agenerate_and_store, generate_and_store, shortened
@@ -110,7 +110,7 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
     model: str = DEFAULT_MODEL,
     version: str = "",
     credentials: str = "",
-    formats: str = "",
+    formats: Formats = "",
 ) -> Plan[StoredImage]:
     """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
 

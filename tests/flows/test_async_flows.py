@@ -23,7 +23,7 @@ def test_an_async_flow_awaits_the_others_and_is_raised_their_errors(
 
     @flow(name="async-parent")
     async def parent() -> list[str]:
-        image = await agenerate_image("a red fox", studio.destination, item_id="fox")
+        image = await agenerate_image("a red fox", studio.destination, item_id="fox", formats=("png", "jpeg"))
         dated = await ascheduled_image("a fox on a {date:%A}", studio.destination, "dated")
         try:
             await agenerate_batch(tmp_path / "zoo.csv", studio.destination)

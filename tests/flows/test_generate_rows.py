@@ -164,3 +164,21 @@ def test_a_missing_bucket_is_an_error_before_anything_is_bought(studio: Studio) 
 def test_no_rows_are_a_batch_that_is_complete(studio: Studio) -> None:
     result = generate_rows([], destination=studio.destination, fail_above=0)
     assert (result.items, list(result)) == (0, [])
+
+
+def test_prefect_does_not_walk_through_the_cells_of_the_rows_or_of_the_result(studio: Studio) -> None:
+    """A hundred thousand rows took Prefect 13 s and 150 MB, and nothing was found in them."""
+    seen: list[str] = []
+
+    class Row(dict[str, str]):
+        def items(self) -> Any:
+            seen.append("a walk")
+            return super().items()
+
+    @flow
+    def nightly() -> BatchResult:
+        return generate_rows([Row(id="a", prompt="a fox")], destination=studio.destination)
+
+    result = nightly()
+    assert seen == ["a walk"], "the batch's own"
+    assert not isinstance(result.rows, (list, tuple)), "which Prefect would look into"
