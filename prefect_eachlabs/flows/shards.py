@@ -75,7 +75,7 @@ def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
         run = run_deployment(
             DEPLOYMENT,
             parameters={**parameters, "shard": f"{number}/{shards}", "shards": 1, "fail_above": NEVER_FAILS},
-            flow_run_name=f"share {number} of {shards}",
+            flow_run_name=f"share {number}/{shards}",
             timeout=0,
             # Prefect's retry of the flow begins anew; a repeated request of this attempt does not.
             idempotency_key=f"{flow_run.id}/{flow_run.run_count}/{number}",

@@ -68,6 +68,6 @@ def test_sixty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_ser
 
 
 def running_shard(studio: Studio) -> str | None:
-    wanted = {"name": {"any_": ["share 2 of 2"]}, "state": {"type": {"any_": ["RUNNING"]}}}
+    wanted = {"name": {"like_": "share 2/2"}, "state": {"type": {"any_": ["RUNNING"]}}}
     runs = studio.stage.ask("POST", "/flow_runs/filter", {"flow_runs": wanted})
     return str(runs[0]["id"]) if runs else None
