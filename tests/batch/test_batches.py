@@ -11,7 +11,7 @@ import pytest
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.plan import estimated_seconds, plan_batch
 from prefect_eachlabs.batch.progress import Progress
-from prefect_eachlabs.batch.run import window_for
+from prefect_eachlabs.batch.run import Chunk, Chunks, window_for
 from prefect_eachlabs.batch.source import Source
 from prefect_eachlabs.batch.tables import CsvTable, Lines
 from prefect_eachlabs.errors import (
@@ -402,6 +402,33 @@ def test_a_cancelled_run_cancels_each_row_once_and_reports_what_came_of_every_ro
         assert {row["item_id"] for row in told} == {*shop.records, *shop.cancelled}
         assert totals_of(shop.store)["state"] == "interrupted"
         assert "p/batches/spring/index.html" in shop.store.objects
+
+    virtual_time.run(story())
+
+
+@pytest.mark.parametrize("cut_seconds", [None, 23])
+def test_whoever_shows_the_chunks_sees_each_row_that_began_and_the_end_at_once(cut_seconds: float | None) -> None:
+    """The buying does not wait for them, and a cancelled run leaves no chunk waiting."""
+
+    async def story() -> None:
+        loop, chunks = asyncio.get_running_loop(), Chunks(20)
+        going = asyncio.ensure_future(
+            batch_of(CountingShop(MemoryStore()), source_of(prompts(50))).run(window=40, chunks=chunks)
+        )
+        going.add_done_callback(lambda _: chunks.flush())
+        if cut_seconds is not None:
+            loop.call_later(cut_seconds, going.cancel)
+        shown: list[Chunk] = []
+        while not going.done():
+            shown += await chunks.next(3_600)
+        assert loop.time() < 60, "nobody waits for news after the end"
+        ends = [len(await chunk.ended()) for chunk in shown]
+        assert [chunk.name for chunk in shown][:2] == ["rows 2 to 21", "rows 22 to 41"]
+        assert ends == [len(chunk.rows) for chunk in shown]
+        if cut_seconds is None:
+            assert ends == [20, 20, 10]
+        else:
+            assert going.cancelled()
 
     virtual_time.run(story())
 
