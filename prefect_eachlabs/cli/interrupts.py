@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import signal
+import threading
 from collections import Counter
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -48,8 +50,11 @@ def call(
         came_of: What a Ctrl-C has come to, when what was in flight has been cleaned up.
 
     Raises:
-        Interrupted: Ctrl-C; the second one comes back at once, and leaves what is in flight as it is.
+        Interrupted: Ctrl-C, or the SIGTERM of a service manager, a container or a CI job; the second one comes back
+            at once, and leaves what is in flight as it is.
     """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     is_left = False
     try:
         gateway = gateway_for(make_source=make_source)

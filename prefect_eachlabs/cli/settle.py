@@ -53,4 +53,4 @@ def settle(
         print(f"{place}: {report.in_words()}")
         for item_id, problem in sorted(report.problems.items()):
             print(f"  {item_id}: {problem}")
-    return 1 if report.pending or report.ambiguous else 0
+    return 1 if report.pending or report.ambiguous or report.too_young else 0

@@ -17,6 +17,7 @@ from prefect_eachlabs.errors import EachlabsError, Throttled
 
 logger = logging.getLogger(__name__)
 
+WORTH_SAYING_SECONDS = 10.0
 LONGEST_ASKED_PAUSE_SECONDS = 120.0
 """A Retry-After beyond this is cut: one trial costs nothing, an hour of standing still does."""
 LONGEST_GROWN_PAUSE_SECONDS = 30.0
@@ -99,8 +100,10 @@ class CircuitBreaker:
         now = asyncio.get_running_loop().time()
         asked = error.retry_after_seconds
         if self._state is _State.PAUSED:  # sent before the pause: it may only ask for a longer one
-            if asked is not None:
-                self._pause_until(max(self._until, now + min(asked, LONGEST_ASKED_PAUSE_SECONDS)))
+            if asked is not None and (until := now + min(asked, LONGEST_ASKED_PAUSE_SECONDS)) > self._until:
+                if until - self._until > WORTH_SAYING_SECONDS:
+                    logger.warning("The API asks for a longer pause: one tries in %.1f s.", until - now)
+                self._pause_until(until)
             return
         self.consecutive_throttles += 1
         if asked is not None:

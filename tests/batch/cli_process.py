@@ -65,8 +65,8 @@ class Command:
             assert time.monotonic() < give_up_at, self.err.read_text()
             time.sleep(0.005)
 
-    def press_ctrl_c(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+    def press_ctrl_c(self, instead: int = signal.SIGINT) -> None:
+        self.process.send_signal(instead)
 
     def wait(self) -> int:
         return self.process.wait(DEADLINE_SECONDS)

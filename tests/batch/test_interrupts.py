@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,13 +54,13 @@ def is_true_to_the_vendor(running: Command, api: EmulatorServer, s3: LocalS3) ->
     assert b"interrupted" in objects["index.html"]
 
 
-@pytest.mark.parametrize("rows", [12, 40, 200])
+@pytest.mark.parametrize(("rows", "sent"), [(12, signal.SIGINT), (40, signal.SIGTERM), (200, signal.SIGINT)])
 def test_each_prediction_in_flight_is_cancelled_once_and_the_report_says_so(
-    rows: int, api: EmulatorServer, s3: LocalS3, tmp_path: Path
+    rows: int, sent: int, api: EmulatorServer, s3: LocalS3, tmp_path: Path
 ) -> None:
     with command(batch(tmp_path, rows), api, s3, tmp_path / "run") as running:
         running.until(lambda: api.tallies()["in_flight"] == 10)
-        running.press_ctrl_c()
+        running.press_ctrl_c(sent)
         assert running.wait() == 130
     assert sorted(cancels_of(api).values()) == [1] * 10
     assert (api.tallies()["cancelled"], api.tallies()["in_flight"]) == (10, 0)
