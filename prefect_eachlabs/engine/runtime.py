@@ -175,10 +175,11 @@ class Gateway:
         self.settings = settings
         self._thread = thread
 
-        async def make() -> Engine:
-            return Engine(settings, make_source(settings), store_for or open_store, downloader=downloader)
+        async def make() -> tuple[Engine, SlotSource]:
+            source = make_source(settings)
+            return Engine(settings, source, store_for or open_store, downloader=downloader), source
 
-        self.engine = thread.call(make())
+        self.engine, self._source = thread.call(make())
 
     def __repr__(self) -> str:
         return f"Gateway({self.settings.base_url!r}, account={self.settings.account!r})"
@@ -192,9 +193,16 @@ class Gateway:
         return await self._thread.acall(work)
 
     def close(self) -> None:
-        """Ends the engine: what waits is cancelled, connections and leased slots go back."""
+        """Ends the engine: what waits is cancelled, connections and leased slots go back; within some 15 s."""
+
+        async def end() -> None:
+            try:
+                await asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS)
+            finally:  # whatever the engine waits for: the next run would wait for its slots
+                await self._source.close()
+
         # Whoever interrupts the closing does not want to wait.
-        self._thread.call(asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS), clean_up_seconds=0.0)
+        self._thread.call(end(), clean_up_seconds=0.0)
 
 
 def open_store(destination: Destination, access: S3Access | None) -> ObjectStore:

@@ -21,6 +21,7 @@ from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways,
 from prefect_eachlabs.errors import BadInput, PredictionTimedOut, SetupError
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.settings import AccountSettings
@@ -105,6 +106,28 @@ def test_everything_runs_on_the_loop_thread_alone(thread: LoopThread) -> None:
     names = {thread.call(where()), asyncio.run(thread.acall(where()))}
     assert names == {"eachlabs-gateway"}
     assert threading.current_thread().name not in names
+
+
+def test_slots_go_back_although_the_engine_does_not_come_to_an_end(
+    settings: AccountSettings, thread: LoopThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Source(LocalSlots):
+        closed = False
+
+        async def close(self) -> None:
+            self.closed = True
+
+    source = Source(requests_per_minute=None, max_in_flight=None)
+    made = Gateway(settings, thread, make_source=lambda _: source)
+
+    async def for_ever() -> None:
+        await asyncio.get_running_loop().create_future()
+
+    monkeypatch.setattr(made.engine, "aclose", for_ever)
+    monkeypatch.setattr(gateway_room, "CLOSE_SECONDS", 0.01)
+    with pytest.raises(asyncio.TimeoutError):
+        made.close()
+    assert source.closed
 
 
 def test_results_and_errors_come_out_of_both_doors(thread: LoopThread) -> None:
