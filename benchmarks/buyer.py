@@ -123,7 +123,7 @@ def prepare_ours(
     """
     make_source: MakeSource = machine_source
     if os.environ.get("PREFECT_API_URL"):
-        from prefect_eachlabs.limits import lot_source_for  # noqa: PLC0415 - it imports Prefect
+        from prefect_eachlabs.limits.leases import lot_source_for  # noqa: PLC0415 - it imports Prefect
 
         make_source = lot_source_for
     store = MemoryStore()

@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from prefect_eachlabs.limits.window import asleep_seconds
+
+__all__ = ["asleep_seconds", "within_waking_seconds"]
+
 T = TypeVar("T")
-
-
-def asleep_seconds() -> float:
-    """How long this machine has been suspended since its start: a laptop with its lid closed, say.
-
-    The loop's clock stands still meanwhile and the bucket's does not: what must not be older than a claim is measured
-    with this added. 0 where the loop's clock goes on.
-    """
-    # Linux has a clock of its own for it; on macOS CLOCK_MONOTONIC goes on and Python's `monotonic` does not.
-    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
-    return 0.0 if clock is None else time.clock_gettime(clock) - time.monotonic()
 
 
 async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:

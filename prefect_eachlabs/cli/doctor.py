@@ -140,7 +140,7 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
     if settings is None:
         return skipped("API", "not asked without a key")
     from prefect_eachlabs.engine.runtime import gateway_for
-    from prefect_eachlabs.limits import lot_source_for
+    from prefect_eachlabs.limits.leases import lot_source_for
 
     # Without limits on the server nobody shares them yet, and asking through them would create them.
     gateway = gateway_for(settings, make_source=lot_source_for if shared else None)
@@ -150,7 +150,7 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
         return mend(
             "API",
             f"not asked: no request was free within {PLACE_WITHIN_SECONDS:.0f} s",
-            "The account is busy, or places are leaked (prefect-eachlabs limits show).",
+            "The account is busy, or slots are lost (prefect-eachlabs limits show).",
         )
     except KeyRefused as error:
         return wrong(

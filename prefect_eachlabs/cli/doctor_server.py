@@ -1,4 +1,4 @@
-"""The doctor's look at the Prefect server: does it answer, what is it made of, are limits there, are places leaked."""
+"""The doctor's look at the Prefect server: does it answer, what is it made of, are limits there."""
 
 # ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
 
@@ -133,14 +133,14 @@ def _leases(lease_storage: str) -> Finding:
     if lease_storage == MEMORY_LEASES:
         return mend(
             "leases",
-            "kept in the server's memory: a restart while places are taken leaks them",
+            "kept in the server's memory: slots that are taken at a restart are lost",
             f"Start the server with PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE={FILE_LEASES}",
         )
     return ok("leases", lease_storage.rpartition("lease_storage.")[2])
 
 
 def limits(settings: AccountSettings | None) -> tuple[list[Finding], bool]:
-    """Whether the account's limits are there, say what the account says, and have no leaked places."""
+    """Whether the account's limits are there and say what the account says."""
     from prefect_eachlabs.limits import admin as limits_admin
 
     if settings is None:
@@ -162,9 +162,7 @@ def _limit(status: LimitStatus) -> Finding:
         return ok(about, "none is wanted")
     if status.limit is None:
         return mend(about, f"{status.name} is not there; the first run makes it", "prefect-eachlabs setup makes it.")
-    taken = f"{status.name}: {status.in_use} of {status.limit} taken by {status.processes} processes"
-    if status.leaked:
-        return mend(about, f"{taken}, {status.leaked} leaked", "prefect-eachlabs limits reset gives them back.")
+    taken = f"{status.name}: {status.in_use} of {status.limit} taken"
     if status.limit != status.setting:
         return mend(
             about, f"{taken}, and the account's setting is {status.setting}", "prefect-eachlabs limits apply writes it."

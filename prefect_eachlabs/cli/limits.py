@@ -1,4 +1,4 @@
-"""`prefect-eachlabs limits`: the account's shared limits on the Prefect server: create, show, mend."""
+"""`prefect-eachlabs limits`: the account's shared limits on the Prefect server: create, show, reset."""
 
 # ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
 
@@ -30,12 +30,13 @@ def limits(
     ] = (),
     in_json: InJson = False,
 ) -> int:
-    """The account's limits on the Prefect server: create, show, give leaked places back.
+    """The account's limits on the Prefect server: create, show, reset.
 
     apply  writes the account's numbers (EACHLABS_REQUESTS_PER_MINUTE,
            EACHLABS_MAX_IN_FLIGHT) to the server
-    show   what is taken, by how many processes, and whether places are leaked
-    reset  gives leaked places back; what live processes hold stays theirs
+    show   what is taken
+    reset  frees all that is taken, for slots lost in a restart of the server;
+           end the account's processes first
 
     example:
       prefect-eachlabs limits apply --tag eachlabs-create=5
@@ -67,22 +68,21 @@ def tag_limit(text: str) -> tuple[str, int]:
 
 
 def as_json(statuses: Sequence[LimitStatus]) -> list[dict[str, object]]:
-    """The limits as plain values."""
-    return [{**vars(status), "kind": status.kind.value} for status in statuses]
+    """The limits as plain values; what is no longer known of leases and processes is null."""
+    unknown = dict.fromkeys(("leases", "leased", "processes", "waiting", "leaked"))
+    return [{**vars(status), "kind": status.kind.value, **unknown} for status in statuses]
 
 
 def _as_line(status: LimitStatus, action: str) -> str:
     if status.limit is None:
         return f"{status.name}: absent; the first run creates it, or `prefect-eachlabs limits apply`"
-    facts = [f"{status.in_use} of {status.limit} taken by {status.processes} processes"]
-    if status.waiting:
-        facts.append(f"{status.waiting} processes wait")
+    if action == "reset":
+        return f"{status.name}: {status.in_use} of {status.limit} were taken and are free now"
+    facts = [f"{status.in_use} of {status.limit} taken"]
     if status.setting is None:
         facts.append("not used: the account's setting is none")
     elif status.setting != status.limit:
         facts.append(f"the account's setting is {status.setting}: `prefect-eachlabs limits apply` writes it")
-    if status.leaked and action == "reset":
-        facts.append(f"{status.leaked} leaked places were given back")
-    elif status.leaked:
-        facts.append(f"{status.leaked} LEAKED: `prefect-eachlabs limits reset` gives them back")
+    if status.in_use:
+        facts.append("by processes that run, or for 75 s by dead ones; for longer: `prefect-eachlabs limits reset`")
     return f"{status.name}: {', '.join(facts)}"

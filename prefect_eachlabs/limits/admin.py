@@ -1,4 +1,4 @@
-"""Creates, shows and mends an account's limits on the Prefect server: `prefect-eachlabs limits`, and the doctor.
+"""Creates, shows and resets an account's limits on the Prefect server: `prefect-eachlabs limits`, and the doctor.
 
 Nothing here sends a request to the API or costs money. Everything raises `SetupError` when there is no Prefect
 server, or when it gives no usable answer.
@@ -6,22 +6,19 @@ server, or when it gives no usable answer.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.limits.leases import Holding, PrefectLeases, ServerAway, limit_name
-from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.leases import PrefectLeases, limit_name
+from prefect_eachlabs.limits.shared import ServerAway
+from prefect_eachlabs.limits.window import Kind
 from prefect_eachlabs.settings import AccountSettings
-
-REAPED_WITHIN_SECONDS = 18.0
-"""The server looks for ended leases every 15 s; what is counted without a lease for longer is leaked."""
-LOOK_AGAIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,11 +31,6 @@ class LimitStatus:
         limit: The server's number; None: the limit is absent (the first run creates it, or `limits apply`).
         setting: The account's number; None: no limit is wanted, and the server's is not used.
         in_use: Slots the server's database counts as taken.
-        leases: Live leases.
-        leased: Slots they hold.
-        processes: Processes that hold slots.
-        waiting: Processes that wait for more.
-        leaked: Slots counted as taken that no lease holds.
     """
 
     name: str
@@ -46,11 +38,6 @@ class LimitStatus:
     limit: int | None
     setting: int | None
     in_use: int = 0
-    leases: int = 0
-    leased: int = 0
-    processes: int = 0
-    waiting: int = 0
-    leaked: int = 0
 
 
 class AdminLeases(PrefectLeases):
@@ -66,17 +53,18 @@ class AdminLeases(PrefectLeases):
         """Creates or changes the limit on task runs with this tag, as `prefect concurrency-limit create` does."""
         await self._call(lambda client: client.create_concurrency_limit(tag, limit))
 
-    async def give_back_leaked(self, kind: Kind, slots: int) -> None:
-        """Takes slots off the count: relative, so that a lease granted at the same moment is not lost."""
+    async def forget_taken(self, kind: Kind) -> None:
+        """Counts no slot as taken."""
 
         async def call(client: PrefectClient) -> None:
-            await client.release_concurrency_slots([limit_name(kind, self.account)], slots, occupancy_seconds=1.0)
+            none_taken = GlobalConcurrencyLimitUpdate(active_slots=0)
+            await client.update_global_concurrency_limit(limit_name(kind, self.account), none_taken)
 
         await self._call(call)
 
 
 async def apply(settings: AccountSettings, tag_limits: Mapping[str, int] | None = None) -> list[LimitStatus]:
-    """Writes the account's numbers to the server, creating what is missing; as often as one likes.
+    """Writes the account's numbers to the server, creating what is missing; idempotent.
 
     Args:
         settings: The account. A limit of None is left alone.
@@ -94,32 +82,26 @@ async def apply(settings: AccountSettings, tag_limits: Mapping[str, int] | None 
         return await _statuses(settings, leases)
 
 
-async def show(settings: AccountSettings, *, within_seconds: float = REAPED_WITHIN_SECONDS) -> list[LimitStatus]:
-    """Both limits of the account, and whether slots are leaked.
-
-    Args:
-        settings: The account.
-        within_seconds: Where something looks leaked, how long to look on: the slots of a killed process are counted
-            without a lease for up to 18 s. With less, such slots may be shown as leaked.
-    """
+async def show(settings: AccountSettings) -> list[LimitStatus]:
+    """Both limits of the account."""
     async with _server(settings) as leases:
-        return await _statuses(settings, leases, within_seconds=within_seconds)
+        return await _statuses(settings, leases)
 
 
 async def reset(settings: AccountSettings) -> list[LimitStatus]:
-    """Frees leaked slots: afterwards the server counts what live leases hold. Takes 18 s if there are any.
+    """Frees all slots that are counted as taken, those of processes that run as well: end these first.
 
-    Leases in use are not touched, so it may run while pictures are made. Whoever takes slots of these limits by
-    other means than prefect-eachlabs loses them: give them a limit of their own.
+    For slots that no lease holds any more: a server that keeps its leases in memory forgets them when it restarts,
+    and goes on counting their slots.
 
     Returns:
-        The limits as they were found; `leaked` is what was freed.
+        The limits as they were found; `in_use` is what was freed.
     """
     async with _server(settings) as leases:
-        found = await _statuses(settings, leases, within_seconds=REAPED_WITHIN_SECONDS)
+        found = await _statuses(settings, leases)
         for status in found:
-            if status.leaked:
-                await leases.give_back_leaked(status.kind, status.leaked)
+            if status.in_use:
+                await leases.forget_taken(status.kind)
         return found
 
 
@@ -147,45 +129,10 @@ async def _server(settings: AccountSettings) -> AsyncIterator[AdminLeases]:
         await leases.close()
 
 
-async def _statuses(
-    settings: AccountSettings, leases: AdminLeases, *, within_seconds: float = 0.0
-) -> list[LimitStatus]:
-    """Looks until what seems leaked is gone, or has stayed for so long."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + within_seconds
-    leaked = dict.fromkeys(Kind, 1_000_000_000)
-    while True:
-        rows = await leases.holdings()
-        found = []
-        for kind, number in _numbers(settings).items():
-            status = await _status(kind, number, rows, leases)
-            leaked[kind] = min(leaked[kind], status.leaked)
-            found.append(status)
-        pause_seconds = min(LOOK_AGAIN_SECONDS, until - loop.time())
-        if pause_seconds <= 0 or not any(leaked.values()):
-            return [_with_leaked(status, leaked[status.kind]) for status in found]
-        await asyncio.sleep(pause_seconds)
-
-
-async def _status(kind: Kind, setting: int | None, rows: list[Holding], leases: AdminLeases) -> LimitStatus:
-    count = await leases.count(kind)
-    ours = [row for row in rows if row.kind is kind]
-    holding = [row for row in ours if row.slots]
-    leased = sum(row.slots for row in holding)
-    in_use = count.active_slots if count else 0
-    return LimitStatus(
-        name=limit_name(kind, leases.account),
-        kind=kind,
-        limit=count.limit if count else None,
-        setting=setting,
-        in_use=in_use,
-        leases=len(holding),
-        leased=leased,
-        processes=len({row.process for row in holding}),
-        waiting=len({row.process for row in ours if not row.slots}),
-        leaked=max(0, in_use - leased),
-    )
-
-
-def _with_leaked(status: LimitStatus, leaked: int) -> LimitStatus:
-    return LimitStatus(**{**vars(status), "leaked": leaked})
+async def _statuses(settings: AccountSettings, leases: AdminLeases) -> list[LimitStatus]:
+    found = []
+    for kind, number in _numbers(settings).items():
+        count = await leases.count(kind)
+        limit, in_use = (None, 0) if count is None else (count.limit, count.active_slots)
+        found.append(LimitStatus(limit_name(kind, settings.account), kind, limit, number, in_use))
+    return found

@@ -7,6 +7,7 @@ for a process on its own; on a Prefect server another one leases lots from globa
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 from enum import Enum
@@ -15,6 +16,17 @@ from typing import Protocol
 WINDOW_SECONDS = 60.0
 SAFETY_SECONDS = 0.01
 """Added to the window: the API's clock need not run exactly like ours, nor floats add up exactly."""
+
+
+def asleep_seconds() -> float:
+    """How long this machine has been suspended since its start: a laptop with its lid closed, say.
+
+    The loop's clock stands still meanwhile and the bucket's does not: what must not be older than a claim, or a
+    lease, is measured with this added. 0 where the loop's clock goes on.
+    """
+    # Linux has a clock of its own for it; on macOS CLOCK_MONOTONIC goes on and Python's `monotonic` does not.
+    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
+    return 0.0 if clock is None else time.clock_gettime(clock) - time.monotonic()
 
 
 class Kind(str, Enum):

@@ -1,4 +1,4 @@
-"""A Prefect server as `SharedLots` sees it, in memory: counts in its "database", leases in its "memory", both apart."""
+"""A Prefect server as `SharedSlots` sees it: counts in its "database", leases in its "memory", both apart."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import asyncio
 import math
 import uuid
 from dataclasses import dataclass, field
-from uuid import UUID
 
-from prefect_eachlabs.limits.leases import (
+from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.shared import (
     LEASE_SECONDS,
     Count,
     Denied,
     Granted,
-    Holding,
     LeaseGone,
     LimitMissing,
     ServerAway,
 )
-from prefect_eachlabs.limits.limiter import Kind
 
 REAPED_EVERY_SECONDS = 15.0
 
@@ -27,7 +25,6 @@ REAPED_EVERY_SECONDS = 15.0
 class _Lease:
     kind: Kind
     slots: int
-    holding: Holding
     ends_at: float
 
 
@@ -37,10 +34,9 @@ class LeaseServer:
 
     latency_seconds: float = 0.015
     down: bool = False
-    lists_leases: bool = True
     limits: dict[Kind, int] = field(default_factory=dict)
     active: dict[Kind, int] = field(default_factory=dict)
-    leases: dict[UUID, _Lease] = field(default_factory=dict)
+    leases: dict[str, _Lease] = field(default_factory=dict)
     calls: list[tuple[float, str]] = field(default_factory=list)
     under_way: int = 0
     most_under_way: int = 0
@@ -62,7 +58,7 @@ class LeaseServer:
                 if lease.ends_at <= due:
                     self.give_back(lease_id)
 
-    def give_back(self, lease_id: UUID) -> None:
+    def give_back(self, lease_id: str) -> None:
         lease = self.leases.pop(lease_id, None)
         if lease is not None and lease.slots:
             self.active[lease.kind] = max(0, self.active[lease.kind] - lease.slots)
@@ -75,6 +71,8 @@ class LeaseClient:
     """`Leases` of one process."""
 
     where = "http://127.0.0.1:4200/api"
+    lots = 20
+    loses_slots = True
 
     def __init__(self, server: LeaseServer) -> None:
         self.server = server
@@ -98,10 +96,10 @@ class LeaseClient:
     async def _answer(self) -> None:
         await asyncio.sleep(self.server.latency_seconds / 2)
 
-    def _grant(self, kind: Kind, slots: int, process: int) -> UUID:
-        lease_id = uuid.uuid4()
+    def _grant(self, kind: Kind, slots: int) -> str:
+        lease_id = str(uuid.uuid4())
         ends_at = asyncio.get_running_loop().time() + LEASE_SECONDS
-        self.server.leases[lease_id] = _Lease(kind, slots, Holding(process, kind, slots), ends_at)
+        self.server.leases[lease_id] = _Lease(kind, slots, ends_at)
         return lease_id
 
     async def ensure(self, kind: Kind, limit: int) -> int:
@@ -109,43 +107,30 @@ class LeaseClient:
         self.server.active.setdefault(kind, 0)
         return self.server.limits.setdefault(kind, limit)
 
-    async def lease(self, kind: Kind, slots: int, process: int) -> Granted:
+    async def lease(self, kind: Kind, slots: int) -> Granted:
         await self._call("lease")
         server = self.server
         if kind not in server.limits:
             raise LimitMissing
         if server.active[kind] + slots > server.limits[kind]:
-            raise Denied
+            raise Denied("other processes")
         server.active[kind] += slots
-        lease_id = self._grant(kind, slots, process)
+        lease_id = self._grant(kind, slots)
         await self._answer()
         return Granted(lease_id, server.limits[kind])
 
-    async def announce(self, kind: Kind, process: int) -> UUID:
-        await self._call("announce")
-        lease_id = self._grant(kind, 0, process)
-        await self._answer()
-        return lease_id
-
-    async def renew(self, lease_id: UUID) -> None:
+    async def renew(self, lease_id: str) -> None:
         await self._call("renew")
         lease = self.server.leases.get(lease_id)
         if lease is None:
-            raise LeaseGone
+            raise LeaseGone("forgotten: `prefect-eachlabs limits reset` frees them")
         lease.ends_at = asyncio.get_running_loop().time() + LEASE_SECONDS
         await self._answer()
 
-    async def release(self, lease_id: UUID) -> None:
+    async def release(self, lease_id: str) -> None:
         await self._call("release")
         self.server.give_back(lease_id)
         await self._answer()
-
-    async def holdings(self) -> list[Holding]:
-        await self._call("holdings")
-        now = asyncio.get_running_loop().time()
-        rows = [lease.holding for lease in self.server.leases.values() if lease.ends_at > now]
-        await self._answer()
-        return rows if self.server.lists_leases else []
 
     async def count(self, kind: Kind) -> Count | None:
         await self._call("count")

@@ -6,12 +6,13 @@ import asyncio
 import bisect
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from typing_extensions import Self
 
-from prefect_eachlabs.limits import SharedLots
 from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot, SlotSource
+from prefect_eachlabs.limits.shared import Leases, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 
@@ -100,8 +101,25 @@ class Buyer:
         await self.source.close()
 
 
-class Worker(Buyer):
-    """One that leases its slots from a server."""
+class SharingBuyer(Buyer):
+    """One that leases its slots."""
+
+    def __init__(self, settings: AccountSettings, leases: Leases, *args: Any, **given: Any) -> None:
+        self.slots = SharedSlots(settings, leases)
+        super().__init__(self.slots, *args, **given)
+
+    def kill(self) -> None:
+        """As SIGKILL does: nothing is given back."""
+        for limit in self.slots._limits.values():
+            limit._closed = True
+            for task in limit._tasks:
+                task.cancel()
+        for caller in self.callers:
+            caller.cancel()
+
+
+class Worker(SharingBuyer):
+    """One that leases them from a server."""
 
     def __init__(
         self,
@@ -111,22 +129,13 @@ class Worker(Buyer):
         *,
         requests_per_minute: int | None = 60,
         max_in_flight: int | None = 10,
-        latency_seconds: Callable[[], float] = lambda: random.uniform(0.05, 0.3),
+        **given: Any,
     ) -> None:
         settings = AccountSettings(
             api_key="key", requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, account="acme"
         )
         self.client = server.client()
-        self.lots = SharedLots(settings, self.client)
-        super().__init__(self.lots, api, name, latency_seconds=latency_seconds)
-
-    def kill(self) -> None:
-        """As SIGKILL does: nothing is given back."""
-        driver = self.lots._driver
-        driver._closed = True
-        for task in (*self.callers, *driver._calls, driver._task):
-            if task is not None:
-                task.cancel()
+        super().__init__(settings, self.client, api, name, **given)
 
 
 async def takes(worker: Buyer, kind: Kind, within_seconds: float) -> Slot | None:

@@ -13,8 +13,9 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED, temporary_settings
 
-from prefect_eachlabs.limits.leases import Denied, Holding, LeaseGone, PrefectLeases, ServerAway
+from prefect_eachlabs.limits.leases import PrefectLeases
 from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.shared import Denied, LeaseGone, ServerAway
 
 Answer = tuple[int, str]
 
@@ -84,28 +85,14 @@ def granted(lease_id: UUID, *names: str) -> str:
     )
 
 
-def test_a_lease_names_its_holder_so_that_others_can_count_it(server: Scripted) -> None:
+def test_a_lease_says_its_id_and_the_servers_number(server: Scripted) -> None:
     lease_id = uuid4()
-    server.answers = [(200, granted(lease_id, "eachlabs-requests-acme", "tag:eachlabs-workers-acme"))]
-    result = ask(lambda leases: leases.lease(Kind.REQUESTS, 3, 7))
-    assert (result.lease_id, result.limit) == (lease_id, 60)
+    server.answers = [(200, granted(lease_id, "eachlabs-requests-acme"))]
+    result = ask(lambda leases: leases.lease(Kind.REQUESTS, 3))
+    assert (result.lease_id, result.limit) == (str(lease_id), 60)
     ((_, _, body),) = server.requests
     assert body["lease_duration"] >= 60
-    holding = Holding.from_uuid(UUID(body["holder"]["id"]))
-    assert holding is not None
-    assert (holding.process, holding.kind, holding.slots) == (7, Kind.REQUESTS, 3)
-
-
-def test_holders_that_are_not_ours_are_left_out(server: Scripted) -> None:
-    ours = Holding(7, Kind.IN_FLIGHT, 2)
-    limit = {
-        "id": str(uuid4()),
-        "tag": "t",
-        "concurrency_limit": 1,
-        "active_slots": [str(uuid4()), str(ours.to_uuid())],
-    }
-    server.answers = [(200, json.dumps(limit))]
-    assert ask(lambda leases: leases.holdings()) == [ours]
+    assert (body["names"], body["slots"]) == (["eachlabs-requests-acme"], 3)
 
 
 @pytest.mark.parametrize(
@@ -124,27 +111,27 @@ def test_holders_that_are_not_ours_are_left_out(server: Scripted) -> None:
 def test_every_answer_has_one_meaning(server: Scripted, answer: Answer, meaning: type[Exception]) -> None:
     server.answers = [answer]
     with pytest.raises(meaning):
-        ask(lambda leases: leases.lease(Kind.REQUESTS, 3, 7))
+        ask(lambda leases: leases.lease(Kind.REQUESTS, 3))
     assert len(server.requests) == 1
 
 
 def test_a_locked_database_is_asked_again(server: Scripted) -> None:
     server.answers = [(503, "{}"), (503, "{}"), (204, "")]
-    ask(lambda leases: leases.renew(uuid4()))
+    ask(lambda leases: leases.renew(str(uuid4())))
     assert len(server.requests) == 3
 
 
 def test_a_database_that_stays_locked_is_an_absence(server: Scripted) -> None:
     server.answers = [(503, "{}")]
     with pytest.raises(ServerAway, match="503"):
-        ask(lambda leases: leases.release(uuid4()))
+        ask(lambda leases: leases.release(str(uuid4())))
     assert len(server.requests) == 4
 
 
 def test_a_refused_key_says_which_setting_to_look_at_and_not_the_key(server: Scripted) -> None:
     server.answers = [(401, "{}")]
     with pytest.raises(ServerAway, match="PREFECT_API_KEY") as caught:
-        ask(lambda leases: leases.holdings())
+        ask(lambda leases: leases.count(Kind.REQUESTS))
     assert "pnu_secret" not in str(caught.value)
 
 

@@ -21,10 +21,10 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.limits import SharedLots
 from prefect_eachlabs.limits import admin as limits_admin
-from prefect_eachlabs.limits.leases import Denied, Granted, LeaseGone, LimitMissing, PrefectLeases
+from prefect_eachlabs.limits.leases import PrefectLeases
 from prefect_eachlabs.limits.limiter import Kind, RateLimiter
+from prefect_eachlabs.limits.shared import Denied, Granted, LeaseGone, LimitMissing, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 
 pytestmark = pytest.mark.slow
@@ -100,6 +100,10 @@ async def opened(settings: AccountSettings) -> AsyncIterator[PrefectLeases]:
         await leases.close()
 
 
+def shared(settings: AccountSettings) -> SharedSlots:
+    return SharedSlots(settings, PrefectLeases(settings.account))
+
+
 async def until(happens: Callable[[], bool], within_seconds: float) -> None:
     deadline = time.monotonic() + within_seconds
     while not happens():
@@ -116,35 +120,33 @@ def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: 
         requests, in_flight = await limits_admin.apply(more, {"eachlabs-create": 5})
         assert (requests.name, requests.limit) == (f"eachlabs-requests-{settings.account}", 90)
         assert (in_flight.name, in_flight.limit) == (f"eachlabs-in-flight-{settings.account}", 10)
-        assert (requests.in_use, requests.leases, requests.leaked) == (0, 0, 0)
+        assert requests.in_use == 0
         async with get_client() as client:
             assert (await client.read_concurrency_limit_by_tag("eachlabs-create")).concurrency_limit == 5
 
     asyncio.run(story())
 
 
-def test_a_lease_is_counted_listed_renewed_and_given_back(settings: AccountSettings) -> None:
+def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
             assert await leases.ensure(Kind.REQUESTS, 60) == 60
             assert await leases.ensure(Kind.REQUESTS, 30) == 60
-            granted = await leases.lease(Kind.REQUESTS, 3, 7)
-            waiting = await leases.announce(Kind.REQUESTS, 8)
+            granted = await leases.lease(Kind.REQUESTS, 3)
             await leases.renew(granted.lease_id)
             count = await leases.count(Kind.REQUESTS)
             assert count is not None
             assert (count.limit, count.active_slots) == (60, 3)
-            rows = {(row.process, row.kind, row.slots) for row in await leases.holdings()}
-            assert rows == {(7, Kind.REQUESTS, 3), (8, Kind.REQUESTS, 0)}
             (requests, _) = await limits_admin.show(settings)
-            assert (requests.in_use, requests.leases, requests.processes, requests.waiting) == (3, 1, 1, 1)
+            assert requests.in_use == 3
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 58, 7)
+                await leases.lease(Kind.REQUESTS, 58)
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 61, 7)
-            for lease_id in (granted.lease_id, waiting, waiting):
+                await leases.lease(Kind.REQUESTS, 61)
+            for lease_id in (granted.lease_id, granted.lease_id):
                 await leases.release(lease_id)
-            assert not await leases.holdings()
+            (requests, _) = await limits_admin.show(settings)
+            assert requests.in_use == 0
             with pytest.raises(LeaseGone):
                 await leases.renew(granted.lease_id)
 
@@ -155,11 +157,10 @@ def test_a_limit_nobody_made_grants_nothing(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
             with pytest.raises(LimitMissing):
-                await leases.lease(Kind.REQUESTS, 3, 7)
+                await leases.lease(Kind.REQUESTS, 3)
             await leases.ensure(Kind.REQUESTS, 60)
             with pytest.raises(LimitMissing):
-                await leases.lease(Kind.IN_FLIGHT, 1, 7)
-            assert not await leases.holdings()
+                await leases.lease(Kind.IN_FLIGHT, 1)
 
     asyncio.run(story())
 
@@ -169,31 +170,31 @@ def test_processes_that_start_at_the_same_moment_make_one_limit(settings: Accoun
         async def one() -> Granted:
             async with opened(settings) as leases:
                 await leases.ensure(Kind.IN_FLIGHT, 10)
-                return await leases.lease(Kind.IN_FLIGHT, 2, 7)
+                return await leases.lease(Kind.IN_FLIGHT, 2)
 
         await asyncio.gather(*(one() for _ in range(5)))
         async with opened(settings) as leases:
             with pytest.raises(Denied):
-                await leases.lease(Kind.IN_FLIGHT, 1, 7)
+                await leases.lease(Kind.IN_FLIGHT, 1)
 
     asyncio.run(story())
 
 
-def test_two_processes_share_the_places_in_flight(settings: AccountSettings) -> None:
+def test_two_processes_share_the_slots_in_flight(settings: AccountSettings) -> None:
     async def story() -> None:
-        sources = [SharedLots(settings), SharedLots(settings)]
+        sources = [shared(settings), shared(settings)]
         first, second = (RateLimiter(source) for source in sources)
         taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
         waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
         more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
-        await until(lambda: all("share 5 of 10" in repr(source) for source in sources), 15)
-        assert not any(place.done() for place in (*waiting, *more))
-        for place in taken:
-            place.done()
-        await until(lambda: sum(place.done() for place in (*waiting, *more)) == 10, 15)
-        assert sum(place.done() for place in waiting) == 5
-        for place in (*waiting, *more):
-            place.cancel()
+        await asyncio.sleep(11)
+        assert not any(slot.done() for slot in (*waiting, *more))
+        for slot in taken:
+            slot.done()
+        await until(lambda: sum(slot.done() for slot in (*waiting, *more)) == 10, 15)
+        assert any(slot.done() for slot in waiting)
+        for slot in (*waiting, *more):
+            slot.cancel()
         await asyncio.gather(*waiting, *more, return_exceptions=True)
         for source in sources:
             await source.close()
@@ -201,56 +202,73 @@ def test_two_processes_share_the_places_in_flight(settings: AccountSettings) -> 
     asyncio.run(story())
 
 
-def test_places_lost_in_a_restart_are_named_shown_and_reset(
+def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSettings) -> None:
+    async def story() -> None:
+        source = shared(settings)
+        limiter = RateLimiter(source)
+        taken = await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
+        for slot in taken[3:]:  # their ends were seen, of cancels say
+            slot.done()
+        await asyncio.wait_for(source.close(), 5)
+        (_, status) = await limits_admin.show(settings)
+        assert status.in_use == 3
+
+    asyncio.run(story())
+
+
+def test_slots_lost_in_a_restart_are_named_and_reset(
     server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
 
     async def story() -> None:
-        old = SharedLots(settings)
-        places = RateLimiter(old)
-        await asyncio.wait_for(asyncio.gather(*(places.take_in_flight() for _ in range(7))), 20)
-        await old.close()  # what is in use is left to its leases, which the restart forgets
+        first, second = shared(settings), shared(settings)
+        limiter = RateLimiter(first)
+        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(7))), 20)
         server.stop()
         server.start()
-        new = SharedLots(settings)
-        places = RateLimiter(new)
-        waiting = [asyncio.ensure_future(places.take_in_flight()) for _ in range(8)]
-        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 30)
-        assert sum(place.done() for place in waiting) == 3
+        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 40)
+        await first.close()  # the account's processes have ended
         (_, status) = await limits_admin.reset(settings)
-        assert (status.in_use, status.leaked) == (10, 7)
-        await until(lambda: all(place.done() for place in waiting), 20)
-        (_, status) = await limits_admin.show(settings)
-        assert status.leaked == 0
-        await new.close()
+        assert status.in_use >= 7
+        limiter = RateLimiter(second)
+        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
+        await second.close()
 
     asyncio.run(story())
 
 
-def test_with_the_server_stopped_places_are_counted_here_until_it_answers_again(
+def test_with_the_server_stopped_who_waits_says_so_and_goes_on_when_it_answers(
     server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
 
     async def story() -> None:
-        source = SharedLots(settings)
-        places = RateLimiter(source)
-        (await asyncio.wait_for(places.take_in_flight(), 20)).done()
+        source = shared(settings)
+        limiter = RateLimiter(source)
+        await asyncio.wait_for(limiter.take_in_flight(), 20)
         server.stop()
-        taken = [asyncio.ensure_future(places.take_in_flight()) for _ in range(12)]
-        await until(lambda: sum(place.done() for place in taken) == 10, 20)
+        waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
+        await until(lambda: "gives no usable answer" in caplog.text, 20)
+        assert not any(slot.done() for slot in waiting)
         server.start()
-        taken[0].result().done()
-        taken[1].result().done()
-        await until(lambda: "answers again" in caplog.text, 20)
-        await until(lambda: all(place.done() for place in taken), 20)
-        (_, status) = await limits_admin.show(settings)
-        assert status.in_use == 10
-        await source.close()
+        await until(lambda: all(slot.done() for slot in waiting), 20)
+        await asyncio.wait_for(source.close(), 5)
 
     asyncio.run(story())
-    assert sum("gives no usable answer" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_with_the_server_stopped_a_process_ends_all_the_same(server: PrefectServer, settings: AccountSettings) -> None:
+    async def story() -> None:
+        source = shared(settings)
+        (await asyncio.wait_for(RateLimiter(source).take_in_flight(), 20)).done()
+        server.stop()
+        try:
+            await asyncio.wait_for(source.close(), 8)
+        finally:
+            server.start()
+
+    asyncio.run(story())
 
 
 def test_without_a_server_the_commands_say_what_to_do(settings: AccountSettings) -> None:
