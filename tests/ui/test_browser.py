@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import IN_CI, ROOT
+from tests.security.hostile import MARKUP
 from tests.ui.conftest import BUCKET, PLACE, Studio
 from tests.ui.stage import until
 
@@ -153,6 +154,51 @@ def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
     photograph(page, f"{ui}-batch", tmp_path)
     assert "&#" not in page.locator("body").inner_text(), "entities show as they are written"
     assert page.locator('a[href*="example.invalid"]').count() == 0
+
+
+@pytest.fixture(scope="module")
+def runs_of_a_stranger(studio: Studio) -> list[str]:
+    """Runs whose prompts and destinations are markup: a picture, a table that cannot be read, and what settle found."""
+    place = f"s3://{BUCKET}/![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)>"
+    wanted = [
+        ("generate-image/generate-image", "COMPLETED", {"prompt": MARKUP, "item_id": "of-a-stranger"}),
+        ("generate-batch/generate-batch", "FAILED", {"source": f"s3://{BUCKET}/{MARKUP}.csv"}),
+        ("settle/settle", "COMPLETED", {}),
+    ]
+    runs = []
+    for deployment, expected, parameters in wanted:
+        runs.append(studio.stage.run(deployment, destination=place, **parameters))
+        state = studio.stage.ended(runs[-1])["state"]
+        assert state["type"] == expected, state["message"]
+    return runs
+
+
+@UIS
+def test_who_fills_in_a_form_puts_nothing_but_words_on_a_page(
+    ui: str, base: str, studio: Studio, runs_of_a_stranger: list[str], page: Any, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    # Without a key it is Prefect's own note of a result.
+    artifacts = [one for run in runs_of_a_stranger for one in studio.stage.artifacts(run) if one["key"]]
+    assert len(artifacts) == 2
+    pages = [
+        *(f"/artifacts/artifact/{one['id']}" for one in artifacts),
+        *(f"/artifacts/key/{one['key']}" for one in artifacts),
+        *(f"/runs/flow-run/{run}" for run in runs_of_a_stranger),
+        "/artifacts",
+    ]
+    for number, path in enumerate(pages):
+        page.goto(f"{studio.stage.ui}{base}{path}")
+        if number < len(artifacts):
+            page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for()  # shown, and as it is
+        photograph(page, f"{ui}-stranger-{number}", tmp_path)
+        assert page.locator('[src*="evil.invalid"], [src="x"], [onerror]').count() == 0, path
+        for link in page.locator('a[href*="evil.invalid"]').all():
+            # Prefect's own, of every address in a log; it says where it leads.
+            assert path.startswith("/runs/"), path
+            assert link.inner_text() == link.get_attribute("href")
+    assert not [url for url in asked if "evil.invalid" in url.partition("?")[0]]
 
 
 @UIS
