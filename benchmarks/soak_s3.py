@@ -60,7 +60,7 @@ class FaultyS3(LocalS3):
 
     def answer(self, environ: dict[str, Any], body: bytes) -> _Answer:
         if environ["PATH_INFO"] == "/_soak":
-            return self._control(environ["REQUEST_METHOD"], "soak", body)
+            return self._switched(environ["REQUEST_METHOD"], body)
         method = "LIST" if "list-type" in environ["QUERY_STRING"] else environ["REQUEST_METHOD"]
         kind, seconds = self._draw(method)
         if kind == "slow":
@@ -87,9 +87,7 @@ class FaultyS3(LocalS3):
                     drawn -= one.rate
         return None, 0.0
 
-    def _control(self, method: str, name: str, body: bytes) -> _Answer:
-        if name != "soak":
-            return super()._control(method, name, body)
+    def _switched(self, method: str, body: bytes) -> _Answer:
         with self._drawing:
             if method == "POST":
                 self._on = bool(json.loads(body)["on"])

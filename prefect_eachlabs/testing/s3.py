@@ -42,8 +42,8 @@ except ImportError as error:
 
 ACCOUNT = "123456789012"
 REGION = "us-east-1"
-CONTROL = "/_local_s3/"
-_JSON = [("Content-Type", "application/json")]
+COUNTS = "/_local_s3/counts"
+"""Where another process reads what `counts` says."""
 
 logger = logging.getLogger(__name__)
 
@@ -194,8 +194,8 @@ class LocalS3:
 
     def answer(self, environ: dict[str, Any], body: bytes) -> _Answer:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"].encode("latin-1").decode(errors="replace")
-        if path.startswith(CONTROL):
-            return self._control(method, path[len(CONTROL) :], body)
+        if path == COUNTS:
+            return _Answer(200, [("Content-Type", "application/json")], json.dumps(self.counts()).encode())
         query = parse_qs(environ["QUERY_STRING"], keep_blank_values=True)
         if method == "GET" and "list-type" in query:
             method, path = "LIST", f"{path.rstrip('/')}/{query.get('prefix', [''])[0]}"
@@ -233,19 +233,6 @@ class LocalS3:
                     if fault.nth <= self._met[index] < fault.nth + fault.times:
                         struck = struck or fault
             return struck, self._latency_seconds
-
-    def _control(self, method: str, name: str, body: bytes) -> _Answer:
-        if (method, name) == ("GET", "counts"):
-            return _Answer(200, _JSON, json.dumps(self.counts()).encode())
-        if (method, name) == ("POST", "faults"):
-            try:
-                wanted = json.loads(body)
-                faults = [Fault(**fault) for fault in wanted.get("faults", [])]
-                self.set_faults(*faults, latency_seconds=float(wanted.get("latency_seconds", 0.0)))
-            except (AttributeError, TypeError, ValueError) as error:
-                return _Answer(400, _JSON, json.dumps({"error": str(error)}).encode())
-            return _Answer(200, _JSON, b"{}")
-        return _Answer(404, _JSON, b'{"error": "there are GET counts and POST faults"}')
 
 
 def _forget_everything() -> None:

@@ -73,48 +73,26 @@ def hasty_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("hasty_threads")
-def test_a_put_if_absent_among_many_at_once_succeeds_exactly_once(client: Clients) -> None:
+@pytest.mark.parametrize("condition", ["IfNoneMatch", "IfMatch"])
+def test_a_conditional_put_among_many_at_once_succeeds_exactly_once(client: Clients, condition: str) -> None:
     boto = client()
-    answers: set[tuple[str, int]] = set()
     for round_number in range(5):
-        start = threading.Barrier(8)
+        key, start, expected = f"{condition}/{round_number}", threading.Barrier(8), "*"
+        if condition == "IfMatch":
+            expected = boto.put_object(Bucket="pictures", Key=key, Body=b"first")["ETag"]
 
-        def put(number: int, key: str, start: threading.Barrier = start) -> bool:
+        def put(number: int, key: str = key, start: threading.Barrier = start, expected: str = expected) -> object:
             start.wait()
             try:
-                boto.put_object(Bucket="pictures", Key=key, Body=str(number).encode(), IfNoneMatch="*")
+                boto.put_object(Bucket="pictures", Key=key, Body=str(number).encode(), **{condition: expected})
             except ClientError as error:
-                answers.add(code_of(error))
-                return False
-            return True
+                return code_of(error)
+            return number
 
-        key = f"race/{round_number}"
         with ThreadPoolExecutor(8) as pool:
-            won = list(pool.map(put, range(8), [key] * 8))
-        assert sum(won) == 1
-        assert boto.get_object(Bucket="pictures", Key=key)["Body"].read() == str(won.index(True)).encode()
-    assert answers == {("PreconditionFailed", 412)}
-
-
-@pytest.mark.usefixtures("hasty_threads")
-def test_a_put_if_match_among_many_at_once_succeeds_exactly_once(client: Clients) -> None:
-    boto = client()
-    etag = boto.put_object(Bucket="pictures", Key="match", Body=b"first")["ETag"]
-    start = threading.Barrier(8)
-    answers: set[tuple[str, int]] = set()
-
-    def put(number: int) -> bool:
-        start.wait()
-        try:
-            boto.put_object(Bucket="pictures", Key="match", Body=str(number).encode(), IfMatch=etag)
-        except ClientError as error:
-            answers.add(code_of(error))
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(put, range(8))) == 1
-    assert answers == {("PreconditionFailed", 412)}
+            *lost, won = sorted(pool.map(put, range(8)), key=lambda one: isinstance(one, int))
+        assert set(lost) == {("PreconditionFailed", 412)}
+        assert boto.get_object(Bucket="pictures", Key=key)["Body"].read() == str(won).encode()
 
 
 def test_connections_are_kept_alive_over_all_kinds_of_answers(s3: LocalS3) -> None:
@@ -232,29 +210,6 @@ def test_counts_tell_method_and_folder(s3: LocalS3, client: Clients) -> None:
     }
 
 
-def asked(server_url: str, path: str, body: object = None) -> Any:
-    request = urllib.request.Request(server_url + path, None if body is None else json.dumps(body).encode())
-    with urllib.request.urlopen(request) as answer:
-        return json.load(answer)
-
-
-def test_faults_and_counts_are_there_for_other_processes(s3: LocalS3, client: Clients) -> None:
-    plan = {"faults": [{"action": "refuse", "key_contains": "over-http/"}], "latency_seconds": 0.0}
-    assert asked(s3.url, "/_local_s3/faults", plan) == {}
-    with pytest.raises(ClientError):
-        client().put_object(Bucket="pictures", Key="over-http/1", Body=b"")
-    assert asked(s3.url, "/_local_s3/counts") == s3.counts()
-
-
-@pytest.mark.parametrize("body", [[], {"faults": [{"action": "refuse", "often": 1}]}, {"faults": [{}]}, {"faults": 3}])
-def test_a_fault_plan_that_is_not_understood_is_refused(s3: LocalS3, body: object) -> None:
-    with pytest.raises(urllib.error.HTTPError) as caught:
-        asked(s3.url, "/_local_s3/faults", body)
-    assert caught.value.code == 400
-    assert "error" in json.load(caught.value)
-    caught.value.close()
-
-
 def test_two_in_one_process_hold_the_same_objects_and_keep_faults_and_counts_apart(
     s3: LocalS3, client: Clients
 ) -> None:
@@ -277,7 +232,8 @@ def test_as_a_process_it_says_its_url_serves_and_ends_on_sigterm(client: Clients
         assert url == f"http://127.0.0.1:{port}"
         boto = client(url=url)
         boto.put_object(Bucket="pictures", Key="a", Body=b"x")
-        assert asked(url, "/_local_s3/counts") == {"PUT pictures": 1}
+        with urllib.request.urlopen(f"{url}/_local_s3/counts") as counts:
+            assert json.load(counts) == {"PUT pictures": 1}
     finally:
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
