@@ -23,6 +23,8 @@ from prefect_eachlabs.testing.emulator.pictures import plain_png
 THREADS = 8
 OVER = ("over_requests_per_minute", "over_max_in_flight")
 CENT_USD = 1e-6
+REFUSED = 2
+"""Exit status of what could not be run as it was asked for: a soak of such batches proves nothing."""
 POSTS_OF_THE_HOPELESS = 2
 """The order, and the one further that may follow the conclusion that it bought nothing."""
 
@@ -99,6 +101,11 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
     lost = [id for id in unstored if sold.prompt(id) not in late or over[sold.prompt(id)] <= 0]
     posts = tallies["faults"].get("create:empty_error", 0) - POSTS_OF_THE_HOPELESS * len(hopeless)
     costs, budgets = [*_wrong_costs(world, sold, stored)], [*_exceeded(world, sold)]
+    refused = [
+        f"{one['buyer']}, source {one['source']}: {(one.get('answer') or {}).get('error')}"
+        for one in world.batches()
+        if one.get("status") == REFUSED and one["buyer"] != world.on_a_full_disk.name
+    ]
     violations = tallies["violations"]
     limits = max(0, tallies["worst_window"] - REQUESTS_PER_MINUTE, tallies["worst_in_flight"] - MAX_IN_FLIGHT)
     not_asked, not_ended = seen
@@ -121,6 +128,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
             "budgets exceeded": len(budgets),
             "in flight at a Ctrl-C and not asked to cancel": len(not_asked),
             "batches that did not end in time": len(not_ended),
+            "batches refused as wrong": len(refused),
             "limits exceeded": limits + sum(violations.get(name, 0) for name in OVER),
             "keys sent to the file host, other offences": sum(
                 count for name, count in violations.items() if name not in OVER
@@ -135,6 +143,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
             "budgets": budgets,
             "not asked": list(not_asked),
             "not ended": list(not_ended),
+            "refused": refused,
             "exceptions": list(tracebacks),
         },
     )

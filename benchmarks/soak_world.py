@@ -223,8 +223,8 @@ class World:
             self.on_a_full_disk = Buyer(self, "full-disk", wide, disk_is_full=True)
             self.interrupted = Buyer(self, "Ctrl-C", Group(sources, INTERRUPTED, INTERRUPTED_ROWS))
             one, other, third = (
-                Group(sources, f"replaced by {who}", REPLACED_ROWS, ids="replaced")
-                for who in ("C", "D", "the last run")
+                Group(sources, f"replaced-by-{who}", REPLACED_ROWS, ids="replaced")
+                for who in ("C", "D", "the-last-run")
             )
             self.replacing = (Buyer(self, "C", one), Buyer(self, "D", other))
             self.budgeted = Buyer(self, "budgeted", Group(sources, "budgeted", BUDGETED_ROWS))

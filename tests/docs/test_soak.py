@@ -36,6 +36,7 @@ MUST_BE_ZERO = {
     "budgets exceeded",
     "in flight at a Ctrl-C and not asked to cancel",
     "batches that did not end in time",
+    "batches refused as wrong",
     "limits exceeded",
     "keys sent to the file host, other offences",
     "exceptions outside the tree of errors",
@@ -89,6 +90,7 @@ def books(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
                 s3_url=studio.s3.url,
                 replaced=lambda: ([], []),
                 steady=alone,
+                on_a_full_disk=nobody,
                 interrupted=nobody,
                 hopeless=nobody,
                 budgeted=alone,
@@ -99,8 +101,8 @@ def books(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         close_gateways()
 
 
-def verdict_of(books: Any, answer: dict[str, Any], *more: Any, exceptions: Sequence[str] = ()) -> Any:
-    said = {"buyer": "alone", "source": 1, "run_id": "r", "accepted": 0, "status": 0, "answer": answer}
+def verdict_of(books: Any, answer: dict[str, Any], *more: Any, exceptions: Sequence[str] = (), status: int = 0) -> Any:
+    said = {"buyer": "alone", "source": 1, "run_id": "r", "accepted": 0, "status": status, "answer": answer}
     books.world.batches = lambda: [said]
     return books.judge.judge(books.world, [*books.wanted, *more], exceptions, ([], []))
 
@@ -122,6 +124,7 @@ def test_the_books_show_what_was_bought_twice_lost_left_out_or_told_wrongly(
     assert set(verdict.must_be_zero) == MUST_BE_ZERO
     assert not_zero(verdict_of(books, {**answer, "cost_usd": 0.0})) == {"reports whose cost is not the bill": 1}
     assert verdict_of(books, {**answer, "cost_usd": 0.0, "cost_unknown": 4}).is_well, "it says what it does not know"
+    assert not_zero(verdict_of(books, answer, status=2)) == {"batches refused as wrong": 1}
 
     # A second order of one picture, two that nobody wanted and a budget does not cover, and a picture that is gone.
     for prompt in ("fox 0", "fox 2", "a badger"):
