@@ -17,9 +17,11 @@ BUDGETED = "a batch with a budget, killed twice and run again as the same run"
 HOPELESS = "a batch with rows that are answered 500 for ever, run twice"
 
 INTERRUPTS, KILLS = 2, 2
+INTERRUPTED_EARLY = 0.2
+"""So often while its process still imports."""
 AFTER_SECONDS = (0.0, 14.0)
-"""From the start of its process: importing, claiming, ordering, waiting, storing, reporting."""
-KILLED_AFTER_SECONDS = (4.0, 12.0)
+"""From the beginning of a batch: claiming, ordering, waiting, storing, reporting."""
+KILLED_AFTER_SECONDS = (1.0, 9.0)
 ENDS_WITHIN_SECONDS = 60.0
 KNOWN_FOR_SECONDS = (1.0, INTERRUPTED_SECONDS / 2)
 """Who knows a prediction for so long at a Ctrl-C has the time to ask for its end."""
@@ -78,6 +80,10 @@ class Scenes:
         while any(buyer.is_running for buyer in buyers):
             yield
 
+    def _until_begun(self, buyer: Buyer) -> Story:
+        while buyer.is_running and not buyer.has_begun:
+            yield
+
     def _for(self, seconds: float, *buyers: Buyer) -> Story:
         """For so long, or until they have ended."""
         until = self._now + seconds
@@ -91,6 +97,8 @@ class Scenes:
         self.seen.counts[INTERRUPTED_TWICE] += 1
         for _ in range(INTERRUPTS):
             buyer.start_at(number)
+            if self._random.random() > INTERRUPTED_EARLY:
+                yield from self._until_begun(buyer)
             yield from self._for(self._random.uniform(*AFTER_SECONDS), buyer)
             if not buyer.is_running:
                 break
@@ -147,6 +155,7 @@ class Scenes:
         for life in range(KILLS + 1):
             buyer.start_at(number, "--budget-usd", f"{BUDGET_USD}", run_id=f"{number:08}{0:024}")
             if life < KILLS:
+                yield from self._until_begun(buyer)
                 yield from self._for(self._random.uniform(*KILLED_AFTER_SECONDS), buyer)
                 buyer.kill()
             else:

@@ -122,6 +122,11 @@ class Buyer:
     def is_running(self) -> bool:
         return self.process is not None and self.process.is_running()
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether this life has come to its batch: importing takes seconds."""
+        return (self._world.folder / f"{self.name}-{self.lives}" / RESULTS).exists()
+
     def start_at(self, number: int, *flags: str, run_id: str | None = None) -> None:
         """Its next life: one batch over one source."""
         self.begin_at(number)
