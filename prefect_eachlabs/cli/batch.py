@@ -12,10 +12,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from cyclopts import Parameter
-
 from prefect_eachlabs.cli.generate import source_of_places
-from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags
+from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
@@ -36,17 +34,17 @@ CANCELS_SECONDS = 65.0
 
 
 def batch(
-    source: Annotated[str, Parameter(help="the table: a path or s3://bucket/key")],
+    source: Annotated[str, flag("the table: a path or s3://bucket/key")],
     /,
     *,
-    batch_id: Annotated[str | None, Parameter(help="names the report's folder (the source's base name)")] = None,
+    batch_id: Annotated[str | None, flag("names the report's folder (the source's base name)")] = None,
     budget_usd: Annotated[
-        PositiveNumber | None, Parameter(help="spend at most so much in this run; the rest is left out")
+        PositiveNumber | None, flag("spend at most so much in this run; the rest is left out")
     ] = None,
-    dry_run: Annotated[bool, Parameter(help="check every row, estimate cost and time, buy nothing")] = False,
+    dry_run: Annotated[bool, flag("check every row, estimate cost and time, buy nothing")] = False,
     presigned_days: Annotated[
         PositiveNumber | None,
-        Parameter(help="the page links pictures by presigned URLs that anybody may open for so long (7 at most)"),
+        flag("the page links pictures by presigned URLs that anybody may open for so long (7 at most)"),
     ] = None,
     flags: PurchaseFlags = NONE_GIVEN,
 ) -> int:
@@ -187,10 +185,7 @@ def _plan_text(plan: Plan) -> str:
     )
     time = "unknown (the account has no limits)" if plan.seconds is None else duration(plan.seconds)
     counts = f"{plan.new:,} new, {plan.reused:,} there already, {plan.failed:,} that cannot be bought"
-    lines = [
-        f"{plan.items:,} rows: {counts}. Nothing was bought.",
-        f"The new ones would cost {cost} and take {time}.",
-    ]
+    lines = [f"{plan.items:,} rows: {counts}. Nothing was bought.", f"The new ones would cost {cost} and take {time}."]
     if plan.why:
         lines.append(f"Not there: {plan.why}.")
     for row in plan.bad_rows[:SHOWN_MESSAGES]:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import queue
 import sys
 import threading
@@ -13,18 +13,15 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
 
-from cyclopts import Parameter, validators
+from cyclopts import validators
 
 from prefect_eachlabs.cli import demo_stage
-from prefect_eachlabs.cli.options import PositiveNumber
+from prefect_eachlabs.cli.options import flag, positive
 from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from prefect_eachlabs.cli.demo_progress import Progress
     from prefect_eachlabs.models import StoredImage
     from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -57,7 +54,7 @@ With AWS credentials as boto3 finds them (AWS_PROFILE, AWS_ACCESS_KEY_ID ...) an
 
 @dataclass
 class Played:
-    """What the flow runs returned, and what the bucket held afterwards."""
+    """How each flow run ended, by item id, and what the bucket held afterwards."""
 
     images: dict[str, StoredImage] = field(default_factory=dict)
     errors: dict[str, BaseException] = field(default_factory=dict)
@@ -65,24 +62,40 @@ class Played:
     tallies: dict[str, Any] = field(default_factory=dict)
 
 
+class Progress(logging.Handler):
+    """Says how far each picture has come, a line a step; reads it in Prefect's log lines about task runs."""
+
+    _AFTER: ClassVar = {"create": "being made", "await": "being stored"}
+    """A task of the flow, by the first word of its run's name → where the picture stands once it has completed."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self._begun_at = time.monotonic()
+
+    def moved(self, item_id: str, stage: str) -> None:
+        print(f"{time.monotonic() - self._begun_at:6.1f} s  {item_id:<16} {stage}", flush=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        verb, _, item_id = str(getattr(record, "task_run_name", "")).partition(" ")
+        if verb in self._AFTER and record.getMessage().startswith("Finished in state Completed"):
+            self.moved(item_id, self._AFTER[verb])
+
+
 def demo(
     *,
-    output: Annotated[Path, Parameter(help="folder for the pictures (demo-output)")] = Path("demo-output"),
-    pictures: Annotated[int, Parameter(help="1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = 6,
-    service_seconds: Annotated[PositiveNumber, Parameter(help="the emulator's time a picture (5)")] = 5.0,
+    output: Annotated[Path, flag("folder for the pictures (demo-output)")] = Path("demo-output"),
+    pictures: Annotated[int, flag("1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = 6,
+    service_seconds: Annotated[float, flag("the emulator's time a picture (5)", validator=positive)] = 5.0,
 ) -> NoReturn:
     """Pictures from the emulator into a local S3, through a real flow; nothing to set up."""
     demo_stage.refuse_a_used_process()
-    from rich.console import Console
-
     begun_at = time.monotonic()
-    console = Console()
     folder = _folder(output)
     numbered = {f"{number:02d}-{name}": prompt for number, (name, prompt) in enumerate(PROMPTS.items(), 1)}
     prompts = dict(list(numbered.items())[:pictures])
     try:
         with demo_stage.Interrupts() as interrupts:
-            played = _play(prompts, service_seconds, console, interrupts)
+            played = _play(prompts, service_seconds, interrupts)
     except KeyboardInterrupt:
         print("Interrupted. The demo and all that it started have ended.", file=sys.stderr)
         demo_stage.leave(130)
@@ -92,10 +105,9 @@ def demo(
     for item_id, picture in played.pictures.items():
         (folder / f"{item_id}.png").write_bytes(picture)
     (folder / SHEET).write_bytes(_sheet(played, prompts))
-    _tell(played, prompts, console)
-    console.print(f"\nPictures and contact sheet: {folder}", style="bold", highlight=False, soft_wrap=True)
-    console.print(_books(played.tallies, time.monotonic() - begun_at), highlight=False, soft_wrap=True)
-    console.print(f"\n{CLOSING.rstrip()}", highlight=False, soft_wrap=True, markup=False)
+    print(f"\n{_table(played, prompts)}\n")
+    print(f"Pictures and contact sheet: {folder}")
+    print(f"{_tallies(played.tallies)} All of it took {time.monotonic() - begun_at:.0f} s.\n\n{CLOSING}", end="")
     demo_stage.leave(0 if set(played.pictures) == set(played.images) == set(prompts) else 1)
 
 
@@ -107,32 +119,25 @@ def _folder(path: Path) -> Path:
     return path.resolve()
 
 
-def _play(
-    prompts: Mapping[str, str], service_seconds: float, console: Console, interrupts: demo_stage.Interrupts
-) -> Played:
+def _play(prompts: Mapping[str, str], service_seconds: float, interrupts: demo_stage.Interrupts) -> Played:
     """Everything that needs the servers; when it comes back, or is interrupted, they are gone."""
-    from prefect_eachlabs.cli.demo_progress import Progress, working
-
     played = Played()
-    with demo_stage.folder_of_its_own() as folder, contextlib.ExitStack() as stack:
+    with demo_stage.folder_of_its_own() as folder:
         demo_stage.replace_environment(folder)
-        with working(console, "Starting Prefect's embedded server, an emulator of the API and a local S3"):
-            stage = stack.enter_context(demo_stage.Stage(interrupts, service_seconds=service_seconds))
-        progress = Progress(prompts, console)
-        with progress.shown():
-            _run_flows(prompts, progress, played, interrupts)
-        played.pictures = asyncio.run(_fetch(stage.s3.access))
-        played.tallies = stage.emulator.tallies()
+        print("Starting Prefect's embedded server, an emulator of the API and a local S3 ...", flush=True)
+        with demo_stage.Stage(interrupts, service_seconds=service_seconds) as stage:
+            _run_flows(prompts, played, interrupts)
+            played.pictures = asyncio.run(_fetch(stage.s3.access))
+            played.tallies = stage.emulator.tallies()
     return played
 
 
-def _run_flows(
-    prompts: Mapping[str, str], progress: Progress, played: Played, interrupts: demo_stage.Interrupts
-) -> None:
-    """One run of the flow `generate_image` for each prompt, all at once; their places are the account's."""
-    from prefect_eachlabs.cli.demo_progress import FAILED, STORED
+def _run_flows(prompts: Mapping[str, str], played: Played, interrupts: demo_stage.Interrupts) -> None:
+    """One run of the flow `generate_image` for each prompt, all at once; their slots are the account's."""
     from prefect_eachlabs.flows.image import generate_image
 
+    progress = Progress()
+    logging.getLogger("prefect.task_runs").addHandler(progress)
     ended: queue.Queue[tuple[str, StoredImage | BaseException]] = queue.Queue()
 
     def run_flow(item_id: str, prompt: str) -> None:
@@ -152,9 +157,10 @@ def _run_flows(
             continue
         if isinstance(end, BaseException):
             played.errors[item_id] = end
+            progress.moved(item_id, "failed")
         else:
             played.images[item_id] = end
-        progress.moved(item_id, FAILED if isinstance(end, BaseException) else STORED)
+            progress.moved(item_id, "stored")
 
 
 async def _fetch(access: S3Access) -> dict[str, bytes]:
@@ -189,26 +195,20 @@ def _sheet(played: Played, prompts: Mapping[str, str]) -> bytes:
     )
 
 
-def _tell(played: Played, prompts: Mapping[str, str], console: Console) -> None:
-    """The table of what was stored; on what failed, one line each."""
+def _table(played: Played, prompts: Mapping[str, str]) -> str:
+    """What was stored, a row each; on what failed, one line each."""
     rows = [("item", "S3 URI", "px", "time", "cost")]
     for item_id in prompts:
         if item_id in played.images:
             rows.append((item_id, played.images[item_id].uri, *_facts(played.images[item_id])))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    console.print()
-    for number, row in enumerate(rows):
-        # Made by hand: a table of rich's cuts URIs off where a terminal is narrow.
-        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-        console.print("  ".join(cells), style="" if number else "bold", highlight=False, soft_wrap=True)
-    for item_id, error in played.errors.items():
-        console.print(f"{item_id} failed: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*lines, *(f"{item_id} failed: {error}" for item_id, error in played.errors.items())])
 
 
-def _books(tallies: Mapping[str, Any], seconds: float) -> str:
+def _tallies(tallies: Mapping[str, Any]) -> str:
     """What the emulator counted, which is what the API would have billed."""
     return (
-        f"By the emulator's books: {tallies['billed']} pictures billed, ${tallies['cost_usd']:.3f}; at most "
-        f"{tallies['worst_in_flight']} of 10 in flight, {tallies['worst_window']} of 60 requests a minute. "
-        f"All of it took {seconds:.0f} s."
+        f"The emulator counted {tallies['billed']} pictures billed, ${tallies['cost_usd']:.3f}; at most "
+        f"{tallies['worst_in_flight']} of 10 in flight, {tallies['worst_window']} of 60 requests a minute."
     )

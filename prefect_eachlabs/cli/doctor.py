@@ -9,33 +9,60 @@ import json
 import logging
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
 from importlib import metadata
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
-from prefect_eachlabs.cli.findings import Finding, State, finding_of, mend, ok, skipped, wrong
-from prefect_eachlabs.cli.options import InJson
+from prefect_eachlabs.cli.options import InJson, flag
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, Rejected, SetupError, StoreFailed, Throttled
 
 if TYPE_CHECKING:
     from prefect_eachlabs.blocks import S3Destination
     from prefect_eachlabs.engine.runtime import Gateway
+    from prefect_eachlabs.limits.admin import LimitStatus
     from prefect_eachlabs.settings import AccountSettings
 
 PLACE_WITHIN_SECONDS = 20.0
 PROBE = "doctor.txt"
+FILE_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
+MEMORY_LEASES = "prefect.server.concurrency.lease_storage.memory"
+
+
+class State(str, Enum):
+    """How it stands."""
+
+    OK = "ok"
+    MEND = "MEND"
+    WRONG = "WRONG"
+    SKIPPED = "-"
+
+
+OK, MEND, WRONG, SKIPPED = State
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A line about one thing.
+
+    Attributes:
+        about: The thing.
+        state: `ok`; `MEND` (it works, and should be mended); `WRONG` (nothing works until it is mended); `-`.
+        said: What was found.
+        advice: What to do; empty when all is well.
+    """
+
+    about: str
+    state: State
+    said: str
+    advice: str = ""
 
 
 def doctor(
     *,
-    to: Annotated[
-        str | None, Parameter(help="s3://bucket/prefix, or eachlabs-s3-destination/NAME: check the bucket too")
-    ] = None,
-    credentials: Annotated[
-        str | None, Parameter(help="name of an EachlabsCredentials block; the environment otherwise")
-    ] = None,
+    to: Annotated[str | None, flag("s3://bucket/prefix, or eachlabs-s3-destination/NAME: check the bucket too")] = None,
+    credentials: Annotated[str | None, flag("name of an EachlabsCredentials block; the environment otherwise")] = None,
     in_json: InJson = False,
 ) -> int:
     """What is set up and what is wrong: each line ok, or what to do; costs nothing.
@@ -51,7 +78,6 @@ def doctor(
       prefect-eachlabs doctor --to s3://acme-pictures/daily
     """
     logging.basicConfig(level=logging.ERROR, stream=sys.stderr, format="%(message)s")
-    from prefect_eachlabs.cli.doctor_server import server_findings
     from prefect_eachlabs.engine.runtime import close_gateways
 
     findings = [versions()]
@@ -79,7 +105,7 @@ def doctor(
 def exit_status(findings: Iterable[Finding]) -> int:
     """0 all is well, 1 something should be mended, 2 something must be."""
     states = {one.state for one in findings}
-    return 2 if State.WRONG in states else 1 if State.MEND in states else 0
+    return 2 if WRONG in states else 1 if MEND in states else 0
 
 
 def versions() -> Finding:
@@ -103,12 +129,8 @@ def versions() -> Finding:
             faults.append(f"{needed.name} {here} is not {needed.specifier}")
     line = ", ".join(f"{name} {version}" for name, version in shown.items())
     if faults:
-        return wrong(
-            "versions",
-            f"{line}: {'; '.join(faults)}",
-            "pip install -c constraints.txt .",
-        )
-    return ok("versions", line)
+        return Finding("versions", WRONG, f"{line}: {'; '.join(faults)}", "pip install -c constraints.txt .")
+    return Finding("versions", OK, line)
 
 
 def account(block: str | None) -> tuple[AccountSettings | None, Finding]:
@@ -125,10 +147,11 @@ def account(block: str | None) -> tuple[AccountSettings | None, Finding]:
         else:
             settings = settings_from_environment()
     except SetupError as error:
-        return None, finding_of("account", error)
+        return None, _of_error("account", error)
     minute, flight = settings.requests_per_minute, settings.max_in_flight
-    return settings, ok(
+    return settings, Finding(
         "account",
+        OK,
         f"{settings.account!r} at {settings.base_url}, {settings.auth_scheme}, "
         f"{'no limit of' if minute is None else minute} requests a minute, "
         f"{'no limit of' if flight is None else flight} in flight",
@@ -138,7 +161,7 @@ def account(block: str | None) -> tuple[AccountSettings | None, Finding]:
 def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
     """Whether the API is reachable and takes the key: one free request, within the account's pace."""
     if settings is None:
-        return skipped("API", "not asked without a key")
+        return Finding("API", SKIPPED, "not asked without a key")
     from prefect_eachlabs.engine.runtime import gateway_for
     from prefect_eachlabs.limits.leases import lot_source_for
 
@@ -147,28 +170,30 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
     try:
         seconds = gateway.call(_ask(gateway))
     except asyncio.TimeoutError:
-        return mend(
+        return Finding(
             "API",
+            MEND,
             f"not asked: no request was free within {PLACE_WITHIN_SECONDS:.0f} s",
             "The account is busy, or slots are lost (prefect-eachlabs limits show).",
         )
     except KeyRefused as error:
-        return wrong(
-            "API", f"{settings.base_url} refuses the key (HTTP {error.status_code})", "Check EACHLABS_API_KEY."
+        return Finding(
+            "API", WRONG, f"{settings.base_url} refuses the key (HTTP {error.status_code})", "Check EACHLABS_API_KEY."
         )
     except Throttled as error:
-        return mend("API", f"it takes the key and throttles: {error.message}", "Wait, or top up the balance.")
+        return Finding("API", MEND, f"it takes the key and throttles: {error.message}", "Wait, or top up the balance.")
     except Rejected as error:
         if error.status_code != 404:
-            return finding_of("API", error)
-        return mend(
+            return _of_error("API", error)
+        return Finding(
             "API",
+            MEND,
             f"{settings.base_url} answers and has no list of executions (HTTP 404)",
             "Check EACHLABS_BASE_URL; without that list a lost order cannot be found out and is reported ambiguous.",
         )
     except EachlabsError as error:
-        return finding_of("API", error)
-    return ok("API", f"{settings.base_url} answers in {seconds:.1f} s and takes the key; nothing was bought")
+        return _of_error("API", error)
+    return Finding("API", OK, f"{settings.base_url} answers in {seconds:.1f} s and takes the key; nothing was bought")
 
 
 async def _ask(gateway: Gateway) -> float:
@@ -186,7 +211,7 @@ async def _ask(gateway: Gateway) -> float:
 def bucket(to: str | None) -> Finding:
     """Whether the bucket can be listed and written, and keeps conditions."""
     if not to:
-        return skipped("bucket", "not checked: give --to s3://bucket/prefix")
+        return Finding("bucket", SKIPPED, "not checked: give --to s3://bucket/prefix")
     from prefect_eachlabs.blocks import S3Destination, load_block, where
     from prefect_eachlabs.cli.setup import server_errors
     from prefect_eachlabs.storage.s3 import S3Store, check_conditional_writes
@@ -207,11 +232,185 @@ def bucket(to: str | None) -> Finding:
 
         conditional = asyncio.run(look())
     except (EachlabsError, StoreFailed) as error:
-        return finding_of("bucket", error)
+        return _of_error("bucket", error)
     if not conditional:
-        return wrong(
+        return Finding(
             "bucket",
+            WRONG,
             f"{place} can be written and ignores conditions (If-None-Match, If-Match)",
             "Use a store that keeps them; or EACHLABS_CONDITIONAL_WRITES=ignore with one worker, at your own risk.",
         )
-    return ok("bucket", f"{place} can be listed and written and keeps conditions")
+    return Finding("bucket", OK, f"{place} can be listed and written and keeps conditions")
+
+
+# ------------------------------------------------------------ the Prefect server
+
+
+def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bool]:
+    """What is to be said about the server, and whether the account's limits are there."""
+    import httpx
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_API_URL
+
+    url = PREFECT_API_URL.value()
+    if not url:
+        return [
+            Finding(
+                "Prefect",
+                MEND,
+                "no server is configured: the processes of this machine share the account's limits",
+                "Right for one process at a time. For more: prefect server start, and set PREFECT_API_URL.",
+            )
+        ], False
+    try:
+        with get_client(sync_client=True) as client:
+            version = str(client.request("GET", "/admin/version").json())
+            findings = [server(url, version)]
+            workers, said = work_pool(client)
+            findings += said
+            findings += storage(client, workers)
+    except (httpx.TransportError, PrefectHTTPStatusError, ValueError, RuntimeError) as error:
+        return [
+            Finding(
+                "Prefect",
+                WRONG,
+                f"the server at {url} gives no usable answer ({type(error).__name__})",
+                "Start it with `prefect server start`, or correct PREFECT_API_URL (and PREFECT_API_AUTH_STRING).",
+            )
+        ], False
+    of_limits, there = limits(settings)
+    return [*findings, *of_limits], there
+
+
+def server(url: str, version: str) -> Finding:
+    """Whether it answers, and is as new as what is installed here."""
+    import prefect
+
+    if version != prefect.__version__:
+        return Finding(
+            "Prefect",
+            MEND,
+            f"the server at {url} is {version}, and {prefect.__version__} is installed here",
+            "Install the same version on the server and on every worker.",
+        )
+    return Finding("Prefect", OK, f"the server at {url} answers ({version})")
+
+
+def work_pool(client: Any) -> tuple[int, list[Finding]]:
+    """How many workers are online in the pool; whether it is there, and what runs may choose in it."""
+    from prefect.exceptions import ObjectNotFound
+
+    from prefect_eachlabs.cli.setup import WORK_POOL
+    from prefect_eachlabs.cli.work_pool import openings
+
+    try:
+        pool = client.read_work_pool(WORK_POOL)
+        rows = client.request("POST", "/work_pools/{name}/workers/filter", path_params={"name": WORK_POOL}, json={})
+        online = sum(row.get("status") == "ONLINE" for row in rows.json())
+    except ObjectNotFound:
+        return 0, [Finding("work pool", MEND, f"{WORK_POOL!r} is not there", "prefect-eachlabs setup makes it.")]
+    said = Finding("work pool", OK, f"{WORK_POOL!r} with {online} workers")
+    if pool.is_paused:
+        said = Finding("work pool", MEND, f"{WORK_POOL!r} is paused", "Resume it: prefect work-pool resume eachlabs")
+    elif not online:
+        said = Finding(
+            "work pool", MEND, f"{WORK_POOL!r} is there and no worker is", "prefect worker start --pool eachlabs"
+        )
+    return online, [said, job_variables(openings(pool.base_job_template))]
+
+
+def job_variables(chosen: list[str]) -> Finding:
+    """Whether starting a run is running code."""
+    if not chosen:
+        return Finding("job variables", OK, "none: whoever starts a run chooses its parameters alone")
+    return Finding(
+        "job variables",
+        MEND,
+        f"whoever starts a run chooses {', '.join(chosen)} of its process; who chooses command, env or working_dir "
+        "runs any code on the workers, with their keys",
+        "prefect-eachlabs setup closes the pool (SECURITY.md).",
+    )
+
+
+def storage(client: Any, workers: int) -> list[Finding]:
+    """Database and lease storage, as far as the server tells: it hides the database's URL."""
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        told = client.request("GET", "/admin/settings").json()
+        of_server = told["server"]
+        database, lease_storage = of_server["database"], str(of_server["concurrency"]["lease_storage"])
+    except (PrefectHTTPStatusError, KeyError, TypeError):
+        return [Finding("database", SKIPPED, "this server does not tell its settings")]
+    return [_database(database, workers), _leases(lease_storage)]
+
+
+def _database(database: dict[str, Any], workers: int) -> Finding:
+    url, driver = str(database.get("connection_url") or ""), str(database.get("driver") or "")
+    if "postgresql" in url or "postgresql" in driver:
+        return Finding("database", OK, "PostgreSQL")
+    if url and "sqlite" not in url and "sqlite" not in driver:
+        return Finding(
+            "database", OK, "one of its own; the server hides which (PostgreSQL is the one for several workers)"
+        )
+    if workers > 1:
+        return Finding(
+            "database",
+            MEND,
+            f"SQLite, with {workers} workers: it takes some 15 task runs a second and drops the rest",
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL=postgresql+asyncpg://USER:WORD@HOST/NAME (docs/operations.md)",
+        )
+    return Finding("database", OK, "SQLite: right for one worker, PostgreSQL for more")
+
+
+def _leases(lease_storage: str) -> Finding:
+    if lease_storage == MEMORY_LEASES:
+        return Finding(
+            "leases",
+            MEND,
+            "kept in the server's memory: slots that are taken at a restart are lost",
+            f"Start the server with PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE={FILE_LEASES}",
+        )
+    return Finding("leases", OK, lease_storage.rpartition("lease_storage.")[2])
+
+
+def limits(settings: AccountSettings | None) -> tuple[list[Finding], bool]:
+    """Whether the account's limits are there and say what the account says."""
+    from prefect_eachlabs.limits import admin as limits_admin
+
+    if settings is None:
+        return [Finding("limits", SKIPPED, "not looked at without an account")], False
+    try:
+        statuses = asyncio.run(limits_admin.show(settings))
+    except SetupError as error:
+        return [_of_error("limits", error)], False
+    return [_limit(status) for status in statuses], _all_there(statuses)
+
+
+def _all_there(statuses: Sequence[LimitStatus]) -> bool:
+    return all(status.limit is not None for status in statuses if status.setting is not None)
+
+
+def _limit(status: LimitStatus) -> Finding:
+    about = f"limit {status.kind.value}"
+    if status.setting is None:
+        return Finding(about, OK, "none is wanted")
+    if status.limit is None:
+        return Finding(
+            about, MEND, f"{status.name} is not there; the first run makes it", "prefect-eachlabs setup makes it."
+        )
+    taken = f"{status.name}: {status.in_use} of {status.limit} taken"
+    if status.limit != status.setting:
+        return Finding(
+            about,
+            MEND,
+            f"{taken}, and the account's setting is {status.setting}",
+            "prefect-eachlabs limits apply writes it.",
+        )
+    return Finding(about, OK, taken)
+
+
+def _of_error(about: str, error: EachlabsError) -> Finding:
+    """An error's message says what to do next."""
+    return Finding(about, WRONG, " ".join(str(error).split()))

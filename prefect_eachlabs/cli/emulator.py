@@ -13,13 +13,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from prefect_eachlabs.cli.options import flag
 from prefect_eachlabs.errors import BadInput, SetupError
 
 KINDS = Path(__file__).parents[1] / "testing" / "emulator" / "fault_kinds.json"
-
-
-def flag(text: str, name: str | None = None) -> Parameter:
-    return Parameter(name=name, help=text)
 
 
 @Parameter(name="*")
@@ -27,7 +24,7 @@ def flag(text: str, name: str | None = None) -> Parameter:
 class Flags:
     """Fields of `EmulatorOptions`, which checks them; what is not given is its own default."""
 
-    api_keys: Annotated[Sequence[str] | None, flag("a good key (any); repeatable", "--api-key")] = None
+    api_keys: Annotated[Sequence[str] | None, flag("a good key (any); repeatable", name="--api-key")] = None
     requests_per_minute: Annotated[int | Literal["none"] | None, flag("else 429; none: no limit (60)")] = None
     max_in_flight: Annotated[int | Literal["none"] | None, flag("else 429; none: no limit (10)")] = None
     service_seconds: Annotated[float | None, flag("mean time from POST to end (5)")] = None
@@ -49,7 +46,7 @@ class Flags:
     count_rejected: Annotated[bool, flag("requests answered by 429 count against the minute too")] = False
     require_version: Annotated[bool, flag("refuse a POST without a version")] = False
     any_model: Annotated[bool, flag("take models outside the catalogue, and any input")] = False
-    faults: Annotated[Sequence[str] | None, flag("see above; repeatable", "--fault")] = None
+    faults: Annotated[Sequence[str] | None, flag("see above; repeatable", name="--fault")] = None
 
 
 NONE_GIVEN = Flags()

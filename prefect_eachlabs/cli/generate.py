@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from cyclopts import Parameter
-
-from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags
+from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 from prefect_eachlabs.retry import retry_while_retryable
 
@@ -28,18 +26,15 @@ FIRST_PAUSE_SECONDS = 1.0
 
 def generate(
     prompt: Annotated[
-        str | None,
-        Parameter(help="what the picture shows: subject, action, surroundings, style (some models take none)"),
+        str | None, flag("what the picture shows: subject, action, surroundings, style (some models take none)")
     ] = None,
     /,
     *,
     image_url: Annotated[
-        str | None, Parameter(help="a reference picture, 100 MB at most: a public URL, s3://bucket/key or a file")
+        str | None, flag("a reference picture, 100 MB at most: a public URL, s3://bucket/key or a file")
     ] = None,
-    input: Annotated[
-        Sequence[str], Parameter(help="NAME=JSON, a further field of the model's input; may be repeated")
-    ] = (),
-    item_id: Annotated[str | None, Parameter(help="names the item: 1 to 128 of A-Z a-z 0-9 _ -")] = None,
+    input: Annotated[Sequence[str], flag("NAME=JSON, a further field of the model's input; may be repeated")] = (),
+    item_id: Annotated[str | None, flag("names the item: 1 to 128 of A-Z a-z 0-9 _ -")] = None,
     flags: PurchaseFlags = NONE_GIVEN,
 ) -> int:
     """One prompt becomes one PNG in your bucket, bought once.

@@ -9,9 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from cyclopts import Parameter
-
-from prefect_eachlabs.cli.options import InJson, account_for_the_server
+from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
@@ -19,14 +17,12 @@ if TYPE_CHECKING:
 
 
 def limits(
-    action: Annotated[Literal["apply", "show", "reset"], Parameter(help="what to do")],
+    action: Annotated[Literal["apply", "show", "reset"], flag("what to do")],
     /,
     *,
     tag: Annotated[
         Sequence[str],
-        Parameter(
-            help="NAME=N, with apply: at most N task runs with this tag at once, an operator's brake; repeatable"
-        ),
+        flag("NAME=N, with apply: at most N task runs with this tag at once, an operator's brake; repeatable"),
     ] = (),
     in_json: InJson = False,
 ) -> int:

@@ -13,10 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from cyclopts import Parameter
-
 from prefect_eachlabs.cli.generate import source_of_places
-from prefect_eachlabs.cli.options import InJson, account_for_the_server
+from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
 
@@ -30,7 +28,7 @@ _SAID_ELSEWHERE = {"type", "title", "description", "items", "anyOf", "oneOf"}
 
 
 def models(
-    slug: Annotated[str, Parameter(help="one model; without it, all are listed")] = "", /, *, in_json: InJson = False
+    slug: Annotated[str, flag("one model; without it, all are listed")] = "", /, *, in_json: InJson = False
 ) -> int:
     """The catalogue: which models there are, or what one takes.
 

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from prefect_eachlabs.settings import AccountSettings
 
 
+def flag(text: str, **more: Any) -> Parameter:
+    """A flag's help; `more` is what cyclopts' Parameter takes."""
+    return Parameter(help=text, **more)
+
+
 def positive(_: Any, number: object) -> None:
     """A validator: greater than 0, and not without end."""
     if isinstance(number, (int, float)) and not 0 < number < math.inf:
@@ -23,8 +28,7 @@ def positive(_: Any, number: object) -> None:
 
 
 PositiveNumber = Annotated[float, Parameter(validator=positive)]
-CountOrNone = Annotated[int | Literal["none"], Parameter(validator=positive)]
-InJson = Annotated[bool, Parameter(name="--json", help="print one JSON object and nothing else on stdout")]
+InJson = Annotated[bool, flag("print one JSON object and nothing else on stdout", name="--json")]
 
 
 @Parameter(name="*")
@@ -32,35 +36,26 @@ InJson = Annotated[bool, Parameter(name="--json", help="print one JSON object an
 class PurchaseFlags:
     """What is bought where, what may be done about an item beyond the first purchase, and for how long."""
 
-    to: Annotated[str | None, Parameter(help="s3://bucket/prefix for pictures and records (EACHLABS_DESTINATION)")] = (
-        None
-    )
-    model: Annotated[str | None, Parameter(help="the model's slug (gemini)")] = None
-    version: Annotated[str | None, Parameter(help="the model's version (the default model has its own)")] = None
+    to: Annotated[str | None, flag("s3://bucket/prefix for pictures and records (EACHLABS_DESTINATION)")] = None
+    model: Annotated[str | None, flag("the model's slug (gemini)")] = None
+    version: Annotated[str | None, flag("the model's version (the default model has its own)")] = None
     formats: Annotated[
         str | None,
-        Parameter(
-            help="what may be stored, after commas: png (the default), jpeg, webp, gif; the key's ending follows"
-        ),
+        flag("what may be stored, after commas: png (the default), jpeg, webp, gif; the key's ending follows"),
     ] = None
-    replace: Annotated[bool, Parameter(help="buy although the item id stands for another input")] = False
-    rebuy_missing: Annotated[bool, Parameter(help="buy again when a stored picture is gone from the bucket")] = False
-    retry_failed: Annotated[bool, Parameter(help="buy again what failed for good")] = False
+    replace: Annotated[bool, flag("buy although the item id stands for another input")] = False
+    rebuy_missing: Annotated[bool, flag("buy again when a stored picture is gone from the bucket")] = False
+    retry_failed: Annotated[bool, flag("buy again what failed for good")] = False
     on_ambiguous: Annotated[
         Literal["settle", "fail"],
-        Parameter(help="after a lost answer: find out what it bought (settle, the default), or report it (fail)"),
+        flag("after a lost answer: find out what it bought (settle, the default), or report it (fail)"),
     ] = "settle"
     retry_ambiguous: Annotated[
-        bool,
-        Parameter(
-            help="you have looked in the vendor's dashboard: what stands as ambiguous was not bought; buy it once"
-        ),
+        bool, flag("you have looked in the vendor's dashboard: what stands as ambiguous was not bought; buy it once")
     ] = False
     deadline_seconds: Annotated[
         PositiveNumber | None,
-        Parameter(
-            help="from the POST until an unfinished prediction counts as timed out (EACHLABS_DEADLINE_SECONDS, 300)"
-        ),
+        flag("from the POST until an unfinished prediction counts as timed out (EACHLABS_DEADLINE_SECONDS, 300)"),
     ] = None
     in_json: InJson = False
 

@@ -11,15 +11,13 @@ import sys
 from typing import Annotated
 from uuid import uuid4
 
-from cyclopts import Parameter
-
 from prefect_eachlabs.cli.generate import source_of_places
-from prefect_eachlabs.cli.options import InJson, destination_of
+from prefect_eachlabs.cli.options import InJson, destination_of, flag
 
 
 def settle(
     destination: Annotated[
-        str | None, Parameter(help="s3://bucket/prefix, as it was given when buying (EACHLABS_DESTINATION)")
+        str | None, flag("s3://bucket/prefix, as it was given when buying (EACHLABS_DESTINATION)")
     ] = None,
     /,
     *,

@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Parameter
-
-from prefect_eachlabs.cli.options import InJson, account_for_the_server
+from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
@@ -32,10 +30,8 @@ SAID_OF_POOLS = {
 
 def setup(
     *,
-    destination: Annotated[
-        str | None, Parameter(help="s3://bucket/prefix: also make the block of a destination")
-    ] = None,
-    block: Annotated[str, Parameter(help="the blocks' name (default)")] = "default",
+    destination: Annotated[str | None, flag("s3://bucket/prefix: also make the block of a destination")] = None,
+    block: Annotated[str, flag("the blocks' name (default)")] = "default",
     in_json: InJson = False,
 ) -> int:
     """Makes work pool, limits and blocks on the Prefect server, as often as you like.

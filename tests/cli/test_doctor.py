@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_eachlabs.cli import doctor, doctor_server
-from prefect_eachlabs.cli.findings import Finding, State
+from prefect_eachlabs.cli import doctor
+from prefect_eachlabs.cli.doctor import Finding, State
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.limits.admin import LimitStatus
 from prefect_eachlabs.limits.limiter import Kind
@@ -113,7 +113,7 @@ def test_versions_that_do_not_go_together_are_named(monkeypatch: pytest.MonkeyPa
 
 def limit(**facts: Any) -> Finding:
     given: dict[str, Any] = {"name": "eachlabs-in-flight-default", "kind": Kind.IN_FLIGHT, "limit": 10, "setting": 10}
-    return doctor_server._limit(LimitStatus(**{**given, **facts}))
+    return doctor._limit(LimitStatus(**{**given, **facts}))
 
 
 def test_each_fault_of_a_limit_has_its_command() -> None:
@@ -134,18 +134,18 @@ def test_each_fault_of_a_limit_has_its_command() -> None:
     ],
 )
 def test_sqlite_is_for_one_worker(told: dict[str, Any], workers: int, state: State) -> None:
-    assert doctor_server._database(told, workers).state is state
+    assert doctor._database(told, workers).state is state
 
 
 def test_an_open_work_pool_should_be_closed() -> None:
-    assert doctor_server.job_variables([]).state is State.OK
-    found = doctor_server.job_variables(["command", "env"])
+    assert doctor.job_variables([]).state is State.OK
+    found = doctor.job_variables(["command", "env"])
     assert (found.state, "command, env" in found.said, "setup" in found.advice) == (State.MEND, True, True)
 
 
 def test_leases_in_memory_should_be_mended() -> None:
-    assert doctor_server._leases(doctor_server.MEMORY_LEASES).state is State.MEND
-    assert doctor_server._leases(doctor_server.FILE_LEASES) == Finding("leases", State.OK, "filesystem")
+    assert doctor._leases(doctor.MEMORY_LEASES).state is State.MEND
+    assert doctor._leases(doctor.FILE_LEASES) == Finding("leases", State.OK, "filesystem")
 
 
 def test_a_server_that_is_away_is_wrong(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
