@@ -80,6 +80,7 @@ class PrefectLeases:
 
     lots = 20
     """3 of 60 requests, 1 of 10 in flight."""
+    spread = 0.6
     loses_slots = True
 
     def __init__(self, account: str) -> None:

@@ -98,6 +98,8 @@ class FileLeases:
 
     lots = 100
     """A lease costs next to nothing here, so that slots are leased one by one: 60 of them are 2 KB."""
+    spread = 0.0
+    """A process is mostly alone on its machine: 53 pictures a minute in place of 46."""
     loses_slots = False
 
     def __init__(self, settings: AccountSettings, folder: Path | None = None) -> None:

@@ -50,9 +50,6 @@ AWAY_SECONDS = 1.5
 """A server that did not answer is asked again so much later."""
 COVERED_WITHIN_SECONDS = CALL_SECONDS + 2 * AWAY_SECONDS
 """After a long absence of the server everybody with slots in use has noticed within so long that it is back."""
-SPREAD = 0.8
-"""Who holds half of a minute's requests leases more no faster than 1/0.8 of the even pace: a burst would otherwise come
-again every minute, and a process that joins right after one would find nothing for half a minute."""
 LOST_AFTER_SECONDS = LEASE_SECONDS + 20.0
 """No lease of a process that died lives so long: a Prefect server looks for ended ones every 15 s."""
 CLOSE_WITHIN_SECONDS = 3.0
@@ -100,6 +97,9 @@ class Leases(Protocol):
 
     lots: int
     """Into how many lots a limit is divided: the more, the closer to it, and the more calls."""
+    spread: float
+    """Who holds half of a minute's requests leases more no faster than 1/`spread` of the even pace; 0: at once. A burst
+    would otherwise come again every minute, and a process that joins right after one find nothing for that long."""
     loses_slots: bool
     """Whether slots may be counted as taken that no lease holds: only a person can free those."""
 
@@ -346,7 +346,7 @@ class _SharedLimit:
             self._answered()
             self._denied_since, self._ask_at_most = None, self.limit
             if self.kind is Kind.REQUESTS and 2 * self.held >= self.limit:
-                self._ask_at = max(self._ask_at, sent_at + SPREAD * WINDOW_SECONDS * slots / self.limit)
+                self._ask_at = max(self._ask_at, sent_at + self._leases.spread * WINDOW_SECONDS * slots / self.limit)
             return _Lot(slots, granted.lease_id, sent_at + LEASE_SECONDS)
         return None
 

@@ -72,6 +72,7 @@ class LeaseClient:
 
     where = "http://127.0.0.1:4200/api"
     lots = 20
+    spread = 0.6
     loses_slots = True
 
     def __init__(self, server: LeaseServer) -> None:
