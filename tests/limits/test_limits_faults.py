@@ -98,7 +98,7 @@ def test_with_the_server_away_nothing_is_sent_and_who_waits_says_so(api: Api, ca
     run(story())
     assert api.sent(165, 450) == 0
     assert api.sent(510, 630) >= 0.9 * 120
-    assert 2 <= len(warnings(caplog, "which gives no usable answer (ConnectError")) <= 8
+    assert 2 <= len(warnings(caplog, "which gives no usable answer (ConnectError")) <= 12  # once in two minutes
 
 
 def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
