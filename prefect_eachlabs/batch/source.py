@@ -119,6 +119,8 @@ class Source:
         except BadInput as error:
             shown = _showable(prompt)[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
             return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown)
+        except RecursionError:
+            return BadRow(row.line, "a value is nested too deeply")
         return Wanted(row.line, item, item_id is not None)
 
     def _reference(self, image_url: Any) -> object:

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Any
 
 from prefect_eachlabs.ledger.records import Intent, Record, RecordState, VersionedRecord
-from prefect_eachlabs.models import MAX_INPUT_NESTING, Execution, is_http_url, without_signature
+from prefect_eachlabs.models import Execution, is_http_url, without_signature
 from prefect_eachlabs.net.redaction import without_secrets
 
 CLOCK_MARGIN = timedelta(seconds=60)
@@ -42,13 +42,11 @@ _MARKS = re.compile(r"[^\w\s\x00-\x7f]{31}")
 # ------------------------------------------------------------------------------------------------ echoes
 
 
-def normalised(value: Any, *, most_characters: float = float("inf"), depth: int = 0) -> Any:
+def normalised(value: Any, *, most_characters: float = float("inf")) -> Any:
     """A form in which an input equals its echo: white space, Unicode form, number type and signatures do not count.
 
-    Longer text stays as it is, and what is nested more deeply than any input of ours is equal to nothing.
+    Longer text stays as it is.
     """
-    if depth > MAX_INPUT_NESTING:
-        return object()
     if isinstance(value, str):
         if len(value) > most_characters:
             return value
@@ -66,12 +64,9 @@ def normalised(value: Any, *, most_characters: float = float("inf"), depth: int 
         except OverflowError:  # JSON's numbers have no end
             return value
     if isinstance(value, Mapping):
-        return {
-            str(name): normalised(inner, most_characters=most_characters, depth=depth + 1)
-            for name, inner in value.items()
-        }
+        return {str(name): normalised(inner, most_characters=most_characters) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):
-        return [normalised(inner, most_characters=most_characters, depth=depth + 1) for inner in value]
+        return [normalised(inner, most_characters=most_characters) for inner in value]
     return value
 
 

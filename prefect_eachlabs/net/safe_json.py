@@ -7,6 +7,9 @@ from typing import Any
 
 from prefect_eachlabs.net import redaction
 
+MAX_NESTING = 100
+"""Of an answer; an input of ours has 64. What is deeper could be decoded, but neither written down nor compared."""
+
 
 def loads(text: bytes | str) -> Any:
     """As `json.loads`, without half characters and without secrets.
@@ -19,6 +22,8 @@ def loads(text: bytes | str) -> Any:
     """
     said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
     value = json.loads(said)
+    if _is_deeper(value, MAX_NESTING):
+        raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")
     # Without escapes its strings stand in it as they are.
     whole = json.dumps(value, ensure_ascii=False) if "\\" in said else said
     try:
@@ -26,3 +31,13 @@ def loads(text: bytes | str) -> Any:
     except UnicodeEncodeError:
         value = json.loads(whole.encode("utf-8", "replace"))
     return redaction.cleaned(value) if redaction.holds_secret(whole) else value
+
+
+def _is_deeper(value: Any, most: int) -> bool:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(most):
+        within = (outer.values() if isinstance(outer, dict) else outer for outer in level)
+        level = [inner for values in within for inner in values if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return bool(level)

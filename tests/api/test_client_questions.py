@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Any
 
 import httpx
 import pytest
 
-from prefect_eachlabs.errors import EachlabsError, NotSent, Rejected, Throttled, Unanswered
+from prefect_eachlabs.errors import EachlabsError, NotSent, OutcomeUnknown, Rejected, Throttled, Unanswered
 from prefect_eachlabs.models import PredictionStatus
 from tests.api.client_answers import KEY, answered, cancel, create, executions, get
 
@@ -122,6 +123,30 @@ def test_executions_asks_for_a_page_and_reads_its_rows() -> None:
     assert dict(asked[0].params) == {"limit": "50", "offset": "100"}
     assert [row.id for row in rows] == ["p-2"]
     assert rows[0].created_at == datetime(2026, 11, 22, 10, tzinfo=timezone.utc)
+
+
+@pytest.mark.parametrize("ask", [create, get, executions])
+@pytest.mark.parametrize("status", [200, 404, 422])
+@pytest.mark.parametrize("opening", ["[", '{"a":'])
+@pytest.mark.parametrize("depth", [101, 500, 900, 960, 970, 980, 990, 100_000])
+def test_an_answer_that_is_too_deep_to_be_written_down_is_unreadable(
+    ask: Callable[..., Any], status: int, opening: str, depth: int
+) -> None:
+    """Python decodes what it cannot encode again: an answer to an order must not end in an error of Python's."""
+    deep = opening * depth + "1" + ("]" if opening == "[" else "}") * depth
+    body = f'{{"error": {deep}, "input": {deep}, "status": "success"}}'.encode()
+    with pytest.raises(EachlabsError) as info:
+        answered(httpx.Response(status, content=body), ask)
+    if status == 200:
+        assert isinstance(info.value, OutcomeUnknown if ask is create else Unanswered)
+
+
+def test_an_echo_as_deep_as_an_input_may_be_is_read() -> None:
+    deep = "[" * 64 + "]" * 64
+    body = f'{{"status": "starting", "input": {{"prompt": "a fox", "more": {deep}}}}}'.encode()
+    prediction = answered(httpx.Response(200, content=body), get)
+    assert prediction.input is not None
+    assert type(prediction).model_validate_json(prediction.model_dump_json()) == prediction
 
 
 def test_a_page_of_more_rows_than_anybody_asks_for_is_read_as_far_as_1000() -> None:

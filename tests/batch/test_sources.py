@@ -233,6 +233,14 @@ def test_a_file_that_is_no_table_ends_at_once(data: bytes, kind: str, words: str
         rows_of(data, kind)
 
 
+@pytest.mark.parametrize("name", ["prompt", "id", "image_url", "model", "version", "input", "input.x", "label"])
+@pytest.mark.parametrize("depth", [100, 600, 900, 970, 100_000])
+def test_a_row_that_is_nested_deeply_costs_itself_alone(name: str, depth: int) -> None:
+    deep = f'{{"{name}": {"[" * depth}{"]" * depth}}}\n'
+    rows = rows_of(f'{{"prompt": "a fox"}}\n{deep}{{"prompt": "a hen"}}\n', "jsonl")
+    assert prompts_of(rows) == ["a fox", None, "a hen"]
+
+
 def test_a_head_of_20000_columns_is_read_once() -> None:
     """Quadratic, it took 13 seconds."""
     names = ["prompt", *(f"{number:x}" for number in range(20_000))]

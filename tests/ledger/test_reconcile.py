@@ -107,20 +107,6 @@ def test_an_echo_of_another_input_is_not_near(echo: dict[str, Any], sent: dict[s
     assert not is_near(echo, sent)
 
 
-def nested(depth: int) -> Any:
-    value: Any = 1
-    for _ in range(depth):
-        value = [value]
-    return value
-
-
-def test_an_echo_that_is_deeper_than_any_input_is_that_of_none() -> None:
-    """Python can decode what it cannot go through."""
-    assert fit({"x": nested(60)}, {"x": nested(60)}) == 1
-    assert fit({"x": nested(900)}, {"x": nested(60)}) is None
-    assert not is_near({"x": nested(900)}, {"x": nested(60)})
-
-
 def test_an_echo_of_marks_on_one_letter_is_compared_in_no_time() -> None:
     """Quadratic, each would take minutes."""
     marks = "a" + "\u0301\u0323" * 400_000
