@@ -1,7 +1,7 @@
 """The slots of an account: not more than its limits allow in any 60 s, and not less than that by much.
 
 A *slot* is the right to one request in the window, or to one prediction in flight. `RateLimiter` is the line of those
-who wait for one; where slots come from is a `SlotSource` (see `lots`), and the clock is the loop's.
+who wait for one; where slots come from is a `SlotSource` (see `window`), and the clock is the loop's.
 """
 
 from __future__ import annotations
