@@ -228,8 +228,12 @@ class Engine:
     async def _buy(
         self, item: Item, books: Books, held: VersionedRecord | None, allowed: PurchaseOptions, job: Job
     ) -> VersionedRecord:
-        await self.account.image_store.check_place(books.ledger, item.item_id, held, allowed.formats)
-        held = await self.account.purchaser.buy(item, books.ledger, books.reconciler, held, allowed, job)
+        async def check_place(settled: VersionedRecord | None) -> None:
+            await self.account.image_store.check_place(books.ledger, item.item_id, settled, allowed.formats)
+
+        held = await self.account.purchaser.buy(
+            item, books.ledger, books.reconciler, held, allowed, job, check_place=check_place
+        )
         self.account.remember(job, books, item.item_id)
         return held
 

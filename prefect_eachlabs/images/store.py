@@ -286,8 +286,6 @@ class ImageStore:
             Overtaken: The record has changed meanwhile: look again.
         """
         record = None if held is None else held.record
-        if record is not None and record.may_have_bought_unseen:
-            return  # first it is found out what was bought
         for name in _allowed(record, formats):
             key = ledger.destination.image_key(item_id, suffix=FORMATS[name].suffix)
             found = await ledger.store.head(key)

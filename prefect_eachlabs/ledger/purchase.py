@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -81,10 +81,12 @@ class _Posted:
     Attributes:
         held: The record now: `created`; or our claim, under which nothing was created, or whose answer is lost.
         lost: Why nobody told us what the POST has bought.
+        is_unused: Nothing was created under our claim, which still stands: the same once more.
     """
 
     held: VersionedRecord
     lost: OutcomeUnknown | None = None
+    is_unused: bool = False
 
 
 @dataclass
@@ -181,6 +183,8 @@ class Purchaser:
         replacing: VersionedRecord | None,
         options: PurchaseOptions,
         job: Job,
+        *,
+        check_place: Callable[[VersionedRecord | None], Awaitable[None]],
     ) -> VersionedRecord:
         """Buys the item under its record and returns the record that names a prediction. **Costs money.**
 
@@ -191,6 +195,7 @@ class Purchaser:
             replacing: The record that this purchase replaces, just read; None: there is none.
             options: What may be done.
             job: Whose slot in flight it is, and who may not interrupt the purchase.
+            check_place: Looks, before anything is ordered, at where the picture goes; raises ItemConflict.
 
         Raises:
             Overtaken: Another writer changed the record: look again.
@@ -202,6 +207,12 @@ class Purchaser:
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
                 replacing, record = await self._settle_what_is_there(item, ledger, reconciler, replacing, options, job)
+            if record.state is not RecordState.CREATED:
+                try:
+                    await check_place(replacing)
+                except EachlabsError:
+                    await self._give_back_settled(ledger, replacing, record)
+                    raise
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None, error=None)
                 try:
@@ -226,8 +237,11 @@ class Purchaser:
                     if replacing.record.state is RecordState.CREATED:
                         break
                     record = await self._may_order_again(ledger, settled, options)
-                elif posted.held.record.state is RecordState.CLAIMED:
-                    replacing = posted.held  # throttled, or without slots: the same once more
+                elif posted.is_unused:
+                    replacing = posted.held  # throttled, or without slots
+                elif posted.held.record.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS):
+                    # Ours was found by another, came to nothing, and a further order has begun since: theirs decides.
+                    raise Overtaken(posted.held)
                 else:
                     created = posted.held.record
                     if created.possible_loss is not None and created.prediction_id is not None:
@@ -387,7 +401,7 @@ class Purchaser:
                 )
             if self._now() - slots_seen_at > SLOTS_GOOD_FOR_SECONDS:
                 job.give_back_slot()
-                return _Posted(await self._give_back(ledger, claim))
+                return _Posted(await self._give_back(ledger, claim), is_unused=True)
             posted = True
         finally:
             if not posted:
@@ -398,7 +412,7 @@ class Purchaser:
         except Throttled as error:
             claim = await self._give_back(ledger, claim)
             self._fail_without_balance(error)
-            return _Posted(claim)
+            return _Posted(claim, is_unused=True)
         except (NotSent, SetupError):
             await self._give_back(ledger, claim)
             raise

@@ -112,7 +112,7 @@ class Rules:
             self._first, self._has_read = fingerprint, True
         if held is not None and fingerprint != self._item.fingerprint and held.record.may_have_bought:
             record = held.record
-            if fingerprint != self._first or self._run_id in (record.run_id, record.bought_by, *record.replaced_runs):
+            if fingerprint != self._first or self._run_id in (record.bought_by, *record.replaced_runs):
                 raise ItemConflict(
                     f"item_id {self._item.item_id!r} was given another input (fingerprint {fingerprint}, here "
                     f"{self._item.fingerprint}) after this run began: a run replaces once what was there before it. "
