@@ -15,7 +15,6 @@ from uuid import uuid4
 
 from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
-from prefect_eachlabs.retry import retry_while_retryable
 
 if TYPE_CHECKING:
     from prefect_eachlabs.engine.runtime import Gateway, MakeSource
@@ -95,6 +94,7 @@ def _not_json(word: str) -> Any:
 def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> StoredImage:
     from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
     from prefect_eachlabs.ledger.rules import PurchaseOptions
+    from prefect_eachlabs.retry import retry_while_retryable
 
     options = PurchaseOptions(run_id=uuid4().hex, any_reference=True, **flags.options())
 

@@ -94,8 +94,8 @@ def parse(words: Sequence[str]) -> Callable[[], int | None]:
     try:
         command, given, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        what = " ".join(str(error).split()).rstrip(".")
-        raise BadInput(f"{what}. See `prefect-eachlabs {name} --help`.") from None
+        what = " ".join(str(error).split())
+        raise BadInput(f"{what}{'' if what[-1:] in '.?' else '.'} See `prefect-eachlabs {name} --help`.") from None
     return partial(command, *given.args, **given.kwargs)
 
 

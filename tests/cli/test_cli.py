@@ -108,7 +108,10 @@ def test_the_version_is_the_packages(capsys: Printed) -> None:
         (["--quiet", "generate", "a fox"], "Unknown command '--quiet'"),
         (["generate", "a fox", "--to", "s3://acme/a", "--input", "seed"], "'seed' must be NAME=JSON"),
         (["generate", "a fox", "--to", "s3://acme/a", "--color", "red"], "Unknown option: --color."),
-        (["generate", "a fox", "--to", "s3://acme/a", "--replce"], "Unknown option: --replce. Did you mean --replace?"),
+        (
+            ["generate", "a fox", "--to", "s3://acme/a", "--replce"],
+            "Unknown option: --replce. Did you mean --replace? See",
+        ),
         (["generate", "a fox", "another", "--to", "s3://acme/a"], "'another'"),
         (["generate", "a fox", "--to"], "--to requires an argument"),
         (["batch"], "requires"),
