@@ -162,7 +162,10 @@ def was_stored_by(outcome: Outcome, runs: Collection[str]) -> bool:
 def ordered_by(record: Record, runs: Collection[str]) -> Order | None:
     """What one of these runs has ordered for an item, as its record says; None: nothing."""
     if record.bought_by not in runs:
-        return None
+        if set(runs).isdisjoint(record.replaced_runs):
+            return None
+        # Another input stands there now; what ours had cost is asked for.
+        return Order(record.model, is_sent=True, prediction_id=record.earlier[-1] if record.earlier else None)
     if record.prediction_id is None:
         return Order(record.model, is_sent=True) if record.may_have_bought_unseen else None
     kind = None if record.error is None else record.error.kind

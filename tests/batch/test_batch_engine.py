@@ -375,6 +375,25 @@ def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
     assert budget.is_exhausted("flux")
 
 
+def test_what_another_run_has_replaced_is_billed_to_the_run_that_had_bought_it() -> None:
+    async def story() -> None:
+        world = World()
+        first = world.process(run_id="R")
+        work = asyncio.ensure_future(first.until_it_ends(batch(first, 4, budget_usd=0.16)))
+        while not world.store.keys("kit/records/") or world.records()[0].state is not RecordState.STORED:
+            await asyncio.sleep(0.01)
+        first.kill()
+        await work
+        await asyncio.sleep(100)
+        stored = next(record.item_id for record in world.records() if record.state is RecordState.STORED)
+        await world.process(run_id="S").obtain(wanted(0, item_id=stored, prompt="another"), replace=True)
+        result = await batch(world.process(run_id="R"), 4, budget_usd=0.16)
+        assert result.cost_usd == pytest.approx(billed_usd(world) - PRICE_USD)
+        assert result.cost_unknown == 0
+
+    play(story)
+
+
 class Told:
     """Tells each prediction's cost when it is asked, and nothing of the past."""
 
