@@ -143,10 +143,10 @@ class Budget:
         )
 
     @property
-    def _has_unpriced(self) -> bool:
-        """Whether something was ordered whose price nobody knows yet, and may still come to be known."""
+    def _unpriced(self) -> list[_Price]:
+        """Of what was ordered and may have cost anything: nobody knows a price."""
         prices = [self._prices[model] for model, count in self._set_aside.items() if count]
-        return any(price.expected_usd is None and not price.is_kept_secret for price in prices)
+        return [price for price in prices if price.expected_usd is None]
 
     @property
     def untold(self) -> int:
@@ -285,9 +285,17 @@ class Budget:
         if not price.is_confirmed and price.learner not in (None, item.item_id):
             return False
         in_flight = any(self._orders.get(item_id) for item_id in self._in_progress - self._waiting - {item.item_id})
-        if in_flight and self._has_unpriced:
-            return False
         expected_usd = price.expected_usd
+        unpriced = self._unpriced
+        if in_flight and any(expected_usd is None or not one.is_kept_secret for one in unpriced):
+            return False
+        if unpriced and expected_usd is None:
+            raise Skipped(
+                f"Nobody tells what an earlier order of this run has cost, nor what {item.model} costs, so that a budget "
+                "cannot be kept: run without one, or again later.",
+                item_id=item.item_id,
+                kind="price unknown",
+            )
         free_usd = budget_usd - self.committed_usd
         if free_usd + ROUNDING_USD < (expected_usd or 0.0) or (expected_usd is None and free_usd <= ROUNDING_USD):
             if in_flight:
@@ -382,7 +390,13 @@ class Budget:
         unknown = next((order for order in orders if order.cost_usd is None), None)
         if unknown is not None:
             price.is_kept_secret = not await self._find_price(unknown, price)
-        if unknown is not None and price.expected_usd is not None:
+        if unknown is not None and unknown.cost_usd is None and price.expected_usd is not None:
+            logger.warning(
+                "What a picture of %s costs now is not told: %g USD is taken, as was told before, and the budget can "
+                "be exceeded by what it rose since.",
+                item.model,
+                price.expected_usd,
+            )
             price.is_confirmed = True  # by what was learned before: this one's cost may not be told for hours
         price.learner = None
 

@@ -462,6 +462,56 @@ def test_an_unknown_price_is_learned_from_one_picture_before_others_are_bought()
     virtual_time.run(story())
 
 
+@pytest.mark.parametrize(("told_usd", "settled_usd"), [(PRICE_USD, PRICE_USD), (0.0, PRICE_USD), (None, None)])
+def test_of_many_models_whose_price_nobody_knows_one_picture_exceeds_the_budget(
+    told_usd: float | None, settled_usd: float | None
+) -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore(), told_usd=told_usd, settled_usd=settled_usd)
+        rows = [{**row, "model": f"model-{number}"} for number, row in enumerate(prompts(20))]
+        result = await run(shop, source_of(rows), budget_usd=0.01)
+        assert (len(shop.bought), result.stored, result.skipped) == (1, 1, 19)
+
+    virtual_time.run(story())
+
+
+def test_a_price_that_has_risen_is_met_by_one_picture_alone_although_costs_are_told_late() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(5)))
+        shop.told_usd, shop.settled_usd = 0.0, 0.39
+        before = len(shop.bought)
+        await run(shop, source_of(prompts(40)), run_id="run-2", budget_usd=0.40)
+        assert len(shop.bought) - before == 1
+
+    virtual_time.run(story())
+
+
+def test_a_price_that_is_known_and_never_told_again_is_waited_for_once_and_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(5)))
+        shop.told_usd, shop.settled_usd = None, None
+        result = await run(shop, source_of(prompts(40)), run_id="run-2", budget_usd=10 * PRICE_USD)
+        assert (result.stored, result.cost_unknown) == (10, 10)
+
+    virtual_time.run(story())
+    assert caplog.text.count("can be exceeded by what it rose") == 1
+
+
+def test_models_whose_price_nobody_knows_are_learned_one_after_the_other_and_share_the_one_picture() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        rows = [{**row, "model": f"model-{number % 4}"} for number, row in enumerate(prompts(40))]
+        result = await run(shop, source_of(rows), budget_usd=10 * PRICE_USD)
+        assert result.stored + result.skipped == 40
+        assert 10 * PRICE_USD <= result.cost_usd + 1e-9 <= 11 * PRICE_USD + 2e-9
+
+    virtual_time.run(story())
+
+
 def test_a_price_that_is_settled_later_is_asked_for_until_it_is_told() -> None:
     async def story() -> None:
         shop = CountingShop(MemoryStore(), told_usd=0.0)
