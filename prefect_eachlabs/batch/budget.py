@@ -115,6 +115,7 @@ class Budget:
         self.ours = ours
         self.by_model: dict[str, ModelSpending] = defaultdict(ModelSpending)
         self.stopped: Skipped | None = None
+        self._refused: dict[str, Skipped] = {}
         self._prices_told_by = prices
         self._prices: dict[str, _Price] = defaultdict(_Price)
         self._orders: dict[str, list[Order]] = {}
@@ -232,10 +233,16 @@ class Budget:
         self.stopped = self.stopped or why
         self._changed()
 
-    def check(self) -> None:
-        """The last look before a POST. Raises Skipped when nothing may be bought any more."""
-        if self.stopped is not None:
-            raise Skipped(self.stopped.message, kind=self.stopped.kind)
+    def refuse(self, model: str, why: Skipped) -> None:
+        """From now on nothing of this model is bought."""
+        self._refused[model] = why
+        self._changed()
+
+    def check(self, item: Item | None = None) -> None:
+        """The last look before a POST. Raises Skipped when nothing may be bought any more, or nothing of its model."""
+        why = self.stopped or (None if item is None else self._refused.get(item.model))
+        if why is not None:
+            raise Skipped(why.message, kind=why.kind)
 
     def begin(self, item_id: str) -> None:
         """An item is in progress until `ended`."""
@@ -248,7 +255,7 @@ class Budget:
             Skipped: The budget does not cover it, or the run was stopped.
         """
         orders = self._orders.setdefault(item.item_id, [])
-        self.check()
+        self.check(item)
         if any(not order.is_sent for order in orders):
             return
         lost = next((order for order in orders if order.prediction_id is None), None)
@@ -267,7 +274,7 @@ class Budget:
                     self._changed()  # others may have waited for this one
                 self._change.clear()
                 await self._change.wait()
-                self.check()
+                self.check(item)
         finally:
             self._waiting.discard(item.item_id)
         orders.append(Order(item.model))
@@ -291,8 +298,8 @@ class Budget:
             return False
         if unpriced and expected_usd is None:
             raise Skipped(
-                f"Nobody tells what an earlier order of this run has cost, nor what {item.model} costs, so that a budget "
-                "cannot be kept: run without one, or again later.",
+                f"Nobody tells what an earlier order of this run has cost, nor what {item.model} costs, so that a "
+                "budget cannot be kept: run without one, or again later.",
                 item_id=item.item_id,
                 kind="price unknown",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -14,6 +15,7 @@ from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import (
     EachlabsError,
+    FormatNotAllowed,
     InsufficientBalance,
     OutcomeUnknown,
     PredictionCancelled,
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 FIRST_ALONE_SECONDS = 2.0
 """The first item goes ahead so long: a wrong key is met once, not by everything that is in progress."""
 ATTEMPTS = 5
+NOT_ALLOWED_IN_A_ROW = 3
+"""So many pictures of a model are paid for and not stored, and those in flight with them, before it is left alone."""
 INTERRUPTED = "interrupted"
 """The kind of rows that a Ctrl-C or a cancel has kept from their picture."""
 EXECUTIONS_A_PAGE = 100
@@ -46,13 +50,24 @@ class Buyer(Prices, Protocol):
 
     async def executions(self, offset: int) -> tuple[Execution, ...]: ...
 
+    @property
+    def slots_past_deadline(self) -> int: ...
+
+    async def cancel_late(self, run_id: str) -> None: ...
+
 
 class EngineBuyer:
     """The real one; its questions take request slots as all others do."""
 
     def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._account = engine.account
         self.generate_and_store = engine.generate_and_store
+        self.cancel_late = engine.cancel_late
+
+    @property
+    def slots_past_deadline(self) -> int:
+        return self._engine.slots_past_deadline
 
     async def cost_of(self, prediction_id: str) -> float | None:
         request = await self._account.limiter.take_request(question=True)
@@ -98,6 +113,8 @@ class Buying:
         self._budget = budget
         self._first_alone: asyncio.Event | None = None
         self.stopped_by: EachlabsError | None = None
+        self._not_allowed: Counter[str] = Counter()
+        """Model → pictures in a row whose format is not allowed."""
 
     async def obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; raises nothing but a cancel. **Costs money.**"""
@@ -130,8 +147,26 @@ class Buying:
             logger.exception("Row %d, item %s: unexpected.", wanted.line, wanted.item.item_id)
             error = EachlabsError(f"Unexpected {type(caught).__name__}: {str(caught)[:300]}", kind="unexpected")
         seconds = asyncio.get_running_loop().time() - began
+        self._learn_what_is_stored(wanted.item, image, error)
         orders = await self._budget.ended(wanted.item, image, error)
         return self._outcome(wanted, image, error, orders, seconds)
+
+    async def looked_at_again(self, wanted: Wanted, outcome: Outcome) -> Outcome:
+        """A row that timed out, at the end of its run: whoever saw its prediction's end may have stored it since."""
+        try:
+            held = await self._ledger.read(wanted.item.item_id)
+        except EachlabsError as error:
+            logger.info("Row %d: its record cannot be read: %s", wanted.line, error)
+            return outcome
+        if (
+            held is None
+            or held.record.state is not RecordState.STORED
+            or held.record.fingerprint != wanted.item.fingerprint
+        ):
+            return outcome
+        image = stored_image(held.record, reused=True)
+        orders = await self._budget.ended(wanted.item, image, None, may_ask=False)
+        return self._outcome(wanted, image, None, orders, outcome.seconds)
 
     async def interrupted(self, wanted: Wanted) -> Outcome:
         """What has become of a row whose run was interrupted, as its record says."""
@@ -174,6 +209,16 @@ class Buying:
 
     async def _buy(self, item: Item) -> StoredImage:
         return await self._buyer.generate_and_store(item, self._destination, options=self._options, access=self._access)
+
+    def _learn_what_is_stored(self, item: Item, image: StoredImage | None, error: EachlabsError | None) -> None:
+        """A model all of whose pictures are of a format that is not allowed is not ordered any further."""
+        if image is not None:
+            self._not_allowed[item.model] = 0
+        elif isinstance(error, FormatNotAllowed):
+            self._not_allowed[item.model] += 1
+            if self._not_allowed[item.model] == NOT_ALLOWED_IN_A_ROW:
+                logger.error("No more pictures of %s are ordered: %s", item.model, error)
+                self._budget.refuse(item.model, _not_tried(error))
 
     def _stop_where_going_on_is_vain(self, error: EachlabsError) -> None:
         """A wrong key, a missing bucket, an empty balance: the next item would meet the same."""

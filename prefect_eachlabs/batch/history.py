@@ -8,12 +8,13 @@ from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
 
 from prefect_eachlabs.batch.budget import Budget, Order
-from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, not_there
+from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, found, not_there
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
-from prefect_eachlabs.errors import OutputMissing, PictureMissing, Skipped, StoreFailed
+from prefect_eachlabs.errors import EachlabsError, OutputMissing, PictureMissing, Skipped, StoreFailed
 from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
+from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
 from prefect_eachlabs.retry import retry_while_retryable
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,21 @@ class History:
             why = Skipped("Left out: the budget is spent.", item_id=item.item_id, kind="budget")
             return not_there(wanted, why), True
         return None, True
+
+    async def by_record(self, wanted: Wanted, options: PurchaseOptions, claim_seconds: float) -> Outcome | None:
+        """What a row's record says will come of it; None: it is bought, or nobody knows. Free: a read where one is."""
+        item = wanted.item
+        if not await self._has_record(item.item_id):
+            return None
+        ledger = Ledger(self._folder.store, self._folder.destination)
+        try:
+            held = await retry_while_retryable(lambda: ledger.read(item.item_id))
+            step = next_step(held, item, options, claim_seconds=claim_seconds)
+        except EachlabsError as error:
+            return not_there(wanted, error)
+        if held is None or step not in (Step.REUSE, Step.FINISH):
+            return None
+        return found(wanted, held.record.prediction_id, held.record.cost_usd)
 
     async def _has_record(self, item_id: str) -> bool:
         """Whether money may have been spent on an item; one listing answers for all of them."""

@@ -183,6 +183,11 @@ def stored(
     )
 
 
+def found(wanted: Wanted, prediction_id: str | None, cost_usd: float | None) -> Outcome:
+    """It was bought by another run, says its record."""
+    return Outcome(**_wanted(wanted), state=RowState.REUSED, prediction_id=prediction_id, cost_usd=cost_usd)
+
+
 def not_there(
     wanted: Wanted,
     error: EachlabsError,

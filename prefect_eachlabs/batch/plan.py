@@ -85,9 +85,9 @@ class Plan:
 
     Attributes:
         items: Rows of the source.
-        new: Rows that would be bought (or found: a record may know them).
-        reused: Rows whose picture is there.
-        failed: Rows that cannot be bought: bad rows, and what failed for good before.
+        new: Rows that would be bought, or whose lost orders would be looked for.
+        reused: Rows whose picture is there, or that are paid for: records say so.
+        failed: Rows that cannot be bought: bad rows, what failed for good before, ids that stand for another input.
         why: The failed ones by kind.
         cost_usd: What the new ones would cost, by learned prices; None while nobody knows a price.
         seconds: How long it would take; None while nobody can tell.
@@ -150,6 +150,8 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
                 outcome: Outcome | None = refused(row.row)
             else:
                 outcome, _ = await batch.history.settled(row.row, row.earlier)
+                if outcome is None:
+                    outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
                 if outcome is None:
                     model = row.row.item.model
                     new[model] = new.get(model, 0) + 1

@@ -26,6 +26,7 @@ class Progress:
         total: Rows there are: estimated from what of the source was read, until `total_is_known`.
         per_minute: Pictures stored a minute, over the last two minutes.
         left_seconds: Until the end at this pace; None while that cannot be told.
+        past_deadline: Slots in flight that are held by predictions past their deadlines.
     """
 
     done: int
@@ -39,6 +40,7 @@ class Progress:
     seconds: float
     per_minute: float
     left_seconds: float | None
+    past_deadline: int = 0
 
     @property
     def share(self) -> float:
@@ -50,6 +52,7 @@ class Progress:
         parts = [f"{self.per_minute:.1f} a minute", f"${self.cost_usd:,.2f}"]
         if self.left_seconds is not None:
             parts.append(f"{duration(self.left_seconds)} left")
+        parts += self._held()
         share = f" ({self.share:.0%})" if self.total else ""
         counts = f"{self.stored:,} stored, {self.reused:,} reused, {self.not_there:,} not there"
         return f"{self._done_of_total()}{share}: {counts}; {', '.join(parts)}"
@@ -62,7 +65,10 @@ class Progress:
         parts += [f"{self.per_minute:.0f} a minute", f"${self.cost_usd:,.2f}"]
         if self.left_seconds is not None:
             parts.append(f"{duration(self.left_seconds)} left")
-        return ", ".join(parts)
+        return ", ".join(parts + self._held())
+
+    def _held(self) -> list[str]:
+        return [f"{self.past_deadline} slots held past the deadline"] if self.past_deadline else []
 
     def _done_of_total(self) -> str:
         if self.total is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, INTERRUPTED, Buyer, Buying
-from prefect_eachlabs.batch.history import History
+from prefect_eachlabs.batch.history import READ_AT_A_TIME, History
 from prefect_eachlabs.batch.outcomes import (
     THERE,
     BatchResult,
@@ -31,7 +31,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.cancellation import to_its_end
-from prefect_eachlabs.errors import EachlabsError, SetupError, Skipped
+from prefect_eachlabs.errors import EachlabsError, PredictionTimedOut, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -187,6 +187,9 @@ class Batch:
         self._buying: Buying | None = None
         self.first_not_there: list[Outcome] = []
         self._obtaining: set[asyncio.Task[Any]] = set()
+        self._timed_out: list[tuple[Wanted, Outcome]] = []
+        """Rows whose deadline has passed, told at the end: whoever sees their predictions' ends stores them."""
+        self._said_past_deadline = 0
         self._has_begun_to_buy = False
         self.is_interrupted = False
         self.last_result: BatchResult | None = None
@@ -309,8 +312,23 @@ class Batch:
             if not self.is_interrupted:
                 raise
             outcome = await self._buying.interrupted(wanted)
-        self._add(outcome)
+        if outcome.kind == PredictionTimedOut.default_kind and not self.is_interrupted:
+            self._timed_out.append((wanted, outcome))
+        else:
+            self._add(outcome)
         return outcome
+
+    async def _end_timed_out(self) -> None:
+        """Adds the rows whose deadline had passed, as their records say now."""
+        buying, self._timed_out, rows = self._buying, [], self._timed_out
+        for start in range(0, len(rows), READ_AT_A_TIME):
+            some = rows[start : start + READ_AT_A_TIME]
+            if buying is not None and self.is_interrupted:
+                outcomes = await asyncio.gather(*(buying.interrupted(wanted) for wanted, _ in some))
+            elif buying is not None:
+                outcomes = await asyncio.gather(*(buying.looked_at_again(*row) for row in some))
+            for outcome in outcomes:
+                self._add(outcome)
 
     async def _interrupt(self, seconds: float) -> None:
         """Ends the run now: what is in flight is cancelled, and the report says what came of every row until here.
@@ -324,6 +342,8 @@ class Batch:
         tasks = list(self._obtaining)
         for task in tasks:
             task.cancel()
+        if self._timed_out:
+            tasks.append(asyncio.ensure_future(self._buyer.cancel_late(self.options.run_id)))
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=seconds)
             for task in late:
@@ -331,6 +351,7 @@ class Batch:
             await asyncio.wait(tasks, timeout=RECORD_SECONDS)
         await self._end_ticker()
         try:
+            await self._end_timed_out()
             await self._writer.write_rest()
             if self.options.shard is None and self._has_begun_to_buy:
                 await self._write_report()
@@ -352,6 +373,7 @@ class Batch:
             StoreFailed, SetupError: The report could not be written; its parts stand as far as they were taken.
         """
         await self._end_ticker()
+        await self._end_timed_out()
         if self._show is not None:
             self._show(self.progress())
         if self._stopped_by is None and self._buying is not None:
@@ -459,12 +481,23 @@ class Batch:
             await asyncio.sleep(min(TICK_SECONDS, self._show_seconds))
             now = loop.time()
             self._pace.see(now, self.totals.count(RowState.STORED))
+            self._say_past_deadline()
             if self._show is not None and now - shown_at >= self._show_seconds:
                 shown_at = now
                 self._show(self.progress())
             if now - part_at >= PART_SECONDS:
                 part_at = now
                 self._writer.begin_part()
+
+    def _say_past_deadline(self) -> None:
+        count = self._buyer.slots_past_deadline
+        if count > self._said_past_deadline:
+            logger.warning(
+                "Slots in flight held by predictions past their deadlines: %d. The vendor counts them too; each comes "
+                "back when its end is seen, or after an hour. Ctrl-C, or the run's cancel, cancels them.",
+                count,
+            )
+        self._said_past_deadline = count
 
     def progress(self) -> Progress:
         """How far it is."""
@@ -483,6 +516,7 @@ class Batch:
             reused=totals.count(RowState.REUSED),
             not_there=totals.not_there,
             in_progress=len(self._obtaining),
+            past_deadline=self._buyer.slots_past_deadline,
             cost_usd=self.budget.spent_usd,
             seconds=now - self._began,
             per_minute=per_minute,

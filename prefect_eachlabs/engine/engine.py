@@ -101,13 +101,30 @@ class Engine:
         self.settings = settings
         self.account = Account(settings, source, store_for, client, downloader, outside)
         self._running: dict[_Key, Running] = {}
-        self._late: set[asyncio.Task[None]] = set()
+        self._late: dict[asyncio.Task[None], str] = {}
+        """Who waits for an end past its deadline → the prediction."""
 
     @property
     def in_flight(self) -> int:
         """How many jobs of this process have ordered what has not ended, or are ordering this moment."""
         jobs = [running.job for running in list(self._running.values())]
-        return sum(job.prediction_id is not None or not job.may_be_interrupted.is_set() for job in jobs)
+        return len(self._late) + sum(
+            job.prediction_id is not None or not job.may_be_interrupted.is_set() for job in jobs
+        )
+
+    @property
+    def slots_past_deadline(self) -> int:
+        """How many slots in flight are held by predictions past their deadlines: the vendor counts them too."""
+        return sum(map(self.account.poller.holds_slot, list(self._late.values())))
+
+    async def cancel_late(self, run_id: str) -> None:
+        """Cancels what this run bought and what goes on past its deadline, and writes down the truth. Free."""
+        late = [(task, one, self.account.bought_here(one)) for task, one in self._late.items()]
+        ours = [(task, one, bought) for task, one, bought in late if bought is not None and bought.run_id == run_id]
+        for task, _, _ in ours:
+            task.cancel()
+        cancels = [self.account.clean_up(self.account.cancel_and_note(one, bought)) for _, one, bought in ours]
+        await asyncio.gather(*map(asyncio.shield, cancels))
 
     async def generate_and_store(
         self,
@@ -260,7 +277,7 @@ class Engine:
         try:
             end = await self.account.end_within(future, prediction, options.deadline_seconds)
         except PredictionTimedOut:
-            self._keep(self._finish_late(books, held, future, options))
+            self._keep(self._finish_late(books, held, future, options), prediction.id)
             raise
         except Rejected as error:
             if error.status_code != 404:
@@ -309,10 +326,10 @@ class Engine:
         except (EachlabsError, Overtaken) as error:
             logger.warning("Item %s: %s", held.record.item_id, error)
 
-    def _keep(self, work: Coroutine[Any, Any, None]) -> None:
+    def _keep(self, work: Coroutine[Any, Any, None], prediction_id: str) -> None:
         task = asyncio.ensure_future(work)
-        self._late.add(task)
-        task.add_done_callback(self._late.discard)
+        self._late[task] = prediction_id
+        task.add_done_callback(self._late.pop)
 
     async def create(
         self,

@@ -327,7 +327,7 @@ class Purchaser:
         await options.budget.approve(item)
         request = await self._take_slots(job)
         try:
-            options.budget.check()
+            options.budget.check(item)
         except Skipped:
             request.unused()
             self._limiter.breaker.left()

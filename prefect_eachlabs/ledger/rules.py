@@ -20,7 +20,7 @@ class Budget(Protocol):
         """Asked before slots are waited for; may wait itself. Once for each item that is approved, and again."""
         ...
 
-    def check(self) -> None:
+    def check(self, item: Item) -> None:
         """Asked once more with the slots at hand, right before the claim of a POST."""
         ...
 

@@ -118,6 +118,11 @@ class Poller:
         """Its end, when it was seen (the last 10,000 are remembered)."""
         return self._ends.get(prediction_id)
 
+    def holds_slot(self, prediction_id: str) -> bool:
+        """Whether it holds a slot in flight: until its end is seen, for an hour at most."""
+        watched = self._schedule.watched.get(prediction_id)
+        return watched is not None and watched.slot is not None
+
     def hurry(self, prediction_id: str) -> None:
         """Asks about it by id as soon as there is a request slot."""
         watched = self._schedule.watched.get(prediction_id)

@@ -93,7 +93,7 @@ class CountingShop:
             assert options.budget is not None
             await options.budget.approve(item)
             async with self._limiter:
-                options.budget.check()
+                options.budget.check(item)
                 self.bought.append(item.item_id)
                 error = self.ending(item)
                 if error is None or isinstance(error, (PredictionFailed, PredictionTimedOut)):
@@ -137,6 +137,10 @@ class CountingShop:
     async def past_costs(self, model: str) -> list[float]:
         self.price_look_ups += 1
         return list(self.past_usd)
+
+    slots_past_deadline = 0
+
+    async def cancel_late(self, run_id: str) -> None: ...
 
     async def executions(self, offset: int) -> tuple[Execution, ...]:
         self.pages_of_executions += 1

@@ -11,8 +11,10 @@ import pytest
 from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.outcomes import BatchResult
+from prefect_eachlabs.batch.plan import plan_batch
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
+from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.errors import Skipped
 from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
@@ -59,7 +61,7 @@ class Refusing:
         if self.at == "approve":
             raise Skipped("no")
 
-    def check(self) -> None:
+    def check(self, item: Item) -> None:
         if self.at == "check":
             raise Skipped("no")
 
@@ -308,6 +310,56 @@ def test_a_price_that_has_risen_is_met_by_one_picture_alone() -> None:
         before = billed_usd(world)
         result = await batch(world.process(), 40, budget_usd=0.25)
         assert billed_usd(world) - before == pytest.approx(0.2) == pytest.approx(result.cost_usd)
+
+    play(story)
+
+
+def test_an_interrupted_run_cancels_what_is_in_flight_past_its_deadline_too(caplog: pytest.LogCaptureFixture) -> None:
+    async def story() -> None:
+        world = World("prediction:stuck", settings={"max_in_flight": 3})
+        process = world.process()
+        going = asyncio.ensure_future(batch(process, 5, deadline_seconds=20.0))
+        await asyncio.sleep(60)
+        assert (process.engine.slots_past_deadline, process.engine.in_flight) == (3, 3)
+        going.cancel()
+        await asyncio.wait({going})
+        assert [job.cancelled is not None for job in world.bought()] == [True] * 3
+        assert set(process.engine.account.interruptions.values()) == {Interruption.CANCELLED}
+        assert {record.state for record in world.records()} == {RecordState.CANCELLED}
+        report = world.store.json(DESTINATION.key("batches/spring/report.json"))
+        assert (report["failures_by_kind"]["failed"], report["cost_unknown"]) == ({"cancelled": 3}, 0)
+
+    play(story)
+    assert "held by predictions past their deadlines: 3." in caplog.text
+
+
+def test_a_row_whose_picture_was_stored_after_its_deadline_is_stored_in_the_report() -> None:
+    async def story() -> None:
+        world = World("prediction:slow,seconds=40,next=1", settings={"max_in_flight": 1})
+        result = await batch(world.process(), 12, deadline_seconds=20.0)
+        assert (result.stored, result.failed, result.cost_unknown) == (12, 0, 0)
+        assert result.cost_usd == pytest.approx(billed_usd(world))
+        world.check(items(12))
+
+    play(story)
+
+
+def test_a_dry_run_reads_the_records_that_no_report_knows() -> None:
+    async def story() -> None:
+        world = World(service_seconds=30.0, settings={"max_in_flight": 4})
+        process = world.process()
+        going = asyncio.ensure_future(batch(process, 4))
+        await asyncio.sleep(10)
+        process.kill()
+        changed = [*prompts(3), {"id": "item-00003", "prompt": "another"}, {"id": "item-00004", "prompt": "new"}]
+        looking = world.process()
+        store = looking.engine.account.books(DESTINATION).ledger.store
+        folder = BatchFolder(store, MemoryFiles(world.store), DESTINATION, "spring", inline)
+        made = Batch(EngineBuyer(looking.engine), source_of(changed), folder, BatchOptions(run_id="dry"), worker=inline)
+        plan = await looking.run(plan_batch(made, looking.settings))
+        assert (plan.items, plan.new, plan.reused, plan.failed) == (5, 1, 3, 1)
+        assert "item conflict" in plan.why
+        going.cancel()
 
     play(story)
 

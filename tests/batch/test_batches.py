@@ -18,6 +18,7 @@ from prefect_eachlabs.errors import (
     BadInput,
     ContentRefused,
     EachlabsError,
+    FormatNotAllowed,
     InsufficientBalance,
     KeyRefused,
     OutcomeUnknown,
@@ -434,6 +435,22 @@ def test_whoever_shows_the_chunks_sees_each_row_that_began_and_the_end_at_once(c
 
 
 # Money.
+
+
+def test_a_model_whose_pictures_cannot_be_stored_is_ordered_no_further() -> None:
+    def ending(item: Item) -> EachlabsError | None:
+        return FormatNotAllowed("Allow it: --formats png,jpeg.") if item.model == "jpegs" else None
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore(), ending=ending)
+        rows = [{**row, "model": "pngs" if number % 2 else "jpegs"} for number, row in enumerate(prompts(100))]
+        result = await run(shop, source_of(rows))
+        bought = Counter(int(item_id[-1]) % 2 for item_id in shop.bought)
+        assert bought[1] == result.stored == 50
+        assert bought[0] == result.failed <= 3 + 10
+        assert result.failures_by_kind["skipped"] == {"not tried: format not allowed": 50 - bought[0]}
+
+    virtual_time.run(story())
 
 
 def test_a_budget_is_never_exceeded_and_what_it_leaves_out_is_skipped() -> None:
