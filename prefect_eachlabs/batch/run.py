@@ -320,13 +320,17 @@ class Batch:
 
     async def _end_timed_out(self) -> None:
         """Adds the rows whose deadline had passed, as their records say now."""
-        buying, self._timed_out, rows = self._buying, [], self._timed_out
+        rows, self._timed_out = self._timed_out, []
         for start in range(0, len(rows), READ_AT_A_TIME):
-            some = rows[start : start + READ_AT_A_TIME]
-            if buying is not None and self.is_interrupted:
-                outcomes = await asyncio.gather(*(buying.interrupted(wanted) for wanted, _ in some))
-            elif buying is not None:
-                outcomes = await asyncio.gather(*(buying.looked_at_again(*row) for row in some))
+            assert self._buying is not None, "rows timed out"
+            outcomes = await asyncio.gather(
+                *(
+                    self._buying.interrupted(wanted)
+                    if self.is_interrupted
+                    else self._buying.looked_at_again(wanted, outcome)
+                    for wanted, outcome in rows[start : start + READ_AT_A_TIME]
+                )
+            )
             for outcome in outcomes:
                 self._add(outcome)
 
