@@ -41,7 +41,7 @@ check: $(STAMP)  ## lint, format, types, and who imports whom
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(STAMP)  ## mend what ruff can mend
+format: $(STAMP)  ## mend what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

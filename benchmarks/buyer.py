@@ -28,7 +28,7 @@ from pydantic import SecretStr
 from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeSource
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.machine import machine_source
+from prefect_eachlabs.limits.file_leases import machine_source
 from prefect_eachlabs.models import Destination, Item, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
@@ -123,7 +123,7 @@ def prepare_ours(
     """
     make_source: MakeSource = machine_source
     if os.environ.get("PREFECT_API_URL"):
-        from prefect_eachlabs.limits.leases import lot_source_for  # noqa: PLC0415 - it imports Prefect
+        from prefect_eachlabs.limits.prefect_leases import lot_source_for  # noqa: PLC0415 - it imports Prefect
 
         make_source = lot_source_for
     store = MemoryStore()

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator
 
 from prefect_eachlabs.engine.runtime import Gateway, gateway_for
 from prefect_eachlabs.errors import BadInput, SetupError, without_query
-from prefect_eachlabs.limits.leases import lot_source_for
+from prefect_eachlabs.limits.prefect_leases import lot_source_for
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net.endpoints import checked_endpoint
 from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE, Roots

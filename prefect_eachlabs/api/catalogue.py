@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prefect_eachlabs.api.once import Once
+from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.schema_check import faults_of, listed
 from prefect_eachlabs.confined import ConfinedError, JobFailed, TooCostly
 from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected

@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
+from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, Unanswered, without_query
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Item, without_signature

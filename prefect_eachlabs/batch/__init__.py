@@ -1,1 +1,1 @@
-"""Thousands of pictures from a table: sources, the runner, reports. `runner` has the doors; none knows Prefect."""
+"""Thousands of pictures from a table: sources, runs, reports; `plan` opens a batch. None knows Prefect."""

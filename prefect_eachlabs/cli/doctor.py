@@ -163,7 +163,7 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
     if settings is None:
         return Finding("API", SKIPPED, "not asked without a key")
     from prefect_eachlabs.engine.runtime import gateway_for
-    from prefect_eachlabs.limits.leases import lot_source_for
+    from prefect_eachlabs.limits.prefect_leases import lot_source_for
 
     # Without limits on the server nobody shares them yet, and asking through them would create them.
     gateway = gateway_for(settings, make_source=lot_source_for if shared else None)

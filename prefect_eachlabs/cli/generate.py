@@ -119,7 +119,7 @@ def source_of_places() -> MakeSource | None:
     """Where places come from: the Prefect server's limits where one may be configured, else this machine's."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None
-    from prefect_eachlabs.limits.leases import lot_source_for
+    from prefect_eachlabs.limits.prefect_leases import lot_source_for
 
     return lot_source_for
 

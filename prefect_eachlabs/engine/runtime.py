@@ -18,8 +18,8 @@ from typing import Any, Generic, TypeVar
 from prefect_eachlabs.engine import consoles
 from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.images.download import Downloader
+from prefect_eachlabs.limits.file_leases import machine_source
 from prefect_eachlabs.limits.limiter import SlotSource
-from prefect_eachlabs.limits.machine import machine_source
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net import redaction
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment

@@ -15,7 +15,7 @@ from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
 from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.limits.leases import PrefectLeases, limit_name
+from prefect_eachlabs.limits.prefect_leases import PrefectLeases, limit_name
 from prefect_eachlabs.limits.shared import ServerAway
 from prefect_eachlabs.limits.window import Kind
 from prefect_eachlabs.settings import AccountSettings

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.api import schema_check
+from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
-from prefect_eachlabs.api.once import Once
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.models import _described, _line
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered

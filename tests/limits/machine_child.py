@@ -12,8 +12,8 @@ import signal
 import sys
 
 from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.limits.file_leases import machine_source
 from prefect_eachlabs.limits.limiter import RateLimiter
-from prefect_eachlabs.limits.machine import machine_source
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings

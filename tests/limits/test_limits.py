@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_eachlabs.limits.leases import PrefectLeases, lot_source_for
+from prefect_eachlabs.limits.file_leases import FileLeases
 from prefect_eachlabs.limits.limiter import Kind, LocalSlots, SlotSource
-from prefect_eachlabs.limits.machine import FileLeases
+from prefect_eachlabs.limits.prefect_leases import PrefectLeases, lot_source_for
 from prefect_eachlabs.limits.shared import Leases, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer

@@ -22,8 +22,8 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.limits import admin as limits_admin
-from prefect_eachlabs.limits.leases import PrefectLeases
 from prefect_eachlabs.limits.limiter import Kind, RateLimiter
+from prefect_eachlabs.limits.prefect_leases import PrefectLeases
 from prefect_eachlabs.limits.shared import Denied, Granted, LeaseGone, LimitMissing, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 

@@ -13,8 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED, temporary_settings
 
-from prefect_eachlabs.limits.leases import PrefectLeases
 from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.prefect_leases import PrefectLeases
 from prefect_eachlabs.limits.shared import Denied, LeaseGone, ServerAway
 
 Answer = tuple[int, str]

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from prefect_eachlabs.limits import machine
+from prefect_eachlabs.limits import file_leases
+from prefect_eachlabs.limits.file_leases import FileLeases, machine_source, state_folders
 from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter, SlotSource
-from prefect_eachlabs.limits.machine import FileLeases, machine_source, state_folders
 from prefect_eachlabs.limits.shared import SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_workers import Api, SharingBuyer, now, takes, warnings
@@ -372,7 +372,7 @@ def test_a_disk_that_fills_up_leaves_the_limits_to_the_process_and_says_so_once(
         api = Api()
         Process(tmp_path, api).start()
         await asyncio.sleep(30)
-        monkeypatch.setattr(machine, "_write", full)
+        monkeypatch.setattr(file_leases, "_write", full)
         await asyncio.sleep(180)
         assert api.sent(60, 210) >= 140
         assert api.worst_window() <= 60
@@ -401,7 +401,7 @@ def test_a_lock_that_a_stopped_process_holds_is_waited_for_and_then_done_without
 def test_without_file_locks_the_limits_are_the_processs_own_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(machine, "HAS_FILE_LOCKS", False)
+    monkeypatch.setattr(file_leases, "HAS_FILE_LOCKS", False)
     assert isinstance(machine_source(account()), LocalSlots)
     assert len(caplog.records) == 1
 
@@ -410,7 +410,7 @@ def test_after_a_reboot_the_file_says_nothing(tmp_path: Path, monkeypatch: pytes
     async def story() -> None:
         before = Process(tmp_path, Api(), max_in_flight=1)
         assert await takes(before, Kind.IN_FLIGHT, 1) is not None
-        monkeypatch.setattr(machine, "_boot_id", lambda: "another boot")
+        monkeypatch.setattr(file_leases, "_boot_id", lambda: "another boot")
         after = Process(tmp_path, Api(), max_in_flight=1)
         assert await takes(after, Kind.IN_FLIGHT, 1) is not None
 

@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES
 
 from prefect_eachlabs.errors import without_query
-from prefect_eachlabs.limits.machine import machine_source
+from prefect_eachlabs.limits.file_leases import machine_source
 from prefect_eachlabs.limits.shared import (
     CALL_SECONDS,
     LEASE_SECONDS,
