@@ -33,7 +33,8 @@ from prefect_eachlabs.ledger.evidence import fit, is_near
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.settings import AccountSettings
 
-AT_ONCE = 6
+AT_ONCE = 3
+"""One more than are decoded at a time."""
 
 
 async def thumbnails(data: bytes) -> None:
@@ -50,7 +51,7 @@ async def downloads(data: bytes) -> None:
     formats = ("png", "jpeg", "webp", "gif")
 
     async def one(number: int) -> None:
-        for _ in range(4):  # as often as it is repeated for a picture that is not whole
+        for _ in range(2):  # it is repeated for a picture that is not whole
             with suppress(EachlabsError):
                 await downloader.fetch(f"https://p.invalid/{number}", formats=formats, prediction_id="p")
 
