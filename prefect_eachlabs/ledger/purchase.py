@@ -758,7 +758,7 @@ def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
         return False
     run_seconds = asyncio.get_running_loop().time() - options.began_at
     return (
-        held.age_seconds - 1 >= run_seconds  # both times of an age have a resolution of 1 s
+        held.age_seconds >= run_seconds  # to the second, which is the resolution of the bucket's times
         and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))
     )
 

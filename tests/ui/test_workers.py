@@ -30,7 +30,7 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
     for name, cron in (
         ("generate-batch/generate-batch", "0 2 * * *"),
         ("scheduled-image/scheduled-image", "0 6 * * *"),
-        ("settle/settle", "30 5 * * *"),
+        ("settle/settle", "30 */6 * * *"),
     ):
         (schedule,) = studio.stage.deployment(name)["schedules"]
         assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == (cron, "Europe/Berlin")
