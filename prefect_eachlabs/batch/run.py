@@ -346,13 +346,12 @@ class Batch:
         tasks = list(self._obtaining)
         for task in tasks:
             task.cancel()
-        if self._timed_out:
-            tasks.append(asyncio.ensure_future(self._buyer.cancel_late(self.options.run_id)))
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=seconds)
-            for task in late:
-                task.cancel()
-            await asyncio.wait(tasks, timeout=RECORD_SECONDS)
+        # Past its deadline a prediction is nobody's task any more, whatever its row waits for.
+        tasks.append(asyncio.ensure_future(self._buyer.cancel_late(self.options.run_id)))
+        _, late = await asyncio.wait(tasks, timeout=seconds)
+        for task in late:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=RECORD_SECONDS)
         await self._end_ticker()
         try:
             await self._end_timed_out()

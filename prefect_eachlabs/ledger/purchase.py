@@ -548,6 +548,13 @@ class Purchaser:
                     if current.record.run_id != claim.record.run_id:
                         created.ordered_by = claim.record.run_id
                 else:
+                    holder = await until_it_succeeds(
+                        lambda: take_adoption_marker(ledger, prediction.id, item.item_id),
+                        errors=BUCKET_ERRORS,
+                        what=what,
+                    )
+                    if holder != item.item_id:
+                        return _Posted(current)  # two equal items were given each other's: each is named once
                     return _Posted(await self._one_too_many(item, ledger, current, prediction))
 
     async def _adopted_by_another(

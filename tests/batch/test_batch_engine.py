@@ -446,6 +446,20 @@ def test_what_another_run_has_replaced_is_billed_to_the_run_that_had_bought_it()
     play(story)
 
 
+def test_a_run_that_is_interrupted_while_it_looks_for_costs_cancels_what_is_past_its_deadline() -> None:
+    async def story() -> None:
+        settings = {"requests_per_minute": None, "deadline_seconds": 30.0}
+        world = World("prediction:slow,seconds=400", service_seconds=20.0, settings=settings)
+        work = asyncio.ensure_future(batch(world.process(), 3))
+        await asyncio.sleep(33)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+        assert [job.status_at(world.now()) for job in world.bought()] == ["cancelled"] * 3
+
+    play(story)
+
+
 class Told:
     """Tells each prediction's cost when it is asked, and nothing of the past."""
 

@@ -128,3 +128,38 @@ def test_a_run_that_replaces_goes_on_after_it_was_killed_between_settling_and_it
         is_named_once(world)
 
     play(story)
+
+
+@pytest.mark.parametrize("service_seconds", [2.0, 200.0])
+@pytest.mark.parametrize("how", ["frozen", "without its bucket"])
+def test_two_equal_items_that_were_given_each_others_predictions_name_each_once(
+    how: str, service_seconds: float
+) -> None:
+    async def story() -> None:
+        world = World(latency_seconds=3.0, service_seconds=service_seconds)
+        x, y, other = wanted(1, prompt="the same"), wanted(2, prompt="the same"), wanted(9)
+        first = world.process(run_id="first")
+        await first.obtain(other)
+
+        async def a_little_later() -> object:
+            await asyncio.sleep(2)
+            return await first.obtain(y)
+
+        work = [asyncio.ensure_future(first.obtain(x)), asyncio.ensure_future(a_little_later())]
+        if how == "frozen":
+            first.plan.freeze_at = "before S3 PUT kit/records/item-1.json created"
+        await until(lambda: len(world.bought()) == 3)
+        if how != "frozen":
+            first.plan.by_name.append(("S3", "refuse", 10**6))
+        await asyncio.sleep(93)
+        second = world.process(run_id="second")
+        work += [asyncio.ensure_future(second.obtain(item)) for item in (x, y)]
+        await asyncio.sleep(60)
+        if how == "frozen":
+            first.thaw()
+        else:
+            first.plan.by_name.clear()
+        await asyncio.wait_for(asyncio.gather(*work), 5000)
+        world.check([x, y, other])
+
+    play(story)
