@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 TUTORIAL = list(blocks_of(ROOT / "docs" / "tutorial.md"))
 TESTING = list(blocks_of(ROOT / "docs" / "how-to" / "testing-flows.md"))
 COMMAND_ENDS_WITHIN_SECONDS = 180.0
-IS_SHOWN_WITHIN_SECONDS = 150.0
+IS_SHOWN_WITHIN_SECONDS = 300.0  # a schedule fires within two minutes, on a machine that has nothing else to do
 
 
 def a_users_environment(home: Path, **more: str) -> dict[str, str]:

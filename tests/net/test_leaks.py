@@ -79,7 +79,7 @@ class Scene:
             start_new_session=True,
         )
         try:
-            stdout, stderr = process.communicate(timeout=240)
+            stdout, stderr = process.communicate(timeout=600)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # Prefect's embedded server goes with who started it
