@@ -98,10 +98,18 @@ def test_a_batch_killed_twice_on_a_bad_day_is_finished_and_billed_once(
         # Killed in its first order and answered 500 in its second, a row waits for a person who says that it may.
         assert api.tallies()["billed"] == ROWS - answer["ambiguous"]
         api.set_faults()
-        answer = finish(start(source, api, local_s3, tmp_path, 3, "--retry-ambiguous"), tmp_path, 3)
+        for number in (3, 4):  # a person's word is good for one run
+            answer = finish(start(source, api, local_s3, tmp_path, number, "--retry-ambiguous"), tmp_path, number)
+            if not answer["ambiguous"]:
+                break
         tallies = api.tallies()
 
-    assert answer["ambiguous"] == 0
+    with (
+        closing(boto3.client("s3", endpoint_url=local_s3.url)) as s3,
+        s3.get_object(Bucket=BUCKET, Key="p/batches/PartiPrompts/report.jsonl")["Body"] as body,
+    ):
+        lines = [line for line in body.read().decode().splitlines() if '"ambiguous"' in line]
+    assert answer["ambiguous"] == 0, lines
     assert set(answer["failures_by_kind"]["failed"]) <= {"prediction failed", "content refused", "not a PNG"}
     assert tallies["billed_too_often"] == 0
     assert tallies["billed"] == tallies["distinct_inputs"]
