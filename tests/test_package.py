@@ -54,7 +54,7 @@ def test_what_is_public_is_sorted_and_there_and_documented(package: Any) -> None
         package.none_such  # noqa: B018
 
 
-def test_sixteen_names_are_public() -> None:
+def test_eighteen_names_are_public() -> None:
     assert len(prefect_eachlabs.__all__) == 18
     assert prefect_eachlabs.__version__ == VERSION
 

@@ -239,8 +239,11 @@ class Purchaser:
                     record = await self._may_order_again(ledger, settled, options)
                 elif posted.is_unused:
                     replacing = posted.held  # throttled, or without slots
-                elif posted.held.record.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS):
-                    # Ours was found by another, came to nothing, and a further order has begun since: theirs decides.
+                elif (
+                    posted.held.record.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS)
+                    or posted.held.record.fingerprint != item.fingerprint
+                ):
+                    # Ours was found by another, and a further order or another input stands there since: look again.
                     raise Overtaken(posted.held)
                 else:
                     created = posted.held.record

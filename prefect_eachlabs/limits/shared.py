@@ -1,6 +1,7 @@
 """The slots of an account, leased in lots from whoever counts them for all its processes: a `SlotSource`.
 
-Two count: a Prefect server, for processes anywhere (`leases`), and without one a file of this machine (`machine`).
+Two count: a Prefect server, for processes anywhere (`prefect_leases`), and without one a file of this machine
+(`file_leases`).
 
 A *lot* is a few slots under one lease. It is leased for 75 s when callers wait, used for 10 s, and given back when its
 last slot is free again: a request's 60 s after its answer, one in flight at the end of its prediction. Then it is

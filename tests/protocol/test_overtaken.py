@@ -95,6 +95,26 @@ def test_what_another_run_replaced_meanwhile_is_not_ordered_over(killed_after: s
     play(story)
 
 
+def test_the_picture_of_another_input_is_not_given_back_for_the_one_that_it_replaced() -> None:
+    """The other run's prediction is still in flight when the first one goes on."""
+
+    async def story() -> None:
+        world = World(service_seconds=200.0)
+        first = world.process(run_id="first", freeze_at=f"after {POST}")
+        work = asyncio.ensure_future(first.until_it_ends(first.obtain(X)))
+        await first.froze.wait()
+        await asyncio.sleep(70)
+        second = world.process(run_id="second")
+        replacing = asyncio.ensure_future(second.obtain(OTHER, replace=True))
+        await until(lambda: len(world.bought()) == 2 and world.record(OTHER).state is RecordState.CREATED)
+        first.thaw()
+        assert isinstance(await asyncio.wait_for(work, 3000), ItemConflict)
+        assert (await replacing).prediction_id == world.record(OTHER).prediction_id
+        is_named_once(world)
+
+    play(story)
+
+
 def test_a_strangers_object_is_told_before_anything_is_bought_after_settling_too() -> None:
     async def story() -> None:
         world = World()
