@@ -26,6 +26,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import httpx
+
 from prefect_eachlabs.limits.shared import LEASE_SECONDS, Count, Denied, Granted, LeaseGone, SharedSlots, clock
 from prefect_eachlabs.limits.window import Kind, LocalSlots, SlotSource
 from prefect_eachlabs.settings import AccountSettings
@@ -104,7 +106,8 @@ class FileLeases:
 
     def __init__(self, settings: AccountSettings, folder: Path | None = None) -> None:
         self._account = settings.account
-        where = hashlib.sha256(f"{settings.base_url}\n{_boot_id()}".encode()).hexdigest()[:16]
+        # httpx writes one API in one way, whatever the case of its host and with its port or without.
+        where = hashlib.sha256(f"{httpx.URL(settings.base_url)}\n{_boot_id()}".encode()).hexdigest()[:16]
         self._name = f"limits-{settings.account}-{where}.json"
         self._limits: dict[Kind, int] = {}
         self._own: Rows = {}

@@ -453,3 +453,10 @@ def test_a_process_alone_on_its_machine_is_as_fast_as_its_own_window(tmp_path: P
         return await pictures(SharedSlots(account(), FileLeases(account(), tmp_path)))
 
     assert run(shared()) >= 0.98 * run(pictures(LocalSlots(requests_per_minute=60, max_in_flight=10)))
+
+
+def test_one_api_in_two_spellings_is_one_account(tmp_path: Path) -> None:
+    spellings = ("https://api.eachlabs.ai", "https://API.eachlabs.ai:443")
+    places = {FileLeases(account(base_url=url), tmp_path).where for url in spellings}
+    assert len(places) == 1
+    assert places != {FileLeases(account(base_url="https://api.eachlabs.ai:8443"), tmp_path).where}
