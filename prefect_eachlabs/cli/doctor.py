@@ -48,7 +48,7 @@ class Finding:
 
     Attributes:
         about: The thing.
-        state: `ok`; `MEND` (it works, and should be mended); `WRONG` (nothing works until it is mended); `-`.
+        state: `ok`; `MEND` (it works, and should be fixed); `WRONG` (nothing works until it is fixed); `-`.
         said: What was found.
         advice: What to do; empty when all is well.
     """
@@ -71,8 +71,8 @@ def doctor(
     --to writes one small object (PREFIX/doctor.txt) to see whether the bucket keeps
     the conditions that purchases rely on.
 
-    exit status: 0 all is well, 1 it works and something should be mended, 2 it
-    cannot work until something is mended
+    exit status: 0 all is well, 1 it works and something should be fixed, 2 it
+    cannot work until something is fixed
 
     example:
       prefect-eachlabs doctor --to s3://acme-pictures/daily
@@ -103,7 +103,7 @@ def doctor(
 
 
 def exit_status(findings: Iterable[Finding]) -> int:
-    """0 all is well, 1 something should be mended, 2 something must be."""
+    """0 all is well, 1 something should be fixed, 2 something must be."""
     states = {one.state for one in findings}
     return 2 if WRONG in states else 1 if MEND in states else 0
 

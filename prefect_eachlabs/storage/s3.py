@@ -237,7 +237,7 @@ def _date_of(answer: Mapping[str, Any]) -> datetime:
     except (KeyError, TypeError, ValueError):
         raise SetupError(
             "The store's answer has no Date header, without which the age of a claim cannot be told: use a store that "
-            "sends it, or mend the proxy in between."
+            "sends it, or fix the proxy in between."
         ) from None
 
 

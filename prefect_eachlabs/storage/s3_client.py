@@ -53,14 +53,14 @@ _NO_CREDENTIALS = (
     TokenRetrievalError,
 )
 _SETUP_ADVICE = {
-    "NoSuchBucket": "there is no such bucket: create it, or mend the destination",
-    "InvalidBucketName": "this is no valid bucket name: mend the destination",
+    "NoSuchBucket": "there is no such bucket: create it, or fix the destination",
+    "InvalidBucketName": "this is not a valid bucket name: fix the destination",
     "InvalidAccessKeyId": "the access key is not known there: check AWS_ACCESS_KEY_ID or the S3Destination block",
     "SignatureDoesNotMatch": "the secret key does not fit the access key: check AWS_SECRET_ACCESS_KEY or the block",
     "ExpiredToken": "the session token has expired: log in again or renew AWS_SESSION_TOKEN",
     "InvalidToken": "the session token is not valid: renew AWS_SESSION_TOKEN or the block",
     "RequestTimeTooSkewed": "this machine's clock is wrong by more than 15 minutes: set it",
-    "InvalidStorageClass": "the storage class is not known there: mend storage_class of the S3Destination block",
+    "InvalidStorageClass": "the storage class is not known there: fix storage_class of the S3Destination block",
     "AccountProblem": "the AWS account is suspended or has a problem: ask its owner",
 }
 _WRONG_REGION = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
@@ -74,7 +74,7 @@ _PASSING_REFUSALS = {
     "Throttling",
     "XAmzContentSHA256Mismatch",
 }
-"""Refusals with a 4xx status that a repetition may mend."""
+"""Refusals with a 4xx status that a repetition may fix."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -242,13 +242,13 @@ def explain(error: Exception, *, uri: str, endpoint: str) -> EachlabsError:
         )
     if isinstance(error, CUT_OR_SILENT):
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
-            return SetupError(f"The certificate of {endpoint} is not trusted: set AWS_CA_BUNDLE, or mend the endpoint.")
+            return SetupError(f"The certificate of {endpoint} is not trusted: set AWS_CA_BUNDLE, or fix the endpoint.")
         return StoreFailed(
             f"The store did not answer for {place} ({type(error).__name__}, {ATTEMPTS} attempts): check that the "
             "endpoint is reachable (AWS_ENDPOINT_URL_S3), then run again; what was bought is not bought again."
         )
     if isinstance(error, (BotoCoreError, ValueError)):
-        return SetupError(f"boto3 cannot ask for {place}: {type(error).__name__}: {str(error)[:300]}. Mend the set-up.")
+        return SetupError(f"boto3 cannot ask for {place}: {type(error).__name__}: {str(error)[:300]}. Fix the set-up.")
     return StoreFailed(f"The store's answer for {place} was not understood ({type(error).__name__}): run again.")
 
 
@@ -285,4 +285,4 @@ def _explain_refusal(error: ClientError, place: str) -> EachlabsError:
         )
     # Cleaned before it is cut: half a secret is not known any more.
     words = redaction.shown(str(error.response.get("Error", {}).get("Message") or ""))
-    return SetupError(f"{said}: {words[:300]} Mend the destination or the S3 settings.", status_code=status, code=code)
+    return SetupError(f"{said}: {words[:300]} Fix the destination or the S3 settings.", status_code=status, code=code)

@@ -264,7 +264,7 @@ def test_a_wrong_set_up_ends_with_2_and_names_the_variable(
 
 def test_a_bucket_that_is_not_there_ends_with_2_and_says_what_to_do(studio: Studio, capsys: Printed) -> None:
     assert main(["generate", "a fox", "--to", "s3://nobody-made-this/daily"]) == 2
-    assert "there is no such bucket: create it, or mend the destination" in capsys.readouterr().err
+    assert "there is no such bucket: create it, or fix the destination" in capsys.readouterr().err
     assert studio.billed == 0
 
 
