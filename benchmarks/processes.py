@@ -242,9 +242,9 @@ class S3:
     BUCKET = "benchmarks"
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, "-m", "prefect_eachlabs.testing.s3", "--bucket", self.BUCKET]
+        command = [sys.executable, "-m", "prefect_eachlabs", "s3", "--port", "0", "--bucket", self.BUCKET]
         self.process = Process(command, folder, "s3")
-        self.url = self.process.first_line()
+        self.url = self.process.first_line().rpartition(" ")[2]
 
     def environment(self) -> dict[str, str]:
         return {

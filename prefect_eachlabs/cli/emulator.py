@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from prefect_eachlabs.cli.options import flag
+from prefect_eachlabs.cli.options import Verbose, flag, log_requests
 from prefect_eachlabs.errors import BadInput, SetupError
 
 KINDS = Path(__file__).parents[1] / "testing" / "emulator" / "fault_kinds.json"
@@ -56,6 +56,7 @@ def emulator(
     *,
     host: Annotated[str, flag("where it listens (127.0.0.1)")] = "127.0.0.1",
     port: Annotated[int, flag("0 takes a free one (8700)")] = 8700,
+    verbose: Verbose = False,
     flags: Flags = NONE_GIVEN,
 ) -> int:
     """A stand-in for the Eachlabs API that keeps its rules, on this machine.
@@ -98,6 +99,8 @@ def emulator(
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise BadInput(f"The emulator cannot be set up so: {faults}.") from None
+    if verbose:
+        log_requests("prefect_eachlabs.testing.emulator")
     try:
         run_emulator(options, host, port, say=_say)
     except (OSError, OverflowError) as error:

@@ -27,6 +27,7 @@ COMMANDS = {
     "doctor": "what is set up and what is wrong: each line ok, or what to do; costs nothing",
     "setup": "makes work pool, limits and blocks on the Prefect server, as often as you like",
     "emulator": "a stand-in for the Eachlabs API that keeps its rules, on this machine",
+    "s3": "a local S3 for demos and tests, on this machine",
 }
 """Name → summary. Each is a function of that name in a module of that name, imported when it is called."""
 

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -28,6 +30,7 @@ def positive(_: Any, number: object) -> None:
 
 
 PositiveNumber = Annotated[float, Parameter(validator=positive)]
+Verbose = Annotated[bool, flag("a line a request, on stderr")]
 InJson = Annotated[bool, flag("print one JSON object and nothing else on stdout", name="--json")]
 
 
@@ -87,6 +90,15 @@ def destination_of(text: str | None) -> Destination:
     from prefect_eachlabs.settings import destination_from_environment
 
     return Destination.parse(text or destination_from_environment())
+
+
+def log_requests(name: str) -> None:
+    """Shows what a stand-in logs, a line a request: for `--verbose`."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
 
 
 def account_for_the_server() -> AccountSettings:

@@ -3,38 +3,40 @@
     with LocalS3(buckets=["pictures"]) as s3:
         store = S3Store("pictures", s3.access)
 
-or as a process: `python -m prefect_eachlabs.testing.s3 --port 9000 --bucket pictures`. Needs the extra `demo`.
+or as a process: `prefect-eachlabs s3 --port 9000`. Needs the extra `demo`.
 
 It differs from moto's own server where that matters here: every request takes effect under one lock, so that
 conditional puts are atomic (moto checks, then puts, without one); SHA-256 checksums are checked; connections are kept
-alive; nothing is logged.
+alive; objects can be kept in a folder; a request is a line in the log at level INFO.
 """
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import hashlib
 import io
 import json
 import logging
-import signal
+import mimetypes
 import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, cast
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote, unquote
 
 from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.net.redaction import shown
 from prefect_eachlabs.storage.s3 import S3Access
 
 try:
     from moto.moto_server.werkzeug_app import create_backend_app
-    from moto.s3.models import s3_backends
+    from moto.s3.models import FakeKey, s3_backends
     from werkzeug.serving import WSGIRequestHandler, make_server
     from werkzeug.test import run_wsgi_app
 except ImportError as error:
@@ -94,14 +96,17 @@ class LocalS3:
     Args:
         port: 0 takes a free one.
         buckets: Made at the start.
+        folder: Keeps the objects: what is in it is served from the start (read into memory), and what is written
+            through this server is a file `BUCKET/KEY` there. None: they go with the process.
     """
 
     _one_at_a_time: ClassVar[threading.Lock] = threading.Lock()
     _running: ClassVar[set[LocalS3]] = set()
 
-    def __init__(self, *, port: int = 0, buckets: Iterable[str] = ()) -> None:
+    def __init__(self, *, port: int = 0, buckets: Iterable[str] = (), folder: Path | None = None) -> None:
         self._wanted_port = port
         self._buckets = tuple(buckets)
+        self._kept = None if folder is None else _Kept(folder)
         self._plan_lock = threading.Lock()
         self._faults: list[Fault] = []
         self._met: list[int] = []
@@ -121,7 +126,7 @@ class LocalS3:
         self.stop()
 
     def start(self) -> None:
-        """Serves until `stop`. Raises OSError when the port is taken."""
+        """Serves until `stop`. Raises OSError when the port is taken, or the folder cannot be read and written."""
         with socket.create_server(("127.0.0.1", self._wanted_port), backlog=128) as listening:
             # The server gets our own socket: by itself it would end the process when the port is taken.
             number = listening.fileno()
@@ -133,6 +138,8 @@ class LocalS3:
                     _forget_everything()
                 self._running.add(self)
                 self._app = create_backend_app("s3")
+                if self._kept is not None:
+                    self._kept.read()
             for name in self._buckets:
                 self.create_bucket(name)
         except BaseException:
@@ -180,6 +187,8 @@ class LocalS3:
             backend = s3_backends[ACCOUNT]["aws"]
             if name not in backend.buckets:
                 backend.create_bucket(name, REGION)
+            if self._kept is not None:
+                self._kept.write(name, "")
 
     def set_faults(self, *faults: Fault, latency_seconds: float = 0.0) -> None:
         """Replaces the faults; each begins to count now. Without arguments everything is well again."""
@@ -221,7 +230,11 @@ class LocalS3:
         environ.pop("HTTP_TRANSFER_ENCODING", None)
         with self._one_at_a_time:
             chunks, status, headers = run_wsgi_app(self._app, environ, buffered=True)
-            return _Answer(int(status.split()[0]), list(headers), b"".join(chunks))
+            answer = _Answer(int(status.split()[0]), list(headers), b"".join(chunks))
+            if self._kept is not None and answer.status < 300 and environ["REQUEST_METHOD"] in _WRITES:
+                bucket, _, key = environ["PATH_INFO"].encode("latin-1").decode(errors="replace")[1:].partition("/")
+                self._kept.write(bucket, key)
+            return answer
 
     def _meet(self, method: str, path: str) -> tuple[Fault | None, float]:
         with self._plan_lock:
@@ -233,6 +246,89 @@ class LocalS3:
                     if fault.nth <= self._met[index] < fault.nth + fault.times:
                         struck = struck or fault
             return struck, self._latency_seconds
+
+
+_WRITES = ("PUT", "POST", "DELETE")
+
+
+class _Kept:
+    """moto's objects as files `BUCKET/KEY` of a folder; what S3 keeps beside their bytes is in `.s3/`.
+
+    No key leads out of it: what is special to a file system is escaped. Files that somebody else put there are
+    objects from the next start on. Called under the lock of moto's state.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def read(self) -> None:
+        """Makes everything in the folder an object of moto's."""
+        (self._folder / ".s3").mkdir(parents=True, exist_ok=True)
+        backend = s3_backends[ACCOUNT]["aws"]
+        for place in self._folder.glob("[!.]*/"):
+            bucket = _name(place.name)
+            if bucket not in backend.buckets:
+                backend.create_bucket(bucket, REGION)
+            for path, key in self._files(place):
+                body = path.read_bytes()
+                beside: dict[str, Any] = {}
+                with contextlib.suppress(OSError, ValueError):
+                    beside = json.loads(self._beside(bucket, key).read_bytes())
+                if beside.get("sha256") != hashlib.sha256(body).hexdigest():
+                    beside = {"metadata": {"Content-Type": mimetypes.guess_type(key)[0] or "binary/octet-stream"}}
+                made = backend.put_object(bucket, key, body)
+                made.set_metadata(beside["metadata"], replace=True)
+                made.checksum_algorithm, made.checksum_value = beside.get("checksum", (None, None))
+                made.last_modified = datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).replace(tzinfo=None)
+
+    def write(self, bucket: str, key: str) -> None:
+        """Brings the folder up to date with what moto holds under a key; without one, with all that is gone."""
+        held = s3_backends[ACCOUNT]["aws"].buckets.get(bucket)
+        place = self._folder / _part(bucket)
+        if held is not None:
+            place.mkdir(exist_ok=True)
+        for one in [key] if key else [key for _, key in self._files(place)]:
+            path = place.joinpath(*map(_part, one.split("/")))
+            found = None if held is None else held.keys.get(one)
+            if isinstance(found, FakeKey):
+                body = found.value
+                beside = {
+                    "metadata": dict(found.metadata),
+                    "checksum": (found.checksum_algorithm, found.checksum_value),
+                    "sha256": hashlib.sha256(body).hexdigest(),
+                }
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._replace(self._beside(bucket, one), json.dumps(beside).encode())
+                self._replace(path, body)
+            else:
+                path.unlink(missing_ok=True)
+                self._beside(bucket, one).unlink(missing_ok=True)
+        if held is None:
+            for empty in sorted(place.glob("**/"), reverse=True):
+                with contextlib.suppress(OSError):  # somebody else's files are in it
+                    empty.rmdir()
+
+    def _replace(self, path: Path, body: bytes) -> None:
+        new = self._folder / ".s3" / "new"
+        new.write_bytes(body)
+        new.replace(path)
+
+    def _beside(self, bucket: str, key: str) -> Path:
+        return self._folder / ".s3" / (hashlib.sha256(f"{bucket}/{key}".encode()).hexdigest() + ".json")
+
+    @staticmethod
+    def _files(place: Path) -> list[tuple[Path, str]]:
+        files = [path for path in place.rglob("*") if path.is_file()]
+        return [(path, "/".join(map(_name, path.relative_to(place).parts))) for path in files]
+
+
+def _part(name: str) -> str:
+    """A part of a key as a file's name, and back: `_name`."""
+    return "%" if not name else name.replace(".", "%2E") if set(name) == {"."} else quote(name, safe=" !'()+,;=@")
+
+
+def _name(part: str) -> str:
+    return "" if part == "%" else unquote(part)
 
 
 def _forget_everything() -> None:
@@ -271,6 +367,8 @@ class _Handler(WSGIRequestHandler):
         except Exception:
             logger.exception("The local S3 server failed at %s %s.", self.command, self.path.partition("?")[0])
             answer = _error(500, "InternalError", "See the log of the local S3 server.")
+        line, path = "%s %s: HTTP %d, %d bytes in, %d out", shown(unquote(self.path.partition("?")[0]))
+        logger.info(line, self.command, path, answer.status, len(body), len(answer.body))
         if answer.sent_bytes is not None:
             self.close_connection = True
         if answer.sent_bytes == 0:
@@ -289,21 +387,3 @@ class _Handler(WSGIRequestHandler):
 
     def log(self, type: str, message: str, *args: Any) -> None:
         pass
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Serves until SIGINT or SIGTERM; the first line on stdout is the URL."""
-    parser = argparse.ArgumentParser(prog="python -m prefect_eachlabs.testing.s3", description="A local S3 server.")
-    parser.add_argument("--port", type=int, default=0, help="0 (the default) takes a free one")
-    parser.add_argument("--bucket", action="append", default=[], help="made at the start; may be repeated")
-    options = parser.parse_args(arguments)
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
-    with LocalS3(port=options.port, buckets=options.bucket) as server:
-        print(server.url, flush=True)
-        ended.wait()
-
-
-if __name__ == "__main__":
-    main()

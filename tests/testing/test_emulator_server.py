@@ -203,6 +203,14 @@ def test_the_judge_tells_each_prediction_and_adds_others(server: EmulatorServer,
     assert http.get("/_emulator/predictions").json() == told
 
 
+def test_each_request_is_a_line_in_the_log(
+    server: EmulatorServer, http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="prefect_eachlabs.testing.emulator")
+    http.get("/v1/model", params={"slug": "\x1b[2Jfox"})
+    assert caplog.messages == ["GET /v1/model: 404"]
+
+
 _FOREGROUND = """
 from prefect_eachlabs.testing.emulator import EmulatorOptions, run_emulator
 run_emulator(EmulatorOptions(), port=0)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import hashlib
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -221,23 +224,79 @@ def test_two_in_one_process_hold_the_same_objects_and_keep_faults_and_counts_apa
     assert client().get_object(Bucket="pictures", Key="shared")["Body"].read() == b"1"
 
 
-def test_as_a_process_it_says_its_url_serves_and_ends_on_sigterm(client: Clients) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "prefect_eachlabs.testing.s3", "--port", str(port), "--bucket", "pictures"]
+def test_as_a_command_it_says_its_url_and_each_request_and_ends_on_sigterm(client: Clients) -> None:
+    command = [sys.executable, "-m", "prefect_eachlabs", "s3", "--port", "0", "--bucket", "pictures", "--verbose"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        url = process.stdout.readline().strip()
-        assert url == f"http://127.0.0.1:{port}"
+        said, _, url = process.stdout.readline().strip().rpartition(" ")
+        assert said == "Local S3 ready at"
         boto = client(url=url)
         boto.put_object(Bucket="pictures", Key="a", Body=b"x")
         with urllib.request.urlopen(f"{url}/_local_s3/counts") as counts:
             assert json.load(counts) == {"PUT pictures": 1}
+        taken = [*command[:4], "--port", url.rpartition(":")[2]]
+        refused = subprocess.run(taken, cwd=ROOT, capture_output=True, text=True, check=False)
     finally:
         process.send_signal(signal.SIGTERM)
         output, errors = process.communicate(timeout=30)
-    assert (process.returncode, output, errors) == (0, "", "")
+    assert (process.returncode, output) == (0, "")
+    assert re.search(r"^\d\d:\d\d:\d\d PUT /pictures/a: HTTP 200, 1 bytes in, 0 out$", errors, re.MULTILINE), errors
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert re.fullmatch(
+        r"prefect-eachlabs: The local S3 cannot listen on 127\.0\.0\.1:\d+ \(.*in use.*\): choose another --port\.\n",
+        refused.stderr,
+    )
+
+
+@pytest.fixture
+def in_a_folder(tmp_path: Path) -> Callable[[str], Any]:
+    """Runs a program with `boto`, a client of a server in a process of its own that keeps its objects in a folder."""
+    start = (
+        "import boto3\n"
+        "from pathlib import Path\n"
+        "from prefect_eachlabs.testing import LocalS3\n"
+        f"with LocalS3(buckets=['pictures'], folder=Path({str(tmp_path / 'kept')!r})) as server:\n"
+        "  boto = boto3.client('s3', endpoint_url=server.url)\n"
+    )
+
+    def run(program: str) -> Any:
+        done = subprocess.run(
+            [sys.executable, "-c", start + "".join(f"  {line}\n" for line in program.splitlines())],
+            cwd=ROOT,
+            env={**os.environ, "AWS_DEFAULT_REGION": "us-east-1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    return run
+
+
+def test_objects_in_a_folder_are_there_again_as_they_were(in_a_folder: Callable[[str], Any], tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    before = in_a_folder(
+        "boto.put_object(Bucket='pictures', Key='d/fox.png', Body=b'fox', ContentType='image/png',\n"
+        " Metadata={'prediction': 'p-1'}, ChecksumAlgorithm='SHA256')\n"
+        "for key in ('gone', 'a/b/gone', '../out', 'd//x', '100%', 'é'): boto.put_object(Bucket='pictures', Key=key)\n"
+        "boto.delete_object(Bucket='pictures', Key='gone')\n"
+        "boto.delete_objects(Bucket='pictures', Delete={'Objects': [{'Key': 'a/b/gone'}]})\n"
+        "print(boto.head_object(Bucket='pictures', Key='d/fox.png')['ETag'])"
+    )
+    assert (kept / "pictures" / "d" / "fox.png").read_bytes() == b"fox"
+    assert not list(tmp_path.glob("out"))
+    (kept / "pictures" / "mine.png").write_bytes(b"mine")
+    after = in_a_folder(
+        "found = boto.head_object(Bucket='pictures', Key='d/fox.png', ChecksumMode='ENABLED')\n"
+        "print(found['ETag'], found['ContentType'], found['Metadata']['prediction'], found['ChecksumSHA256'])\n"
+        "print(*(each['Key'] for each in boto.list_objects_v2(Bucket='pictures')['Contents']))\n"
+        "print(boto.head_object(Bucket='pictures', Key='mine.png')['ContentType'])"
+    )
+    checksum = base64.b64encode(hashlib.sha256(b"fox").digest()).decode()
+    assert after[:4] == [*before, "image/png", "p-1", checksum]
+    assert after[4:] == ["../out", "100%", "d//x", "d/fox.png", "mine.png", "é", "image/png"]
 
 
 def test_a_taken_port_is_an_os_error_that_ends_nobody() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import logging
 import uuid
 from collections.abc import Mapping
 from email.utils import format_datetime
@@ -16,10 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from prefect_eachlabs.net.redaction import shown
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.responses import Receive, Scope, Send, error, throttled
 from prefect_eachlabs.testing.emulator.routes import ENTRY, KEY, Refused, routes_of
 from prefect_eachlabs.testing.emulator.state import Emulator, Entry, key_hash
+
+logger = logging.getLogger(__name__)
 
 _PUBLIC = ("/v1/models", "/v1/model")
 
@@ -79,6 +83,7 @@ class Gate:
                 await answer(scope, receive, noting_send)
         finally:
             journal.close(entry, at=emulator.clock.now())
+            logger.info("%s %s: %s", shown(entry.method), shown(entry.path), entry.status or "no answer")
 
     def _answer_at_the_gate(self, entry: Entry, headers: Headers) -> Response | None:
         emulator = self._emulator
