@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_markdown
 from prefect_eachlabs.batch.given import GivenRows
-from prefect_eachlabs.batch.outcomes import BatchResult, RowState
+from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.batch.plan import ROWS, open_batch, plan_batch
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.progress import Progress
@@ -264,12 +265,17 @@ class ShownChunk:
     def __repr__(self) -> str:
         return f"<{self.name}>"
 
-    def end(self) -> tuple[str, str, bool]:
-        """Blocks until each row has come to its end: their table, their counts, and whether the run was interrupted."""
-        outcomes = self._gateway.call(self._chunk.ended())
-        counts = {state.value: sum(outcome.state is state for outcome in outcomes) for state in RowState}
-        words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
-        return chunk_markdown(outcomes), words, self._batch.is_interrupted
+    def end(self) -> list[Outcome]:
+        """Blocks until each row has come to its end: what became of them."""
+        return self._gateway.call(self._chunk.ended())
+
+    @property
+    def batch_id(self) -> str:
+        return self._batch.folder.batch_id
+
+    @property
+    def was_interrupted(self) -> bool:
+        return self._batch.is_interrupted
 
 
 @task(
@@ -285,10 +291,16 @@ def generate_chunk(chunk: ShownChunk) -> str | State[Any]:
     Returns:
         How many came to which end.
     """
-    markdown, words, was_interrupted = chunk.end()
-    run(show_markdown(markdown, description=chunk.name))
+    outcomes = chunk.end()
+    counts = {state.value: sum(outcome.state is state for outcome in outcomes) for state in RowState}
+    words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    run(show_markdown(chunk_markdown(outcomes), description=chunk.name))
     log(words)
-    return Cancelled(message=f"The batch was stopped: {words}.") if was_interrupted else words
+    if chunk.was_interrupted:
+        return Cancelled(message=f"The batch was stopped: {words}.")
+    kinds = Counter(one.kind for one in outcomes if one.state in (RowState.FAILED, RowState.AMBIGUOUS))
+    events.rows_failed(chunk.batch_id, chunk.name, len(outcomes), kinds)
+    return words
 
 
 def _batch_id_of_the_flow() -> str:

@@ -172,4 +172,4 @@ def test_the_janitor_runs_as_a_deployment(studio: Studio) -> None:
 def test_the_example_automations_are_taken(studio: Studio) -> None:
     studio.stage.command("prefect", "automation", "create", "--from-file", "deployments/automation.yaml")
     names = {one["name"] for one in studio.stage.ask("POST", "/automations/filter", {})}
-    assert {"eachlabs-pause-what-fails", "eachlabs-settle-after-a-batch"} <= names
+    assert {"eachlabs-pause-what-fails", "eachlabs-stop-a-batch-that-fails"} <= names
