@@ -100,6 +100,10 @@ class Soak:
         began, wanted, seen = self._now(), self._world.wanted(), self._scenes.seen
         last = self._world.start_the_last_run(wanted, self._world.replaced()[1])
         self._until_ended(last, LAST_RUN_ENDS_WITHIN_SECONDS, "last run")
+        if (ended := self._world.last.process) is not None and ended.exit_status == 1:
+            # It was the first to learn that a prediction ordered in the storm had failed: only then is it retried.
+            self._world.last.start(source=self._world.everything, flags=("--retry-failed",))
+            self._until_ended((self._world.last,), LAST_RUN_ENDS_WITHIN_SECONDS, "last run, again")
         seconds = self._now() - began
         say("reading the books")
         exceptions = [*self._unexpected, *self._world.tracebacks()]

@@ -200,6 +200,7 @@ class World:
         self.folder = folder
         self.stop = folder / "stop"
         self.accepted_before_the_last_run: int | None = None
+        self.everything = ""
         sources = folder / "sources"
         sources.mkdir()
         self._ending = contextlib.ExitStack()
@@ -291,7 +292,8 @@ class World:
     def start_the_last_run(self, wanted: list[Wanted], replaced: list[Wanted]) -> tuple[Buyer, ...]:
         """One more run of everything at once, with what failed for good tried again; and one that replaces anew."""
         self.accepted_before_the_last_run = int(self.emulator.tallies()["billed"])
-        self.last.start(source=self._written("everything", wanted), flags=("--retry-failed",))
+        self.everything = self._written("everything", wanted)
+        self.last.start(source=self.everything, flags=("--retry-failed",))
         if not replaced:
             return (self.last,)
         self._last_replacing.start(source=self._written("replaced", replaced), flags=("--replace",))

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
+from datetime import datetime
 
 from prefect_eachlabs.batch.budget import Budget, Order
 from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, found, not_there
@@ -84,7 +85,7 @@ class History:
         if begun_seconds is None:
             return
         async for several in self._listed("records/", newest_seconds=begun_seconds + CLOCK_SECONDS):
-            left = await self._folder.worker(self._scratch.not_told, several, ours)
+            left = await self._folder.worker(self._scratch.not_told, [item_id for item_id, _ in several], ours)
             for start in range(0, len(left), READ_AT_A_TIME):
                 await asyncio.gather(*map(self._resume_record, left[start : start + READ_AT_A_TIME]))
 
@@ -107,16 +108,16 @@ class History:
 
     async def _listed(
         self, folder: str, most: int | None = None, *, newest_seconds: float | None = None
-    ) -> AsyncIterator[list[str]]:
-        """Item ids that a listing shows, by the thousand; only of what was written in the last `newest_seconds`."""
+    ) -> AsyncIterator[list[tuple[str, datetime]]]:
+        """Item ids that a listing shows, by the thousand, and since when; only those of the last `newest_seconds`."""
         prefix = self._folder.destination.key(folder)
-        several: list[str] = []
+        several: list[tuple[str, datetime]] = []
         rows = 0
         async for row in self._folder.store.list(prefix):
             # Further pictures of an item are ITEM_ID.2.png and so on.
             name, *endings = row.key.removeprefix(prefix).split(".")
             if len(endings) == 1 and (newest_seconds is None or row.age_seconds <= newest_seconds):
-                several.append(name)
+                several.append((name, row.modified_at))
             rows += 1
             if len(several) == LISTED_AT_A_TIME:
                 yield several
@@ -165,7 +166,7 @@ class History:
         """Whether money may have been spent on an item; one listing answers for all of them."""
         if not self._records_are_known:
             async for several in self._listed("records/"):
-                await self._folder.worker(self._scratch.have_records, several)
+                await self._folder.worker(self._scratch.have_records, [item_id for item_id, _ in several])
             self._records_are_known = True
         return await self._folder.worker(self._scratch.has_record, item_id)
 

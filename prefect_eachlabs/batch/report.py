@@ -32,7 +32,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.worker import Worker, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
-from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed
+from prefect_eachlabs.storage.base import ListedObject, ObjectStore, PreconditionFailed
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -67,8 +67,8 @@ def _short(run_id: str) -> str:
 class Run:
     """What the bucket holds of a run."""
 
-    parts: list[str] = field(default_factory=list)
-    report: str | None = None
+    parts: list[ListedObject] = field(default_factory=list)
+    report: ListedObject | None = None
     begun_seconds: float | None = None
     """How long ago it began to buy, by the bucket's clock; None: it did not, or is of an earlier version."""
 
@@ -146,11 +146,11 @@ class BatchFolder:
             if match is not None:
                 run = runs.setdefault(match[1], Run())
                 if match[2] == "report.jsonl":
-                    run.report = row.key
+                    run.report = row
                 elif match[2] == "run.json":
                     run.begun_seconds = row.age_seconds
                 else:
-                    run.parts.append(row.key)
+                    run.parts.append(row)
         return runs
 
     async def load_earlier(self, scratch: Scratch, ours: Collection[str]) -> EarlierRuns:
@@ -160,22 +160,22 @@ class BatchFolder:
         """
         runs = await self.runs()
         last = max((name for name, run in runs.items() if run.report), default="")
-        keys = [runs[last].report or ""] if last else []
+        told = [report] if last and (report := runs[last].report) else []
         for name in sorted(runs):
             # An older one that was killed is in the last report: that run had read its parts.
             if name > last:
-                keys += sorted(runs[name].parts)
+                told += sorted(runs[name].parts, key=lambda part: part.key)
         earlier = EarlierRuns(has_whole_report=bool(last))
-        for key in keys:
-            await self.worker(self._load, key, scratch, earlier)
+        for one in told:
+            await self.worker(self._load, one, scratch, earlier)
         names = tuple(f"-{_short(run_id)}" for run_id in ours)
         begun = [run.begun_seconds for name, run in runs.items() if name.endswith(names)]
         earlier.begun_seconds = max((seconds for seconds in begun if seconds is not None), default=None)
         return earlier
 
-    def _load(self, key: str, scratch: Scratch, earlier: EarlierRuns) -> None:
+    def _load(self, told: ListedObject, scratch: Scratch, earlier: EarlierRuns) -> None:
         bad = 0
-        with self.files.open(key) as stream:
+        with self.files.open(told.key) as stream:
             several: list[Outcome] = []
             for line in stream:
                 outcome = Outcome.from_line(line)
@@ -185,11 +185,11 @@ class BatchFolder:
                 earlier.add(outcome)
                 several.append(outcome)
                 if len(several) == LOADED_AT_A_TIME:
-                    scratch.remember(several)
+                    scratch.remember(several, told_at=told.modified_at)
                     several.clear()
-            scratch.remember(several)
+            scratch.remember(several, told_at=told.modified_at)
         if bad:
-            logger.warning("%s: %d lines are none of a report; their items are looked up one by one.", key, bad)
+            logger.warning("%s: %d lines are none of a report; their items are looked up one by one.", told.key, bad)
 
 
 class ReportWriter:

@@ -10,6 +10,7 @@ import contextlib
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState
 
@@ -18,7 +19,7 @@ PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
 CREATE TABLE earlier (
     item_id TEXT PRIMARY KEY, state TEXT, has_picture INTEGER DEFAULT 0, bought_by TEXT, model TEXT, cost_usd REAL,
-    line BLOB
+    told_at REAL, line BLOB
 ) WITHOUT ROWID;
 CREATE TABLE ids (item_id TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE counts (fingerprint TEXT PRIMARY KEY, count INTEGER) WITHOUT ROWID;
@@ -54,21 +55,27 @@ class Scratch:
 
     # What earlier runs left.
 
-    def remember(self, outcomes: Iterable[Outcome]) -> None:
-        """Rows of an earlier report; a later one of the same item takes the place of the former."""
+    def remember(self, outcomes: Iterable[Outcome], *, told_at: datetime) -> None:
+        """Rows of an earlier report of that time; a later one of the same item takes the place of the former."""
         self._db.executemany(
-            "INSERT OR REPLACE INTO earlier (item_id, state, bought_by, model, cost_usd, line) "
-            "VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO earlier (item_id, state, bought_by, model, cost_usd, told_at, line) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (one.item_id, one.state.value, one.bought_by, one.model or "", one.cost_usd or None, one.to_line())
+                (
+                    *(one.item_id, one.state.value, one.bought_by, one.model or "", one.cost_usd or None),
+                    *(told_at.timestamp(), one.to_line()),
+                )
                 for one in outcomes
                 if one.item_id
             ),
         )
 
-    def has_pictures(self, item_ids: Iterable[str]) -> None:
-        """These items' pictures are in the bucket."""
-        self._db.executemany("UPDATE earlier SET has_picture = 1 WHERE item_id = ?", ((one,) for one in item_ids))
+    def has_pictures(self, pictures: Iterable[tuple[str, datetime]]) -> None:
+        """These items' pictures are in the bucket since then: those that a report tells of, unless they are newer."""
+        self._db.executemany(
+            "UPDATE earlier SET has_picture = 1 WHERE item_id = ? AND told_at >= ?",
+            ((item_id, put_at.timestamp()) for item_id, put_at in pictures),
+        )
 
     def count_earlier(self) -> int:
         """How many items an earlier report says are stored."""

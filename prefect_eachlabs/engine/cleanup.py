@@ -141,8 +141,8 @@ class Cleanup:
                 continue
             report.records += 1
             item_id = listed.key[len(prefix) : -len(".json")]
-            modified_at = listed.date - timedelta(seconds=listed.age_seconds)
-            if item_id in memory.left or memory.looked_at is None or modified_at > memory.looked_at - CLOCK_MARGIN:
+            looked_at = memory.looked_at
+            if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
                 suspects.append(item_id)
         return began, suspects
 

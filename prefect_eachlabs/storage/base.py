@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Protocol
 from urllib.parse import quote
 
@@ -49,6 +49,10 @@ class ListedObject:
     size_bytes: int
     age_seconds: float
     date: datetime
+
+    @property
+    def modified_at(self) -> datetime:
+        return self.date - timedelta(seconds=self.age_seconds)
 
 
 class ObjectStore(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Coroutine
 from typing import Any
 
@@ -15,7 +16,7 @@ from prefect_eachlabs.batch.plan import plan_batch
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.engine.account import Interruption
-from prefect_eachlabs.errors import Skipped
+from prefect_eachlabs.errors import ItemConflict, Skipped
 from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
 from tests.batch.batch_kit import MemoryFiles, inline, prompts, source_of
@@ -442,6 +443,25 @@ def test_what_another_run_has_replaced_is_billed_to_the_run_that_had_bought_it()
         result = await batch(world.process(run_id="R"), 4, budget_usd=0.16)
         assert result.cost_usd == pytest.approx(billed_usd(world) - PRICE_USD)
         assert result.cost_unknown == 0
+
+    play(story)
+
+
+def test_a_row_whose_picture_another_batch_has_replaced_since_is_reported_as_what_it_is_now() -> None:
+    async def story() -> None:
+        world = World()
+        await batch(world.process(run_id="R"), 2)
+        await asyncio.sleep(10)
+        one, other = sorted(world.records(), key=lambda record: record.item_id)
+        again = wanted(0, item_id=one.item_id, prompt=one.input["prompt"])
+        bought = await world.process(run_id="S").obtain(again, replace=True)
+        await world.process(run_id="T").obtain(wanted(0, item_id=other.item_id, prompt="another"), replace=True)
+        result = await batch(world.process(run_id="U"), 2)
+        assert (result.reused, result.failed) == (1, 1)
+        report = world.store.objects["kit/batches/spring/report.jsonl"].body
+        told, refused = (json.loads(line) for line in report.splitlines())
+        assert told["prediction_id"] == bought.prediction_id
+        assert refused["error"]["kind"] == ItemConflict.default_kind
 
     play(story)
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import math
 from contextlib import closing
+from datetime import datetime, timezone
 from typing import Any
 
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
@@ -13,6 +14,7 @@ from prefect_eachlabs.batch.pages import index_page
 from prefect_eachlabs.batch.report import BatchFolder, EarlierRuns
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.models import Destination
+from prefect_eachlabs.storage.base import ListedObject
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
 from tests.memory_store import MemoryStore
@@ -42,6 +44,8 @@ ROW: dict[str, Any] = {
 }
 FAILED = {**ROW, "state": "failed", "final": True, "error": {"kind": "rejected", "message": "no", "code": None}}
 
+TOLD = ListedObject("key", "etag", 1, 0.0, datetime(2026, 1, 1, tzinfo=timezone.utc))
+
 
 class Lines:
     """A bucket's file with these bytes."""
@@ -58,7 +62,7 @@ def test_an_edited_report_is_read_without_a_fall_and_counts_no_nonsense(line: by
     folder = BatchFolder(MemoryStore(), Lines(line), Destination.parse("s3://bucket"), "b", asyncio.to_thread)  # type: ignore[arg-type]
     earlier = EarlierRuns()
     with closing(Scratch()) as scratch:
-        folder._load("key", scratch, earlier)
+        folder._load(TOLD, scratch, earlier)
         scratch.count_earlier()
         scratch.earlier("fox")
         for _, told, spent_usd, _, untold in scratch.stored_by(["r", "run-1"]):
