@@ -21,7 +21,7 @@ from prefect_eachlabs.errors import EachlabsError, KeyRefused, Rejected, SetupEr
 if TYPE_CHECKING:
     from prefect_eachlabs.blocks import S3Destination
     from prefect_eachlabs.engine.runtime import Gateway
-    from prefect_eachlabs.limits.admin import LimitStatus
+    from prefect_eachlabs.limits.admin import LimitStatus, TagLimit
     from prefect_eachlabs.settings import AccountSettings
 
 PLACE_WITHIN_SECONDS = 20.0
@@ -253,6 +253,8 @@ def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bo
     from prefect.exceptions import PrefectHTTPStatusError
     from prefect.settings import PREFECT_API_URL
 
+    from prefect_eachlabs.cli import automation
+
     url = PREFECT_API_URL.value()
     if not url:
         return [
@@ -270,6 +272,7 @@ def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bo
             workers, said = work_pool(client)
             findings += said
             findings += storage(client, workers)
+            findings.append(dead_runs(automation.find(client), automation.seconds_between_beats()))
     except (httpx.TransportError, PrefectHTTPStatusError, ValueError, RuntimeError) as error:
         return [
             Finding(
@@ -375,6 +378,40 @@ def _leases(lease_storage: str) -> Finding:
     return Finding("leases", OK, lease_storage.rpartition("lease_storage.")[2])
 
 
+def dead_runs(found: dict[str, Any] | None, beat_seconds: int | None) -> Finding:
+    """Whether runs whose machine died end by themselves."""
+    from prefect_eachlabs.cli.automation import BEATS, DEAD_RUNS
+
+    about = "dead runs"
+    if beat_seconds is None:
+        return Finding(
+            about,
+            MEND,
+            "runs send no heartbeats: one whose machine died stays Running, and generate-batch cancels all that follow",
+            "Take PREFECT_FLOWS_HEARTBEAT_FREQUENCY= out of the workers' environment, then prefect-eachlabs setup.",
+        )
+    if found is None:
+        return Finding(
+            about,
+            MEND,
+            f"the automation {DEAD_RUNS!r} is not there: a run whose machine died stays Running, and generate-batch "
+            "cancels all that follow",
+            "prefect-eachlabs setup makes it.",
+        )
+    within_seconds = float(found["trigger"].get("within") or 0)
+    if not found["enabled"]:
+        return Finding(about, MEND, f"the automation {DEAD_RUNS!r} is switched off", "Automations → switch it on.")
+    if within_seconds < (BEATS - 1) * beat_seconds:
+        return Finding(
+            about,
+            MEND,
+            f"the automation {DEAD_RUNS!r} waits {within_seconds:g} s, and runs beat every {beat_seconds} s: it ends "
+            "runs that live",
+            "Delete it (Automations); prefect-eachlabs setup makes it anew.",
+        )
+    return Finding(about, OK, f"end as Crashed after {within_seconds:g} s without a heartbeat")
+
+
 def limits(settings: AccountSettings | None) -> tuple[list[Finding], bool]:
     """Whether the account's limits are there and say what the account says."""
     from prefect_eachlabs.limits import admin as limits_admin
@@ -383,9 +420,10 @@ def limits(settings: AccountSettings | None) -> tuple[list[Finding], bool]:
         return [Finding("limits", SKIPPED, "not looked at without an account")], False
     try:
         statuses = asyncio.run(limits_admin.show(settings))
+        of_tags = asyncio.run(limits_admin.tags(settings))
     except SetupError as error:
         return [_of_error("limits", error)], False
-    return [_limit(status) for status in statuses], _all_there(statuses)
+    return [*map(_limit, statuses), *map(_tag_limit, of_tags)], _all_there(statuses)
 
 
 def _all_there(statuses: Sequence[LimitStatus]) -> bool:
@@ -409,6 +447,16 @@ def _limit(status: LimitStatus) -> Finding:
             "prefect-eachlabs limits apply writes it.",
         )
     return Finding(about, OK, taken)
+
+
+def _tag_limit(one: TagLimit) -> Finding:
+    from prefect_eachlabs.cli.limits import problem_of
+
+    said, problem = f"{one.in_use} of {one.limit} task runs", problem_of(one)
+    if problem:
+        advice = f"prefect-eachlabs limits apply --tag {one.tag}= takes it away."
+        return Finding(f"tag {one.tag}", MEND, f"{said}; {problem}", advice)
+    return Finding(f"tag {one.tag}", OK, said)
 
 
 def _of_error(about: str, error: EachlabsError) -> Finding:

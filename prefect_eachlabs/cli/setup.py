@@ -1,4 +1,4 @@
-"""`prefect-eachlabs setup`: work pool, limits and blocks on the Prefect server, from the environment."""
+"""`prefect-eachlabs setup`: work pool, limits, blocks and an automation on the Prefect server, from the environment."""
 
 # ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
 
@@ -26,6 +26,10 @@ SAID_OF_POOLS = {
     "open": ": whoever may start a run runs any code on the workers. It cannot be closed while its template sets env: "
     "move that into the workers' own environment, take it out under Work Pools → eachlabs → Edit, and run this again.",
 }
+SAID_OF_AUTOMATIONS = {
+    "made": ", which ends runs whose machine died",
+    "none": ": PREFECT_FLOWS_HEARTBEAT_FREQUENCY says that runs send no heartbeats, so nobody can tell which are dead",
+}
 
 
 def setup(
@@ -34,7 +38,7 @@ def setup(
     block: Annotated[str, flag("the blocks' name (default)")] = "default",
     in_json: InJson = False,
 ) -> int:
-    """Makes work pool, limits and blocks on the Prefect server, as often as you like.
+    """Makes work pool, limits, blocks and an automation on the Prefect server, as often as you like.
 
     Makes what is missing, and writes what the environment says over what is there;
     the rest stays as it is:
@@ -47,29 +51,43 @@ def setup(
       the block eachlabs-s3-destination/default with --destination; AWS_REGION and
       AWS_ENDPOINT_URL_S3 go into it, AWS keys do not: workers find them by boto3's
       own chain
+      the automation eachlabs-end-dead-runs: runs of this package whose machine died
+      end as Crashed, 3.5 heartbeats later (PREFECT_FLOWS_HEARTBEAT_FREQUENCY)
 
     example:
       prefect-eachlabs setup --destination s3://acme-pictures/daily
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    from prefect.client.orchestration import get_client
+
+    from prefect_eachlabs.cli import automation
     from prefect_eachlabs.cli.limits import as_json
     from prefect_eachlabs.limits import admin as limits_admin
     from prefect_eachlabs.models import Destination
 
     place = Destination.parse(destination) if destination else None
     settings = account_for_the_server()
-    with server_errors():
+    with server_errors(), get_client(sync_client=True) as client:
         pool = make_work_pool()
         limits = asyncio.run(limits_admin.apply(settings))
         blocks = make_blocks(os.environ, block, place)
+        automations = {automation.DEAD_RUNS: automation.make(client)}
     if in_json:
-        print(json.dumps({"work_pool": {WORK_POOL: pool}, "limits": as_json(limits), "blocks": blocks}), flush=True)
+        told = {
+            "work_pool": {WORK_POOL: pool},
+            "limits": as_json(limits),
+            "blocks": blocks,
+            "automations": automations,
+        }
+        print(json.dumps(told), flush=True)
         return 0
     print(f"work pool {WORK_POOL}: {pool}{SAID_OF_POOLS.get(pool, '')}")
     for status in limits:
         print(f"limit {status.name}: {status.limit if status.setting is not None else 'none wanted'}")
     for name, done in blocks.items():
         print(f"block {name}: {done}")
+    for name, done in automations.items():
+        print(f"automation {name}: {done}{SAID_OF_AUTOMATIONS.get(done, '')}")
     print(
         "Next: prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml, then prefect worker start "
         f"--pool {WORK_POOL}; prefect-eachlabs doctor says what is missing."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from prefect_eachlabs.cli import doctor
+from prefect_eachlabs.cli import automation, doctor
 from prefect_eachlabs.cli.doctor import Finding, State
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.limits.admin import LimitStatus
@@ -141,6 +141,19 @@ def test_an_open_work_pool_should_be_closed() -> None:
     assert doctor.job_variables([]).state is State.OK
     found = doctor.job_variables(["command", "env"])
     assert (found.state, "command, env" in found.said, "setup" in found.advice) == (State.MEND, True, True)
+
+
+def test_dead_runs_that_nobody_ends_should_be_mended() -> None:
+    as_made = automation.dead_runs(180)
+    assert doctor.dead_runs(as_made, 180).state is State.OK
+    for found, beat_seconds, words in (
+        (None, 180, "setup makes it"),
+        ({**as_made, "enabled": False}, 180, "switch it on"),
+        (as_made, 600, "anew"),
+        (as_made, None, "HEARTBEAT_FREQUENCY"),
+    ):
+        said = doctor.dead_runs(found, beat_seconds)
+        assert (said.state, words in said.advice) == (State.MEND, True)
 
 
 def test_leases_in_memory_should_be_mended() -> None:

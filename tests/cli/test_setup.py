@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 
 from prefect_eachlabs import EachlabsCredentials, S3Destination
 from prefect_eachlabs.blocks import _loaded
+from prefect_eachlabs.cli import automation
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.setup import credentials_given, destination_given, make_blocks, make_work_pool, save
 from prefect_eachlabs.cli.work_pool import closed, closed_template, openings
@@ -44,7 +45,7 @@ def test_without_a_server_it_says_what_to_do(capsys: pytest.CaptureFixture[str])
         assert "PREFECT_API_URL" in json.loads(capsys.readouterr().out)["error"]
 
 
-@pytest.mark.parametrize("words", ["--tag x", "--tag =3", "--tag x=0", "--tag x=none", "--tag x=y"])
+@pytest.mark.parametrize("words", ["--tag x", "--tag =3", "--tag =", "--tag x=0", "--tag x=none", "--tag x=y"])
 def test_a_tag_limit_that_is_none_is_refused(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["limits", "apply", *words.split()]) == 2
     assert "--tag" in capsys.readouterr().err
@@ -116,6 +117,17 @@ class TestOnAServer:
             client.create_work_pool(WorkPoolCreate(name="of-another-type", type="docker"), overwrite=True)
         with pytest.raises(SetupError, match="docker"):
             make_work_pool()
+
+    def test_the_automation_that_ends_dead_runs_is_made_once(self) -> None:
+        with get_client(sync_client=True) as client:
+            assert {automation.make(client), automation.make(client)} >= {"there"}
+            found = automation.find(client)
+            assert found is not None
+            assert (found["enabled"], found["trigger"]["within"]) == (True, 630)
+            with temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+                assert automation.make(client) == "there"
+                client.delete_automation(found["id"])
+                assert automation.make(client) == "none"
 
     def test_blocks_are_made_then_there_then_updated_and_what_a_person_set_stays(self) -> None:
         environ = {"EACHLABS_API_KEY": KEY, "AWS_REGION": "eu-central-1"}

@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import StateType
+from prefect.events import RelatedResource, emit_event
 from prefect.events.schemas.automations import AutomationCore
 from prefect.flow_engine import run_flow_sync
+from prefect.states import Completed, Running
 
 from prefect_eachlabs import events
+from prefect_eachlabs.cli.automation import dead_runs
 from prefect_eachlabs.flows import generate_batch
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import Studio
@@ -118,3 +122,30 @@ def test_a_deployment_whose_batch_fails_is_paused(
         until(lambda: client.read_deployment(deployment_id).paused)
     finally:
         client.request("DELETE", f"/automations/{automation.json()['id']}").raise_for_status()
+
+
+@pytest.mark.slow
+def test_a_run_whose_heartbeats_stop_ends_as_crashed_and_one_that_has_ended_stays(client: SyncPrefectClient) -> None:
+    shortened = dead_runs(30)
+    shortened["trigger"]["within"] = 10  # the least that Prefect takes
+    made = client.request("POST", "/automations/", json={**shortened, "name": "of-a-test"})
+    try:
+        flow_id = client.create_flow(generate_batch)
+        deployment_id = client.create_deployment(flow_id, "dead", tags=["eachlabs"])
+        dead, ended, of_others = (
+            client.create_flow_run_from_deployment(deployment_id, tags=tags, state=Running())
+            for tags in (["eachlabs"], ["eachlabs"], [])
+        )
+        for run in (dead, ended, of_others):
+            tags = [
+                RelatedResource({"prefect.resource.id": f"prefect.tag.{t}", "prefect.resource.role": "tag"})
+                for t in run.tags
+            ]
+            resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+            emit_event("prefect.flow-run.heartbeat", resource=resource, related=tags)
+        client.set_flow_run_state(ended.id, Completed(), force=True)
+        until(lambda: client.read_flow_run(dead.id).state_type is StateType.CRASHED)
+        assert client.read_flow_run(ended.id).state_type is StateType.COMPLETED
+        assert client.read_flow_run(of_others.id).state_type is StateType.RUNNING
+    finally:
+        client.delete_automation(made.json()["id"])

@@ -23,6 +23,8 @@ from tests.conftest import ROOT
 T = TypeVar("T")
 
 START_WITHIN_SECONDS = 150.0
+BEAT_SECONDS = 30
+"""Of runs; Prefect takes no less."""
 LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
@@ -211,7 +213,12 @@ class Stage:
         number = len(self.workers) + 1
         worker = Process(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "eachlabs", "--name", f"worker-{number}"],
-            self.environment(f"worker-{number}", PREFECT_WORKER_QUERY_SECONDS="1", PREFECT_RUNNER_POLL_FREQUENCY="2"),
+            self.environment(
+                f"worker-{number}",
+                PREFECT_WORKER_QUERY_SECONDS="1",
+                PREFECT_RUNNER_POLL_FREQUENCY="2",
+                PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(BEAT_SECONDS),
+            ),
             self.folder / f"worker-{number}.log",
         )
         self.workers.append(worker)
