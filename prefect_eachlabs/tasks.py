@@ -119,6 +119,8 @@ _TASKS = {
 }
 # No retries: what may be repeated is repeated row by row, and the rows may be read only once.
 _TASKS["generate-rows"] |= {"retries": 0, "task_run_name": _named_for_its_batch}
+TAGS = frozenset[str]().union(*(facts["tags"] for facts in _TASKS.values()))
+"""Of all tasks: what an operator may limit."""
 
 
 def sync_task(name: str, kind: type[Task[Any, Any]] = Task) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:

@@ -13,7 +13,10 @@ from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.limits.admin import LimitStatus
+    from prefect_eachlabs.limits.admin import LimitStatus, TagLimit
+
+LONG = ("eachlabs", "eachlabs-generate")
+"""Tags that a task run may have for hours."""
 
 
 def limits(
@@ -22,7 +25,10 @@ def limits(
     *,
     tag: Annotated[
         Sequence[str],
-        flag("NAME=N, with apply: at most N task runs with this tag at once, an operator's brake; repeatable"),
+        flag(
+            "NAME=N, with apply: at most N task runs with this tag at once, an operator's brake; NAME= takes it away; "
+            "repeatable"
+        ),
     ] = (),
     in_json: InJson = False,
 ) -> int:
@@ -30,7 +36,8 @@ def limits(
 
     apply  writes the account's numbers (EACHLABS_REQUESTS_PER_MINUTE,
            EACHLABS_MAX_IN_FLIGHT) to the server
-    show   what is taken
+    show   what is taken; the limits on this package's tags too, and which of them
+           do nothing or stop everything
     reset  frees all that is taken, for slots lost in a restart of the server;
            end the account's processes first
 
@@ -47,20 +54,47 @@ def limits(
         statuses = asyncio.run(limits_admin.apply(settings, tags))
     else:
         statuses = asyncio.run(limits_admin.show(settings) if action == "show" else limits_admin.reset(settings))
+    of_tags = asyncio.run(limits_admin.tags(settings))
     if in_json:
-        print(json.dumps({"account": settings.account, "limits": as_json(statuses)}), flush=True)
+        told = [{**vars(one), "problem": problem_of(one) or None} for one in of_tags]
+        print(json.dumps({"account": settings.account, "limits": as_json(statuses), "tags": told}), flush=True)
     else:
         for status in statuses:
             print(_as_line(status, action))
+        for one in of_tags:
+            print(f"tag {one.tag}: {one.in_use} of {one.limit} task runs{_after(problem_of(one))}")
+        print(f"tags without a limit: {', '.join(sorted(our_tags() - {one.tag for one in of_tags})) or 'none'}")
     return 0
 
 
-def tag_limit(text: str) -> tuple[str, int]:
-    """`NAME=N` as a pair."""
+def tag_limit(text: str) -> tuple[str, int | None]:
+    """`NAME=N` as a pair; of `NAME=` the number is None."""
     name, _, number = text.rpartition("=")
-    if not name or not number.isdecimal() or int(number) < 1:
-        raise BadInput(f"--tag: {text!r} must be NAME=N, with N at least 1.")
-    return name, int(number)
+    if not name or (number and not (number.isdecimal() and int(number) >= 1)):
+        raise BadInput(f"--tag: {text!r} must be NAME=N, with N at least 1, or NAME= to take the limit away.")
+    return name, int(number) if number else None
+
+
+def our_tags() -> set[str]:
+    """The tags of this package's task runs."""
+    from prefect_eachlabs import rows, tasks
+
+    return {*tasks.TAGS, *rows.generate_chunk.tags}
+
+
+def problem_of(one: TagLimit) -> str:
+    """Why a tag's limit cannot be meant; empty where it can."""
+    if one.tag not in our_tags():
+        return "no task of this package has this tag, so it bounds nothing of it"
+    if one.limit < 1:
+        return "no task run with this tag ever begins"
+    if one.limit == 1 and one.tag in LONG:
+        return "a batch of rows holds it until its end, and whatever else has the tag waits"
+    return ""
+
+
+def _after(problem: str) -> str:
+    return f"; {problem}: `prefect-eachlabs limits apply --tag NAME=` takes it away" if problem else ""
 
 
 def as_json(statuses: Sequence[LimitStatus]) -> list[dict[str, object]]:

@@ -7,11 +7,12 @@ server, or when it gives no usable answer.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.errors import SetupError
@@ -19,6 +20,11 @@ from prefect_eachlabs.limits.prefect_leases import PrefectLeases, limit_name
 from prefect_eachlabs.limits.shared import ServerAway
 from prefect_eachlabs.limits.window import Kind
 from prefect_eachlabs.settings import AccountSettings
+
+PREFIX = "eachlabs"
+"""Of this package's tags."""
+A_PAGE = 200
+"""Prefect's server gives no more limits at once."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,21 @@ class LimitStatus:
     in_use: int = 0
 
 
+@dataclass(frozen=True)
+class TagLimit:
+    """A limit on task runs with a tag, on the server.
+
+    Attributes:
+        tag: The tag.
+        limit: At most so many task runs with it at once.
+        in_use: How many there are now.
+    """
+
+    tag: str
+    limit: int
+    in_use: int
+
+
 class AdminLeases(PrefectLeases):
     """The calls that only a person orders."""
 
@@ -49,9 +70,35 @@ class AdminLeases(PrefectLeases):
         name = limit_name(kind, self.account)
         await self._call(lambda client: client.upsert_global_concurrency_limit_by_name(name, limit))
 
-    async def set_tag_limit(self, tag: str, limit: int) -> None:
-        """Creates or changes the limit on task runs with this tag, as `prefect concurrency-limit create` does."""
-        await self._call(lambda client: client.create_concurrency_limit(tag, limit))
+    async def set_tag_limit(self, tag: str, limit: int | None) -> None:
+        """Creates or changes the limit on task runs with this tag, as `prefect concurrency-limit create` does.
+
+        None takes it away.
+        """
+
+        async def call(client: PrefectClient) -> None:
+            if limit is not None:
+                await client.create_concurrency_limit(tag, limit)
+            else:
+                with suppress(ObjectNotFound):
+                    await client.delete_concurrency_limit_by_tag(tag)
+
+        await self._call(call)
+
+    async def tag_limits(self) -> list[TagLimit]:
+        """Those on tags whose names begin as this package's do."""
+
+        async def page(client: PrefectClient, offset: int) -> list[TagLimit]:
+            found = await client.read_concurrency_limits(limit=A_PAGE, offset=offset)
+            return [TagLimit(one.tag, one.concurrency_limit, len(one.active_slots)) for one in found]
+
+        limits: list[TagLimit] = []
+        while len(limits) % A_PAGE == 0:
+            offset = len(limits)
+            limits += (found := await self._call(lambda client: page(client, offset)))  # noqa: B023 - awaited here
+            if not found:
+                break
+        return sorted((one for one in limits if one.tag.startswith(PREFIX)), key=lambda one: one.tag)
 
     async def forget_taken(self, kind: Kind) -> None:
         """Counts no slot as taken."""
@@ -63,12 +110,13 @@ class AdminLeases(PrefectLeases):
         await self._call(call)
 
 
-async def apply(settings: AccountSettings, tag_limits: Mapping[str, int] | None = None) -> list[LimitStatus]:
+async def apply(settings: AccountSettings, tag_limits: Mapping[str, int | None] | None = None) -> list[LimitStatus]:
     """Writes the account's numbers to the server, creating what is missing; idempotent.
 
     Args:
         settings: The account. A limit of None is left alone.
-        tag_limits: Tag → most task runs at once: an operator's brake, e.g. `{"eachlabs-create": 5}`.
+        tag_limits: Tag → most task runs at once: an operator's brake, e.g. `{"eachlabs-create": 5}`; None takes the
+            tag's limit away.
 
     Returns:
         The limits, as `show` shows them.
@@ -86,6 +134,12 @@ async def show(settings: AccountSettings) -> list[LimitStatus]:
     """Both limits of the account."""
     async with _server(settings) as leases:
         return await _statuses(settings, leases)
+
+
+async def tags(settings: AccountSettings) -> list[TagLimit]:
+    """The limits on tags that are named as this package's."""
+    async with _server(settings) as leases:
+        return await leases.tag_limits()
 
 
 async def reset(settings: AccountSettings) -> list[LimitStatus]:
