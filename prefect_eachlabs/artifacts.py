@@ -100,10 +100,11 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
         link: Where a person who may see the bucket opens it.
     """
     uri = escaped(image.uri)
+    size = f"{image.width_px} × {image.height_px} px, {image.size_bytes / 1000:.0f} kB"
     facts = [
         ("picture", f'<a href="{html.escape(link)}">{uri}</a>' if link else uri),
         *(("further picture", escaped(more)) for more in image.more_uris),
-        ("size", f"{image.width_px} × {image.height_px} px, {image.size_bytes / 1000:.0f} kB"),
+        ("size", size if image.width_px else image.size),
         ("cost", "not told" if image.cost_usd is None else f"{image.cost_usd:.4f} USD"),
         ("model", escaped(image.model or "not told", 120)),
         (
@@ -164,7 +165,8 @@ def show_picture(gateway: Gateway, image: StoredImage, place: Destination, acces
     It never raises: a picture that is paid for and stored is not called failed because it cannot be shown.
     """
     try:
-        data = yield from on_the_loop(gateway, _read(gateway, image, place, access))
+        # What is not a picture may be a film, and has no thumbnail.
+        data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
         markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
         key, description = artifact_key(image), plain(f"Item {image.item_id}")
         yield from either(

@@ -647,24 +647,26 @@ class Destination(BaseModel):
 
 
 class Media(BaseModel):
-    """Bytes that were verified to be one whole picture of a format."""
+    """A whole file: verified to be one picture of its format, or as it came, without a size in pixels."""
 
     model_config = ConfigDict(frozen=True)
 
     data: bytes = Field(repr=False)
     sha256: str
-    width_px: int
-    height_px: int
+    width_px: int | None = None
+    height_px: int | None = None
     format: str = "png"
+    verified: bool = True
 
 
 class StoredImage(BaseModel):
-    """A picture that is safe in the bucket.
+    """A picture, or what else a prediction put out, that is safe in the bucket.
 
     Attributes:
         item_id: The item, or the prediction's id where no item was named.
         uri: `s3://bucket/key` of the picture; `more_uris` of further outputs of the same prediction.
-        format: `png`, or what else `formats` allowed.
+        format: `png`, or what else the model gave: `jpeg`, `mp4`, `wav`, `glb`, ...
+        verified: Its bytes were seen to be a whole picture; False: stored as it came, with its length checked.
         sha256: Hex digest of the stored bytes, which are the downloaded bytes unchanged.
         cost_usd: What the API says it cost; None while it has not told.
         predict_time_seconds: The model's own time, when told.
@@ -679,13 +681,21 @@ class StoredImage(BaseModel):
     uri: str
     sha256: str
     size_bytes: int
-    width_px: int
-    height_px: int
+    width_px: int | None = None
+    height_px: int | None = None
     cost_usd: float | None = None
     predict_time_seconds: float | None = None
     model: str | None = None
     prompt: str | None = None
     more_uris: tuple[str, ...] = ()
     format: str = "png"
+    verified: bool = True
     reused: bool = False
     bought_by: str | None = None
+
+    @property
+    def size(self) -> str:
+        """`512 x 512 px`; of what is not a picture `1.2 MB of MP4`."""
+        if self.width_px:
+            return f"{self.width_px} x {self.height_px} px"
+        return f"{self.size_bytes / 1e6:.1f} MB of {self.format.upper()}"

@@ -194,7 +194,8 @@ def create_prediction(
         item_id: Names the item, 1 to 128 of `A-Z a-z 0-9 _ -`; the input's fingerprint when left out.
         input: Further fields of the model's input; `prefect-eachlabs models SLUG` shows what it takes.
         sample: The number of this one among several of the same input: 2, 3 ... are items of their own.
-        formats: What may be stored of it: `("png", "jpeg", "webp", "gif")` or fewer; PNG alone when left out.
+        formats: What may be stored of it, such as `("png", "jpeg")`; what else comes is refused. Left out: whatever
+            the model gives. Pictures are verified; audio, video, 3D and text are stored as they came.
             Kept in the record.
         destination: `s3://bucket/prefix` or an `S3Destination` block: where the record goes, and later the picture;
             the environment's EACHLABS_DESTINATION when left out.
@@ -377,7 +378,7 @@ def _stored(
 ) -> Plan[StoredImage]:
     """What the run's log, its artifact and an event say of the picture."""
     verb = "was bought earlier" if image.reused else "is stored"
-    log(f"Item {image.item_id} {verb}: {image.uri} ({image.width_px} x {image.height_px} px).")
+    log(f"Item {image.item_id} {verb}: {image.uri} ({image.size}).")
     if with_artifact:
         yield from show_picture(gateway, image, place, access)
     events.picture_stored(image)

@@ -149,6 +149,7 @@ class MemoryStore:
         if_absent: bool = False,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        content_disposition: str | None = None,
     ) -> str:
         number = self.count("put") + 1
 

@@ -87,7 +87,7 @@ def step_by_step(prompt: str, place: S3Destination, credentials: EachlabsCredent
         assert_type(cancel_prediction(finished), Prediction)
     image = store_image(finished, place, with_artifact=True)
     assert_type(image, StoredImage)
-    assert_type((image.uri, image.sha256, image.width_px), tuple[str, str, int])
+    assert_type((image.uri, image.sha256, image.width_px), tuple[str, str, int | None])
     return image
 
 

@@ -14,10 +14,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 
 from prefect_eachlabs.batch.outcomes import Outcome
+from prefect_eachlabs.images.formats import FORMATS, VERIFIED
 from prefect_eachlabs.net.redaction import visible
 
 MOST_PICTURES = 2_000
 MOST_FAILURES = 1_000
+SHOWN = tuple(f".{FORMATS[name].suffix}" for name in VERIFIED)
+"""Pictures; what else a model gave is named, and neither shown nor linked: a click must not open an SVG or a page."""
 
 
 def index_page(
@@ -64,4 +67,5 @@ def index_page(
         links=links or {},
         links_end_at=links_end_at,
         up=up,
+        shown=SHOWN,
     )

@@ -180,7 +180,7 @@ def _facts(image: StoredImage) -> tuple[str, str, str]:
     """Size, seconds and cost, as a person reads them."""
     seconds = "" if image.predict_time_seconds is None else f"{image.predict_time_seconds:.1f} s"
     cost = "" if image.cost_usd is None else f"${image.cost_usd:.3f}"
-    return f"{image.width_px} x {image.height_px}", seconds, cost
+    return image.size.removesuffix(" px"), seconds, cost
 
 
 def _sheet(played: Played, prompts: Mapping[str, str]) -> bytes:

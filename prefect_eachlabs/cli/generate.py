@@ -155,11 +155,12 @@ def _as_json(image: StoredImage) -> dict[str, object]:
         "reused": image.reused,
         **({"more_uris": list(image.more_uris)} if image.more_uris else {}),
         **({"format": image.format} if image.format != "png" else {}),
+        **({} if image.verified else {"verified": False}),
     }
 
 
 def _as_line(image: StoredImage) -> str:
-    facts = [f"{image.width_px} x {image.height_px} px"]
+    facts = [image.size]
     if image.predict_time_seconds is not None:
         facts.append(f"{image.predict_time_seconds:.1f} s")
     if image.cost_usd is not None:

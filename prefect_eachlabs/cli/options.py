@@ -44,7 +44,7 @@ class PurchaseFlags:
     version: Annotated[str | None, flag("the model's version (the default model has its own)")] = None
     formats: Annotated[
         str | None,
-        flag("what may be stored, after commas: png (the default), jpeg, webp, gif; the key's ending follows"),
+        flag("what may be stored, after commas, such as png,jpeg (whatever the model gives)"),
     ] = None
     replace: Annotated[bool, flag("buy although the item id stands for another input")] = False
     rebuy_missing: Annotated[bool, flag("buy again when a stored picture is gone from the bucket")] = False

@@ -82,7 +82,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
             most. Empty: by paths beside the page.
         credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
-        formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
+        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
         retry_ambiguous: Somebody has looked in the vendor's dashboard: what stands as ambiguous was not bought. Buy it
             once.
         shard: The share that this run takes of a batch on several workers, such as 2/4. The run with shards=4 starts

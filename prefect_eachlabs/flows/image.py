@@ -77,7 +77,7 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
         credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
         input_json: Further fields of the model's input, as JSON such as {"aspect_ratio": "16:9"}.
             `prefect-eachlabs models SLUG` shows what it takes. Optional.
-        formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
+        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
 
     Returns:
         Where the picture is.

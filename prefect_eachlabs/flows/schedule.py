@@ -126,7 +126,7 @@ def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
         model: The model's slug.
         version: The model's version. Empty: the default model has its own.
         credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        formats: What may be stored, separated by commas: png, jpeg, webp, gif. Empty: PNG alone.
+        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
 
     Returns:
         Where the picture is.

@@ -1,4 +1,4 @@
-"""Fetches a picture by its URL and verifies it while it comes; no API key and no cookie goes with the request.
+"""Fetches an output by its URL and verifies it while it comes; no API key and no cookie goes with the request.
 
 Nothing is repeated here: a picture that did not come whole is an error that keeps the prediction's id and the URL,
 and the task that wanted it runs again.
@@ -14,7 +14,7 @@ from functools import partial
 import httpx
 
 from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, HostNotAllowed, NotAPng, without_query
-from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, FormatRefused, MediaError, MediaReader
+from prefect_eachlabs.images.formats import PNG_ALONE, FormatRefused, MediaError, MediaReader, wanted_words
 from prefect_eachlabs.images.png import MAX_BYTES, PngError
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.bodies import ENCODINGS, byte_count, decoded, encoding_of
@@ -28,8 +28,9 @@ SLOWEST_BYTES_PER_SECOND = 8192
 """Of a picture that takes longer than a window: what comes more slowly than that does not come."""
 LARGE_BYTES = 64 * 1024 * 1024
 """Larger ones are in memory one at a time."""
-MOST_INFLATED = 2
-"""A picture is compressed already: what inflates to more than so many times what was sent, and 1 MiB, is a bomb."""
+MOST_INFLATED = 20
+"""A picture is compressed already, and text comes to a tenth: what inflates to more than so many times what was sent,
+and 1 MiB, is a bomb."""
 WALKS_AT_A_TIME = 2
 """Formats that are not verified while they come; more threads would leave less of the processor to the loop."""
 COSTLY_ATTEMPTS = 2
@@ -80,15 +81,15 @@ class Downloader:
         self,
         url: str,
         *,
-        formats: Sequence[str] = PNG_ALONE,
+        formats: Sequence[str] | None = PNG_ALONE,
         prediction_id: str | None = None,
         item_id: str | None = None,
     ) -> Media:
-        """The verified picture. Costs no request of the account's limit.
+        """The whole file, verified where it is a picture. Costs no request of the account's limit.
 
         Args:
             url: Where it is.
-            formats: What it may be.
+            formats: What it may be; None: whatever it is.
             prediction_id, item_id: For messages.
 
         Raises:
@@ -99,7 +100,6 @@ class Downloader:
         """
         failed = partial(DownloadFailed, prediction_id=prediction_id, item_id=item_id, url=url)
         what = f"The picture of prediction {prediction_id}" if prediction_id else "The picture"
-        wanted = " or ".join(FORMATS[name].title for name in formats)
         reader = MediaReader(formats, max_bytes=self._max_bytes)
         try:
             self._check_refusals(url)
@@ -107,8 +107,8 @@ class Downloader:
         except FormatRefused as error:
             raise FormatNotAllowed(
                 f"{what} is paid for and not stored: {error}. Allow it and run the same again, which buys nothing: "
-                f"--formats {','.join((*formats, error.format))}, "
-                f"formats=({', '.join(repr(name) for name in (*formats, error.format))}).",
+                f"--formats {','.join((*(formats or ()), error.format))}, "
+                f"formats=({', '.join(repr(name) for name in (*(formats or ()), error.format))}).",
                 prediction_id=prediction_id,
                 item_id=item_id,
                 url=url,
@@ -117,8 +117,8 @@ class Downloader:
             if reader.is_costly:
                 self._remember_refusal(url, str(error))
             raise NotAPng(
-                f"{what} is paid for, but what came is not a whole {wanted}: {error}. Nothing was stored; run again "
-                "to fetch it anew, and if it stays so, show the vendor the prediction's id.",
+                f"{what} is paid for, but what came is not a whole {wanted_words(formats)}: {error}. Nothing was "
+                "stored; run again to fetch it anew, and if it stays so, show the vendor the prediction's id.",
                 prediction_id=prediction_id,
                 item_id=item_id,
                 url=url,
@@ -160,6 +160,7 @@ class Downloader:
             answer = open_.enter_async_context(self._web.ask("GET", url))
             response = await asyncio.wait_for(answer, self._window_seconds)
             self._check_answer(response, what, failed)
+            reader.expect(url, str(response.headers.get("Content-Type", "")))
             pace = _Pace(self._window_seconds)
             is_large = False
             async for piece in _pieces(response):
@@ -173,9 +174,13 @@ class Downloader:
             if announced not in (None, reader.size_bytes):
                 raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
             if not reader.takes_long:
-                return reader.finish()
-            async with self._walks:
-                return await asyncio.to_thread(reader.finish)
+                media = reader.finish()
+            else:
+                async with self._walks:
+                    media = await asyncio.to_thread(reader.finish)
+            if not (media.verified or _says_its_end(response)):
+                raise failed(f"{what} came from a host that does not say how long it is: run again.")
+            return media
 
     def _check_answer(self, response: httpx.Response, what: str, failed: Callable[..., DownloadFailed]) -> None:
         status_code = response.status_code
@@ -232,6 +237,12 @@ async def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
         if is_encoded and came_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
             raise PngError("it inflates to far more than a picture does")
         yield piece
+
+
+def _says_its_end(response: httpx.Response) -> bool:
+    """Whether a body that was cut off would be known by how it came."""
+    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+    return chunked or encoding_of(response) != "identity" or _announced_bytes(response) is not None
 
 
 def _announced_bytes(response: httpx.Response) -> int | None:

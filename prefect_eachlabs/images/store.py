@@ -19,7 +19,7 @@ from prefect_eachlabs.errors import (
     StoreFailed,
 )
 from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
-from prefect_eachlabs.images.formats import FORMATS, PNG_ALONE, MediaError, verify_in_turns
+from prefect_eachlabs.images.formats import ANY, FORMATS, PNG_ALONE, VERIFIED, MediaError, as_it_came, verify_in_turns
 from prefect_eachlabs.ledger.adoption import give_up_what_another_adopted
 from prefect_eachlabs.ledger.records import (
     Ledger,
@@ -66,8 +66,8 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
         uri=record.uri or "",
         sha256=record.sha256 or "",
         size_bytes=record.size_bytes or 0,
-        width_px=record.width_px or 0,
-        height_px=record.height_px or 0,
+        width_px=record.width_px,
+        height_px=record.height_px,
         # The vendor tells 0 until it has settled: what a picture cost is unknown then, not nothing.
         cost_usd=record.cost_usd or None,
         predict_time_seconds=record.predict_time_seconds,
@@ -75,6 +75,7 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
         prompt=_prompt(record.input),
         more_uris=tuple(record.more_uris),
         format=_format_of_key(record.uri or ""),
+        verified=record.verified is not False,
         reused=reused,
         bought_by=record.bought_by or None,
     )
@@ -170,10 +171,11 @@ class ImageStore:
         await give_up_what_another_adopted(ledger, held)
         found = await self.find(ledger, held.record, formats=formats)
         whole = found and await ledger.store.get(found.key)
-        if not whole or not _is_of(whole, held.record.prediction_id):
+        if not found or not whole or not _is_of(whole, held.record.prediction_id):
             return None
         try:
-            media = await verify_in_turns(whole.body)
+            name = _format_of_key(found.key)
+            media = await verify_in_turns(whole.body) if name in VERIFIED else as_it_came(whole.body, name)
         except MediaError:
             return None
         said = whole.metadata
@@ -198,7 +200,7 @@ class ImageStore:
         later: Sequence[str],
         *,
         fresh: bool,
-        formats: Sequence[str],
+        formats: Sequence[str] | None,
     ) -> Media:
         """Puts one picture, over none or over one of another prediction that its record no longer names.
 
@@ -281,12 +283,14 @@ class ImageStore:
     ) -> None:
         """Looks, before the item is bought, at where its picture goes. One HEAD for each format that it may have.
 
+        Where it may have any, at the place of a PNG alone: what stands elsewhere is found when it is in the way.
+
         Raises:
             ItemConflict: An object stands there that is not the item's own. Nothing was bought.
             Overtaken: The record has changed meanwhile: look again.
         """
         record = None if held is None else held.record
-        for name in _allowed(record, formats):
+        for name in _places(_allowed(record, formats)) or PNG_ALONE:
             key = ledger.destination.image_key(item_id, suffix=FORMATS[name].suffix)
             found = await ledger.store.head(key)
             if found is None or (record is not None and _is_of_any(found, record)):
@@ -319,13 +323,22 @@ class ImageStore:
                 if found is None or found.metadata.get("prediction-id") not in (None, record.prediction_id):
                     return None
         else:
-            suffixes = [FORMATS[name].suffix for name in _allowed(record, formats)]
+            suffixes = [FORMATS[name].suffix for name in await self._may_be(ledger, record, formats)]
         for suffix in suffixes:
             key = ledger.destination.image_key(record.item_id, suffix=suffix)
             found = await ledger.store.head(key)
             if found is not None and await self._is_picture_of(ledger, found, record):
                 return found
         return None
+
+    async def _may_be(self, ledger: Ledger, record: Record, formats: Sequence[str] | None) -> Sequence[str]:
+        """The formats that the item's first picture may have; where it may have any, those that are in the bucket."""
+        allowed = _places(_allowed(record, formats))
+        if allowed is not None:
+            return allowed
+        place = ledger.destination.image_key(record.item_id, suffix="")
+        suffixes = [row.key.removeprefix(place) async for row in ledger.store.list(place)]
+        return [name for name, one in FORMATS.items() if one.suffix in suffixes]
 
     async def _is_picture_of(self, ledger: Ledger, found: StoredObject, record: Record) -> bool:
         """Whether an object is the first picture of the prediction that the record names."""
@@ -344,7 +357,8 @@ class ImageStore:
             await ledger.store.put(
                 found.key,
                 whole.body,
-                content_type=format.content_type,
+                content_type=format.stored_type,
+                content_disposition=format.disposition,
                 if_match=whole.etag if ledger.conditional else None,
                 metadata=named,
                 sha256=record.sha256,
@@ -357,10 +371,15 @@ class ImageStore:
         await self._downloader.aclose()
 
 
-def _allowed(record: Record | None, formats: Sequence[str] | None) -> tuple[str, ...]:
-    """What may be stored. An earlier version may have written down a format that this one does not know."""
+def _allowed(record: Record | None, formats: Sequence[str] | None) -> tuple[str, ...] | None:
+    """What may be stored; None: anything. Another version may have named a format that this one does not know."""
     named = formats or (record.formats if record is not None else ())
-    return tuple(name for name in named if name in FORMATS) or PNG_ALONE
+    return tuple(name for name in named if name in FORMATS or name == ANY) or None
+
+
+def _places(allowed: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The formats under whose endings it may be; None: any."""
+    return None if allowed is None or ANY in allowed else allowed
 
 
 def _suffix(key: str) -> str:
@@ -415,6 +434,8 @@ def _stored(
         size_bytes=len(media.data),
         width_px=media.width_px,
         height_px=media.height_px,
+        verified=media.verified,
+        content_type=FORMATS[media.format].content_type,
         cost_usd=cost_usd or None,
         predict_time_seconds=seconds,
     )
@@ -455,7 +476,8 @@ async def put_image(
     await store.put(
         key,
         media.data,
-        content_type=FORMATS[media.format].content_type,
+        content_type=FORMATS[media.format].stored_type,
+        content_disposition=FORMATS[media.format].disposition,
         if_match=present.etag if conditional and present is not None else None,
         if_absent=conditional and present is None,
         metadata=metadata,

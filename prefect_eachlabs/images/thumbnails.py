@@ -16,7 +16,7 @@ MAX_PIXELS = 4096 * 4096
 MAX_JPEG_PIXELS = 100_000_000
 SECONDS = 10.0
 JPEG_QUALITY = 80
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "AVIF")
 
 
 class NoThumbnail(Exception):

@@ -95,7 +95,7 @@ class Record(BaseModel):
         default=None, description="What the last POST sent in place of `input`, without signatures; where it differs."
     )
     sample: int | None = Field(default=None, description="The number among several of one input, from 2 on.")
-    formats: list[str] = Field(default_factory=list, description="What may be stored; empty: PNG alone.")
+    formats: list[str] = Field(default_factory=list, description="What may be stored; empty: whatever comes.")
     labels: dict[str, str] = Field(default_factory=dict)
     state: RecordState
     intent: Intent | None = Field(default=None, description="Of a claim: post, settle or idle.")
@@ -134,6 +134,10 @@ class Record(BaseModel):
     size_bytes: int | None = None
     width_px: int | None = None
     height_px: int | None = None
+    verified: bool | None = Field(
+        default=None, description="Whether its bytes were seen to be a whole picture; false: stored as it came."
+    )
+    content_type: str | None = Field(default=None, description="The media type of what is stored.")
     cost_usd: float | None = None
     predict_time_seconds: float | None = None
     error: RecordError | None = None

@@ -72,6 +72,7 @@ class ObjectStore(Protocol):
         if_absent: bool = False,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        content_disposition: str | None = None,
     ) -> str: ...
 
     def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]: ...

@@ -102,6 +102,7 @@ class S3Store:
         if_absent: bool = False,
         metadata: Mapping[str, str] | None = None,
         sha256: str | None = None,
+        content_disposition: str | None = None,
     ) -> str:
         """Writes the object and returns its new ETag.
 
@@ -116,6 +117,7 @@ class S3Store:
             if_absent: Write only where no object is.
             metadata: User metadata; what is not printable ASCII is percent-encoded.
             sha256: Hex digest of the body, which the store checks and keeps.
+            content_disposition: `attachment` for what a browser must not open.
 
         Raises:
             PreconditionFailed: The condition does not hold; perhaps by an own earlier attempt: read back.
@@ -131,9 +133,11 @@ class S3Store:
             arguments["Metadata"] = ascii_metadata(metadata)
         if sha256 is not None:
             arguments["ChecksumSHA256"] = base64.b64encode(bytes.fromhex(sha256)).decode()
+        if content_disposition is not None:
+            arguments["ContentDisposition"] = content_disposition
         if self.access.kms_key_id:
             arguments.update(ServerSideEncryption="aws:kms", SSEKMSKeyId=self.access.kms_key_id)
-        if self.access.storage_class and content_type.startswith("image/"):
+        if self.access.storage_class and (sha256 is not None or content_type.startswith("image/")):
             arguments["StorageClass"] = self.access.storage_class
         return await self._run(key, functools.partial(self._write, arguments, body), is_write=True)
 

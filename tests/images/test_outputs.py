@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import AsyncIterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,26 @@ from PIL import Image
 from prefect_eachlabs.batch.outcomes import Totals, not_there
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.cli.main import main
-from prefect_eachlabs.errors import BadInput, ContentRefused, FormatNotAllowed, NotAPng, PictureMissing, StoreFailed
+from prefect_eachlabs.errors import (
+    BadInput,
+    ContentRefused,
+    DownloadFailed,
+    FormatNotAllowed,
+    NotAPng,
+    PictureMissing,
+    StoreFailed,
+)
 from prefect_eachlabs.images import formats as media
 from prefect_eachlabs.images import store as finishing
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.formats import MediaError, MediaReader, check_formats, format_of, verify
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.tasks import await_result, create_prediction, generate_and_store, store_image
+from prefect_eachlabs.testing.emulator.outputs import MEDIA_TYPES, PICTURE_TYPES, other_output
 from prefect_eachlabs.testing.s3 import Fault as S3Fault
 from tests.flows.flow_fixtures import BUCKET, Studio
 
-FORMATS = ("jpeg", "webp", "gif")
+FORMATS = ("jpeg", "webp", "gif", "avif")
 Printed = pytest.CaptureFixture[str]
 
 
@@ -89,13 +99,14 @@ def test_a_head_without_a_body_is_refused(format: str) -> None:
         ("WEBP", {"lossless": True}),
         ("WEBP", {"exif": b"Exif\0\0" + bytes(99)}),
         ("GIF", {"comment": b";" * 300}),
+        ("AVIF", {"speed": 10}),
     ],
 )
 def test_the_walk_through_a_pictures_parts_finds_the_size_that_its_decoder_finds(
     format: str, how: dict[str, Any], size_px: tuple[int, int]
 ) -> None:
     for mode in ("RGB", "L", "P", "RGBA", "CMYK"):
-        if mode in {"JPEG": ("P", "RGBA"), "WEBP": ("CMYK",), "GIF": ("CMYK",)}[format]:
+        if mode in {"JPEG": ("P", "RGBA"), "WEBP": ("CMYK",), "GIF": ("CMYK",), "AVIF": ("CMYK",)}[format]:
             continue
         buffer = io.BytesIO()
         Image.effect_noise(size_px, 90).convert("RGB").convert(mode).save(buffer, format, **how)
@@ -140,7 +151,7 @@ def test_formats_are_named_as_people_name_them(given: Any, names: tuple[str, ...
     assert check_formats(given) == names
 
 
-@pytest.mark.parametrize("given", ["", "tiff", "mp4", ["png", "exe"], []])
+@pytest.mark.parametrize("given", ["", "exe", ["png", "exe"], []])
 def test_formats_that_are_none_are_refused(given: Any) -> None:
     with pytest.raises(BadInput, match=r"formats: .* Name one or more of png, jpeg, webp, gif"):
         check_formats(given)
@@ -164,7 +175,7 @@ def fetched(data: bytes, *formats: str) -> Any:
 @pytest.mark.parametrize("format", FORMATS)
 def test_another_format_than_was_promised_is_refused_and_the_error_says_how_to_have_it(format: str) -> None:
     title = media.FORMATS[format].title
-    said = rf"is paid for and not stored: it is a {title} where a PNG is promised.* --formats png,{format}"
+    said = rf"is paid for and not stored: it is an? {title} where a PNG is promised.* --formats png,{format}"
     with pytest.raises(FormatNotAllowed, match=said) as info:
         fetched(picture(format))
     assert (info.value.retryable, info.value.prediction_id, info.value.item_id) == (False, "p-1", "fox")
@@ -185,7 +196,125 @@ def test_a_png_is_refused_where_it_is_not_what_was_asked_for() -> None:
         fetched(picture("png"), "jpeg", "webp")
 
 
+def fetched_as(data: bytes, url: str, content_type: str, *formats: str, **headers: str) -> Any:
+    """What comes of a host's answer where these formats are wanted; none: anything is."""
+
+    async def story() -> Any:
+        told = {"Content-Type": content_type, **headers}
+        downloader = Downloader(httpx.MockTransport(lambda _: httpx.Response(200, content=data, headers=told)))
+        try:
+            return await downloader.fetch(
+                f"https://cdn.example.org/{url}", formats=formats or None, prediction_id="p-1"
+            )
+        finally:
+            await downloader.aclose()
+
+    return asyncio.run(story())
+
+
+@pytest.mark.parametrize(
+    ("format", "url", "content_type"),
+    [
+        *((name, f"out.{name}", type_) for name, type_ in MEDIA_TYPES.items() if name not in PICTURE_TYPES),
+        *((name, "output", "application/octet-stream") for name in ("svg", "mp4", "webm", "mp3", "wav", "glb", "json")),
+        ("txt", "output", ""),
+        ("txt", "caption", "text/plain"),
+    ],
+)
+def test_what_is_not_a_picture_is_taken_as_it_came_and_known_for_what_it_is(
+    format: str, url: str, content_type: str
+) -> None:
+    data = other_output("a fox", format)
+    found = fetched_as(data, url, content_type)
+    assert (found.format, found.verified, found.data, found.width_px) == (format, False, data, None)
+
+
+@pytest.mark.parametrize("format", ["png", *FORMATS])
+def test_where_anything_is_taken_pictures_are_verified_all_the_same(format: str) -> None:
+    data = picture(format)
+    assert fetched_as(data, f"out.{format}", "").verified
+    with pytest.raises(NotAPng, match="not a whole file"):
+        fetched_as(data[:-40], f"out.{format}", "")
+
+
+HTML = b"<!DOCTYPE html><title>Sign in</title>" + bytes(99)
+
+
+@pytest.mark.parametrize(
+    ("data", "url", "content_type", "said"),
+    [
+        (HTML, "out", "text/html", "an HTML page, as hosts send"),
+        (HTML, "out.mp3", "audio/mpeg", "an HTML page, as hosts send"),
+        (b"not found", "out.png", "text/plain", "called a PNG and does not begin as one"),
+        (b"<Error>expired</Error>", "out.mp4", "application/xml", "called an MP4 and does not begin as one"),
+        (b'{"error": "expired"}', "out", "image/webp", "called a WebP and does not begin as one"),
+        (b"", "out.txt", "text/plain", "it is empty"),
+    ],
+)
+def test_what_a_host_sends_in_place_of_an_output_is_not_taken_for_it(
+    data: bytes, url: str, content_type: str, said: str
+) -> None:
+    with pytest.raises(NotAPng, match=said) as info:
+        fetched_as(data, url, content_type)
+    assert info.value.retryable
+    if data:
+        assert fetched_as(data, url, content_type, "any").data == data, "unless whatever comes was asked for"
+
+
+def test_a_file_whose_end_cannot_be_known_is_not_taken_for_whole() -> None:
+    class Unending(httpx.AsyncByteStream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            yield other_output("a fox", "wav")
+
+    async def story() -> None:
+        downloader = Downloader(httpx.MockTransport(lambda _: httpx.Response(200, stream=Unending())))
+        with pytest.raises(DownloadFailed, match="does not say how long it is"):
+            await downloader.fetch("https://cdn.example.org/out.wav", formats=None)
+        await downloader.aclose()
+
+    asyncio.run(story())
+
+
 # --------------------------------------------------------------------------------------------------- stored
+
+
+@pytest.mark.parametrize(
+    ("format", "content_type", "disposition"),
+    [
+        ("mp4", "video/mp4", None),
+        ("wav", "audio/wav", None),
+        ("glb", "model/gltf-binary", "attachment"),
+        ("txt", "text/plain; charset=utf-8", "attachment"),
+        ("svg", "image/svg+xml", "attachment"),
+        ("html", "application/octet-stream", "attachment"),
+    ],
+)
+def test_what_was_paid_for_is_stored_whatever_it_is_and_runs_in_no_browser(
+    studio: Studio, format: str, content_type: str, disposition: str | None, capsys: Printed
+) -> None:
+    studio.api.set_faults(f"prediction:output_format,value={format}")
+    item_id = f"fox-{format}"
+    assert main(["generate", "a fox", "--to", studio.destination, "--item-id", item_id, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["format"], told["verified"], told["width_px"]) == (format, False, None)
+    stored = objects_of(studio)[f"{item_id}.{format}"]
+    assert (stored["ContentType"], stored.get("ContentDisposition")) == (content_type, disposition)
+    record = record_of(studio, item_id)
+    assert (record["verified"], record["state"]) == (False, "stored")
+    assert record["content_type"] == media.FORMATS[format].content_type
+
+    given: dict[str, Any] = {"destination": studio.destination, "item_id": item_id}
+    again = generate_and_store.fn("a fox", **given)
+    assert (again.reused, again.verified, again.uri, studio.billed) == (True, False, told["uri"], 1)
+
+
+def test_a_run_that_asks_for_pictures_refuses_a_film_and_says_how_to_have_it(studio: Studio) -> None:
+    studio.api.set_faults("prediction:output_format,value=mp4")
+    given: dict[str, Any] = {"destination": studio.destination, "item_id": "fox"}
+    with pytest.raises(FormatNotAllowed, match=r"it is an MP4 where a PNG is promised.* --formats png,mp4"):
+        generate_and_store.fn("a fox", formats=["png"], **given)
+    assert generate_and_store.fn("a fox", formats=["png", "mp4"], **given).format == "mp4"
+    assert studio.billed == 1
 
 
 def objects_of(studio: Studio) -> dict[str, Any]:
@@ -215,7 +344,7 @@ def test_a_picture_of_another_format_is_stored_as_what_it_is(
         "input": {"output_format": format},
     }
     with pytest.raises(FormatNotAllowed, match="Allow it and run the same again, which buys nothing"):
-        generate_and_store.fn("a fox", **given)
+        generate_and_store.fn("a fox", formats=["png"], **given)
     assert studio.keys() == []
     assert record_of(studio, "fox")["state"] == "created"
 
@@ -249,21 +378,20 @@ def test_a_step_may_be_told_what_it_may_store(studio: Studio) -> None:
     )
     finished = await_result.fn(created)
     with pytest.raises(FormatNotAllowed):
-        store_image.fn(finished, studio.destination)
-    assert store_image.fn(finished, studio.destination, formats=["gif"]).uri.endswith(".gif")
+        store_image.fn(finished, studio.destination, formats=["png"])
+    assert store_image.fn(finished, studio.destination).uri.endswith(".gif")
 
 
-@pytest.mark.parametrize("format", ["png", "jpeg"])
+@pytest.mark.parametrize("format", ["png", "jpeg", "webm"])
 def test_a_run_that_died_before_its_last_note_is_finished_from_the_bucket(studio: Studio, format: str) -> None:
     """The pictures are there, the record says `created`: nothing is fetched and nothing bought."""
-    studio.api.set_faults("prediction:output_several,value=3")
     given: dict[str, Any] = {
         "destination": studio.destination,
         "item_id": f"fox-{format}",
         "model": "flux-1-1-pro",
-        "input": {"output_format": format},
-        "formats": ["png", "jpeg"],
+        "formats": None if format == "webm" else ["png", "jpeg"],
     }
+    studio.api.set_faults("prediction:output_several,value=3", f"prediction:output_format,value={format}")
     first = generate_and_store.fn("a fox", **given)
     record = {name: value for name, value in record_of(studio, f"fox-{format}").items() if "uri" not in name}
     with closing(boto3.client("s3")) as s3:

@@ -13,12 +13,13 @@ from markdown_it import MarkdownIt
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, FlowRunFilterId
 
-from prefect_eachlabs.artifacts import escaped, plain
+from prefect_eachlabs.artifacts import escaped, picture_markdown, plain
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.pages import index_page
 from prefect_eachlabs.batch_artifacts import chunk_markdown
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.flows import generate_batch, generate_image, scheduled_image, settle_leftovers
+from prefect_eachlabs.models import StoredImage
 from prefect_eachlabs.net.redaction import visible
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import BUCKET, Studio
@@ -114,6 +115,22 @@ def test_a_key_that_somebody_writes_to_the_bucket_moves_no_terminal(
     said = capsys.readouterr().out
     assert "\\x1b[2J\\u202e" in said
     assert visible(said, keeping="\n") == said
+
+
+@pytest.mark.parametrize("ending", ["svg", "html", "xml", "pdf"])
+def test_what_a_browser_could_run_is_named_on_a_page_and_neither_shown_nor_linked(ending: str) -> None:
+    uri = f"s3://{BUCKET}/images/fox.{ending}"
+    there = Outcome(row=1, state=RowState.STORED, item_id="fox", prompt="a fox", uri=uri)
+    page = "".join(
+        index_page({"stored": 1}, pictures=[there], not_there=[], links={"fox": f"https://b.invalid/{ending}"})
+    )
+    assert f"fox.{ending}" in page
+    for word in ("<img", "<object", "<iframe", "<embed", f'fox.{ending}"', "b.invalid"):
+        assert word not in page
+    shown = StoredImage(
+        item_id="fox", prediction_id="p", uri=uri, sha256="0", size_bytes=9, format=ending, verified=False
+    )
+    assert "<img" not in picture_markdown(shown, thumbnail=None)
 
 
 def test_the_page_of_a_report_shows_what_turns_text_as_what_it_is() -> None:

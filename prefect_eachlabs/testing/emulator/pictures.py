@@ -20,6 +20,7 @@ from starlette.responses import RedirectResponse, Response
 from prefect_eachlabs.testing.emulator.clock import Clock
 from prefect_eachlabs.testing.emulator.faults import Fault
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
+from prefect_eachlabs.testing.emulator.outputs import PICTURE_TYPES, other_output
 from prefect_eachlabs.testing.emulator.predictions import Job
 from prefect_eachlabs.testing.emulator.responses import CutResponse, DripResponse, error, html
 
@@ -102,7 +103,9 @@ class Pictures:
         self._kept: OrderedDict[tuple[str, int, str], bytes] = OrderedDict()
 
     async def picture(self, job: Job, number: int, format: str) -> bytes:
-        """The bytes of a job's n-th picture: png, jpeg, webp or gif."""
+        """The bytes of a job's n-th output."""
+        if format not in PICTURE_TYPES:
+            return other_output(job.prompt, format)
         name, seed, size_px = (job.id, number, format), f"{job.id}/{number}", self._options.image_size_px
         if self._options.pictures == "plain" and format == "png":
             return plain_png(size_px, seed)

@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 from prefect_eachlabs.testing.emulator.clock import Clock, rfc3339
 from prefect_eachlabs.testing.emulator.faults import Fault
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
+from prefect_eachlabs.testing.emulator.outputs import MEDIA_TYPES
 
 _STARTING_FRACTION = 0.15
 _STARTING_SECONDS = 2.0
@@ -316,8 +317,9 @@ def _envelope(job: Job) -> dict[str, Any]:
 
 
 def _picture_urls(job: Job, options: EmulatorOptions) -> list[str]:
-    wanted = job.input.get("output_format")
-    suffix = wanted if wanted in ("jpeg", "webp", "gif") else "png"
+    other = job.faults.get("output_format")
+    wanted = (other.value or "mp4") if other is not None else job.input.get("output_format")
+    suffix = wanted if wanted in MEDIA_TYPES else "png"
     query = options.picture_query
     if "key_in_output" in job.faults:
         query += f"{'&' if '?' in query else '?'}api_key={quote(job.secret, safe='')}"

@@ -17,6 +17,7 @@ from starlette.routing import Route
 
 from prefect_eachlabs.testing.emulator.clock import parse_date, rfc3339
 from prefect_eachlabs.testing.emulator.faults import ENDPOINTS, Endpoint, Fault, kinds_of, parse_faults
+from prefect_eachlabs.testing.emulator.outputs import MEDIA_TYPES
 from prefect_eachlabs.testing.emulator.pictures import redirected_again, spoil
 from prefect_eachlabs.testing.emulator.predictions import Job, execution_view, prediction_view
 from prefect_eachlabs.testing.emulator.responses import (
@@ -41,7 +42,9 @@ RETENTION_SECONDS = 180 * 86_400
 _DEFAULT_WINDOW = timedelta(days=90)
 _OTHER_FILTERS = {"status", "error_classification", "workflow_id", "workflow_execution_id"}
 """The vendor's filters of executions that the emulator does not have."""
-_PICTURE = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:-([0-9]{1,2}))?\.(png|jpeg|webp|gif)")
+_ENDINGS = "|".join(MEDIA_TYPES)
+_ENDINGS = "|".join(MEDIA_TYPES)
+_OUTPUT = re.compile(r"([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})(?:-([0-9]{1,2}))?\.(" + _ENDINGS + ")")
 
 
 class Refused(Exception):
@@ -401,7 +404,7 @@ def file_routes(emulator: Emulator, routes: Routes) -> None:
     @routes.on("GET", "/files/{name}")
     async def download(request: Request) -> Response:
         name = str(request.path_params["name"])
-        match, now = _PICTURE.fullmatch(name), emulator.clock.now()
+        match, now = _OUTPUT.fullmatch(name), emulator.clock.now()
         job = emulator.ledger.get(match[1], now) if match else None
         number = int(match[2] or 1) if match else 1
         if match is None or job is None or job.status_at(now) != "success" or not 1 <= number <= job.pictures:
@@ -410,8 +413,8 @@ def file_routes(emulator: Emulator, routes: Routes) -> None:
         path, hop = request.url.path, request.query_params.get("hop", "")
         if (again := redirected_again(path, hop)) is not None:
             return again
+        media_type = MEDIA_TYPES[match[3]]
         picture = await emulator.pictures.picture(job, number, match[3])
-        media_type = f"image/{match[3]}"
         if request.method == "HEAD":
             return Response(headers={"content-length": str(len(picture))}, media_type=media_type)
         emulator.downloads += 1
