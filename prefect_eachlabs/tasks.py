@@ -376,7 +376,8 @@ astore_image = async_task(store_image)
 def _stored(
     gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None, *, with_artifact: bool
 ) -> Plan[StoredImage]:
-    """What the run's log, its artifact and an event say of the picture."""
+    """What the run's log, its artifact and an event say of the picture, its cost among it."""
+    image = yield from on_the_loop(gateway, gateway.engine.with_cost(image, place, access=access))
     verb = "was bought earlier" if image.reused else "is stored"
     log(f"Item {image.item_id} {verb}: {image.uri} ({image.size}).")
     if with_artifact:

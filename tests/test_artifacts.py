@@ -26,6 +26,7 @@ from prefect_eachlabs import (
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
 from prefect_eachlabs.confined import NotInstalled
+from prefect_eachlabs.engine import engine
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
@@ -186,7 +187,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 @pytest.mark.usefixtures("prefect_server")
 class TestOnAServer:
-    def test_the_flow_leaves_an_artifact_with_the_picture(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
+    def test_the_flow_leaves_an_artifact_with_the_picture_and_its_cost_that_was_settled_late(
+        self, studio: Studio, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(engine, "COST_PAUSES_SECONDS", (0.3,) * 20)
+        studio.api.set_faults("prediction:late_cost,seconds=0.5")
         stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
         artifact = artifact_of("eachlabs-fox-of-the-flow")
         assert (artifact.type, artifact.description) == ("markdown", "Item fox-of-the-flow")
@@ -194,6 +199,8 @@ class TestOnAServer:
         (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")
         assert "a red <fox>" in seen.text
+        assert "0.0390" in seen.text
+        assert (stored.cost_usd, sent[0]["payload"]["cost_usd"]) == (0.039, 0.039)
         assert [one["event"] for one in sent] == [events.STORED]
         assert sent[0]["resource"]["prefect.resource.id"] == f"eachlabs.picture.{stored.item_id}"
         assert "fox>" not in repr(sent)

@@ -50,6 +50,16 @@ class Buyer(Prices, Protocol):
 
     async def executions(self, offset: int) -> tuple[Execution, ...]: ...
 
+    async def note_cost(
+        self,
+        item_id: str,
+        prediction_id: str,
+        cost_usd: float,
+        destination: Destination,
+        *,
+        access: S3Access | None = None,
+    ) -> None: ...
+
     @property
     def slots_past_deadline(self) -> int: ...
 
@@ -64,6 +74,7 @@ class EngineBuyer:
         self._account = engine.account
         self.generate_and_store = engine.generate_and_store
         self.cancel_late = engine.cancel_late
+        self.note_cost = engine.note_cost
 
     @property
     def slots_past_deadline(self) -> int:

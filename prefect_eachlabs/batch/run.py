@@ -414,7 +414,9 @@ class Batch:
         for page in range(-(-left // EXECUTIONS_A_PAGE) + PAGES_OF_OTHERS):
             rows = await self._buyer.executions(page * EXECUTIONS_A_PAGE)
             costs = {row.id: row.cost_usd for row in rows if row.cost_usd}
-            for settled in await self.folder.worker(self.scratch.settle, costs):
+            told = await self.folder.worker(self.scratch.settle, costs)
+            await asyncio.gather(*map(self._note_cost, told))
+            for settled in told:
                 self.totals.cost_was_told(settled)
                 self.budget.told(
                     settled.item_id or "", settled.model or "", settled.prediction_id or "", settled.cost_usd or 0.0
@@ -422,6 +424,13 @@ class Batch:
                 left -= 1
             if not left or len(rows) < EXECUTIONS_A_PAGE:
                 return
+
+    async def _note_cost(self, settled: Outcome) -> None:
+        if settled.item_id and settled.prediction_id and settled.cost_usd:
+            place = self.folder.destination
+            await self._buyer.note_cost(
+                settled.item_id, settled.prediction_id, settled.cost_usd, place, access=self._access
+            )
 
     def _entries(self) -> RowResults:
         lines = map(Outcome.from_line, self.scratch.lines())

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
@@ -98,11 +98,12 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
 
     options = PurchaseOptions(run_id=uuid4().hex, any_reference=True, **flags.options())
 
-    def work(gateway: Gateway) -> Coroutine[Any, Any, StoredImage]:
-        return retry_while_retryable(
+    async def work(gateway: Gateway) -> StoredImage:
+        image = await retry_while_retryable(
             lambda: gateway.engine.generate_and_store(item, destination, options=options),
             first_pause_seconds=FIRST_PAUSE_SECONDS,
         )
+        return await gateway.engine.with_cost(image, destination)
 
     def came_of(gateway: Gateway) -> Interrupted:
         ends = gateway.engine.account.interruptions

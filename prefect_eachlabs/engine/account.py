@@ -174,9 +174,10 @@ class Account:
         future = self.poller.watch(Prediction(id=prediction_id), slot=None)
         with suppress(asyncio.TimeoutError):
             return await asyncio.wait_for(asyncio.shield(future), timeout=CLEAN_UP_SECONDS)
-        return await self._ask_once(prediction_id)
+        return await self.ask_once(prediction_id)
 
-    async def _ask_once(self, prediction_id: str) -> Prediction:
+    async def ask_once(self, prediction_id: str) -> Prediction:
+        """What GET says now; takes a request slot."""
         request = await self.limiter.take_request(question=True)
         try:
             return await self.client.get(prediction_id)

@@ -78,7 +78,14 @@ class CountingShop:
         self.in_the_air = 0
         self.worst_in_the_air = 0
         self.records: dict[str, StoredImage] = {}
+        self.noted_usd: dict[str, float] = {}
         self._limiter = asyncio.Semaphore(max_in_flight)
+
+    async def note_cost(
+        self, item_id: str, prediction_id: str, cost_usd: float, destination: Destination, *, access: Any = None
+    ) -> None:
+        assert self.records[item_id].prediction_id == prediction_id
+        self.noted_usd[item_id] = cost_usd
 
     async def generate_and_store(
         self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None

@@ -601,13 +601,14 @@ def test_a_run_that_prefect_runs_again_has_one_budget() -> None:
     virtual_time.run(story())
 
 
-def test_costs_that_are_told_late_are_in_the_report() -> None:
+def test_costs_that_are_told_late_are_in_the_report_and_in_the_records() -> None:
     async def story() -> None:
         shop = CountingShop(MemoryStore(), told_usd=0.0)
         result = await run(shop, source_of(prompts(250)))
         assert result.cost_usd == pytest.approx(250 * PRICE_USD)
         assert shop.pages_of_executions == 3
         assert {row["cost_usd"] for row in lines_of(shop.store)} == {PRICE_USD}
+        assert shop.noted_usd == dict.fromkeys(shop.bought, PRICE_USD)
 
     virtual_time.run(story())
 

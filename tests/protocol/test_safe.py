@@ -289,3 +289,25 @@ def test_a_cost_that_the_vendor_has_not_settled_is_unknown_not_nothing() -> None
         assert (await world.process().obtain(A)).cost_usd is None
 
     play(story)
+
+
+@pytest.mark.parametrize(("late_seconds", "is_told"), [(10, True), (3600, False)])
+def test_a_cost_that_is_settled_late_is_waited_for_a_little_and_reaches_the_record(
+    late_seconds: int, is_told: bool
+) -> None:
+    async def story() -> None:
+        world = World(f"prediction:late_cost,seconds={late_seconds}")
+        process = world.process()
+        image = await process.obtain(A)
+        began = asyncio.get_running_loop().time()
+        image = await process.run(process.engine.with_cost(image, world.destination))
+        assert asyncio.get_running_loop().time() - began < 20
+        assert (image.cost_usd is not None, world.record(A).cost_usd) == (is_told, image.cost_usd)
+        await asyncio.sleep(3600)
+        questions = process.count("GET /v1/prediction/")
+        found = await process.obtain(A)
+        again = await process.run(process.engine.with_cost(found, world.destination))
+        assert again.cost_usd == world.record(A).cost_usd is not None, "whoever meets it later learns what it cost"
+        assert process.count("GET /v1/prediction/") - questions == (0 if is_told else 1)
+
+    play(story)
