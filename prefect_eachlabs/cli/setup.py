@@ -36,6 +36,7 @@ def setup(
     *,
     destination: Annotated[str | None, flag("s3://bucket/prefix: also make the block of a destination")] = None,
     block: Annotated[str, flag("the blocks' name (default)")] = "default",
+    deploy: Annotated[bool, flag("also make the deployments")] = False,
     in_json: InJson = False,
 ) -> int:
     """Makes work pool, limits, blocks and an automation on the Prefect server, as often as you like.
@@ -53,9 +54,12 @@ def setup(
       own chain
       the automation eachlabs-end-dead-runs: runs of this package whose machine died
       end as Crashed, 3.5 heartbeats later (PREFECT_FLOWS_HEARTBEAT_FREQUENCY)
+      with --deploy the deployments generate-image, generate-batch and so on, for
+      workers that have the package and no clone, their forms filled in with the
+      block; parameters and schedules of those that are there stay
 
     example:
-      prefect-eachlabs setup --destination s3://acme-pictures/daily
+      prefect-eachlabs setup --destination s3://acme-pictures/daily --deploy
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect.client.orchestration import get_client
@@ -72,12 +76,18 @@ def setup(
         limits = asyncio.run(limits_admin.apply(settings))
         blocks = make_blocks(os.environ, block, place)
         automations = {automation.DEAD_RUNS: automation.make(client)}
+        deployed: dict[str, str] = {}
+        if deploy:
+            from prefect_eachlabs.cli import deployments
+
+            deployed = deployments.deploy(client, block)
     if in_json:
         told = {
             "work_pool": {WORK_POOL: pool},
             "limits": as_json(limits),
             "blocks": blocks,
             "automations": automations,
+            "deployments": deployed,
         }
         print(json.dumps(told), flush=True)
         return 0
@@ -88,9 +98,12 @@ def setup(
         print(f"block {name}: {done}")
     for name, done in automations.items():
         print(f"automation {name}: {done}{SAID_OF_AUTOMATIONS.get(done, '')}")
+    for name, done in deployed.items():
+        print(f"deployment {name}: {done}")
+    first = "" if deploy else "prefect-eachlabs setup --deploy makes the deployments; "
     print(
-        "Next: prefect --no-prompt deploy --all --prefect-file deployments/prefect.yaml, then prefect worker start "
-        f"--pool {WORK_POOL}; prefect-eachlabs doctor says what is missing."
+        f"Next: {first}prefect worker start --pool {WORK_POOL} on each machine; prefect-eachlabs doctor says what is "
+        "missing."
     )
     return 0
 

@@ -21,8 +21,13 @@ def openings(template: dict[str, Any]) -> list[str]:
     """The job variables that reach the process, by name; none where the pool is closed."""
     configuration = template.get("job_configuration", {})
     found = {one.name for one in find_placeholders(configuration) if one.type is PlaceholderType.STANDARD}
-    # Prefect merges a run's own `env` into one that is written out, whatever the template says.
-    return sorted(found | ({"env"} if isinstance(configuration.get("env"), dict) else set()))
+    return sorted(found | ({"env"} if _sets_env(template) else set()))
+
+
+def _sets_env(template: dict[str, Any]) -> bool:
+    """Whether it has an `env` of its own, written out or a variable's default: Prefect merges a run's into either."""
+    default = template.get("variables", {}).get("properties", {}).get("env", {}).get("default")
+    return bool(default) or isinstance(template.get("job_configuration", {}).get("env"), dict)
 
 
 def closed(template: dict[str, Any]) -> dict[str, Any] | None:
@@ -36,7 +41,7 @@ def closed(template: dict[str, Any]) -> dict[str, Any] | None:
         if value not in (None, {}):
             configuration[field] = value
     result = _template(configuration)
-    return None if openings(result) else result
+    return None if openings(result) or variables.get("env", {}).get("default") else result
 
 
 def _template(configuration: dict[str, Any]) -> dict[str, Any]:

@@ -82,8 +82,8 @@ def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
         )
     except ObjectNotFound as error:
         raise SetupError(
-            f"shards={shards} needs the deployment {DEPLOYMENT}: prefect --no-prompt deploy --all --prefect-file "
-            "deployments/prefect.yaml; or run with shards=1. Nothing was bought."
+            f"shards={shards} needs the deployment {DEPLOYMENT}: prefect-eachlabs setup --deploy makes it; or run with "
+            "shards=1. Nothing was bought."
         ) from error
     assert isinstance(run, FlowRun), "called from a sync flow"
     return run.id

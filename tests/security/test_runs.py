@@ -30,9 +30,7 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     with EmulatorServer(options) as api, LocalS3(buckets=[BUCKET]) as s3:
         given = {"EACHLABS_BASE_URL": api.url, "EACHLABS_API_KEY": KEY, "AWS_ENDPOINT_URL_S3": s3.url}
         with opened(tmp_path_factory.mktemp("runs"), None, given) as stage:
-            stage.command("prefect-eachlabs", "setup")
-            deploy = ("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-            stage.command("prefect", *deploy)
+            stage.command("prefect-eachlabs", "setup", "--deploy")
             stage.start_worker()
             yield stage
 

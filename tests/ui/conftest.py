@@ -74,8 +74,6 @@ def studio(database: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> It
             "AWS_ENDPOINT_URL_S3": s3.url,
         }
         with opened(tmp_path_factory.mktemp("stage"), database.url, given) as stage:
-            stage.command("prefect-eachlabs", "setup", "--destination", PLACE)
-            deploy = ("--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml")
-            stage.command("prefect", *deploy)
+            stage.command("prefect-eachlabs", "setup", "--destination", PLACE, "--deploy")
             stage.start_worker()
             yield Studio(stage, api, s3)

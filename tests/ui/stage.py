@@ -165,6 +165,8 @@ class Stage:
         self.url = f"{self.ui}/api"
         self._server: Process | None = None
         self.workers: list[Process] = []
+        self.empty_folder = folder / "empty"
+        self.empty_folder.mkdir()
 
     def environment(self, home: str, **more: str) -> dict[str, str]:
         """The test's own, where the API and the bucket are, a Prefect home, and this server."""
@@ -210,6 +212,7 @@ class Stage:
             self._server = None
 
     def start_worker(self) -> Process:
+        """In an empty folder: it has the package, and no clone of the repository."""
         number = len(self.workers) + 1
         worker = Process(
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "eachlabs", "--name", f"worker-{number}"],
@@ -220,6 +223,7 @@ class Stage:
                 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(BEAT_SECONDS),
             ),
             self.folder / f"worker-{number}.log",
+            folder=self.empty_folder,
         )
         self.workers.append(worker)
         return worker
@@ -230,12 +234,12 @@ class Stage:
         self.stop_server()
 
     def command(self, *words: str, status: int | None = 0) -> subprocess.CompletedProcess[str]:
-        """`prefect ...` or `prefect-eachlabs ...`, from the repository's root."""
+        """`prefect ...` or `prefect-eachlabs ...`, from an empty folder."""
         module = {"prefect": "prefect", "prefect-eachlabs": "prefect_eachlabs"}[words[0]]
         done = subprocess.run(
             [sys.executable, "-m", module, *words[1:]],
             env=self.environment("commands", PREFECT_LOGGING_LEVEL="WARNING"),
-            cwd=ROOT,
+            cwd=self.empty_folder,
             capture_output=True,
             text=True,
             check=False,

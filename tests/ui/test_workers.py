@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.ui.conftest import PLACE, Studio
 from tests.ui.stage import until
 
@@ -50,7 +51,7 @@ def test_all_deployments_are_there_with_their_schedules_and_forms(studio: Studio
 
 def test_set_up_twice_and_looked_at_all_is_well(studio: Studio) -> None:
     again = json.loads(studio.stage.command("prefect-eachlabs", "setup", "--destination", PLACE, "--json").stdout)
-    assert set(again["work_pool"].values()) | set(again["blocks"].values()) == {"there"}
+    assert {done for what in ("work_pool", "blocks", "automations") for done in again[what].values()} == {"there"}
     seen = studio.stage.command("prefect-eachlabs", "doctor", "--to", TO_THE_BLOCK, "--json", status=None)
     found = {one["about"]: one for one in json.loads(seen.stdout)["findings"]}
     assert {one["state"] for one in found.values()} == {"ok"}, found
@@ -58,7 +59,7 @@ def test_set_up_twice_and_looked_at_all_is_well(studio: Studio) -> None:
     assert "a-key-of-tests" not in seen.stdout + seen.stderr
 
 
-def test_a_run_leaves_a_picture_an_artifact_and_an_event(studio: Studio) -> None:
+def test_a_run_on_a_worker_without_a_clone_leaves_a_picture_an_artifact_and_an_event(studio: Studio) -> None:
     billed = studio.api.tallies()["billed"]
     run_id = studio.stage.run(IMAGE, prompt="a <red> fox", destination=TO_THE_BLOCK, item_id="fox")
     run = studio.stage.ended(run_id)
@@ -70,6 +71,7 @@ def test_a_run_leaves_a_picture_an_artifact_and_an_event(studio: Studio) -> None
     assert record is not None
     assert record["state"] == "stored"
     assert studio.api.tallies()["billed"] == billed + 1
+    assert not list(studio.stage.empty_folder.iterdir())
 
     def told() -> list[dict[str, Any]] | None:
         where = {"event": {"prefix": ["eachlabs."]}, "resource": {"id": ["eachlabs.picture.fox"]}}
@@ -170,6 +172,8 @@ def test_the_janitor_runs_as_a_deployment(studio: Studio) -> None:
 
 
 def test_the_example_automations_are_taken(studio: Studio) -> None:
-    studio.stage.command("prefect", "automation", "create", "--from-file", "deployments/automation.yaml")
+    studio.stage.command(
+        "prefect", "automation", "create", "--from-file", str(ROOT / "deployments" / "automation.yaml")
+    )
     names = {one["name"] for one in studio.stage.ask("POST", "/automations/filter", {})}
     assert {"eachlabs-pause-what-fails", "eachlabs-stop-a-batch-that-fails"} <= names
