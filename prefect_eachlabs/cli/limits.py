@@ -63,7 +63,8 @@ def limits(
             print(_as_line(status, action))
         for one in of_tags:
             print(f"tag {one.tag}: {one.in_use} of {one.limit} task runs{_after(problem_of(one))}")
-        print(f"tags without a limit: {', '.join(sorted(our_tags() - {one.tag for one in of_tags})) or 'none'}")
+        if action == "show":
+            print(f"tags without a limit: {', '.join(sorted(our_tags() - {one.tag for one in of_tags})) or 'none'}")
     return 0
 
 
