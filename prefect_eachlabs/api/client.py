@@ -288,19 +288,31 @@ class EachlabsClient:
         """The rows of `executions_page`."""
         return (await self.executions_page(limit=limit, offset=offset, model=model)).rows
 
-    async def executions_page(self, *, limit: int = 100, offset: int = 0, model: str | None = None) -> ExecutionsPage:
+    async def executions_page(
+        self,
+        *,
+        limit: int = 100,
+        offset: int = 0,
+        model: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> ExecutionsPage:
         """GET /v1/executions: one page, newest first, of all keys of the organization. Free.
 
         Args:
             limit: Rows wanted, 1 to 100; the API may give fewer.
             offset: Rows to pass over.
             model: Only of this model; None: of all.
+            since: Only what was created from then on; None: as far back as the vendor lists (90 days).
+            until: Only what was created up to then; None: up to now.
 
         Raises:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
         """
-        only = {} if model is None else {"model": model}
-        answer = await self._ask("/v1/executions", params={"limit": limit, "offset": offset, **only})
+        only = {"model": model, "from": _rfc3339(since), "to": _rfc3339(until)}
+        params: dict[str, int | str] = {"limit": limit, "offset": offset}
+        params |= {name: value for name, value in only.items() if value is not None}
+        answer = await self._ask("/v1/executions", params=params)
         said = answer.json if isinstance(answer.json, Mapping) else {"executions": answer.json}
         rows = said.get("executions")
         if not isinstance(rows, list):
@@ -451,6 +463,10 @@ class EachlabsClient:
             answer = Answer(response, body, whole=whole)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
+
+
+def _rfc3339(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.astimezone(timezone.utc).isoformat().replace("+00:00", "Z")
 
 
 def _count(value: object) -> int | None:

@@ -23,6 +23,7 @@ COMMANDS = {
     "batch": "a table of prompts becomes pictures in your bucket and a report, bought once each",
     "models": "the catalogue: which models there are, or what one takes",
     "settle": "what runs left behind in a bucket: find out, store what was paid for, buy nothing",
+    "audit": "the account's bill, joined with the records: did I pay for anything I do not have?",
     "limits": "the account's limits on the Prefect server: create, show, reset",
     "doctor": "what is set up and what is wrong: each line ok, or what to do; costs nothing",
     "setup": "makes work pool, limits and blocks on the Prefect server, as often as you like",

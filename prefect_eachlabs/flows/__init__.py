@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from prefect_eachlabs._late import late
 
 if TYPE_CHECKING:
+    from prefect_eachlabs.flows.audit import aaudit_bill as aaudit_bill
+    from prefect_eachlabs.flows.audit import audit_bill as audit_bill
     from prefect_eachlabs.flows.batch import agenerate_batch as agenerate_batch
     from prefect_eachlabs.flows.batch import generate_batch as generate_batch
     from prefect_eachlabs.flows.image import agenerate_image as agenerate_image
@@ -19,6 +21,7 @@ else:
     __all__, __getattr__, __dir__ = late(
         __name__,
         {
+            "audit": "audit_bill aaudit_bill",
             "batch": "generate_batch agenerate_batch",
             "image": "generate_image agenerate_image",
             "schedule": "scheduled_image ascheduled_image",

@@ -135,6 +135,9 @@ class Predictions:
     def add(self, job: Job) -> None:
         """Accepts a prediction: from now on it is billed (unless it is another key's)."""
         self.settle(job.created)
+        self._keep_job(job)
+
+    def _keep_job(self, job: Job) -> None:
         self._jobs[job.id] = job
         if job.foreign:
             self.foreign += 1
@@ -154,7 +157,7 @@ class Predictions:
     def settle(self, now: float) -> None:
         """Counts what has ended by now, and lets appear what was announced."""
         while self._announced and self._announced[0][0] <= now:
-            self.add(heapq.heappop(self._announced)[2])
+            self._keep_job(heapq.heappop(self._announced)[2])
         while self._landings and self._landings[0][0] <= now:
             self._land(heapq.heappop(self._landings)[2], now)
 

@@ -1,0 +1,74 @@
+"""The audit for people: one page without scripts (`audit.html.j2`), and its small charts; pure.
+
+Everything that came from outside is escaped, by Jinja, and control and direction characters are written out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
+
+from prefect_eachlabs.audit.report import IN_WORDS, NAMED, ON_THE_BILL, OPEN, AuditReport, Spent
+from prefect_eachlabs.net.redaction import visible
+
+MOST_SHOWN = 1_000
+"""Of each finding; `--json` names more."""
+CHART_PX = (720, 120)
+TEXT_BAR = 24
+
+
+def audit_page(report: AuditReport) -> str:
+    """The page, whole."""
+    jinja = Environment(
+        loader=PackageLoader("prefect_eachlabs", "audit"),
+        autoescape=True,
+        # What a macro has made is HTML already, its values escaped.
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keeping="\n\t"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return jinja.get_template("audit.html.j2").render(
+        report=report,
+        bill=[(IN_WORDS[kind], report[kind]) for kind in ON_THE_BILL if report[kind].count],
+        open=[(IN_WORDS[kind], found) for kind, found in report.open],
+        others=[(IN_WORDS[kind], report[kind]) for kind in NAMED if kind not in OPEN and report[kind].named],
+        most=MOST_SHOWN,
+        charts=[
+            ("cost a day", chart([(one.name, one.usd) for one in report.by_day])),
+            ("cost a picture", chart([(one.name, one.usd_each) for one in report.by_day])),
+        ],
+        width=CHART_PX[0],
+        height=CHART_PX[1],
+    )
+
+
+def chart(values: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """Bars of a chart, by name, in pixels; the highest has the chart's height."""
+    width, height = CHART_PX
+    highest = max((value for _, value in values), default=0.0)
+    step = min(width / max(len(values), 1), 48.0)
+    bars = [
+        {
+            "x": round(number * step, 2),
+            "y": round(height - height * value / highest, 2) if highest else height,
+            "width": round(step * 0.8, 2),
+            "height": round(height * value / highest, 2) if highest else 0,
+            "said": f"{name}: ${value:,.4f}",
+        }
+        for number, (name, value) in enumerate(values)
+    ]
+    return {
+        "bars": bars,
+        "highest": highest,
+        "first": values[0][0] if values else "",
+        "last": values[-1][0] if values else "",
+    }
+
+
+def text_bar(spent: Spent, of: Sequence[Spent]) -> str:
+    """A bar of text, for where no drawing is shown."""
+    highest = max((one.usd for one in of), default=0.0)
+    return "█" * max(1, round(TEXT_BAR * spent.usd / highest)) if highest else ""
