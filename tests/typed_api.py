@@ -60,10 +60,12 @@ from prefect_eachlabs.errors import (
     Unanswered,
 )
 from prefect_eachlabs.flows import (
+    aaudit_bill,
     agenerate_batch,
     agenerate_image,
     ascheduled_image,
     asettle_leftovers,
+    audit_bill,
     generate_batch,
     generate_image,
     scheduled_image,
@@ -119,6 +121,7 @@ async def awaited(prompt: str) -> None:
     assert_type(await agenerate_batch("s3://acme/in/prompts.csv", PLACE), BatchResult)
     assert_type(await ascheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
     assert_type(await asettle_leftovers(PLACE), dict[str, Any])
+    assert_type(await aaudit_bill(PLACE, since="7d"), dict[str, Any])
 
 
 def flows_within_flows() -> None:
@@ -126,6 +129,7 @@ def flows_within_flows() -> None:
     assert_type(scheduled_image("a fox on a {date:%A}", PLACE), StoredImage)
     assert_type(generate_batch(Path("prompts.csv"), PLACE, formats=("png", "jpeg")), BatchResult)
     assert_type(settle_leftovers(PLACE), dict[str, Any])
+    assert_type(audit_bill(PLACE), dict[str, Any])
 
 
 def testing() -> None:
