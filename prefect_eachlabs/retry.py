@@ -36,7 +36,7 @@ async def retry_while_retryable(
     Raises:
         EachlabsError: That of the last attempt, or the first that is not `retryable`.
     """
-    attempt = 1
+    attempt, told = 1, ""
     while True:
         try:
             return await make()
@@ -46,7 +46,8 @@ async def retry_while_retryable(
             pause_seconds = first_pause_seconds * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
             pause_seconds = max(pause_seconds, min(error.retry_after_seconds or 0.0, MOST_ASKED_PAUSE_SECONDS))
             attempt += 1
-            logger.warning("%s Trying again in %.1f s (attempt %d of %d).", error, pause_seconds, attempt, attempts)
+            what = "The same again." if str(error) == told else (told := str(error))
+            logger.warning("%s Trying again in %.1f s (attempt %d of %d).", what, pause_seconds, attempt, attempts)
         await asyncio.sleep(pause_seconds)
 
 

@@ -46,6 +46,9 @@ def check_base_url(url: str) -> str:
     return url.strip().rstrip("/")
 
 
+DEFAULT_BASE_URL = "https://api.eachlabs.ai"
+
+
 class AccountSettings(BaseModel):
     """An account at Eachlabs: the key, where it is good, its two limits, and the times of the purchase protocol.
 
@@ -72,7 +75,7 @@ class AccountSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     api_key: SecretStr
-    base_url: str = "https://api.eachlabs.ai"
+    base_url: str = DEFAULT_BASE_URL
     auth_scheme: AuthScheme = "x-api-key"
     requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = 60
     max_in_flight: Annotated[int, Field(ge=1, le=10_000)] | None = 10
@@ -183,7 +186,8 @@ def settings_from_environment(environ: Mapping[str, str] | None = None, **given:
         return AccountSettings(**values)
     except ValidationError as error:
         faults = "; ".join(
-            f"{ENVIRONMENT.get(str(fault['loc'][0]), fault['loc'][0]) if fault['loc'] else 'settings'}: {fault['msg']}"
+            f"{ENVIRONMENT.get(str(fault['loc'][0]), fault['loc'][0]) if fault['loc'] else 'settings'}: "
+            + fault["msg"].removeprefix("Value error, ")
             for fault in error.errors(include_input=False, include_url=False)
         )
         raise SetupError(f"A setting is out of bounds: {faults}. Nothing was bought.") from None

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Protocol
 
 from prefect_eachlabs.api.asked_once import Once
@@ -28,6 +29,7 @@ MOST_FAULTS = 8
 MOST_SCHEMA_BYTES = 256 * 1024
 ROWS_A_PAGE = 100
 MOST_PAGES = 50
+MOST_NEAR = 8
 
 
 class Librarian(Protocol):
@@ -157,6 +159,7 @@ class Catalogue:
         self._librarian = librarian
         self._limiter = limiter
         self._models: Once[str, Model | None] = Once()
+        self._nearest: Once[str, list[str]] = Once()
         self.beside_the_loop = asyncio.to_thread
         """Where inputs are checked; tests whose time is virtual have no threads."""
 
@@ -176,8 +179,25 @@ class Catalogue:
         except KeyRefused:
             raise
         except Rejected as error:
-            logger.warning("Model %s: the catalogue does not show it (%s): its inputs go unchecked.", slug, error)
+            logger.info("Model %s: the catalogue does not show it (%s): its inputs go unchecked.", slug, error)
             return None
+
+    async def why_refused(self, item: Item) -> str | None:
+        """Why the API has refused an order, in words of ours; None: the catalogue does not know. Free.
+
+        Raises:
+            EachlabsError: As for `model`.
+        """
+        model = await self.model(item.model)
+        if model is None:
+            near = await self._nearest.get(item.model, lambda: self._near(item.model))
+            meant = f" Did you mean {' or '.join(near)}?" if near else ""
+            return f"the catalogue has no model {item.model!r}.{meant} `prefect-eachlabs models` lists what there is"
+        faults = await self.beside_the_loop(model.faults_of, _with_urls(item.input))
+        return _refused(model.slug, faults) if faults else None
+
+    async def _near(self, slug: str) -> list[str]:
+        return nearest(slug, [model.slug for model in await self.find()])
 
     async def find(self, name: str = "") -> list[Model]:
         """The models whose name contains `name`. Free; a request for each 100.
@@ -210,12 +230,7 @@ class Catalogue:
         input = model.placed(item.input)
         faults = await self.beside_the_loop(model.faults_of, _with_urls(input))
         if faults:
-            more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-            raise BadInput(
-                f"Model {item.model!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Fix it "
-                f"(`prefect-eachlabs models {item.model}` shows what it takes); nothing was bought.",
-                item_id=item.item_id,
-            )
+            raise BadInput(f"M{_refused(item.model, faults)[1:]}; nothing was bought.", item_id=item.item_id)
         return input
 
     @asynccontextmanager
@@ -230,6 +245,25 @@ class Catalogue:
 
     async def aclose(self) -> None:
         await self._models.aclose()
+        await self._nearest.aclose()
+
+
+def _refused(slug: str, faults: list[str]) -> str:
+    more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
+    return (
+        f"model {slug!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Fix it "
+        f"(`prefect-eachlabs models {slug}` shows what it takes)"
+    )
+
+
+def nearest(slug: str, slugs: list[str]) -> list[str]:
+    """The models that may have been meant: those whose slug contains the word, then those written alike.
+
+    >>> nearest("flux", ["imagen-4", "flux-pro"]), nearest("imagin-4", ["imagen-4", "flux-pro"])
+    (['flux-pro'], ['imagen-4'])
+    """
+    containing = [known for known in slugs if slug.lower() in known.lower()]
+    return list(dict.fromkeys([*containing, *get_close_matches(slug, slugs)]))[:MOST_NEAR]
 
 
 def _with_urls(input: Mapping[str, Any]) -> dict[str, Any]:

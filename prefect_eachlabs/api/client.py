@@ -21,6 +21,7 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
+from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.waking import within_waking_seconds
 from prefect_eachlabs.errors import (
     BODY_LIMIT_CHARACTERS,
@@ -47,7 +48,7 @@ from prefect_eachlabs.net import redaction, safe_json
 from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
 from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
-from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.settings import DEFAULT_BASE_URL, AccountSettings
 
 logger = logging.getLogger(__name__)
 
@@ -188,6 +189,12 @@ class EachlabsClient:
             auth = {}
         self._post_seconds = settings.post_given_up_after_seconds
         self._host = urlsplit(settings.base_url).hostname or ""
+        self._where = f"{urlsplit(settings.base_url).netloc} (EACHLABS_BASE_URL)"
+        self._hint = " Is `prefect-eachlabs emulator` running?" if is_loopback(self._host) else ""
+        self._auth_headers = tuple(auth)
+        # Whoever hands in a transport knows what is at its end.
+        self._checked: Once[str, None] = Once()
+        self._is_known = settings.base_url == DEFAULT_BASE_URL or transport is not None
         connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
@@ -212,7 +219,41 @@ class EachlabsClient:
 
     async def aclose(self) -> None:
         """Closes the connections."""
+        await self._checked.aclose()
         await self._http.aclose()
+
+    async def check_api(self) -> None:
+        """Whether the Eachlabs API is at the base URL: asks for the catalogue, without the key. Free; a request.
+
+        Before the first order alone it can tell: what answered an order strangely may have passed it on all the same.
+
+        Raises:
+            SetupError: Something else is there for sure: it answers with a page, or with what is no catalogue.
+            NotSent: Nothing is there.
+        """
+        if not self._is_known:
+            await self._checked.get("", self._look)
+
+    async def _look(self) -> None:
+        try:
+            answer = await asyncio.wait_for(
+                self._send("GET", "/v1/models", params={"limit": 1}, with_key=False), READ_TIMEOUT_SECONDS
+            )
+        except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+            raise NotSent(
+                f"The API at {self._where} could not be reached ({_reason(error)}); nothing was created.{self._hint}"
+            ) from error
+        except _LOST:
+            return  # it proves nothing
+        said = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
+        is_another = not isinstance(said, list) if answer.ok else 400 <= answer.status_code < 500 and not answer.is_json
+        if is_another:
+            what = "an XML document" if answer.details().startswith("<?xml") else answer.details()[:80] or "nothing"
+            raise SetupError(
+                f"This is not the Eachlabs API: {self._where} answered HTTP {answer.status_code} with {what}. Set "
+                "EACHLABS_BASE_URL to where the API is. Nothing was bought.",
+                status_code=answer.status_code,
+            )
 
     async def create(self, item: Item) -> Prediction:
         """POST /v1/prediction/: buys one prediction. **Costs money** and is not idempotent.
@@ -229,7 +270,7 @@ class EachlabsClient:
             answer = await within_waking_seconds(order, self._post_seconds)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotSent(
-                f"The API at {self._host} could not be reached ({_reason(error)}); nothing was created.",
+                f"The API at {self._where} could not be reached ({_reason(error)}); nothing was created.{self._hint}",
                 item_id=item.item_id,
             ) from error
         except _LOST as error:
@@ -379,7 +420,7 @@ class EachlabsClient:
             )
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(
-                f"The API at {self._host} could not be reached ({_reason(error)}); ask again.",
+                f"The API at {self._where} could not be reached ({_reason(error)}); ask again.",
                 prediction_id=prediction_id,
             ) from error
         except _LOST as error:
@@ -420,20 +461,20 @@ class EachlabsClient:
         elif status in (401, 403):
             kind = KeyRefused
             message = (
-                f"The API at {self._host} does not accept the key (HTTP {status}){said}. Check EACHLABS_API_KEY "
+                f"The API at {self._where} does not accept the key (HTTP {status}){said}. Check EACHLABS_API_KEY "
                 "(or the credentials block) and EACHLABS_AUTH_SCHEME."
             )
         elif 300 <= status < 400:
             details = ""
             message = (
-                f"The API at {self._host} answers with a redirect (HTTP {status}), which is never followed with a "
+                f"The API at {self._where} answers with a redirect (HTTP {status}), which is never followed with a "
                 "key in hand. Set EACHLABS_BASE_URL to where the API really is."
             )
         elif to_an_order and status in (404, 405) and not isinstance(answer.json, Mapping):
             # The API's own refusals are JSON: this is some other server's page, and no fault of the item.
             kind = SetupError
             message = (
-                f"{self._host} does not take orders (HTTP {status}, {details or 'an empty page'}). Set "
+                f"{self._where} does not take orders (HTTP {status}, {details or 'an empty page'}). Set "
                 "EACHLABS_BASE_URL to where the API is; if it is right, the API is being repaired: run again later."
             )
         elif 400 <= status < 500 and status != 408:
@@ -452,15 +493,22 @@ class EachlabsClient:
         *,
         json_body: Mapping[str, Any] | None = None,
         params: Mapping[str, int | str] | None = None,
+        with_key: bool = True,
     ) -> Answer:
         request_id = str(uuid.uuid4())
         content = None if json_body is None else json.dumps(json_body, ensure_ascii=False, allow_nan=False).encode()
         headers = {"X-Request-Id": request_id}
         if content is not None:
             headers["Content-Type"] = "application/json"
-        async with self._http.stream(method, path, content=content, params=params, headers=headers) as response:
+        request = self._http.build_request(method, path, content=content, params=params, headers=headers)
+        for name in () if with_key else self._auth_headers:
+            del request.headers[name]
+        response = await self._http.send(request, stream=True)
+        try:
             body, whole = await _read(response)
-            answer = Answer(response, body, whole=whole)
+        finally:
+            await response.aclose()
+        answer = Answer(response, body, whole=whole)
         logger.debug("%s %s: HTTP %s, request id %s", method, path, answer.status_code, request_id)
         return answer
 

@@ -57,6 +57,9 @@ def _worded(fault: Any, schema: Mapping[str, Any]) -> Iterator[str]:
         known = schema.get("properties", {})
         unknown = [name for name in fault.instance if name not in known]
         yield f"{path}.{listed(unknown)}: not known to this model, which takes {listed(known)}"
+    elif fault.validator in ("maxLength", "minLength") and isinstance(fault.instance, str):
+        bound = "most" if fault.validator == "maxLength" else "least"
+        yield f"{path}: {len(fault.instance):,} characters, at {bound} {fault.validator_value:,}"
     else:
         said = fault.message
         # It begins with the value, which may be long, and ends with what is wrong about it.

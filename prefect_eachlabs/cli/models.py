@@ -10,7 +10,6 @@ import logging
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from prefect_eachlabs.cli.generate import source_of_places
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MOST_NEAR = 8
 _SAID_ELSEWHERE = {"type", "title", "description", "items", "anyOf", "oneOf"}
 
 
@@ -50,21 +48,13 @@ def models(
     slug = check_model_name(slug)
     model = ask_catalogue(lambda catalogue: catalogue.model(slug))
     if model is None:
+        from prefect_eachlabs.api.catalogue import nearest
+
         near = nearest(slug, [model.slug for model in ask_catalogue(lambda catalogue: catalogue.find())])
         said = f"The nearest: {', '.join(near)}." if near else "`prefect-eachlabs models` lists what there is."
         raise BadInput(f"model: the catalogue has no {slug!r}. {said}")
     print(json.dumps(as_json(model)) if in_json else "\n".join(_described(model)), flush=True)
     return 0
-
-
-def nearest(slug: str, slugs: list[str]) -> list[str]:
-    """The models that may have been meant: those whose slug contains the word, then those written alike.
-
-    >>> nearest("flux", ["imagen-4", "flux-pro"]), nearest("imagin-4", ["imagen-4", "flux-pro"])
-    (['flux-pro'], ['imagen-4'])
-    """
-    containing = [known for known in slugs if slug.lower() in known.lower()]
-    return list(dict.fromkeys([*containing, *get_close_matches(slug, slugs)]))[:MOST_NEAR]
 
 
 def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
@@ -77,13 +67,20 @@ def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
     if os.environ.get(ENVIRONMENT["api_key"], "").strip():
         try:
             gateway = gateway_for(make_source=source_of_places())
-            return gateway.call(retry_while_retryable(lambda: question(gateway.engine.account.catalogue)))
+            account = gateway.engine.account
+
+            async def asked() -> T:
+                await account.client.check_api()
+                return await retry_while_retryable(lambda: question(account.catalogue))
+
+            return gateway.call(asked())
         finally:
             close_gateways()
 
     async def ask() -> T:
         client = EachlabsClient(account_for_the_server(), anonymous=True)
         try:
+            await client.check_api()
             return await retry_while_retryable(lambda: question(Catalogue(client, None)))
         finally:
             await client.aclose()

@@ -25,6 +25,7 @@ from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,
     ItemConflict,
+    KeyRefused,
     NotSent,
     OutcomeUnknown,
     Rejected,
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 RECLAIMS_BEFORE_GIVING_UP = 5
 REFUSALS_FOR_WANT_OF_BALANCE = 3
+EXPLAINED_WITHIN_SECONDS = 10.0
 BUCKET_ERRORS = (StoreFailed, SetupError)
 SLOTS_GOOD_FOR_SECONDS = 60.0
 """Whoever stood still for longer takes new slots: those leased from a Prefect server end after 75 s."""
@@ -224,6 +226,7 @@ class Purchaser:
                         ledger.access,
                         anywhere=options.any_reference,
                     )
+                    await self._client.check_api()
                     request = await self._take_approved_slots(item, options, job)
                     sent = await self._sent(prepared, request)
                 except EachlabsError:
@@ -422,9 +425,10 @@ class Purchaser:
         except Rejected as error:
             if error.status_code is not None and 300 <= error.status_code < 400:
                 await self._give_back(ledger, claim)  # the set-up is wrong, not the item
-            else:
-                await self._note_refusal(ledger, claim, error)
-            raise
+                raise
+            error = await self._explained(item, error)
+            await self._note_refusal(ledger, claim, error)
+            raise error from None
         except OutcomeUnknown as error:
             return _Posted(claim, error)
         return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
@@ -496,6 +500,23 @@ class Purchaser:
         except (StoreFailed, SetupError) as error:
             logger.warning("Item %s: its unused claim ends by itself (%s).", claim.record.item_id, error)
             return claim
+
+    async def _explained(self, item: Item, refusal: Rejected) -> Rejected:
+        """The API's refusal with what the catalogue knows of its reason, where it does."""
+        if isinstance(refusal, KeyRefused):
+            return refusal
+        try:
+            why = await asyncio.wait_for(self._catalogue.why_refused(item), EXPLAINED_WITHIN_SECONDS)
+        except (EachlabsError, asyncio.TimeoutError):
+            why = None
+        if why is None:
+            return refusal
+        return Rejected(
+            f"The API refused the request (HTTP {refusal.status_code}): {why}. Nothing was created or billed.",
+            item_id=refusal.item_id,
+            status_code=refusal.status_code,
+            code=refusal.code,
+        )
 
     async def _note_refusal(self, ledger: Ledger, claim: VersionedRecord, error: Rejected) -> None:
         said = RecordError(kind=error.kind, message=error.message, code=error.code)

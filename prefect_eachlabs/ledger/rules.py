@@ -12,6 +12,9 @@ from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
 from prefect_eachlabs.models import Item
 
+SHOWN_CHARACTERS = 80
+"""Of a prompt, in an error."""
+
 
 class Budget(Protocol):
     """Who is asked before money is spent (both raise Skipped when it must not be), and told what it bought."""
@@ -114,13 +117,27 @@ class Rules:
             record = held.record
             if fingerprint != self._first or self._run_id in (record.bought_by, *record.replaced_runs):
                 raise ItemConflict(
-                    f"item_id {self._item.item_id!r} was given another input (fingerprint {fingerprint}, here "
-                    f"{self._item.fingerprint}) after this run began: a run replaces once what was there before it. "
+                    f"item_id {self._item.item_id!r} was given another input after this run began "
+                    f"({_difference(record, self._item)}): a run replaces once what was there before it. "
                     "Do not run two different tables at the same item ids; run it again to replace what stands now.",
                     item_id=self._item.item_id,
                     prediction_id=record.prediction_id,
                 )
         return next_step(held, self._item, options, claim_seconds=self._claim_seconds)
+
+
+def _difference(record: Record, item: Item) -> str:
+    """What a record stands for and what is wanted now, the first of it that differs: the prompts, as a rule."""
+    were = {"prompt": None, "model": record.model, "version": record.version, **record.input}
+    are = {"prompt": None, "model": item.model, "version": item.version, **item.input}
+    names = [name for name in dict.fromkeys([*were, *are]) if were.get(name) != are.get(name)]
+    name = names[0] if names else "input"
+    return f"its {name} is {_cut(were.get(name))}, here it is {_cut(are.get(name))}"
+
+
+def _cut(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}… ({len(text):,} characters)"
 
 
 def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions, *, claim_seconds: float) -> Step:
@@ -142,8 +159,8 @@ def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions
     if record.fingerprint != item.fingerprint:
         if record.may_have_bought and not options.replace:
             raise ItemConflict(
-                f"item_id {item.item_id!r} already stands for another input (fingerprint {record.fingerprint}, now "
-                f"{item.fingerprint}). Choose another item id, or replace it on purpose (--replace, replace=True).",
+                f"item_id {item.item_id!r} already stands for another input: {_difference(record, item)}. Choose "
+                "another item id, or replace it on purpose (--replace, replace=True).",
                 item_id=item.item_id,
                 prediction_id=record.prediction_id,
             )

@@ -14,7 +14,7 @@ from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.models import _described, _line
-from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected, Unanswered
+from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, PredictionFailed, Rejected, Unanswered
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.tasks import generate_and_store
 from prefect_eachlabs.testing.emulator.state import MODELS
@@ -104,12 +104,50 @@ def test_faults_are_told_field_by_field(slug: str, input: dict[str, Any], faults
 def test_many_faults_are_all_counted_and_some_are_told() -> None:
     async def story() -> None:
         engine, wrong = Shop().process(), {**dict.fromkeys("abc", 1), "seed": -1}
-        with pytest.raises(BadInput, match=r"input.a, b, c: not known.*input.prompt: .* too long.*input.seed") as info:
+        with pytest.raises(
+            BadInput, match=r"input.a, b, c: not known.*input.prompt: 10,001 characters, at most 10,000.*input.seed"
+        ) as info:
             await buy(engine, "x" * 10_001, model="flux-1-1-pro", input=wrong)
         assert "`prefect-eachlabs models flux-1-1-pro` shows what it takes" in info.value.message
         assert "nothing was bought" in info.value.message
         assert len(info.value.message) < 1_500
         assert info.value.item_id
+
+    play(story)
+
+
+def test_a_bound_that_was_passed_is_told_in_numbers() -> None:
+    async def story() -> None:
+        shop = Shop()
+        with pytest.raises(Rejected) as info:  # the first model's input is held against its schema by the API alone
+            await buy(shop.process(), "x" * 20_000)
+        assert "input.prompt: 20,000 characters, at most 10,000" in str(info.value)
+        assert "xxx" not in str(info.value)
+        assert info.value.details is None
+        with pytest.raises(PredictionFailed, match="20,000 characters, at most 10,000"):  # from the record
+            await buy(shop.process(), "x" * 20_000)
+
+    play(story)
+
+
+def test_a_misspelt_model_is_told_with_the_nearest_ones_and_asked_about_once() -> None:
+    async def story() -> None:
+        shop = Shop()
+        engine = shop.process()
+        for number in range(3):
+            with pytest.raises(Rejected) as info:
+                await buy(engine, f"a fox {number}", model="gemni")
+            assert "the catalogue has no model 'gemni'. Did you mean gemini?" in str(info.value)
+        assert (shop.requests()["model"], shop.requests()["models"]) == (1, 1)
+
+    play(story)
+
+
+def test_a_refusal_that_the_catalogue_cannot_explain_keeps_the_apis_words() -> None:
+    async def story() -> None:
+        shop = Shop("create:error,status=422", "models:error,status=500")
+        with pytest.raises(Rejected, match=r"HTTP 422\)"):
+            await buy(shop.process(), "a fox")
 
     play(story)
 

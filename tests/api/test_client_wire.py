@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gzip
 import logging
+import re
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.api.client import MAX_ANSWER_BYTES, EachlabsClient
-from prefect_eachlabs.errors import EachlabsError, NotSent, OutcomeUnknown, Rejected, Unanswered
+from prefect_eachlabs.errors import EachlabsError, NotSent, OutcomeUnknown, Rejected, SetupError, Unanswered
 from prefect_eachlabs.models import Prediction
 from tests.api.client_answers import ITEM, KEY, cancel, create, executions, get, settings
 
@@ -119,6 +120,46 @@ def test_an_order_on_a_kept_connection_that_the_server_has_closed_is_not_sent_tw
 
     asyncio.run(story())
     assert len(requests) == 2
+
+
+NO_API = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 21\r\n\r\n<!doctype html><html>",
+    b"HTTP/1.1 404 Not Found\r\nContent-Length: 21\r\n\r\n<?xml version='1.0'?>",
+    b'HTTP/1.1 200 OK\r\nContent-Length: 15\r\n\r\n{"status":"up"}',
+]
+INCONCLUSIVE = [
+    None,
+    b"SSH-2.0-OpenSSH_9.2\r\n",
+    b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>",
+    b'HTTP/1.1 404 Not Found\r\nContent-Length: 13\r\n\r\n{"error":"x"}',
+    b'HTTP/1.1 401 Unauthorized\r\nContent-Length: 13\r\n\r\n{"error":"x"}',
+]
+
+
+@pytest.mark.parametrize("answer", NO_API, ids=["page", "S3", "other JSON"])
+def test_a_server_that_is_not_the_api_is_told_before_anything_is_ordered(answer: bytes) -> None:
+    outcome, requests = over_the_wire(answer, EachlabsClient.check_api)
+    assert isinstance(outcome, SetupError)
+    assert re.match(r"This is not the Eachlabs API: 127\.0\.0\.1:\d+ \(EACHLABS_BASE_URL\) answered HTTP", str(outcome))
+    assert len(requests) == 1
+    assert requests[0].startswith(b"GET /v1/models?limit=1 ")
+    assert KEY.encode() not in requests[0], "whoever is there gets no key"
+
+
+@pytest.mark.parametrize("answer", INCONCLUSIVE, ids=["cut", "not HTTP", "proxy", "no catalogue", "asks for a key"])
+def test_what_is_not_sure_to_be_another_server_may_be_the_api(answer: bytes | None) -> None:
+    outcome, requests = over_the_wire(answer, EachlabsClient.check_api)
+    assert outcome is None
+    assert len(requests) == 1
+
+
+def test_the_api_is_looked_at_once() -> None:
+    async def together(client: EachlabsClient) -> None:
+        await asyncio.gather(*(client.check_api() for _ in range(5)))
+        await client.check_api()
+
+    _, requests = over_the_wire(b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"models":[]}', together)
+    assert len(requests) == 1
 
 
 def test_nobody_listening_means_that_nothing_was_sent() -> None:

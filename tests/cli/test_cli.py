@@ -247,7 +247,7 @@ def test_a_bad_input_is_refused_before_anything_is_bought(
     ("variable", "value", "said"),
     [
         ("EACHLABS_API_KEY", "", "Set EACHLABS_API_KEY"),
-        ("EACHLABS_BASE_URL", "http://api.example.org", "EACHLABS_BASE_URL: Value error, the base URL must be https"),
+        ("EACHLABS_BASE_URL", "http://api.example.org", "EACHLABS_BASE_URL: the base URL must be https"),
         ("EACHLABS_MAX_IN_FLIGHT", "0", "EACHLABS_MAX_IN_FLIGHT: Input should be greater than or equal to 1"),
         ("EACHLABS_AUTH_SCHEME", "basic", "EACHLABS_AUTH_SCHEME: Input should be 'x-api-key' or 'bearer'"),
         ("EACHLABS_DEADLINE_SECONDS", "soon", "EACHLABS_DEADLINE_SECONDS: Input should be a valid number"),
@@ -403,6 +403,12 @@ def test_perseverance_ends_after_its_attempts_with_the_last_error() -> None:
     with pytest.raises(NotSent, match="attempt 3"):
         run(retry_while_retryable(trouble, attempts=3))
     assert len(trouble.at) == 3
+
+
+def test_what_is_still_the_same_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    run(retry_while_retryable(Trouble(NotSent("away"), NotSent("away"), NotSent("slow"))))
+    said = [message.partition(" Trying")[0] for message in caplog.messages]
+    assert said == ["away", "The same again.", "slow"]
 
 
 @pytest.mark.parametrize("error", [OutcomeUnknown("?"), PredictionFailed("no"), BadInput("no"), SetupError("no")])

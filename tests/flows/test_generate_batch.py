@@ -134,7 +134,7 @@ def test_a_wrong_key_stops_the_run_at_the_first_item(studio: Studio, tmp_path: P
     studio.api.set_faults("create:error,status=401")
     state = ended(table(tmp_path, foxes(50)), studio, fail_above=1_000)
     assert state.is_failed()
-    assert "Stopped: The API at 127.0.0.1 does not accept the key" in str(state.message)
+    assert "does not accept the key" in str(state.message)
     assert sum(row["method"] == "POST" for row in studio.api.journal()) == 1
 
 

@@ -108,8 +108,18 @@ def test_an_id_that_stands_for_another_input_is_refused_where_money_may_have_bee
 ) -> None:
     with pytest.raises(ItemConflict) as conflict:
         step(found, OTHER, **allowed)
-    for named in ("fox", ITEM.fingerprint, OTHER.fingerprint, "--replace"):
+    prompts = (repr(ITEM.input["prompt"]), repr(OTHER.input["prompt"]))
+    for named in ("fox", *prompts, "--replace"):
         assert named in str(conflict.value)
+
+
+def test_a_conflict_names_what_differs_cut_to_a_line() -> None:
+    other = Item.wanted(ITEM.input["prompt"], item_id="fox", input={"seed": 7})
+    with pytest.raises(ItemConflict, match="its seed is None, here it is 7"):
+        step(held(99), other)
+    with pytest.raises(ItemConflict, match=r"here it is 'x{79}… \(20,002 characters\)") as conflict:
+        step(held(99), Item.wanted("x" * 20_000, item_id="fox"))
+    assert len(str(conflict.value)) < 400
 
 
 @pytest.mark.parametrize("found", SPENT)

@@ -36,6 +36,10 @@ async def for_ever() -> NoReturn:
     raise AssertionError("nobody wakes the dead")
 
 
+async def _at_once(work: Callable[..., Any], *args: Any) -> Any:
+    return work(*args)
+
+
 @dataclass
 class Operation:
     """One thing that a process did to the outer world."""
@@ -104,6 +108,7 @@ class Process:
             client=EachlabsClient(self.settings, transport=Network(self)),
             downloader=Downloader(Network(self)),
         )
+        self.engine.account.catalogue.beside_the_loop = _at_once
 
     # ---------------------------------------------------------------- what it is told to do
 

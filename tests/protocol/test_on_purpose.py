@@ -34,8 +34,8 @@ def test_the_same_item_id_with_another_input_is_refused_naming_both() -> None:
         await world.process().obtain(A)
         with pytest.raises(ItemConflict) as refused:
             await world.process().obtain(OTHER)
-        assert A.fingerprint in str(refused.value)
-        assert OTHER.fingerprint in str(refused.value)
+        assert repr(A.input["prompt"]) in str(refused.value)
+        assert repr(OTHER.input["prompt"]) in str(refused.value)
         world.check([A])
 
     play(story)
