@@ -37,7 +37,7 @@ def test_what_is_right_is_ok_and_costs_nothing(studio: Studio, capsys: pytest.Ca
     status, found, out = findings(capsys, "--to", studio.destination)
     assert {about for about, one in found.items() if one["state"] == "ok"} == {"versions", "account", "API", "bucket"}
     assert (status, found["Prefect"]["state"]) == (1, "MEND")
-    assert [request["method"] for request in studio.api.journal()] == ["GET"]
+    assert [request["method"] for request in studio.api.journal()] == ["GET", "GET"]
     assert studio.billed == 0
     assert studio.keys("") == ["doctor.txt"]
     assert "a-key-of-tests" not in out
