@@ -10,7 +10,8 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -311,6 +312,34 @@ def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Predic
         predict_time_seconds=_number(metrics.get("predict_time")),
         cost_usd=_number(metrics.get("cost")),
     )
+
+
+@dataclass(frozen=True)
+class Callback:
+    """Where the vendor calls when an order has ended, and the secret of that one order."""
+
+    url: str
+    secret: str = field(repr=False)
+
+
+@dataclass(frozen=True)
+class ListedWebhook:
+    """A row of GET /v1/webhooks: which execution calls which URL, and since when it is listed."""
+
+    execution_id: str
+    url: str
+    created_at: datetime | None = None
+
+
+def parse_webhooks(rows: Iterable[object]) -> tuple[ListedWebhook, ...]:
+    """The rows of a page, newest first as sent; rows without a usable id or URL are left out."""
+    listed = []
+    for row in rows:
+        if isinstance(row, Mapping) and isinstance(url := row.get("url"), str) and len(url) <= MAX_URL_CHARACTERS:
+            found = parse_prediction_id(row.get("execution_id"))
+            if found is not None:
+                listed.append(ListedWebhook(found, url, _time(row.get("created_at"))))
+    return tuple(listed)
 
 
 class Execution(BaseModel):

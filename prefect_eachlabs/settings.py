@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.net.public_only import is_loopback, parse_private_hosts
@@ -22,8 +22,8 @@ DESTINATION_VARIABLE = "EACHLABS_DESTINATION"
 ACCOUNT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
-def check_base_url(url: str) -> str:
-    """The base URL without its trailing slash: https, or http on loopback (emulators), nothing else.
+def check_base_url(url: str, *, what: str = "base URL") -> str:
+    """The URL without its trailing slash: https, or http on loopback (emulators), nothing else.
 
     Raises:
         ValueError: Another scheme, a plain http host that is not loopback, or user info or a query in it.
@@ -33,20 +33,49 @@ def check_base_url(url: str) -> str:
         host, _ = parts.hostname, parts.port
         connected = httpx.URL(url.strip()).host
     except (ValueError, httpx.InvalidURL) as error:
-        raise ValueError(f"the base URL is no URL: {error}") from None
+        raise ValueError(f"the {what} is no URL: {error}") from None
     if parts.scheme not in ("https", "http") or not host:
-        raise ValueError("the base URL must be https://HOST (or http:// on loopback)")
+        raise ValueError(f"the {what} must be https://HOST (or http:// on loopback)")
     if connected.lower() != host.lower():
         # What is checked here must be the host that the key goes to.
-        raise ValueError("the base URL's host can be read in two ways: write it plainly")
+        raise ValueError(f"the {what}'s host can be read in two ways: write it plainly")
     if parts.scheme == "http" and not is_loopback(host):
-        raise ValueError("the base URL must be https: the key would travel in clear (http is for loopback only)")
+        raise ValueError(f"the {what} must be https: the key would travel in clear (http is for loopback only)")
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError("the base URL must hold no user info, query or fragment")
+        raise ValueError(f"the {what} must hold no user info, query or fragment")
     return url.strip().rstrip("/")
 
 
 DEFAULT_BASE_URL = "https://api.eachlabs.ai"
+
+SHORTEST_WEBHOOK_SECRET_CHARACTERS = 16
+
+
+def check_webhook_secret(secret: SecretStr) -> SecretStr:
+    """The secret that orders' secrets are made of, without white space around it.
+
+    Raises:
+        ValueError: It is shorter than 16 characters, or not printable ASCII.
+    """
+    text = secret.get_secret_value().strip()
+    if len(text) < SHORTEST_WEBHOOK_SECRET_CHARACTERS or not text.isascii() or not text.isprintable():
+        raise ValueError(
+            f"the webhook secret must be at least {SHORTEST_WEBHOOK_SECRET_CHARACTERS} printable ASCII characters"
+        )
+    return SecretStr(text)
+
+
+def host_and_port(text: str) -> tuple[str, int]:
+    """`HOST:PORT`, the host of an IPv6 address in brackets.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    host, colon, port = text.strip().rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    if not colon or not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65_536:
+        raise ValueError("where to listen must be HOST:PORT, such as 0.0.0.0:8800")
+    return host, int(port)
 
 
 class AccountSettings(BaseModel):
@@ -70,6 +99,12 @@ class AccountSettings(BaseModel):
             is spent.
         private_hosts: Host names, `*.suffix`, IP addresses and networks, separated by commas, from which pictures may
             be fetched although they are of this network alone; or `all`; empty: none, unless the API is there too.
+        webhook_url: Where the vendor calls when a prediction has ended: https, or http on loopback; empty: nowhere,
+            ends are asked for.
+        webhook_secret: What each order's own secret is made of; at least 16 characters, the same for all workers and
+            receivers of the account.
+        webhook_listen: `HOST:PORT` at which this process receives the calls itself; empty: they come as events of
+            the Prefect server.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +122,9 @@ class AccountSettings(BaseModel):
     reference_roots: str = ""
     check_references: Literal["yes", "no"] = "yes"
     private_hosts: str = ""
+    webhook_url: str = ""
+    webhook_secret: SecretStr = SecretStr("")
+    webhook_listen: str = ""
 
     @field_validator("api_key")
     @classmethod
@@ -119,6 +157,32 @@ class AccountSettings(BaseModel):
     def _hosts_that_can_be_read(cls, text: str) -> str:
         parse_private_hosts(text)
         return text
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _a_safe_webhook_url(cls, url: str) -> str:
+        return check_base_url(url, what="webhook URL") if url.strip() else ""
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _a_secret_that_is_one(cls, secret: SecretStr) -> SecretStr:
+        return check_webhook_secret(secret) if secret.get_secret_value().strip() else SecretStr("")
+
+    @field_validator("webhook_listen")
+    @classmethod
+    def _a_place_to_listen(cls, text: str) -> str:
+        if text.strip():
+            host_and_port(text)
+        return text.strip()
+
+    @model_validator(mode="after")
+    def _webhooks_have_a_secret(self) -> AccountSettings:
+        if self.webhook_url and not self.webhook_secret:
+            raise ValueError(
+                "EACHLABS_WEBHOOK_URL needs EACHLABS_WEBHOOK_SECRET, without which nobody's call can be believed: "
+                "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+            )
+        return self
 
     @property
     def post_begins_within_seconds(self) -> float:

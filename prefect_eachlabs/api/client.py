@@ -36,13 +36,16 @@ from prefect_eachlabs.errors import (
     Unanswered,
 )
 from prefect_eachlabs.models import (
+    Callback,
     Execution,
     Item,
+    ListedWebhook,
     Prediction,
     PredictionStatus,
     created_id,
     parse_executions,
     parse_prediction,
+    parse_webhooks,
 )
 from prefect_eachlabs.net import redaction, safe_json
 from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
@@ -255,8 +258,12 @@ class EachlabsClient:
                 status_code=answer.status_code,
             )
 
-    async def create(self, item: Item) -> Prediction:
+    async def create(self, item: Item, callback: Callback | None = None) -> Prediction:
         """POST /v1/prediction/: buys one prediction. **Costs money** and is not idempotent.
+
+        Args:
+            item: What is wanted.
+            callback: Whom the vendor calls at its end; None: nobody.
 
         Raises:
             NotSent: No connection came about; nothing was created.
@@ -266,7 +273,8 @@ class EachlabsClient:
             OutcomeUnknown: Sent, and then a cut, a time-out, a 5xx, or a 2xx without an id. Never repeat it.
         """
         try:
-            order = self._send("POST", "/v1/prediction/", json_body=item.request_body())
+            webhook = {"webhook_url": callback.url, "webhook_secret": callback.secret} if callback is not None else {}
+            order = self._send("POST", "/v1/prediction/", json_body={**item.request_body(), **webhook})
             answer = await within_waking_seconds(order, self._post_seconds)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotSent(
@@ -361,6 +369,18 @@ class EachlabsClient:
         rows = rows[:MAX_ROWS]
         total = None if said.get("total_capped") is True else _count(said.get("total_count"))
         return ExecutionsPage(parse_executions(rows), len(rows), answer.date(), _count(said.get("limit")), total)
+
+    async def webhooks(self, *, limit: int = 100, offset: int = 0) -> tuple[tuple[ListedWebhook, ...], int]:
+        """GET /v1/webhooks: one page of the webhooks of the organization, newest first, and its row count. Free.
+
+        Raises:
+            Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
+        """
+        answer = await self._ask("/v1/webhooks", params={"limit": limit, "offset": offset})
+        rows = answer.json.get("webhooks") if isinstance(answer.json, Mapping) else answer.json
+        if not isinstance(rows, list):
+            raise Unanswered("The API's list of webhooks is unreadable.")
+        return parse_webhooks(rows[:MAX_ROWS]), len(rows)
 
     async def model(self, slug: str) -> Mapping[str, Any]:
         """GET /v1/model: one model of the catalogue, as the API describes it. Free; public.

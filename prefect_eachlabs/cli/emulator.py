@@ -39,6 +39,10 @@ class Flags:
     long_poll_seconds: Annotated[float | None, flag("a GET of an unfinished prediction is held so long (0)")] = None
     clock_skew_seconds: Annotated[float | None, flag("the vendor's dates are off by so much (0)")] = None
     listing_delay_seconds: Annotated[float | None, flag("executions shows the world as it was so long ago (0)")] = None
+    webhooks: Annotated[
+        Literal["newest", "older", "none"] | None, flag("which of the vendor's texts calls of webhooks follow (newest)")
+    ] = None
+    webhook_retry_seconds: Annotated[float | None, flag("between two attempts of a call, of three (10)")] = None
     retry_after: Annotated[Literal["none", "seconds", "date"] | None, flag("what a 429 says in Retry-After (none)")] = (
         None
     )
@@ -79,9 +83,9 @@ def emulator(
                            executions show a prediction 90 s after its POST
     Names: at=3+7 (the 3rd and 7th call), next=2, first=2 (of each prompt,
     prediction or picture), matching=TEXT (of the prompt), sticky, seconds, status,
-    value. Endpoints are create, get, cancel, executions, models, presign, upload;
+    value. Endpoints are create, get, cancel, executions, models, presign, upload, webhooks;
     and prediction (drawn once for each POST that was taken) and picture (each
-    download), which have kinds of their own alone:
+    download) and webhook (each call), which have kinds of their own alone:
     """
     try:
         from prefect_eachlabs.testing.emulator import EmulatorOptions, run_emulator

@@ -24,12 +24,14 @@ from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Reconciler
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
 from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
-from prefect_eachlabs.models import Destination, Prediction, PredictionStatus
+from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ObjectStore
 from prefect_eachlabs.storage.s3_client import S3Access
+from prefect_eachlabs.webhooks.costs import LateCosts
+from prefect_eachlabs.webhooks.webhooks import Way, Webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -85,15 +87,26 @@ class Account:
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
         outside: httpx.AsyncBaseTransport | None = None,
+        *,
+        way: Way | None = None,
     ) -> None:
         self.settings = settings
         self.limiter = RateLimiter(source)
         self.client = client or EachlabsClient(settings)
         self.poller = Poller(self.client, self.limiter)
+        self.webhooks = Webhooks(settings, self.poller, way)
+        self._late_costs = LateCosts(self.client, self.limiter, self.poller, self._note_cost, self.webhooks.heard)
+        self.webhooks.end_listeners.append(self._late_costs.expect)
         self.catalogue = Catalogue(self.client, self.limiter)
         self.references = References(self.client, self.limiter, settings, store_for, outside)
         self.purchaser = Purchaser(
-            self.client, self.limiter, self.poller, settings, catalogue=self.catalogue, references=self.references
+            self.client,
+            self.limiter,
+            self.poller,
+            settings,
+            catalogue=self.catalogue,
+            references=self.references,
+            webhooks=self.webhooks,
         )
         self.image_store = ImageStore(
             downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
@@ -115,7 +128,9 @@ class Account:
             conditional = self.settings.conditional_writes == "require"
             store = self._store_for(destination, access)
             ledger = Ledger(store, destination, conditional=conditional, access=access)
-            reconciler = Reconciler(self.client, self.limiter, ledger, self.settings, known=self.known)
+            reconciler = Reconciler(
+                self.client, self.limiter, ledger, self.settings, known=self.known, webhooks=self.webhooks
+            )
             self._books[key] = Books(ledger, reconciler)
         return self._books[key]
 
@@ -146,7 +161,8 @@ class Account:
         self._waiting[prediction.id] += 1
         try:
             with suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
+                end = await asyncio.wait_for(asyncio.shield(future), timeout=remaining - last_seconds)
+                return await self._late_costs.told(end)
             # Nobody may have asked about it for long, where requests are scarce.
             self.poller.hurry(prediction.id)
             return await asyncio.wait_for(asyncio.shield(future), timeout=last_seconds)
@@ -161,6 +177,23 @@ class Account:
             self._waiting[prediction.id] -= 1
             if not self._waiting[prediction.id]:
                 del self._waiting[prediction.id]
+
+    async def _note_cost(self, row: Execution) -> bool:
+        """Writes down what a picture cost that was stored before that was told; whether that is done with."""
+        bought = self._bought.get(row.id)
+        if bought is None:
+            return True
+        ledger = bought.books.ledger
+        held = await ledger.read(bought.item_id)
+        if held is None or held.record.prediction_id != row.id:
+            return True
+        if held.record.state is RecordState.CREATED:
+            return False
+        if held.record.state is RecordState.STORED and not held.record.cost_usd:
+            told = {"cost_usd": row.cost_usd, "predict_time_seconds": row.run_time_seconds}
+            with suppress(Overtaken):
+                await ledger.write(amended(held.record, **told), replacing=held)
+        return True
 
     async def cancel(self, prediction_id: str) -> Prediction:
         """Asks the API to cancel, best effort, and returns what GET says then (it may have succeeded). Free."""
@@ -251,6 +284,8 @@ class Account:
             await asyncio.wait(self._clean_ups, timeout=CLEAN_UP_SECONDS)
         for books in self._books.values():
             await books.reconciler.aclose()
+        await self.webhooks.aclose()
+        await self._late_costs.aclose()
         await self.poller.close()
         await self.catalogue.aclose()
         await self.references.aclose()

@@ -53,6 +53,7 @@ from prefect_eachlabs.models import (
 )
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.s3_client import S3Access
+from prefect_eachlabs.webhooks.webhooks import Way
 
 __all__ = ["CLEAN_UP_SECONDS", "Engine"]
 
@@ -89,6 +90,7 @@ class Engine:
         client: Speaks to the API; replaced in tests.
         downloader: Fetches pictures; replaced in tests.
         outside: Carries looks at reference pictures and their uploads; replaced in tests.
+        way: How the vendor's calls come in; None: they do not.
     """
 
     def __init__(
@@ -100,9 +102,10 @@ class Engine:
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
         outside: httpx.AsyncBaseTransport | None = None,
+        way: Way | None = None,
     ) -> None:
         self.settings = settings
-        self.account = Account(settings, source, store_for, client, downloader, outside)
+        self.account = Account(settings, source, store_for, client, downloader, outside, way=way)
         self._running: dict[_Key, Running] = {}
         self._late: dict[asyncio.Task[None], str] = {}
         """Who waits for an end past its deadline → the prediction."""

@@ -26,6 +26,7 @@ from prefect_eachlabs.settings import AccountSettings, settings_from_environment
 from prefect_eachlabs.storage.base import ObjectStore
 from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import S3Access
+from prefect_eachlabs.webhooks.webhooks import Way
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -177,7 +178,8 @@ class Gateway:
 
         async def make() -> tuple[Engine, SlotSource]:
             source = make_source(settings)
-            return Engine(settings, source, store_for or open_store, downloader=downloader), source
+            engine = Engine(settings, source, store_for or open_store, downloader=downloader, way=way_in(settings))
+            return engine, source
 
         self.engine, self._source = thread.call(make())
 
@@ -203,6 +205,26 @@ class Gateway:
 
         # Whoever interrupts the closing does not want to wait.
         self._thread.call(end(), clean_up_seconds=0.0)
+
+
+def way_in(settings: AccountSettings) -> Way | None:
+    """How the vendor's calls come in here: a port of this process, the Prefect server's events, or not at all."""
+    # ruff: noqa: PLC0415 - neither uvicorn nor Prefect is needed without webhooks
+    if not settings.webhook_url:
+        return None
+    if settings.webhook_listen:
+        from prefect_eachlabs.webhooks.receiver import listen_at
+
+        return listen_at(settings.webhook_listen)
+    from prefect_eachlabs.webhooks.stream import has_server, listen_to_events
+
+    if has_server():
+        return listen_to_events
+    logger.warning(
+        "EACHLABS_WEBHOOK_URL is set, and the vendor's calls cannot come in here: set EACHLABS_WEBHOOK_LISTEN, or "
+        "PREFECT_API_URL to hear of them from `prefect-eachlabs webhooks serve`. Ends are asked for."
+    )
+    return None
 
 
 def open_store(destination: Destination, access: S3Access | None) -> ObjectStore:

@@ -51,10 +51,11 @@ from prefect_eachlabs.ledger.records import (
 )
 from prefect_eachlabs.ledger.rules import Budget, PurchaseOptions
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
-from prefect_eachlabs.models import Item, Prediction
+from prefect_eachlabs.models import Callback, Item, Prediction
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.retry import until_it_succeeds
 from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.webhooks.webhooks import Webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ MOST_ORDERS_WITHOUT_TRACE = 1
 WHOLE_SECONDS = timedelta(seconds=2)
 """The bucket's dates are whole seconds: a difference of two may be off by one, and each by another."""
 MOST_REPLACED_RUNS = 100
+MOST_ORDERS_NAMED = 10
 LOST_SLOT_SECONDS = 10.0
 """A lost order's slot in flight is kept for so long where no prediction of its model was seen to end yet: twice what
 the model's page states."""
@@ -169,6 +171,7 @@ class Purchaser:
         *,
         catalogue: Catalogue,
         references: References,
+        webhooks: Webhooks,
     ) -> None:
         self._client = client
         self._limiter = limiter
@@ -176,6 +179,7 @@ class Purchaser:
         self._settings = settings
         self._catalogue = catalogue
         self._references = references
+        self._webhooks = webhooks
 
     async def buy(
         self,
@@ -206,6 +210,7 @@ class Purchaser:
         """
         record = self._first_claim(item, replacing, options)
         job.budget = options.budget
+        await self._webhooks.open()
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
                 replacing, record = await self._settle_what_is_there(item, ledger, reconciler, replacing, options, job)
@@ -368,6 +373,7 @@ class Purchaser:
             # The purchase that was begun goes on.
             record.orders_without_trace = old.orders_without_trace
             record.possible_loss = old.possible_loss
+            record.ordered_as = old.ordered_as
         if is_same:
             # What may have been bought unseen is known by what was sent for it.
             record.sent_input = old.sent_input
@@ -391,10 +397,13 @@ class Purchaser:
         posted = False
         try:
             record = amended(record, sent_input=recorded(item))
+            earlier = record.ordered_as[-MOST_ORDERS_NAMED:]
             slots_seen_at = self._now()
             for _ in range(RECLAIMS_BEFORE_GIVING_UP):
+                name = self._webhooks.name()
+                named = {"write_id": name, "ordered_as": [*earlier, name]} if name else {}
                 claim_sent_at = self._now()
-                claim = await ledger.write(amended(record), replacing=replacing)
+                claim = await ledger.write(amended(record, **named), replacing=replacing)
                 if self._now() - claim_sent_at <= self._settings.post_begins_within_seconds:
                     break
                 # The bucket was so slow that the claim may be dead before the POST's answer: claim again.
@@ -408,13 +417,14 @@ class Purchaser:
             if self._now() - slots_seen_at > SLOTS_GOOD_FOR_SECONDS:
                 job.give_back_slot()
                 return _Posted(await self._give_back(ledger, claim), is_unused=True)
+            callback = self._webhooks.callback(name)
             posted = True
         finally:
             if not posted:
                 request.unused()
                 self._limiter.breaker.left()
         try:
-            prediction = await self._post(item, request, job)
+            prediction = await self._post(item, request, job, callback)
         except Throttled as error:
             claim = await self._give_back(ledger, claim)
             self._fail_without_balance(error)
@@ -431,17 +441,18 @@ class Purchaser:
             raise error from None
         except OutcomeUnknown as error:
             return _Posted(claim, error)
+        self._webhooks.bought([name], prediction)
         return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
 
     def _now(self) -> float:
         """The loop's time, and what it does not know of because the machine was asleep."""
         return asyncio.get_running_loop().time() + asleep_seconds()
 
-    async def _post(self, item: Item, request: Slot, job: Job) -> Prediction:
+    async def _post(self, item: Item, request: Slot, job: Job, callback: Callback | None) -> Prediction:
         """One POST in its slots; the gate learns how it went, the watcher takes over what was created."""
         breaker = self._limiter.breaker
         try:
-            prediction = await self._client.create(item)
+            prediction = await self._client.create(item, callback)
         except NotSent:
             request.unused()
             breaker.left()
@@ -492,6 +503,7 @@ class Purchaser:
                 job.ordered(item, prediction.id)
             job.prediction_id = prediction.id
             self._poller.watch(prediction, slot=job.slot_of_what_was_found())
+            self._webhooks.bought(found.record.ordered_as, prediction)
 
     async def _give_back(self, ledger: Ledger, claim: VersionedRecord) -> VersionedRecord:
         """Nothing was created under our claim: say so, that nobody has to wait until it is dead. Best effort."""
@@ -779,7 +791,8 @@ class Purchaser:
         )
         with job.critical():
             mine = await ledger.write(settling, replacing=held)
-        return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at)
+        age_seconds = (held.read_at - since).total_seconds()
+        return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at, age_seconds=age_seconds)
 
 
 def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:

@@ -55,7 +55,10 @@ from prefect_eachlabs.ledger.records import (
 )
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Execution, Prediction
+from prefect_eachlabs.polling.schedule import CALL_SECONDS
 from prefect_eachlabs.settings import AccountSettings
+from prefect_eachlabs.webhooks.calls import write_id_in
+from prefect_eachlabs.webhooks.webhooks import Webhooks
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +66,8 @@ T = TypeVar("T")
 
 FIRST_LOOK_SECONDS = 1.0
 """A lost answer's prediction is often listed at once; only "there is none" needs the whole settling time."""
+SHORTEST_PAUSE_SECONDS = 0.001
+"""A loop may call its timers a nanosecond early."""
 UNKNOWN_ID_GRACE_SECONDS = 30.0
 """A prediction that is listed may be invisible right after its creation; later a 404 means that it is not ours."""
 PAGE_ROWS = 100
@@ -80,6 +85,12 @@ CLOCKS_MOVED_SECONDS = 5.0
 """The bucket's clock and the loop's disagree by more only when the machine stood still in between."""
 MOST_DISAGREEMENT_SECONDS = 20.0
 """Between the clocks of a bucket's machines: as much as a process may stand still."""
+LISTED_AFTER_SECONDS = 40.0
+"""The vendor calls three times, some 10 s apart: by then a prediction that ended has its webhook listed."""
+LISTED_AGAIN_SECONDS = 10.0
+WITHOUT_WEBHOOKS_SECONDS = 600.0
+"""A list of webhooks that is missing or refused is left alone for so long."""
+MOST_PAGES_OF_WEBHOOKS = 20
 MOST_WRITES_OF_A_PROOF = 5
 PROOF_PAUSES_SECONDS = (2.0, 5.0, 10.0, 15.0, 30.0)
 
@@ -109,6 +120,8 @@ class Unsettled:
     look_at: float
     given_up_at: float
     written_at: float
+    heard_until: float
+    """Until then the vendor's call may still name what it bought."""
     result: asyncio.Future[Settled] = field(repr=False)
     writing: asyncio.Lock = field(default_factory=asyncio.Lock, repr=False)
 
@@ -143,6 +156,7 @@ class _Look:
         again_at: Loop time when an execution that is not visible yet must be.
         doubts: Item → why nobody can tell.
         near: Item → executions that may be what it bought, and why they are not adopted.
+        webhooks: Execution → the order that the vendor calls about it, by the list of webhooks; None: not one of ours.
     """
 
     evidence: Evidence
@@ -153,6 +167,7 @@ class _Look:
     again_at: float = 0.0
     doubts: dict[str, str] = field(default_factory=dict)
     near: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
+    webhooks: Mapping[str, str | None] = field(default_factory=dict)
 
     def candidates_of(self, entry: Unsettled) -> list[Execution]:
         """Rows that the entry may adopt, the nearest to its claim first."""
@@ -173,6 +188,7 @@ class Reconciler:
         ledger: The records.
         settings: The account.
         known: Predictions that this process bought itself (id → seconds since then), whatever the destination.
+        webhooks: The calls: they and the vendor's list of them name what an order bought.
     """
 
     def __init__(
@@ -183,6 +199,7 @@ class Reconciler:
         settings: AccountSettings,
         *,
         known: Callable[[], Mapping[str, float]],
+        webhooks: Webhooks,
     ) -> None:
         self._client = client
         self._limiter = limiter
@@ -196,16 +213,25 @@ class Reconciler:
         self._echoes: OrderedDict[str, Prediction] = OrderedDict()
         self._invisible_since: OrderedDict[str, float] = OrderedDict()
         self._other_models: set[str] = set()
+        self._webhooks = webhooks
+        self._woken = asyncio.Event()
+        self._webhooks_not_before = 0.0
+        self._ended_since: OrderedDict[str, float] = OrderedDict()
+        self._called_and_stored: set[str] = set()
+        webhooks.named_listeners.append(self._is_named)
 
     # ------------------------------------------------------------------------------------------- waiting
 
-    async def settle(self, held: VersionedRecord, *, span: Span, conclusive_at: datetime) -> Settled:
+    async def settle(
+        self, held: VersionedRecord, *, span: Span, conclusive_at: datetime, age_seconds: float
+    ) -> Settled:
         """What the claim's POST has come to. Costs requests, no money.
 
         Args:
             held: Our own claim with the intent to settle, just written.
             span: When its POST may have created a prediction.
             conclusive_at: The bucket's time from which "it is not listed" means that it was not created.
+            age_seconds: How long ago the order's claim was written, by the bucket's clock.
 
         Raises:
             Overtaken: Another writer changed the record.
@@ -216,7 +242,8 @@ class Reconciler:
         # Only a look that begins later concludes; the longest it can be until then is known without the bucket.
         longest_seconds = (span.until - span.since).total_seconds()
         given_up_at = now + longest_seconds + self._settings.deadline_seconds
-        entry = Unsettled(held, span, conclusive_at, now + FIRST_LOOK_SECONDS, given_up_at, now, loop.create_future())
+        look_at, heard_until = self._first_look_at(held.record, age_seconds, now)
+        entry = Unsettled(held, span, conclusive_at, look_at, given_up_at, now, heard_until, loop.create_future())
         self._waiting.append(entry)
         if self._runner is None or self._runner.done():
             self._runner = asyncio.ensure_future(self._run())
@@ -235,7 +262,10 @@ class Reconciler:
             due_at = min(entry.look_at for entry in self._waiting)
             if due_at > loop.time():
                 # A new entry may be due before; those of some seconds are looked at together.
-                await asyncio.sleep(min(due_at - loop.time(), self._settings.claim_seconds / 4))
+                self._woken.clear()
+                with suppress(asyncio.TimeoutError):
+                    pause = max(min(due_at - loop.time(), self._settings.claim_seconds / 4), SHORTEST_PAUSE_SECONDS)
+                    await asyncio.wait_for(self._woken.wait(), pause)
                 continue
             try:
                 await self._look()
@@ -305,7 +335,15 @@ class Reconciler:
     # ------------------------------------------------------------------------------------------- one look
 
     async def _look(self) -> None:
+        webhooks = await self._adopt_what_is_named()
+        now = asyncio.get_running_loop().time()
+        for entry in self._waiting:
+            if entry.heard_until > now:
+                entry.look_at = min(entry.heard_until, now + LISTED_AGAIN_SECONDS)
+        if not any(entry.heard_until <= now for entry in self._waiting):
+            return
         entries, look = await self._see()
+        look.webhooks = webhooks
         ask = look.evidence.candidates([(entry.record.model, entry.span) for entry in entries])
         tight = [row for zone, row in ask if zone is Zone.TIGHT]
         asked = await self._ask_about(tight, entries, look)
@@ -321,8 +359,9 @@ class Reconciler:
 
     async def _see(self) -> tuple[list[Unsettled], _Look]:
         """The list and the records; again when the machine stood still meanwhile, for they do not fit together then."""
+        now = asyncio.get_running_loop().time()
         for _ in range(MOST_LOOKS_AT_MOVING_CLOCKS):
-            entries = list(self._waiting)
+            entries = [entry for entry in self._waiting if entry.heard_until <= now]
             began = await self._moment(entries)
             oldest_seconds = (began.bucket - min(entry.span.since for entry in entries)).total_seconds() + 1
             listing = await self._walk(began, oldest_seconds)
@@ -391,6 +430,7 @@ class Reconciler:
     async def _read_records(self, evidence: Evidence) -> None:
         """Takes in what this process knows and what the young records say; of the older ones some, where need be."""
         loop = asyncio.get_running_loop()
+        self._called_and_stored.clear()
         for prediction_id, age_seconds in self._known().items():
             evidence.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=loop.time())
         prefix = self._ledger.destination.key("records/")
@@ -416,6 +456,9 @@ class Reconciler:
             async with limit:
                 held = await self._ledger.read(item_id)
             if held is not None:
+                record = held.record
+                if record.ordered_as and record.state is RecordState.STORED and held.age_seconds > LISTED_AFTER_SECONDS:
+                    self._called_and_stored.add(record.prediction_id or "")
                 evidence.read(
                     held,
                     ours={entry.item_id: entry.record.run_id for entry in self._waiting},
@@ -426,6 +469,98 @@ class Reconciler:
 
         await asyncio.gather(*map(read, item_ids))
 
+    # ------------------------------------------------------------------------------------------ webhooks
+
+    def _first_look_at(self, record: Record, age_seconds: float, now: float) -> tuple[float, float]:
+        """When to look at a claim first, and until when the vendor's call may name what it bought."""
+        if not record.ordered_as or (patience := self._webhooks.seconds_until_heard(record.model)) <= 0:
+            return now + FIRST_LOOK_SECONDS, now
+        heard_until = now + max(0.0, patience - age_seconds)
+        ended_at = now + max(FIRST_LOOK_SECONDS, patience - CALL_SECONDS - age_seconds)
+        return min(heard_until, ended_at) if heard_until > now else now + FIRST_LOOK_SECONDS, heard_until
+
+    def _is_named(self, write_id: str) -> None:
+        """A call names an order."""
+        for entry in self._waiting:
+            if write_id in entry.record.ordered_as:
+                entry.look_at = 0.0
+                self._woken.set()
+
+    async def _adopt_what_is_named(self) -> Mapping[str, str | None]:
+        """Adopts what a call has named, or the vendor's list of webhooks; returns what that list says."""
+        called = [entry for entry in self._waiting if entry.record.ordered_as]
+        for entry in called:
+            found = self._webhooks.prediction_of(entry.record.ordered_as)
+            if found is not None:
+                await self._adopt_named(entry, found, "a call")
+        called = [entry for entry in called if entry in self._waiting]
+        if not called or asyncio.get_running_loop().time() < self._webhooks_not_before:
+            return {}
+        try:
+            listed = await self._listed_webhooks(min(entry.span.since for entry in called))
+        except EachlabsError as error:
+            # It is a help, no more: without it an order is found by the echo of its input.
+            logger.info("The list of webhooks tells nothing (%s).", error)
+            self._webhooks_not_before = asyncio.get_running_loop().time() + WITHOUT_WEBHOOKS_SECONDS
+            return {}
+        for entry in called:
+            named = [one for one, write_id in listed.items() if write_id in entry.record.ordered_as]
+            if named:
+                await self._adopt_named(entry, named[0], "the list of webhooks")
+        return listed
+
+    async def _listed_webhooks(self, since: datetime) -> dict[str, str | None]:
+        """Execution → the order of ours that its webhook names, back to an hour before `since`."""
+        listed: dict[str, str | None] = {}
+        offset = 0
+        for _ in range(MOST_PAGES_OF_WEBHOOKS):
+            request = await self._limiter.take_request(question=True)
+            try:
+                rows, count = await self._client.webhooks(limit=PAGE_ROWS, offset=offset)
+            finally:
+                request.done()
+            listed.update((row.execution_id, write_id_in(row.url)) for row in rows)
+            offset += count
+            dates = [row.created_at for row in rows if row.created_at is not None]
+            if count < PAGE_ROWS or (dates and max(dates) < since - timedelta(seconds=WALKED_BACK_SECONDS)):
+                break
+        return listed
+
+    async def _adopt_named(self, entry: Unsettled, prediction_id: str, by: str) -> None:
+        """The vendor's own word names what an order bought: neither its echo nor other buyers matter."""
+        holder = await take_adoption_marker(self._ledger, prediction_id, entry.item_id, since=entry.span.since)
+        if holder != entry.item_id:
+            entry.heard_until = 0.0  # an equal item was given it: what that one's order bought is this one's
+            return
+        moment = await self._moment([entry])
+        age_seconds = (moment.bucket - entry.span.since).total_seconds()
+        if await self._write_adoption(entry, prediction_id, age_seconds, []):
+            logger.info(
+                "Item %s: %s names prediction %s for its lost order; adopted.", entry.item_id, by, prediction_id
+            )
+            self._end(entry, Settled(entry.held))
+
+    def _is_not_its(self, entry: Unsettled, row: Execution, look: _Look) -> bool:
+        """Whether the list of webhooks shows that an execution is not what this order bought, or will yet show it."""
+        if not entry.record.ordered_as or not look.webhooks:
+            return False
+        if row.id in look.webhooks:
+            return look.webhooks[row.id] not in entry.record.ordered_as
+        known = self._webhooks.ended_within(LISTED_AFTER_SECONDS, WALKED_BACK_SECONDS / 2) | self._called_and_stored
+        if not known or not known <= look.webhooks.keys():
+            return False  # it gives no sign of seeing
+        now = asyncio.get_running_loop().time()
+        if row.status.ended:
+            since = _remember(self._ended_since, row.id, now)
+            if now - since >= LISTED_AFTER_SECONDS:
+                return True
+            look.again_at = max(look.again_at, since + LISTED_AFTER_SECONDS)
+            return True
+        if now > entry.given_up_at:
+            return False
+        look.again_at = max(look.again_at, now + LISTED_AGAIN_SECONDS)
+        return True
+
     # ------------------------------------------------------------------------------------------ candidates
 
     async def _ask_about(self, rows: Sequence[Execution], entries: Sequence[Unsettled], look: _Look) -> int:
@@ -435,7 +570,7 @@ class Reconciler:
         """
         rivals_asked = 0
         for number, row in enumerate(rows):
-            waiting = self._open(entries, look)
+            waiting = [entry for entry in self._open(entries, look) if not self._is_not_its(entry, row, look)]
             has_one = {id(entry) for _, _, entry, _ in look.fits}
             if len(rows) > 1 and all(id(entry) in has_one for entry in waiting):
                 rivals_asked += 1
@@ -538,18 +673,7 @@ class Reconciler:
         adopted_among = self._fitting_as_well(entry, row, look)
         age_seconds = (look.began.bucket - entry.span.since).total_seconds()
         item_id = entry.item_id
-        written = await self._rewrite(
-            entry,
-            state=RecordState.CREATED,
-            intent=None,
-            unsettled_since=None,
-            error=None,
-            prediction_id=row.id,
-            created_at=datetime.now(timezone.utc) - timedelta(seconds=age_seconds),
-            adopted_among=adopted_among,
-            possible_loss=None,
-        )
-        if written:
+        if await self._write_adoption(entry, row.id, age_seconds, adopted_among):
             logger.info("Item %s: its lost order had bought prediction %s; adopted.", item_id, row.id)
             if adopted_among:
                 logger.warning(
@@ -560,6 +684,21 @@ class Reconciler:
                     ", ".join(adopted_among),
                 )
             self._end(entry, Settled(entry.held))
+
+    async def _write_adoption(
+        self, entry: Unsettled, prediction_id: str, age_seconds: float, adopted_among: list[str]
+    ) -> bool:
+        return await self._rewrite(
+            entry,
+            state=RecordState.CREATED,
+            intent=None,
+            unsettled_since=None,
+            error=None,
+            prediction_id=prediction_id,
+            created_at=datetime.now(timezone.utc) - timedelta(seconds=age_seconds),
+            adopted_among=adopted_among,
+            possible_loss=None,
+        )
 
     def _fitting_as_well(self, entry: Unsettled, row: Execution, look: _Look) -> list[str]:
         """Other executions that could be what the order bought, unless as many equal orders were lost."""

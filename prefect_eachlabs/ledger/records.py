@@ -102,6 +102,10 @@ class Record(BaseModel):
     epoch: int = Field(default=1, ge=1, description="One more each time the item's purchase begins anew.")
     write_id: str = Field(default="", description="Random, of this very write.")
     run_id: str = Field(default="", description="The run that owns the claim or bought the prediction.")
+    ordered_as: list[str] = Field(
+        default_factory=list,
+        description="The `write_id` of each claim of this purchase whose order asked the vendor to call.",
+    )
     ordered_by: str | None = Field(
         default=None, description="The run whose POST may have bought, where it is not `run_id`, which found it out."
     )

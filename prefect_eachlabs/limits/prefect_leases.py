@@ -85,7 +85,7 @@ class PrefectLeases:
 
     def __init__(self, account: str) -> None:
         self.account = account
-        self._context = _context_without_retries()
+        self._context = context_without_retries()
         self._client: PrefectClient | None = None
         self._opening: asyncio.Lock | None = None
         self.where = without_query(self._context.run(PREFECT_API_URL.value) or "(no PREFECT_API_URL)")
@@ -176,7 +176,7 @@ class PrefectLeases:
             return self._client
 
 
-def _context_without_retries() -> contextvars.Context:
+def context_without_retries() -> contextvars.Context:
     """A context with Prefect's settings of this moment, and one attempt a call.
 
     Its default is five attempts with growing pauses: for a minute nobody would know that the server is away.

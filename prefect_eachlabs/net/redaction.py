@@ -38,7 +38,15 @@ from urllib.parse import quote
 SHORTEST_SECRET_CHARACTERS = 8
 """What is shorter ("demo", "testing") is a word of many texts, and nobody's secret."""
 MOST_SECRETS = 1_000
-FROM_THE_ENVIRONMENT = ("EACHLABS_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_SECURITY_TOKEN")
+FROM_THE_ENVIRONMENT = (
+    "EACHLABS_API_KEY",
+    "EACHLABS_WEBHOOK_SECRET",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_SECURITY_TOKEN",
+)
+ORDER_SECRET = re.compile(r"whs_[0-9a-f]{8,64}")
+"""The secret that an order's webhook is called with (`webhooks.calls`): one an order, so known by its form, and cut."""
 HIDDEN = "***"
 
 LONGEST_CHARACTERS = 200_000
@@ -64,7 +72,7 @@ _PARAMETER = re.compile(
 """A URL's parameter that signs or opens, wherever it is logged."""
 _FIELD = re.compile(
     # A header or a field: as text, in a dict or a list of pairs, in bytes or not; the scheme of an authorization stays.
-    r"(?i)(?P<header>\b(?:x-api-key|(?:proxy-)?authorization|x-amz-security-token|(?:set-)?cookie"
+    r"(?i)(?P<header>\b(?:x-api-key|(?:x-)?webhook[-_]secret|(?:proxy-)?authorization|x-amz-security-token|(?:set-)?cookie"
     r"|secret_?(?:access_?)?key|(?:access|session|security|refresh|id)_?token|(?<=['\"])token)\\?['\"]?\s*[:=,]\s*b?\\?['\"]?"
     r"(?:(?:bearer|basic|aws4-hmac-sha256)\s+)?)[^'\"\r\n\\]+"
     # botocore's own words about a signature, and S3's answer to a wrong one.
@@ -138,12 +146,12 @@ class _Secrets:
                 del self._given[next(iter(self._given))]
 
     def are_in(self, text: str) -> bool:
-        return any(spelling in text for spelling in self._current())
+        return any(spelling in text for spelling in self._current()) or ORDER_SECRET.search(text) is not None
 
     def hidden_in(self, text: str) -> str:
         for spelling in self._current():
             text = text.replace(spelling, HIDDEN)
-        return text
+        return ORDER_SECRET.sub(HIDDEN, text) if "whs_" in text else text
 
     def _current(self) -> tuple[str, ...]:
         """The longest first, lest a shorter one leave the rest of it."""

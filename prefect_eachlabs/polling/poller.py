@@ -10,12 +10,13 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from datetime import datetime, timezone
 from typing import Protocol
 
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
-from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
+from prefect_eachlabs.models import Execution, Failure, Prediction, PredictionStatus
 from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
 from prefect_eachlabs.polling.schedule import LOOK_SECONDS, Durations, Question, Schedule, Watched
 
@@ -72,6 +73,8 @@ class Poller:
         self._throttles_in_a_row = 0
         self._answered_at = -math.inf
         self._closed = False
+        self.on_unheard: Callable[[str, bool], None] = lambda prediction_id, overdue: None
+        """Told of each end that was asked for although a call was to tell it, and whether that was overdue."""
 
     def __repr__(self) -> str:
         return f"<Poller of {len(self._schedule.watched)}, {len(self._questions)} questions out>"
@@ -113,6 +116,61 @@ class Poller:
             return future
         self._begin(prediction, future, slot)
         return future
+
+    # ---- the vendor's calls (see `webhooks`)
+
+    @property
+    def calls_come(self) -> bool:
+        """Whether the vendor's calls are seen to come: nobody is asked about before its call is overdue."""
+        return self._schedule.calls_come
+
+    @calls_come.setter
+    def calls_come(self, they_do: bool) -> None:
+        self._schedule.calls_come = they_do
+        self._wake_up.set()
+
+    def expect_call(self, prediction_id: str) -> None:
+        """The vendor was asked to call when it ends."""
+        watched = self._schedule.watched.get(prediction_id)
+        if watched is not None:
+            watched.calls = True
+            self._wake_up.set()
+
+    def ended(self, end: Prediction) -> bool:
+        """A call that is believed tells its end; whether nobody knew it before. What it leaves open is asked by id."""
+        watched = self._schedule.watched.get(end.id)
+        if watched is None or not end.status.ended:
+            return False
+        if _lacks_its_output(end) or (
+            end.status is PredictionStatus.FAILED and (end.failure or Failure()).code is None
+        ):
+            # Only GET tells whether it may be bought again, and what else there is to know.
+            watched.calls = False
+            self.hurry(end.id)
+        else:
+            end = _as_known(watched.prediction, end)
+            if not end.may_have_several:  # an output that comes as a list says nothing about its model
+                self._executions.learn(end)
+            self._end(watched, end, by_call=True)
+            self._wake_up.set()
+        return True
+
+    def is_watched(self, prediction_id: str) -> bool:
+        """Whether its end is not known yet."""
+        return prediction_id in self._schedule.watched
+
+    def usual_seconds(self, model: str | None) -> float:
+        """What 99 of 100 predictions of the model do not exceed, as seen here; as the model's page says before."""
+        return self._durations.quantile(model, 0.99)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is watched."""
+        return not self._schedule.watched
+
+    def learn_duration(self, model: str | None, seconds: float) -> None:
+        """What a prediction took by the API's own figure, whose end a call has told."""
+        self._durations.learn(model, told_seconds=seconds, pending_at=0.0, ended_at=seconds)
 
     def end_of(self, prediction_id: str) -> Prediction | None:
         """Its end, when it was seen (the last 10,000 are remembered)."""
@@ -184,7 +242,7 @@ class Poller:
         loop = asyncio.get_running_loop()
         self._wake_up.clear()
         choice = self._schedule.decide(loop.time())
-        if self._in_hand is None and (isinstance(choice, Question) or self._schedule.wants_slot_in_hand()):
+        if self._in_hand is None and (isinstance(choice, Question) or self._schedule.wants_slot_in_hand(loop.time())):
             self._in_hand = await self._limiter.take_request(question=True)
             choice = self._schedule.decide(loop.time())  # waiting may have changed what is worth asking
         if isinstance(choice, Question) and self._in_hand is not None:
@@ -195,7 +253,7 @@ class Poller:
             task.add_done_callback(self._questions.discard)
             return
         until = choice if isinstance(choice, float) else loop.time()
-        if self._schedule.wants_slot_in_hand():
+        if self._schedule.wants_slot_in_hand(loop.time()):
             until = min(until, loop.time() + LOOK_SECONDS)
         else:
             self._put_back()
@@ -268,16 +326,7 @@ class Poller:
             return
         if _lacks_its_output(answer) and self._output_may_come(watched):
             return
-        known = watched.prediction
-        end = answer.model_copy(
-            update={
-                "item_id": known.item_id,
-                "created_at": known.created_at,
-                "input": answer.input if known.input is None else known.input,
-                "model": known.model or answer.model,
-                "version": known.version or answer.version,
-            }
-        )
+        end = _as_known(watched.prediction, answer)
         self._executions.learn(end)
         self._end(watched, end)
 
@@ -362,8 +411,11 @@ class Poller:
         self._give_up(watched, error)
         return True
 
-    def _end(self, watched: Watched, end: Prediction) -> None:
-        if watched.created_here:
+    def _end(self, watched: Watched, end: Prediction, *, by_call: bool = False) -> None:
+        if watched.calls and not by_call:
+            overdue = asyncio.get_running_loop().time() >= self._schedule.call_until(watched)
+            self.on_unheard(watched.prediction.id, overdue)
+        if watched.created_here and not by_call:  # a call may be late
             self._durations.learn(
                 watched.prediction.model,
                 told_seconds=end.predict_time_seconds,
@@ -394,6 +446,19 @@ class Poller:
 
 def _lacks_its_output(end: Prediction) -> bool:
     return end.status is PredictionStatus.SUCCEEDED and not end.output_urls and end.failure is None
+
+
+def _as_known(known: Prediction, end: Prediction) -> Prediction:
+    """An end as it was told, with what was known before."""
+    return end.model_copy(
+        update={
+            "item_id": known.item_id,
+            "created_at": known.created_at,
+            "input": end.input if known.input is None else known.input,
+            "model": known.model or end.model,
+            "version": known.version or end.version,
+        }
+    )
 
 
 def _age_seconds(prediction: Prediction) -> float | None:

@@ -59,6 +59,8 @@ ROWS_ABOVE = 75
 """A page beyond the first shows so many of those created after the one it is asked for."""
 SPARE_ROWS = 10
 """Creations within a second of each other may be listed either way round, and others' rows come in between."""
+CALL_SECONDS = 30.0
+"""The vendor calls three times, some 10 s apart: so long after its likely end a prediction's call is waited for."""
 LISTED_WITHIN_SECONDS = 1.0
 """A page that was asked for sooner after the creation need not show it."""
 
@@ -138,6 +140,8 @@ class Watched:
     """It is asked about by id as soon as there is a slot: a row says that it ended, or somebody is in a hurry."""
     by_id: bool = False
     """The list does not show it, or says pending for longer than is likely."""
+    calls: bool = False
+    """The vendor was asked to call when it ends."""
     doubted_at_age: float = 0.0
     pending_at: float | None = None
     """When the last question was sent that found it pending."""
@@ -189,6 +193,8 @@ class Schedule:
         """The number of the newest prediction."""
         self.quiet_until = 0.0
         """The API throttles questions too: nothing is asked before."""
+        self.calls_come = False
+        """The vendor's calls are seen to come: who waits for one is not asked about before its call is overdue."""
         self._limiter = limiter
         self._executions = executions
         self._durations = durations
@@ -262,16 +268,28 @@ class Schedule:
         else:
             insisted = []
         choice = self._late(now) if self._scarce() else self._soon(now)
-        if isinstance(choice, float) and insisted:
-            return min(choice, *(one.not_before for one in insisted))
+        if isinstance(choice, float):
+            overdue = [self.call_until(one) for one in self.watched.values() if self._awaits_call(one, now)]
+            return min([choice, *(one.not_before for one in insisted), *overdue])
         return choice
 
-    def wants_slot_in_hand(self) -> bool:
+    def wants_slot_in_hand(self, now: float) -> bool:
         """Whether to have a request slot before it is needed.
 
         Else creates take the last ones, and ten finished pictures wait for one slot to come back.
         """
-        return bool(self.watched) and self._limiter.pressure(Kind.REQUESTS) >= 0.8 and self._scarce()
+        return bool(self._askable(now)) and self._limiter.pressure(Kind.REQUESTS) >= 0.8 and self._scarce()
+
+    def call_until(self, watched: Watched) -> float:
+        """Until when its call is waited for."""
+        return watched.began_at + self._age(watched, 0.99) + CALL_SECONDS
+
+    def _awaits_call(self, watched: Watched, now: float) -> bool:
+        return self.calls_come and watched.calls and not watched.insisted and now < self.call_until(watched)
+
+    def _askable(self, now: float) -> list[Watched]:
+        """Those that nobody is about to tell of."""
+        return [one for one in self.watched.values() if not self._awaits_call(one, now)]
 
     def _age(self, watched: Watched, share: float) -> float:
         return self._durations.quantile(watched.prediction.model, share)
@@ -337,7 +355,7 @@ class Schedule:
         return max(watched.began_at + age, self._again_at(watched, self._interval(watched)))
 
     def _soon(self, now: float) -> Question | float:
-        due = [(self._soon_at(one), one.number, one) for one in self.watched.values() if not one.insisted]
+        due = [(self._soon_at(one), one.number, one) for one in self._askable(now) if not one.insisted]
         if not due:
             return math.inf
         at, _, first = min(due)
@@ -363,9 +381,12 @@ class Schedule:
 
     def _late(self, now: float) -> Question | float:
         may_list = self._may_ask_list(now)
+        askable = self._askable(now)
+        if not askable:
+            return math.inf
         listed = [
             one
-            for one in self.watched.values()
+            for one in askable
             if may_list and self._page_may_tell(one) and self._executions.believes(one.prediction)
         ]
         if len(listed) == 1:
@@ -379,7 +400,7 @@ class Schedule:
             again_at = min(again_at, page_at)
         by_id = [
             (self._late_at(one, listed=False), one.number, one)
-            for one in self.watched.values()
+            for one in askable
             if id(one) not in on_list and not one.insisted and not (may_list and self._waits_for_another(one))
         ]
         if by_id and self._by_id_out < BY_ID_AT_ONCE:

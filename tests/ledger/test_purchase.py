@@ -175,7 +175,7 @@ def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
         world = World()
         process = world.process()
 
-        async def strange(_: object) -> Prediction:
+        async def strange(*_: object) -> Prediction:
             raise ZeroDivisionError("a bug")
 
         process.engine.account.client.create = strange  # type: ignore[method-assign]  # a bug, for this test

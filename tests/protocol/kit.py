@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
+import httpx
+
 from prefect_eachlabs.images.png import verify_png
 from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
@@ -26,6 +28,9 @@ from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import Clock, Emulator, EmulatorOptions, InProcessTransport
 from prefect_eachlabs.testing.emulator import Fault as EmulatorFault
 from prefect_eachlabs.testing.emulator.predictions import Job
+from prefect_eachlabs.webhooks.calls import Call
+from prefect_eachlabs.webhooks.receiver import receiver_app
+from prefect_eachlabs.webhooks.webhooks import Verdict, Way
 from tests.memory_store import MemoryStore
 from tests.protocol.clocks import patched_clocks
 from tests.protocol.process import Fault, Process
@@ -37,6 +42,8 @@ T = TypeVar("T")
 
 KEY = "kit-key-0123456789"
 BASE_URL = "https://api.invalid"
+WEBHOOK_URL = "https://hooks.invalid/eachlabs"
+WEBHOOK_SECRET = "the secret of all orders' secrets"
 DESTINATION = Destination.parse("s3://bucket/kit")
 
 
@@ -88,12 +95,43 @@ class AheadClock(Clock):
         return super().now() + self.ahead_seconds
 
 
+class Receivers(httpx.AsyncBaseTransport):
+    """The network on the way to the processes that receive calls: each that lives gets each call."""
+
+    def __init__(self) -> None:
+        self._takers: dict[Process, Callable[[Call], Verdict]] = {}
+        self.are_away = False
+
+    def way_to(self, process: Process) -> Way:
+        async def way(take: Callable[[Call], Verdict]) -> Callable[[], Coroutine[Any, Any, None]]:
+            self._takers[process] = take
+
+            async def close() -> None:
+                del self._takers[process]
+
+            return close
+
+        return way
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        living = [take for process, take in self._takers.items() if not process.dead and not process.is_frozen]
+        if self.are_away or not living:
+            raise httpx.ConnectError("nobody receives", request=request)
+
+        def take(call: Call) -> Verdict:
+            verdicts = [one(call) for one in living]
+            return next((one for one in verdicts if one is not Verdict.REFUSED), Verdict.REFUSED)
+
+        return await httpx.ASGITransport(receiver_app(take)).handle_async_request(request)
+
+
 class World:
     """What all processes share.
 
     Args:
         faults: Of the emulator, as text.
         latency_seconds: Half of it passes before a request takes effect, half after.
+        calls: Whether orders ask for calls, which any process that lives receives.
         emulated: Options of the emulator.
     """
 
@@ -102,6 +140,7 @@ class World:
         *faults: str,
         latency_seconds: float = 0.1,
         honours_conditions: bool = True,
+        calls: bool = False,
         settings: Mapping[str, Any] | None = None,
         **emulated: Any,
     ) -> None:
@@ -116,12 +155,14 @@ class World:
         }
         told = EmulatorOptions(faults=faults, **given)
         self.clock = AheadClock()
-        self.emulator = Emulator(told, clock=self.clock, threads=False)
+        self.receivers = Receivers()
+        self.emulator = Emulator(told, clock=self.clock, threads=False, outwards=self.receivers)
         self.transport = InProcessTransport(self.emulator)
         self.store = MemoryStore(honours_conditions=honours_conditions)
         self.latency_seconds = latency_seconds
         self.destination = DESTINATION
-        self.settings = AccountSettings(**{"api_key": KEY, "base_url": BASE_URL, **(settings or {})})
+        of_calls = {"webhook_url": WEBHOOK_URL, "webhook_secret": WEBHOOK_SECRET} if calls else {}
+        self.settings = AccountSettings(**{"api_key": KEY, "base_url": BASE_URL, **of_calls, **(settings or {})})
         self.processes: list[Process] = []
         self.hidden: dict[str, int] = {}
         """Prediction id → the status that GET answers with."""

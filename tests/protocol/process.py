@@ -107,6 +107,7 @@ class Process:
             lambda _destination, _access: Bucket(self),
             client=EachlabsClient(self.settings, transport=Network(self)),
             downloader=Downloader(Network(self)),
+            way=world.receivers.way_to(self) if self.settings.webhook_url else None,
         )
         self.engine.account.catalogue.beside_the_loop = _at_once
 

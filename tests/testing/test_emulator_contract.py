@@ -1,7 +1,7 @@
 """The emulator's answers against the vendor's two OpenAPI files: status, content type and schema of each.
 
-What the files have and the emulator has not, because nobody here asks for it: synchronous runs, deleting files, lists
-of webhooks, and filters of executions other than model and dates.
+What the files have and the emulator has not, because nobody here asks for it: synchronous runs, deleting files, and
+filters of executions other than model and dates.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from tests.testing.emulator_kit import Api
+from tests.testing.test_emulator_webhooks import called
 
 CONTRACT = "urn:contract"
 FILES = ["eachlabs-openapi-2025-12.yaml", "eachlabs-openapi-2026-08.json"]
@@ -168,11 +169,20 @@ def test_every_error_is_one_that_the_contract_knows(
     contract.validate(answer.json(), {"$ref": f"{CONTRACT}#/components/schemas/Error"})
 
 
+def test_the_lists_of_webhooks_are_those_of_the_contract(contract: Contract) -> None:
+    hook, page, one = called(errors=5)
+    contract.validate(page, contract.schema("GET", "/v1/webhooks", 200) or {})
+    contract.validate(one, contract.schema("GET", "/v1/webhooks/{execution_id}", 200) or {})
+    assert [attempt["status"] for attempt in one["attempts"]] == ["FAILED"] * 3
+    assert len(hook.calls) == 3
+
+
 def test_the_orders_that_the_contract_shows_are_taken(contract: Contract) -> None:
     example = contract.file["paths"]["/v1/prediction"]["post"]["requestBody"]["content"]["application/json"]["example"]
+    example = {**example, "webhook_url": "http://127.0.0.1:1/"}
     assert Api().call("POST", "/v1/prediction", json=example).status_code == 200
     schema = contract.components["schemas"]["CreatePredictionRequest"]
-    order = {"model": "gemini", "version": "v", "input": {"prompt": "a fox"}, "webhook_url": "https://example.com"}
+    order = {"model": "gemini", "version": "v", "input": {"prompt": "a fox"}, "webhook_url": "http://127.0.0.1:1/"}
     contract.validate(order, schema)
     assert Api().call("POST", "/v1/prediction", json=order).status_code == 200
     required = set(schema["required"])

@@ -34,7 +34,7 @@ def endpoint_of(method: str, path: str) -> str:
     if parts[:1] != ["v1"]:
         known = {"files": "picture", "uploads": "uploaded", "storage": "upload"}
         return known.get(parts[0] if parts else "", "other")
-    if parts[1:] in (["executions"], ["models"], ["model"]):
+    if parts[1:] in (["executions"], ["models"], ["model"], ["webhooks"]):
         return parts[1]
     if parts[1:] == ["upload", "presign"]:
         return "presign"

@@ -16,7 +16,19 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Endpoint = Literal["create", "get", "cancel", "executions", "models", "presign", "upload", "prediction", "picture"]
+Endpoint = Literal[
+    "create",
+    "get",
+    "cancel",
+    "executions",
+    "models",
+    "presign",
+    "upload",
+    "webhooks",
+    "prediction",
+    "webhook",
+    "picture",
+]
 ENDPOINTS: tuple[Endpoint, ...] = get_args(Endpoint)
 Phase = Literal["before", "after"]
 DEFAULT_SECONDS = 60.0
@@ -31,7 +43,11 @@ AFTER = _KINDS.pop("after")
 """Kinds of every `/v1` endpoint that happen after it took effect; the n-th call counts requests that did."""
 
 SPECIAL = _KINDS
-"""Kinds that one endpoint alone knows. `prediction` is drawn at each accepted POST, `picture` at each download."""
+"""Kinds that one endpoint alone knows. `prediction` is drawn at each accepted POST, `picture` at each download,
+`webhook` at each call that is to be made."""
+
+ON_THEIR_OWN = ("prediction", "webhook", "picture")
+"""What is no endpoint, and knows the kinds of its own alone."""
 
 ASPECTS = {
     **{kind: "outcome" for kind in SPECIAL["prediction"] if kind.startswith("fail")},
@@ -49,14 +65,15 @@ ASPECTS = {
 def kinds_of(endpoint: str) -> dict[str, str]:
     """Every kind of fault that an endpoint knows, with one line about each."""
     special = SPECIAL.get(endpoint, {})
-    return dict(special) if endpoint in ("prediction", "picture") else {**BEFORE, **AFTER, **special}
+    return dict(special) if endpoint in ON_THEIR_OWN else {**BEFORE, **AFTER, **special}
 
 
 class Fault(BaseModel):
     """One thing that goes wrong. Without `rate`, `at`, `next` and `first` it happens at each call.
 
     Attributes:
-        on: The endpoint, or `prediction` (drawn once for each accepted POST) or `picture` (each download).
+        on: The endpoint, or `prediction` (drawn once for each accepted POST), `webhook` (for each call that is to be
+            made) or `picture` (each download).
         kind: What happens: see `kinds_of`.
         rate: Between 0 and 1.
         at: At the n-th calls, counted from 1 since the start or the last reset.
@@ -102,7 +119,7 @@ class Fault(BaseModel):
 
     @property
     def phase(self) -> Phase:
-        return "before" if self.kind in BEFORE or self.on in ("prediction", "picture") else "after"
+        return "before" if self.kind in BEFORE or self.on in ON_THEIR_OWN else "after"
 
     @classmethod
     def parse(cls, text: str) -> Fault:

@@ -28,6 +28,9 @@ class EmulatorOptions(BaseModel):
         pictures: `drawn` shows the prompt; `plain` is quick, for benchmarks.
         picture_query: Appended to the pictures' URLs, as a signature would be.
         public_url: Where others reach this server; None: the host that the request was sent to.
+        webhooks: Whether predictions call their `webhook_url`: `newest` and `older` in the vendor's texts' forms of the
+            body, `none` never, and has no list of them.
+        webhook_retry_seconds: So long after an attempt that was not acknowledged comes the next, of three.
         long_poll_seconds: A GET of an unfinished prediction is held until the end or so long; 0: never.
         clock_skew_seconds: The vendor's dates are off by so much.
         listing_delay_seconds: Executions shows the world as it was so long ago.
@@ -57,6 +60,8 @@ class EmulatorOptions(BaseModel):
     pictures: Literal["drawn", "plain"] = "drawn"
     picture_query: str = ""
     public_url: str | None = None
+    webhooks: Literal["newest", "older", "none"] = "newest"
+    webhook_retry_seconds: Annotated[float, Field(ge=0, le=3_600)] = 10.0
     long_poll_seconds: Annotated[float, Field(ge=0, le=3_600)] = 0.0
     clock_skew_seconds: Annotated[float, Field(ge=-31_536_000, le=31_536_000)] = 0.0
     listing_delay_seconds: Annotated[float, Field(ge=0, le=86_400)] = 0.0

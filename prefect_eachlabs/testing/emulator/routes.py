@@ -351,6 +351,22 @@ def list_routes(emulator: Emulator, routes: Routes) -> None:
             return error(404, "Not Found")
         return await call.after(JSONResponse(executions_page(emulator, request, faults)))
 
+    @routes.on("GET", "/v1/webhooks")
+    async def webhooks(request: Request) -> Response:
+        call = Call(emulator, request, "webhooks")
+        if (answer := await call.before()) is not None:
+            return answer
+        limit, offset = number_of(request, "limit", 20, 1, 100), number_of(request, "offset", 0, 0, 10**11)
+        call.took_effect()
+        if emulator.options.webhooks == "none":
+            return error(404, "Not Found")
+        return await call.after(JSONResponse(emulator.webhooks.page(limit=limit, offset=offset)))
+
+    @routes.on("GET", "/v1/webhooks/{execution_id}")
+    async def webhook(request: Request) -> Response:
+        found = emulator.webhooks.one(str(request.path_params["execution_id"]))
+        return error(404, "Webhook not found") if found is None else JSONResponse(found)
+
     @routes.on("GET", "/v1/models")
     async def models(request: Request) -> Response:
         call = Call(emulator, request, "models")

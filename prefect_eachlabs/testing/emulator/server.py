@@ -90,6 +90,7 @@ class _Server(uvicorn.Server):
         for server in self.servers:
             server.close()
         self._emulator.clock.stop()  # answers that are held or drip end now
+        self._emulator.webhooks.stop()
         for connection in list(self.server_state.connections):
             connection.transport.abort()
         if self.server_state.tasks:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import httpx
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]  # it ships no types
 
 from prefect_eachlabs.testing.emulator.clock import Clock, rfc3339
@@ -23,6 +24,7 @@ from prefect_eachlabs.testing.emulator.faults import FaultRules
 from prefect_eachlabs.testing.emulator.options import EmulatorOptions
 from prefect_eachlabs.testing.emulator.pictures import Pictures
 from prefect_eachlabs.testing.emulator.predictions import Job, Predictions, new_id
+from prefect_eachlabs.testing.emulator.webhooks import Webhooks
 
 WINDOW_SECONDS = 60.0
 MAX_UPLOAD_BYTES = 100_000_000
@@ -238,15 +240,23 @@ class Emulator:
         options: How it behaves.
         clock: Where time comes from; the loop's when None.
         threads: Whether pictures may be drawn in threads (not under virtual time).
+        outwards: Carries the calls to webhooks; the network when None.
     """
 
     def __init__(
-        self, options: EmulatorOptions | None = None, *, clock: Clock | None = None, threads: bool = True
+        self,
+        options: EmulatorOptions | None = None,
+        *,
+        clock: Clock | None = None,
+        threads: bool = True,
+        outwards: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self.options = options or EmulatorOptions()
         self.clock = clock or Clock()
         self.clock.skew_seconds = self.options.clock_skew_seconds
         self.pictures = Pictures(self.options, threads=threads)
+        self._outwards = outwards
+        self.webhooks = Webhooks(self, outwards)
         self.reset()
 
     def reset(self) -> None:
@@ -255,6 +265,8 @@ class Emulator:
         self.ledger = Predictions(keep=self.options.keep_predictions)
         self.faults = FaultRules(self.options.faults, seed=self.options.seed)
         self.uploads = Uploads()
+        self.webhooks.stop()
+        self.webhooks = Webhooks(self, self._outwards)
         self.downloads = 0
         self.unauthorized = 0
         self._held: dict[str, list[asyncio.Future[None]]] = {}
@@ -279,6 +291,8 @@ class Emulator:
             if early := sum(expiry < end for expiry in expiries):
                 self.journal.violations["reference_expires_too_early"] += early
         self.ledger.add(job)
+        if self.options.webhooks != "none" and body.get("webhook_url"):
+            self.webhooks.watch(job, body["webhook_url"], body.get("webhook_secret") or "")
         if (twin := job.faults.get("foreign_twin")) is not None:
             self.announce_foreign(body, base_url=base_url, after_seconds=twin.seconds or 0.0)
         return job
@@ -372,4 +386,5 @@ class Emulator:
             "downloads": self.downloads,
             "uploads": self.uploads.received,
             "uploaded_more_than_once": self.uploads.repeated(),
+            "webhooks": dict(self.webhooks.answers),
         }

@@ -1,0 +1,172 @@
+"""Receives the vendor's calls over HTTP: a small ASGI app, and a server for it in this process.
+
+Whoever can reach it may send anything: what is read is bounded in size and time, every answer comes at once, and
+nothing of a request is logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any
+
+import uvicorn
+
+from prefect_eachlabs.settings import host_and_port
+from prefect_eachlabs.webhooks.calls import MAX_BODY_BYTES, Call
+from prefect_eachlabs.webhooks.webhooks import Verdict
+
+logger = logging.getLogger(__name__)
+
+BODY_WITHIN_SECONDS = 5.0
+CONNECTIONS_AT_A_TIME = 200
+_STATUS = {Verdict.REFUSED: 401, Verdict.UNREADABLE: 400, Verdict.CONTRADICTS: 409}
+
+Take = Callable[[Call], Verdict]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+
+def receiver_app(take: Take) -> App:
+    """The app: POST hands a call to `take` and is answered by what became of it; GET says that it is there.
+
+    202: taken, or kept; 401: not from the vendor; 400: unreadable; 409: of another prediction; 413: too large; 408: too
+    slow; 503: `take` cannot take it now (it raises OSError), the vendor calls again.
+    """
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        if scope["method"] in ("GET", "HEAD"):
+            await _answer(send, 200, "receives the calls of Eachlabs")
+            return
+        if scope["method"] != "POST":
+            await _answer(send, 405, "POST calls here")
+            return
+        try:
+            body = await asyncio.wait_for(_body(receive), BODY_WITHIN_SECONDS)
+        except asyncio.TimeoutError:
+            await _answer(send, 408, "too slow")
+            return
+        if body is None:
+            await _answer(send, 413, "too large")
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        try:
+            verdict = take(Call.received(scope["query_string"].decode("latin-1"), headers, body))
+        except OSError:
+            await _answer(send, 503, "later")
+            return
+        await _answer(send, _STATUS.get(verdict, 202), verdict.value)
+
+    return app
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """None: there is more of it than is taken, or the caller has left."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES or message["type"] == "http.disconnect":
+            return None
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+async def _answer(send: Send, status: int, said: str) -> None:
+    body = json.dumps({"status": said}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class _Server(uvicorn.Server):
+    """uvicorn beside a program that has signals of its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def server_of(app: App) -> uvicorn.Server:
+    """A server for the app that logs no request and leaves signals alone; `serve(sockets=[...])` runs it."""
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS_AT_A_TIME,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=2,
+        h11_max_incomplete_event_size=16 * 1024,
+    )
+    return _Server(config)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises OSError when it cannot."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=256)
+
+
+class _Listener:
+    """The server of this process at one place, for all accounts that receive there."""
+
+    def __init__(self, place: str) -> None:
+        self._socket = listening(*host_and_port(place))
+        self._takers: list[Take] = []
+        self._server = server_of(receiver_app(self._take))
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
+
+    def _take(self, call: Call) -> Verdict:
+        verdicts = [take(call) for take in self._takers]
+        return next((one for one in verdicts if one is not Verdict.REFUSED), Verdict.REFUSED)
+
+    def add(self, take: Take) -> None:
+        self._takers.append(take)
+
+    async def remove(self, take: Take) -> bool:
+        """Whether nobody receives here any more: then it has ended."""
+        self._takers.remove(take)
+        if self._takers:
+            return False
+        self._server.should_exit = True
+        await asyncio.wait({self._serving}, timeout=5)
+        self._serving.cancel()
+        self._socket.close()
+        return True
+
+
+_listeners: dict[tuple[int, str], _Listener] = {}
+
+
+def listen_at(place: str) -> Callable[[Take], Awaitable[Callable[[], Awaitable[None]]]]:
+    """The way in through `HOST:PORT` of this process.
+
+    Raises:
+        OSError: On opening: the port is taken, or the host is not ours.
+    """
+
+    async def way(take: Take) -> Callable[[], Awaitable[None]]:
+        key = (id(asyncio.get_running_loop()), place)
+        if key not in _listeners:
+            _listeners[key] = _Listener(place)
+        listener = _listeners[key]
+        listener.add(take)
+
+        async def close() -> None:
+            if await listener.remove(take):
+                _listeners.pop(key, None)
+
+        return close
+
+    return way
