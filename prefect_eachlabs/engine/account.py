@@ -20,6 +20,7 @@ from prefect_eachlabs.api.references import References
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import ImageStore
+from prefect_eachlabs.ledger.costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Reconciler
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
@@ -178,21 +179,19 @@ class Account:
             if not self._waiting[prediction.id]:
                 del self._waiting[prediction.id]
 
+    def lists_cost(self, prediction_id: str) -> bool:
+        """Whether a call has told its end, so that the list tells its cost, and its record learns it then."""
+        return self._late_costs.are_awaited(prediction_id)
+
     async def _note_cost(self, row: Execution) -> bool:
         """Writes down what a picture cost that was stored before that was told; whether that is done with."""
         bought = self._bought.get(row.id)
-        if bought is None:
+        held = None if bought is None else await bought.books.ledger.read(bought.item_id)
+        if bought is None or held is None or not row.cost_usd:
             return True
-        ledger = bought.books.ledger
-        held = await ledger.read(bought.item_id)
-        if held is None or held.record.prediction_id != row.id:
-            return True
-        if held.record.state is RecordState.CREATED:
+        if held.record.prediction_id == row.id and held.record.state is RecordState.CREATED:
             return False
-        if held.record.state is RecordState.STORED and not held.record.cost_usd:
-            told = {"cost_usd": row.cost_usd, "predict_time_seconds": row.run_time_seconds}
-            with suppress(Overtaken):
-                await ledger.write(amended(held.record, **told), replacing=held)
+        await correct_cost(bought.books.ledger, held, row.id, row.cost_usd)
         return True
 
     async def cancel(self, prediction_id: str) -> Prediction:

@@ -480,6 +480,8 @@ class Engine:
 
         Takes 14 s at most of what was just bought, one question of what was there already. Raises nothing; free.
         """
+        if image.cost_usd is None and self.account.lists_cost(image.prediction_id):
+            return image
         for pause_seconds in (0.0, *(() if image.reused else COST_PAUSES_SECONDS)):
             if image.cost_usd is not None:
                 break

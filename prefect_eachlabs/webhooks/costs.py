@@ -76,6 +76,10 @@ class LateCosts:
         if self._runner is None or self._runner.done():
             self._runner = asyncio.ensure_future(self._run())
 
+    def are_awaited(self, prediction_id: str) -> bool:
+        """Whether the list is going to be asked what it cost."""
+        return prediction_id in self._untold
+
     async def told(self, end: Prediction) -> Prediction:
         """The end with its cost, when it was the last one in flight: then the list is asked at once."""
         untold = self._untold.get(end.id)
