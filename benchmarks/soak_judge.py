@@ -101,6 +101,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
     lost = [id for id in unstored if sold.prompt(id) not in late or over[sold.prompt(id)] <= 0]
     posts = tallies["faults"].get("create:empty_error", 0) - POSTS_OF_THE_HOPELESS * len(hopeless)
     costs, budgets = [*_wrong_costs(world, sold, stored)], [*_exceeded(world, sold)]
+    disagreements = [*_disagreements(world.audit(), sold, stored)]
     refused = [
         f"{one['buyer']}, source {one['source']}: {(one.get('answer') or {}).get('error')}"
         for one in world.batches()
@@ -126,6 +127,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
             "orders beyond the second of what is answered 500 for ever": max(0, posts),
             "reports whose cost is not the bill": len(costs),
             "budgets exceeded": len(budgets),
+            "sums and names that the audit has otherwise": len(disagreements),
             "in flight at a Ctrl-C and not asked to cancel": len(not_asked),
             "batches that did not end in time": len(not_ended),
             "batches refused as wrong": len(refused),
@@ -141,6 +143,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
             "paid and not in the bucket": [f"{id}: {sold.prompt(id)}" for id in lost],
             "reports": costs,
             "budgets": budgets,
+            "audit": disagreements,
             "not asked": list(not_asked),
             "not ended": list(not_ended),
             "refused": refused,
@@ -245,6 +248,28 @@ def _read(world: World, key: str) -> dict[str, Any]:
     with _s3(world) as s3, s3.get_object(Bucket=BUCKET, Key=key)["Body"] as body:
         found: dict[str, Any] = json.load(body)
         return found
+
+
+def _disagreements(audited: Mapping[str, Any], sold: Sold, stored: Collection[str]) -> Iterator[str]:
+    """What `prefect-eachlabs audit` says, and these books do not: both read the same account and the same bucket."""
+    bill_usd = sold.bill_usd({*map(sold.prompt, sold.billed)})
+    told_usd = audited["billed_usd"] + audited["unsettled"] * PRICE_USD
+    kinds = ("in_flight", "not_stored", "one_too_many", "replaced", "without_record", "unknown_orders", "foreign")
+    sums_usd = audited["recorded_usd"] + sum(audited[kind]["usd"] for kind in kinds[-3:])
+    elsewhere = {one["prediction_id"] for kind in kinds for one in audited[kind]["named"]} & sold.billed
+    for what, theirs, ours in (
+        ("executions", audited["executions"], len(sold.predictions)),
+        ("billed", round(told_usd, 4), round(bill_usd, 4)),
+        ("the sum of its parts", round(sums_usd, 4), round(audited["billed_usd"], 4)),
+        ("stored", audited["stored"]["count"], len(stored)),
+        ("of other tools", audited["foreign"]["count"], 0),
+        ("recorded and not listed", audited["not_listed"]["count"], 0),
+    ):
+        if theirs != ours:
+            yield f"{what}: {theirs}, by these books {ours}"
+    for id in sorted(elsewhere ^ (sold.billed - set(stored))):
+        who = "the audit" if id in elsewhere else "the judge"
+        yield f"{id}, {sold.prompt(id)}: only {who} has it as not stored"
 
 
 def _exceeded(world: World, sold: Sold) -> Iterator[str]:

@@ -151,7 +151,8 @@ def document(verdict: Verdict, injected: Injected, soaked: Soaked) -> str:
         "settling, which the promise excludes: such an item may be ordered once more, and never twice more).",
         "Money is counted on the API's side alone: what the emulator billed, prompt by prompt, against the pictures "
         "in the bucket, byte for byte as they were sold. A report's cost must be that bill (what it says it does not "
-        "know yet apart). Exit statuses, and memory after a batch, are what a buyer says of itself.",
+        "know yet apart), and `prefect-eachlabs audit` must come to the same sums and names. "
+        "Exit statuses, and memory after a batch, are what a buyer says of itself.",
         "## What came of it",
         report.table(("", ""), results(verdict, soaked)),
         f"## What was injected: {injected.total:,} faults",

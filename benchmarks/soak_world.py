@@ -7,6 +7,8 @@ import csv
 import json
 import signal
 import struct
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,6 +30,7 @@ TWIN_EVERY = 20
 WIDE_ROWS, WIDE_CHARACTERS = 60, 60_000
 """A label of so many characters, and the rows of a batch do not fit into memory: they go to the disk."""
 LARGEST_FILE_BYTES = 65_536
+AUDIT_SECONDS = 300
 RESULTS = "results.jsonl"
 """Of each life of a buyer: a file for each, because those on a full disk may not grow."""
 
@@ -265,6 +268,16 @@ class World:
         """All that were ever accepted, whatever became of them."""
         answer = httpx.get(f"{self.emulator.url}/_emulator/predictions", timeout=60)
         found: list[dict[str, Any]] = answer.raise_for_status().json()
+        return found
+
+    def audit(self) -> dict[str, Any]:
+        """What `prefect-eachlabs audit` says of the account and the bucket."""
+        folder = self.folder / "audit"
+        folder.mkdir()
+        command = [sys.executable, "-m", "prefect_eachlabs", "audit", DESTINATION, "--json"]
+        environment = clean_environment(**self.environment, PREFECT_HOME=str(folder), TMPDIR=str(folder))
+        done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, timeout=AUDIT_SECONDS, check=False)
+        found: dict[str, Any] = json.loads(done.stdout)
         return found
 
     def _begun(self, buyers: Iterable[Buyer]) -> Iterator[tuple[Group, int]]:
