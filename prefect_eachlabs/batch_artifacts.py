@@ -81,19 +81,15 @@ def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
     """A chunk's rows, each with its picture's name, or why it has none."""
     rows = [
         (
-            str(one.row),
+            one.place,
             one.state.value,
             escaped(one.prompt, 120),
-            escaped(one.file_name if one.uri else _why(one), 200),
+            escaped(one.file_name if one.uri else one.why, 200),
             "" if one.cost_usd is None else f"{one.cost_usd:.4f}",
         )
         for one in outcomes
     ]
     return table(rows, head=("row", "state", "prompt", "picture, or why not", "USD"))
-
-
-def _why(outcome: Outcome) -> str:
-    return f"{outcome.kind}: {(outcome.error or {}).get('message') or ''}"
 
 
 def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: bytes | None) -> str:
@@ -117,7 +113,7 @@ def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: by
     if not_there:
         shown = f", the first {len(not_there)}" if len(not_there) < result.not_there else ""
         blocks.append(f"<h2>Not there: {escaped(result.why, 400)}{shown}</h2>")
-        rows = [(str(one.row), one.state.value, escaped(_why(one), 300), escaped(one.prompt, 120)) for one in not_there]
+        rows = [(one.place, one.state.value, escaped(one.why, 300), escaped(one.prompt, 120)) for one in not_there]
         blocks.append(table(rows, head=("row", "state", "why", "prompt")))
     if sheet is not None and (url := _sheet_url(sheet)) is not None:
         blocks.append(f'<p><img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}"></p>')

@@ -214,17 +214,19 @@ class Catalogue:
                 break
         return found
 
-    async def checked(self, item: Item) -> dict[str, Any]:
+    async def checked(self, item: Item, *, first_model_too: bool = False) -> dict[str, Any]:
         """The item's input as its model takes it: its reference picture in the right field, all of it checked.
 
-        The first model's input was checked when the item was made, and needs no request. A model that the catalogue
-        does not know, or of which it has no schema, gets what the user wrote.
+        The first model's input was checked when the item was made, and needs no request (`first_model_too` holds it
+        against its schema all the same: an order that passes a bound is refused, and costs a request). A model that the
+        catalogue does not know, or of which it has no schema, gets what the user wrote.
 
         Raises:
             BadInput: The model would refuse it; says which fields and why. Nothing was bought.
             EachlabsError: As for `model`.
         """
-        model = None if item.model == DEFAULT_MODEL else await self.model(item.model)
+        needs_schema = first_model_too or item.model != DEFAULT_MODEL
+        model = await self.model(item.model) if needs_schema else None
         if model is None:
             return dict(item.input)
         input = model.placed(item.input)

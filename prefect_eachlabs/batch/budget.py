@@ -16,7 +16,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from prefect_eachlabs.errors import EachlabsError, OutputMissing, PredictionCancelled, PredictionFailed, Skipped
 from prefect_eachlabs.models import Item, StoredImage
@@ -99,6 +99,20 @@ class ModelSpending:
     cost_usd: float = 0.0
 
 
+class ModelPrice(NamedTuple):
+    """What a picture of a model costs.
+
+    Attributes:
+        mean_usd: The mean of what was told.
+        pictures: Of so many.
+        told_by: The last `report`, or the account's `executions`.
+    """
+
+    mean_usd: float
+    pictures: int
+    told_by: Literal["report", "executions"]
+
+
 class Budget:
     """What this run has spent, and what it may still buy.
 
@@ -171,6 +185,13 @@ class Budget:
     def mean_usd(self, model: str) -> float | None:
         """What a picture of the model costs on average; None: nobody knows yet."""
         return self._prices[model].mean_usd
+
+    def price_of(self, model: str) -> ModelPrice | None:
+        """The same, from how many pictures, and who told; None: nobody knows yet."""
+        price = self._prices[model]
+        if price.mean_usd is None:
+            return None
+        return ModelPrice(price.mean_usd, price.count, "executions" if price.is_looked_up else "report")
 
     def is_exhausted(self, model: str) -> bool:
         """Whether the budget buys no further picture of this model, whatever becomes of what is in flight."""

@@ -14,6 +14,7 @@ from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import (
+    BadInput,
     EachlabsError,
     FormatNotAllowed,
     InsufficientBalance,
@@ -25,7 +26,7 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus, StoredImage
+from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Execution, Item, PredictionStatus, StoredImage
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -43,6 +44,10 @@ EXECUTIONS_A_PAGE = 100
 
 class Buyer(Prices, Protocol):
     """Where pictures are bought: the engine, seen from here."""
+
+    async def check(self, item: Item) -> None:
+        """Holds an item against its model's schema. Raises BadInput where the model would refuse it."""
+        ...
 
     async def generate_and_store(
         self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None
@@ -75,6 +80,13 @@ class EngineBuyer:
         self.generate_and_store = engine.generate_and_store
         self.cancel_late = engine.cancel_late
         self.note_cost = engine.note_cost
+
+    async def check(self, item: Item) -> None:
+        catalogue = self._account.catalogue
+        await catalogue.checked(item, first_model_too=True)
+        if item.model != DEFAULT_MODEL and await catalogue.model(item.model) is None:
+            why = await catalogue.why_refused(item)
+            raise BadInput(f"model: {why}; nothing was bought.", item_id=item.item_id)
 
     @property
     def slots_past_deadline(self) -> int:

@@ -130,7 +130,7 @@ class History:
         """What is known of a row without asking for it, and whether that is news to the last report."""
         item = wanted.item
         if earlier is not None and earlier.outcome.fingerprint == item.fingerprint:
-            was = replace(earlier.outcome, row=wanted.line, labels=item.labels)
+            was = replace(earlier.outcome, row=wanted.line, table_row=wanted.number, labels=item.labels)
             if was.state in THERE and earlier.has_picture:
                 state = RowState.STORED if was_stored_by(was, self._budget.ours) else RowState.REUSED
                 return replace(was, state=state), False

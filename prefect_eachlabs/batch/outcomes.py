@@ -56,6 +56,7 @@ class Outcome:
 
     Attributes:
         row: The line of the source.
+        table_row: The row of the table, from 1 on: a header is none, and a row may have several lines.
         state: What became of it.
         item_id, fingerprint, model, version, prompt, image_url, labels: What was wanted, as far as it could be read.
         uri: Where its picture is.
@@ -89,6 +90,19 @@ class Outcome:
     predict_time_seconds: float | None = None
     error: dict[str, str | None] | None = None
     final: bool = False
+    table_row: int | None = None
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it: `row 3 (line 4)`, the table's row and the file's line, where those differ."""
+        if self.table_row is None or self.table_row == self.row:
+            return f"row {self.row}"
+        return f"row {self.table_row} (line {self.row})"
+
+    @property
+    def why(self) -> str:
+        """Why it has no picture: its kind, and what to do."""
+        return f"{self.kind}: {(self.error or {}).get('message') or ''}"
 
     @property
     def kind(self) -> str:
@@ -126,7 +140,7 @@ class Outcome:
 _FIELDS = tuple(one.name for one in fields(Outcome))
 _TYPES: dict[str, Any] = {
     **dict.fromkeys(("labels", "error"), dict),
-    **dict.fromkeys(("row", "size_bytes", "width_px", "height_px"), int),
+    **dict.fromkeys(("row", "table_row", "size_bytes", "width_px", "height_px"), int),
     **dict.fromkeys(("cost_usd", "seconds", "predict_time_seconds"), (int, float)),
     "final": bool,
 }
@@ -153,6 +167,7 @@ def _wanted(wanted: Wanted) -> dict[str, Any]:
     prompt, image_url = item.input.get("prompt"), item.input.get("image_url")
     return {
         "row": wanted.line,
+        "table_row": wanted.number,
         "item_id": item.item_id,
         "fingerprint": item.fingerprint,
         "model": item.model,
@@ -220,7 +235,9 @@ def not_there(
 def refused(row: BadRow) -> Outcome:
     """The row is no item."""
     said: dict[str, str | None] = {"kind": "bad input", "message": row.reason[:MESSAGE_CHARACTERS], "code": None}
-    return Outcome(row=row.line, state=RowState.FAILED, item_id=row.item_id, prompt=row.prompt, error=said)
+    return Outcome(
+        row=row.line, table_row=row.number, state=RowState.FAILED, item_id=row.item_id, prompt=row.prompt, error=said
+    )
 
 
 class Totals:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
+from prefect_eachlabs.batch.budget import ModelPrice
 from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals, money, refused
@@ -87,10 +89,14 @@ class Plan:
         items: Rows of the source.
         new: Rows that would be bought, or whose lost orders would be looked for.
         reused: Rows whose picture is there, or that are paid for: records say so.
-        failed: Rows that cannot be bought: bad rows, what failed for good before, ids that stand for another input.
+        failed: Rows that cannot be bought: bad rows, inputs that their models refuse, what failed for good before, ids
+            that stand for another input.
         why: The failed ones by kind.
         cost_usd: What the new ones would cost, by learned prices; None while nobody knows a price.
         seconds: How long it would take; None while nobody can tell.
+        prices: Model of new rows → its price, and from how many pictures that is known.
+        limits: The account's, in words.
+        bad_rows: The first failed ones.
     """
 
     batch_id: str
@@ -101,6 +107,8 @@ class Plan:
     why: str
     cost_usd: float | None
     seconds: float | None
+    prices: dict[str, ModelPrice] = field(default_factory=dict)
+    limits: str = ""
     bad_rows: tuple[Outcome, ...] = ()
     set_up_wrong: bool = False
 
@@ -108,6 +116,18 @@ class Plan:
     def is_complete(self) -> bool:
         """Whether every row can have its picture."""
         return not self.failed
+
+    @property
+    def cost(self) -> str:
+        """`$195.00 (gemini: $0.0390 each, by 87 of the account's past pictures)`."""
+        if self.cost_usd is None:
+            return "unknown (neither a report nor the account's executions tell a price)"
+        whose = {"report": "of the last report's pictures", "executions": "of the account's past pictures"}
+        told = "; ".join(
+            f"{model}: ${price.mean_usd:,.4f} each, by {price.pictures:,} {whose[price.told_by]}"
+            for model, price in sorted(self.prices.items())
+        )
+        return f"${self.cost_usd:,.2f}{f' ({told})' if told else ''}"
 
     def as_json(self) -> dict[str, Any]:
         """What `--dry-run --json` prints: the counts of a run that bought nothing."""
@@ -123,6 +143,9 @@ class Plan:
             "new": self.new,
             "cost_usd": 0.0,
             "estimated_cost_usd": self.cost_usd,
+            "estimated_by": {
+                model: {**price._asdict(), "mean_usd": money(price.mean_usd)} for model, price in self.prices.items()
+            },
             "estimated_seconds": self.seconds,
             "why": self.why,
             "report_uri": None,
@@ -135,6 +158,9 @@ SHOWN_BAD_ROWS = 20
 async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
     """Reads everything and buys nothing: what is new, what is there, what is wrong, what it would cost.
 
+    Free: for each model of new rows its schema is asked for, and where no report tells its price a page of the
+    account's executions.
+
     Args:
         batch: As `open_batch` made it; closed in the end.
         settings: The account, whose limits say how long it would take.
@@ -144,7 +170,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
     """
     try:
         await batch.history.load()
-        totals, new, bad = Totals(), dict[str, int](), list[Outcome]()
+        totals, new, bad = Totals(), Counter[str](), list[Outcome]()
         while (row := await batch.rows.next()) is not None:
             if isinstance(row.row, BadRow):
                 outcome: Outcome | None = refused(row.row)
@@ -153,8 +179,9 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
                 if outcome is None:
                     outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
                 if outcome is None:
-                    model = row.row.item.model
-                    new[model] = new.get(model, 0) + 1
+                    outcome = await batch.refused_by_its_model(row.row)
+                if outcome is None:
+                    new[row.row.item.model] += 1
             if outcome is not None:
                 totals.add(outcome)
                 if outcome.state is RowState.FAILED and len(bad) < SHOWN_BAD_ROWS:
@@ -163,9 +190,9 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
             await batch.budget.look_up(model)
     finally:
         await batch.close()
-    prices = {model: batch.budget.mean_usd(model) for model in new}
-    cost_usd = sum(count * (prices[model] or 0.0) for model, count in new.items())
-    count = sum(new.values())
+    prices = {model: price for model in new if (price := batch.budget.price_of(model)) is not None}
+    cost_usd = sum(count * prices[model].mean_usd for model, count in new.items() if model in prices)
+    count = new.total()
     return Plan(
         batch_id=batch.folder.batch_id,
         items=totals.items + count,
@@ -173,10 +200,21 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         reused=totals.count(RowState.REUSED),
         failed=totals.count(RowState.FAILED),
         why=totals.why(),
-        cost_usd=None if None in prices.values() else money(cost_usd),
+        cost_usd=None if len(prices) < len(new) else money(cost_usd),
         seconds=estimated_seconds(count, settings, batch.history.mean_seconds),
+        prices=prices,
+        limits=_limits(settings),
         bad_rows=tuple(bad),
     )
+
+
+def _limits(settings: AccountSettings) -> str:
+    said = []
+    if settings.requests_per_minute is not None:
+        said.append(f"{settings.requests_per_minute} requests a minute")
+    if settings.max_in_flight is not None:
+        said.append(f"{settings.max_in_flight} in flight")
+    return " and ".join(said)
 
 
 def estimated_seconds(count: int, settings: AccountSettings, prediction_seconds: float | None) -> float | None:

@@ -22,6 +22,7 @@ from prefect_eachlabs.batch.outcomes import (
     RowState,
     Totals,
     money,
+    not_there,
     refused,
 )
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
@@ -31,7 +32,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.cancellation import to_its_end
-from prefect_eachlabs.errors import EachlabsError, PredictionTimedOut, SetupError, Skipped
+from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionTimedOut, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -190,6 +191,8 @@ class Batch:
         self._timed_out: list[tuple[Wanted, Outcome]] = []
         """Rows whose deadline has passed, told at the end: whoever sees their predictions' ends stores them."""
         self._said_past_deadline = 0
+        self._unchecked: set[str] = set()
+        """Models whose schema the API does not tell now."""
         self._has_begun_to_buy = False
         self.is_interrupted = False
         self.last_result: BatchResult | None = None
@@ -285,6 +288,20 @@ class Batch:
         if not self._has_begun_to_buy:
             await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
             self._has_begun_to_buy = True
+
+    async def refused_by_its_model(self, wanted: Wanted) -> Outcome | None:
+        """A row whose input its model's schema refuses; None: the schema takes it, or nobody has one. Free."""
+        model = wanted.item.model
+        if model in self._unchecked:
+            return None
+        try:
+            await self._buyer.check(wanted.item)
+        except BadInput as error:
+            return not_there(wanted, error)
+        except EachlabsError as error:
+            logger.warning("What %s takes could not be asked, its rows go unchecked: %s", model, error)
+            self._unchecked.add(model)
+        return None
 
     def _is_mine(self, row: Wanted | BadRow) -> bool:
         """Rows that are no items are told by whoever goes through all of them."""

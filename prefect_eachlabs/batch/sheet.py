@@ -118,7 +118,7 @@ async def draw_sheet(
             logger.info("Not on the contact sheet: %s", error)
             continue
         if found is not None:
-            facts = [f"row {outcome.row}"] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
+            facts = [outcome.place] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
             item_id = outcome.item_id or ""
             body, began = found.body if taken_seconds < MOST_SECONDS else None, time.monotonic()
             frames.append(await worker(frame, body, outcome.prompt or item_id, item_id, " · ".join(facts)))

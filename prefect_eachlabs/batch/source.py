@@ -38,14 +38,16 @@ class Wanted:
     """A row that is an item.
 
     Attributes:
-        line: Where it stands in the source.
+        line: Where it stands in the source: the file's line.
         item: Named by the row, or by its fingerprint when `named` is False.
         named: Whether the row has an id.
+        number: The table's row, from 1 on; None: it has no other than its line.
     """
 
     line: int
     item: Item
     named: bool
+    number: int | None = None
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class Source:
 
     def rows(self) -> Iterator[Wanted | BadRow]:
         """Every row, in order; reads as it goes, and blocks."""
-        for row in self.table.rows():
-            yield row if isinstance(row, BadRow) else self._wanted(row)
+        for number, row in enumerate(self.table.rows(), start=1):
+            yield replace(row if isinstance(row, BadRow) else self._wanted(row), number=number)
 
     def fraction_read(self) -> float:
         return self.table.fraction_read()
@@ -210,7 +212,7 @@ class Rows:
             reason = f"id: {item.item_id!r} stands in an earlier row, too. Give each row an id of its own."
             prompt = item.input.get("prompt")
             shown = prompt[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
-            return BadRow(wanted.line, reason, item.item_id, shown)
+            return BadRow(wanted.line, reason, item.item_id, shown, wanted.number)
         item_id = self._scratch.take_fingerprint(item.fingerprint)
         if item_id == item.item_id:
             return wanted

@@ -66,7 +66,7 @@ class Scratch:
                     *(told_at.timestamp(), one.to_line()),
                 )
                 for one in outcomes
-                if one.item_id
+                if one.item_id and one.fingerprint  # a row that was none says nothing of the item whose id it has
             ),
         )
 

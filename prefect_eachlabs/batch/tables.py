@@ -39,12 +39,13 @@ class Cells:
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row that cannot be used, and why."""
+    """A row that cannot be used, and why; `number` is the table's row, where it is known."""
 
     line: int
     reason: str
     item_id: str | None = None
     prompt: str | None = None
+    number: int | None = None
 
 
 class Table(Protocol):

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
@@ -17,7 +17,7 @@ from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFla
 from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.batch.outcomes import BatchResult
+    from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
     from prefect_eachlabs.batch.plan import Plan
     from prefect_eachlabs.batch.progress import Show
     from prefect_eachlabs.batch.run import Batch
@@ -28,7 +28,7 @@ BAR_SECONDS = 0.5
 LOG_SECONDS = 30.0
 DAY_SECONDS = 86_400
 MOST_DAYS = 7.0
-SHOWN_MESSAGES = 20
+SHOWN_MESSAGES = 10
 CANCELS_SECONDS = 65.0
 """Where the minute's requests are used up, the cancels wait for the next ones; a second Ctrl-C does not."""
 
@@ -97,14 +97,17 @@ def batch(
 
     with bar:
         _log_to_stderr(quiet=flags.in_json)
-        answer = _run(opened, dry_run=dry_run)
-    print(json.dumps(answer.as_json()) if flags.in_json else _as_text(answer), flush=True)
+        answer, not_there = _run(opened, dry_run=dry_run)
+    print(json.dumps(answer.as_json()) if flags.in_json else _as_text(answer, not_there), flush=True)
     if answer.is_complete:
         return 0
     return 2 if answer.set_up_wrong else 1
 
 
-def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry_run: bool) -> BatchResult | Plan:
+def _run(
+    opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry_run: bool
+) -> tuple[BatchResult | Plan, Sequence[Outcome]]:
+    """What came of it, and the first rows without a picture."""
     from prefect_eachlabs.batch.plan import plan_batch
     from prefect_eachlabs.batch.run import window_for
     from prefect_eachlabs.batch.worker import ThreadWorker
@@ -131,7 +134,8 @@ def _run(opened: Callable[[Gateway, Worker], Coroutine[Any, Any, Batch]], *, dry
         return Interrupted(text, {**result.as_json(), **numbers})
 
     try:
-        return call(source_of_places(), work, came_of)
+        answer = call(source_of_places(), work, came_of)
+        return answer, batch.first_not_there if batch else ()
     finally:
         worker.close()
 
@@ -155,13 +159,14 @@ def _log_to_stderr(*, quiet: bool) -> None:
         logging.getLogger("prefect_eachlabs.batch").setLevel(logging.INFO)
 
 
-def _as_text(answer: BatchResult | Plan) -> str:
+def _as_text(answer: BatchResult | Plan, not_there: Sequence[Outcome]) -> str:
     from prefect_eachlabs.batch.outcomes import BatchResult
 
-    return _result_text(answer) if isinstance(answer, BatchResult) else _plan_text(answer)
+    return _result_text(answer, not_there) if isinstance(answer, BatchResult) else _plan_text(answer)
 
 
-def _result_text(result: BatchResult) -> str:
+def _result_text(result: BatchResult, not_there: Sequence[Outcome]) -> str:
+    from prefect_eachlabs.batch.outcomes import RowState
     from prefect_eachlabs.batch.progress import duration
 
     counts = f"{result.stored:,} stored, {result.reused:,} reused, {result.failed:,} failed, "
@@ -169,25 +174,34 @@ def _result_text(result: BatchResult) -> str:
     lines = [f"{result.items:,} rows: {counts}; {result.money}, {duration(result.seconds)}"]
     if result.why:
         lines.append(f"Not there: {result.why}.")
+        # What was left out was left out for one reason, which stands above.
+        lines += _reasons(
+            [one for one in not_there if one.state is not RowState.SKIPPED], result.failed + result.ambiguous
+        )
     if result.stopped_by:
         lines.append(f"Stopped: {result.stopped_by}")
     lines.append(f"Report: {result.index_uri or result.report_uri}")
     return "\n".join(lines)
 
 
+def _reasons(rows: Sequence[Outcome], count: int) -> list[str]:
+    """The first rows without a picture, each with why."""
+    lines = [f"  {row.place}: {(row.error or {}).get('message') or row.kind}" for row in rows[:SHOWN_MESSAGES]]
+    return [*lines, f"  and {count - len(lines):,} more, in the report"] if count > len(lines) else lines
+
+
 def _plan_text(plan: Plan) -> str:
     from prefect_eachlabs.batch.progress import duration
 
-    cost = (
-        "unknown (neither a report nor the account's executions tell a price)"
-        if plan.cost_usd is None
-        else f"${plan.cost_usd:,.2f}"
-    )
     time = "unknown (the account has no limits)" if plan.seconds is None else duration(plan.seconds)
+    at = f" at {plan.limits}" if plan.seconds and plan.limits else ""
     counts = f"{plan.new:,} new, {plan.reused:,} there already, {plan.failed:,} that cannot be bought"
-    lines = [f"{plan.items:,} rows: {counts}. Nothing was bought.", f"The new ones would cost {cost} and take {time}."]
+    lines = [
+        f"{plan.items:,} rows: {counts}. Nothing was bought.",
+        f"The new ones would cost {plan.cost} and take {time}{at}.",
+    ]
     if plan.why:
-        lines.append(f"Not there: {plan.why}.")
-    for row in plan.bad_rows[:SHOWN_MESSAGES]:
-        lines.append(f"  row {row.row}: {(row.error or {}).get('message') or ''}")
+        lines += [f"Not there: {plan.why}.", *_reasons(plan.bad_rows, 0)]
+        if plan.failed > SHOWN_MESSAGES:
+            lines.append(f"  and {plan.failed - SHOWN_MESSAGES:,} more: a run names all of them in its report")
     return "\n".join(lines)

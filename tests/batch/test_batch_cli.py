@@ -110,7 +110,66 @@ def test_a_dry_run_buys_and_writes_nothing(studio: Studio, tmp_path: Path, capsy
     assert studio.keys("") == []
     bad = write(tmp_path / "bad.csv", "id,prompt", "no id,fox")
     assert main(["batch", bad, "--to", studio.destination, "--dry-run"]) == 1
-    assert "row 2: item_id" in capsys.readouterr().out
+    assert "row 1 (line 2): item_id" in capsys.readouterr().out
+
+
+def test_a_dry_run_tells_what_the_run_comes_to(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ids that stand twice, inputs beyond a bound and another input under an old id: counted as the run counts them."""
+
+    def counts(*flags: str) -> dict[str, Any]:
+        main(["batch", source, "--to", studio.destination, "--json", *flags])
+        told: dict[str, Any] = json.loads(capsys.readouterr().out)
+        return told
+
+    rows = ["a,one,", "a,other,", "b,two,", f"c,{'x ' * 6_000},", 'd,"two\nlines",', "f,three,gemni"]
+    source = write(tmp_path / "spring.csv", "id,prompt,model", *rows)
+    planned = counts("--dry-run")
+    ran = counts()
+    assert (planned["new"], planned["failed"]) == (ran["stored"], ran["failed"]) == (3, 3)
+    again = counts("--dry-run")
+    assert (again["new"], again["reused"], again["failed"]) == (0, 3, 3)
+    write(tmp_path / "spring.csv", "id,prompt", "a,one", "b,something else", "e,new")
+    planned = counts("--dry-run")
+    assert (planned["new"], planned["reused"], planned["failed"]) == (1, 1, 1)
+    assert "item conflict" in planned["why"]
+    assert planned["estimated_by"] == {"gemini": {"mean_usd": 0.039, "pictures": 3, "told_by": "report"}}
+    assert studio.billed == 3
+
+
+def test_a_dry_run_asks_the_accounts_executions_what_a_picture_costs_and_says_from_how_many(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.csv", "prompt", "fox", "dog", "cat")
+    assert main(["batch", source, "--to", studio.destination, "--dry-run"]) == 0
+    assert "would cost unknown" in capsys.readouterr().out
+    other = write(tmp_path / "other.csv", "prompt", "an owl", "a crow")
+    assert main(["batch", other, "--to", f"{studio.destination}/other"]) == 0
+    capsys.readouterr()
+    asked = len(studio.api.journal())
+    assert main(["batch", source, "--to", studio.destination, "--dry-run"]) == 0
+    told = "would cost $0.12 (gemini: $0.0390 each, by 2 of the account's past pictures) and take"
+    assert told in capsys.readouterr().out
+    endpoints = [one["endpoint"] for one in studio.api.journal()[asked:]]
+    assert sorted(endpoints) == ["executions", "model"]
+
+
+def test_ten_rows_that_failed_are_named_on_the_terminal_and_all_in_the_report(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "spring.csv", "id,prompt", 'ok,"a fox\non two lines"', *(f"no {n}," for n in range(12)))
+    assert main(["batch", source, "--to", studio.destination]) == 1
+    out = capsys.readouterr().out
+    assert "  row 2 (line 4): prompt: missing. Write what the picture shows.\n" in out
+    assert "  row 11 (line 13): " in out
+    assert "  row 12 (line 14): " not in out
+    assert "  and 2 more, in the report\n" in out
+    report = [json.loads(line) for line in read(studio, "batches/spring/report.jsonl").splitlines()]
+    assert [(row["table_row"], row["row"]) for row in report] == [(1, 2), *((n, n + 2) for n in range(2, 14))]
+    assert all(row["error"]["message"] for row in report[1:])
+    page = read(studio, "batches/spring/index.html").decode()
+    assert "row 13 (line 15)" in page
 
 
 def test_a_budget_leaves_the_rest_out_with_status_1(

@@ -354,6 +354,7 @@ def test_a_dry_run_reads_the_records_that_no_report_knows() -> None:
         process.kill()
         changed = [*prompts(3), {"id": "item-00003", "prompt": "another"}, {"id": "item-00004", "prompt": "new"}]
         looking = world.process()
+        looking.engine.account.catalogue.beside_the_loop = inline
         store = looking.engine.account.books(DESTINATION).ledger.store
         folder = BatchFolder(store, MemoryFiles(world.store), DESTINATION, "spring", inline)
         made = Batch(EngineBuyer(looking.engine), source_of(changed), folder, BatchOptions(run_id="dry"), worker=inline)

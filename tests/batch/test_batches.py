@@ -10,7 +10,7 @@ import pytest
 
 from prefect_eachlabs.batch.outcomes import Outcome, RowState
 from prefect_eachlabs.batch.plan import estimated_seconds, plan_batch
-from prefect_eachlabs.batch.progress import Progress
+from prefect_eachlabs.batch.progress import Progress, duration
 from prefect_eachlabs.batch.run import Chunk, Chunks, window_for
 from prefect_eachlabs.batch.source import Source
 from prefect_eachlabs.batch.tables import CsvTable, Lines
@@ -652,6 +652,7 @@ def test_time_is_estimated_by_the_tighter_of_both_limits() -> None:
     assert estimated_seconds(540, LIMITED, 60.0) == pytest.approx(540 * 6 + 60)
     assert estimated_seconds(540, unlimited, 5.0) is None
     assert estimated_seconds(0, LIMITED, 5.0) == 0
+    assert duration(estimated_seconds(5_000, LIMITED, 5.0) or 0) == "93 min"
     assert (window_for(10), window_for(None)) == (40, 200)
 
 
