@@ -35,6 +35,7 @@ DEFAULT_MODEL = "gemini"
 DEFAULT_VERSION = "2.0-flash-exp-image-generation"
 
 ITEM_ID_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,128}")
+MODEL_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}")
 _PREDICTION_ID_PATTERN = re.compile(r"[!-~]{1,256}")
 MAX_INPUT_NESTING = 64
 """pydantic reads JSON of less than 200 levels: a record that holds more could not be read any more."""
@@ -616,7 +617,7 @@ def item_id_of(name: object) -> str:
 
 def check_model_name(model: object) -> str:
     """The model's slug itself. Raises BadInput when it is blank or no plain name."""
-    if not isinstance(model, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/:-]{0,199}", model):
+    if not isinstance(model, str) or not MODEL_PATTERN.fullmatch(model):
         raise BadInput("model: must be a model's slug, such as 'gemini'.")
     return model
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.schema_check import faults_of, listed
 from prefect_eachlabs.confined import ConfinedError, JobFailed, TooCostly
-from prefect_eachlabs.errors import BadInput, KeyRefused, Rejected
+from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import DEFAULT_MODEL, Item
 from prefect_eachlabs.reference_images import REFERENCE_FIELDS
@@ -191,8 +191,7 @@ class Catalogue:
         model = await self.model(item.model)
         if model is None:
             near = await self._nearest.get(item.model, lambda: self._near(item.model))
-            meant = f" Did you mean {' or '.join(near)}?" if near else ""
-            return f"the catalogue has no model {item.model!r}.{meant} `prefect-eachlabs models` lists what there is"
+            return _missing(item.model, near)
         faults = await self.beside_the_loop(model.faults_of, _with_urls(item.input))
         return _refused(model.slug, faults) if faults else None
 
@@ -213,6 +212,27 @@ class Catalogue:
             if len(rows) < ROWS_A_PAGE:
                 break
         return found
+
+    async def check_slug(self, slug: str) -> None:
+        """Refuses a model that the catalogue does not have, before a batch orders anything of it. Free.
+
+        Where nobody can tell, because the catalogue gives no answer or lists nothing, it passes: the order will tell.
+
+        Raises:
+            BadInput: There is none of that name; says which ones are near.
+            KeyRefused: The key is not accepted.
+        """
+        try:
+            if slug == DEFAULT_MODEL or await self.model(slug) is not None:
+                return
+            slugs = [model.slug for model in await self.find()]
+        except KeyRefused:
+            raise
+        except EachlabsError as error:
+            logger.info("The catalogue cannot tell whether there is a model %s: %s", slug, error)
+            return
+        if slugs and slug not in slugs:
+            raise BadInput(f"model: {_missing(slug, nearest(slug, slugs))}. Nothing was bought.")
 
     async def checked(self, item: Item, *, first_model_too: bool = False) -> dict[str, Any]:
         """The item's input as its model takes it: its reference picture in the right field, all of it checked.
@@ -248,6 +268,11 @@ class Catalogue:
     async def aclose(self) -> None:
         await self._models.aclose()
         await self._nearest.aclose()
+
+
+def _missing(slug: str, near: list[str]) -> str:
+    meant = f" Did you mean {' or '.join(near)}?" if near else ""
+    return f"the catalogue has no model {slug!r}.{meant} `prefect-eachlabs models` lists what there is"
 
 
 def _refused(slug: str, faults: list[str]) -> str:

@@ -60,9 +60,11 @@ async def open_batch(
             EACHLABS_REFERENCE_ROOTS names its place, and below a destination that a block describes.
 
     Raises:
-        BadInput: The source may not be read, is no table, or has no prompt column.
+        BadInput: The source may not be read, is no table, or has no prompt column; or there is no such model.
         SetupError: It cannot be read.
     """
+    if defaults is not None:
+        await engine.account.catalogue.check_slug(defaults.model)
     if batch_id is None:
         batch_id = base_name(source) if isinstance(source, str) else ROWS
     store = engine.account.books(destination, access).ledger.store

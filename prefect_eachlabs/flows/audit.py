@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
@@ -16,6 +16,7 @@ from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
 from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.form import Account, field
 
 __all__ = ["aaudit_bill", "audit_bill"]
 
@@ -25,7 +26,10 @@ MOST_SHOWN = 100
 
 @sync_flow("audit", description="The account's bill, joined with the records: is all that was paid for there?")
 def audit_bill(
-    destinations: str = "", since: str = "2d", until: str = "", credentials: str = ""
+    destinations: Annotated[str, field("Destinations")] = "",
+    since: Annotated[str, field("From")] = "2d",
+    until: Annotated[str, field("Until")] = "",
+    credentials: Account = None,
 ) -> Plan[dict[str, Any]]:
     """Joins what the account was billed with what the records account for. Buys nothing, and may run at any time.
 
@@ -36,7 +40,7 @@ def audit_bill(
             eachlabs-s3-destination/NAME of a block. Empty: the worker's setting EACHLABS_DESTINATION.
         since: A day such as 2026-11-01, or an age such as 2d or 12h. Empty: as far back as the vendor lists, 90 days.
         until: The same. Empty: now.
-        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        credentials: An Eachlabs Credentials block. Empty: the worker's environment.
 
     Returns:
         What `prefect-eachlabs audit --json` prints. The run fails when something was paid and is not stored, or cannot

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, cast
+from typing import Annotated, Any, cast
 
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -11,13 +11,26 @@ from prefect.states import Completed, Failed
 
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
+from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
 from prefect_eachlabs.batch.tables import base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
-from prefect_eachlabs.flows.doors import FileName, Formats, async_flow, sync_flow
-from prefect_eachlabs.flows.shards import end_shares, one_of, start_shares
+from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.form import (
+    Account,
+    Formats,
+    Model,
+    OnAmbiguous,
+    Table,
+    Target,
+    Version,
+    advanced,
+    field,
+    name_of,
+)
+from prefect_eachlabs.flows.shards import MOST_SHARDS, end_shares, one_of, start_shares
 from prefect_eachlabs.models import DEFAULT_MODEL
-from prefect_eachlabs.rows import CHUNK_SIZE, Work, options_of
+from prefect_eachlabs.rows import CHUNK_SIZE, MOST_DAYS, MOST_IN_A_CHUNK, Work, options_of
 from prefect_eachlabs.settings import destination_from_environment
 from prefect_eachlabs.tasks import run_id, shortened
 
@@ -39,54 +52,54 @@ def _named_for_its_batch() -> str:
     flow_run_name=_named_for_its_batch,
 )
 def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
-    source: FileName,
-    destination: str = "",
-    batch_id: str | None = None,
-    budget_usd: float | None = None,
-    dry_run: bool = False,
-    retry_failed: bool = False,
-    fail_above: float = 0.0,
-    model: str = DEFAULT_MODEL,
-    version: str | None = None,
-    replace: bool = False,
-    rebuy_missing: bool = False,
-    on_ambiguous: Literal["settle", "fail"] = "settle",
-    chunk_size: int = CHUNK_SIZE,
-    presigned_days: float | None = None,
-    credentials: str | None = None,
-    shards: int = 1,
-    formats: Formats = "",
-    retry_ambiguous: bool = False,
-    shard: str = "",
+    source: Table,
+    destination: Target = None,
+    budget_usd: Annotated[float | None, field("Budget in USD", exclusiveMinimum=0)] = None,
+    dry_run: Annotated[bool, field("Dry run")] = False,
+    model: Model = DEFAULT_MODEL,
+    formats: Formats = None,
+    batch_id: Annotated[str | None, field("Name of the report", pattern=f"^({BATCH_ID_PATTERN.pattern})?$")] = None,
+    fail_above: Annotated[float, field("Rows that may fail", minimum=0)] = 0.0,
+    retry_failed: Annotated[bool, field("Buy again what failed for good")] = False,
+    credentials: Account = None,
+    version: Version = None,
+    shards: Annotated[int, advanced("workers at once", minimum=1, maximum=MOST_SHARDS)] = 1,
+    presigned_days: Annotated[
+        float | None, advanced("days that links last", exclusiveMinimum=0, maximum=MOST_DAYS)
+    ] = None,
+    replace: Annotated[bool, advanced("buy although a name stands for another input")] = False,
+    rebuy_missing: Annotated[bool, advanced("buy again what is gone from the bucket")] = False,
+    retry_ambiguous: Annotated[bool, advanced("buy once more what is ambiguous")] = False,
+    on_ambiguous: OnAmbiguous = "settle",
+    chunk_size: Annotated[int, advanced("rows to a task run", minimum=1, maximum=MOST_IN_A_CHUNK)] = CHUNK_SIZE,
+    shard: Annotated[str, advanced("share of a batch", pattern="^([1-9][0-9]?/[1-9][0-9]?)?$")] = "",
 ) -> Plan[BatchResult]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
     Args:
         source: CSV, TSV, JSON Lines or Parquet: s3://bucket/key, or a path. Its bucket or folder must be named in the
             worker's setting EACHLABS_REFERENCE_ROOTS. It needs a column prompt (or Prompt).
-        destination: Where pictures and report go: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a block.
-            Empty: the worker's setting EACHLABS_DESTINATION.
-        batch_id: Names the report's folder. Empty: the source's base name.
+        destination: Where pictures and report go: a saved block, or s3://bucket/prefix, or
+            eachlabs-s3-destination/NAME. Empty: the worker's setting EACHLABS_DESTINATION.
         budget_usd: Spend at most so much in this run; what it does not cover is left out. Empty: no budget.
         dry_run: Check every row, estimate cost and time, buy nothing.
-        retry_failed: Buy again what failed for good.
+        model: The model of rows that name none; `prefect-eachlabs models` lists them.
+        formats: What may be stored; what else comes is refused. Empty: whatever the model gives.
+        batch_id: Names the report's folder. Empty: the source's base name.
         fail_above: The run fails when more rows than this have no picture: below 1 a share of all rows (0.05), from 1
             on a number of rows. 0: every row must have its picture.
-        model: The model of rows that name none.
-        version: Its version. Empty: the default model has its own.
-        replace: Buy although an id stands for another input.
-        rebuy_missing: Buy again what is gone from the bucket.
-        on_ambiguous: After a lost answer: settle (find out what it bought) or fail (report it).
-        chunk_size: Pictures to a task run, 1 to 100.
+        retry_failed: Of an earlier run; what moderation refused, say, is refused again.
+        credentials: An Eachlabs Credentials block. Empty: the worker's environment.
+        version: Of the model of rows that name none. Empty: the default model has its own, and others need none.
+        shards: On so many workers; the source must be readable on each. Not together with a budget.
         presigned_days: The report's page links pictures by presigned URLs that anybody may open for so long, 7 at
             most. Empty: by paths beside the page.
-        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        shards: On so many workers at once, 1 to 64; the source must be readable on each. Not together with a budget.
-        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
-        retry_ambiguous: Somebody has looked in the vendor's dashboard: what stands as ambiguous was not bought. Buy it
-            once.
-        shard: The share that this run takes of a batch on several workers, such as 2/4. The run with shards=4 starts
-            such runs; leave it empty.
+        replace: The picture that is there is bought anew, for the new input.
+        rebuy_missing: Of pictures that were stored, and that somebody has deleted.
+        retry_ambiguous: Somebody has looked in the vendor's dashboard: what stands as ambiguous was not bought.
+        on_ambiguous: Settle: find out what was bought. Fail: report it.
+        chunk_size: So many rows show as one task run, 1 to 100.
+        shard: Such as 2/4. The run with shards=4 starts such runs; leave it empty.
 
     Returns:
         The totals (stored, reused, failed, ambiguous, skipped), costs, and where the report is. Called by another flow
@@ -107,8 +120,9 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         on_ambiguous=on_ambiguous,
         shard=one_of(shard),
     )
-    # Every share has the same, whatever its own worker's environment says.
-    destination = destination.strip() or destination_from_environment()
+    destination = (
+        destination.strip() if isinstance(destination, str) else destination
+    ) or destination_from_environment()
     work = Work(str(source).strip(), destination, batch_id or None, model, version or None, credentials or None)
     if dry_run:
         return cast(BatchResult, _planned((yield from work.planned(options))))
@@ -116,7 +130,9 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         return cast(BatchResult, _state((yield from work.bought(options, chunk_size=chunk_size)), fail_above))
     if budget_usd is not None:
         raise BadInput("shards: a budget is kept by one worker: give shards=1 with budget_usd, or no budget.")
-    parameters = {**flow_run.parameters, "destination": destination}
+    # Every share has the same, whatever its own worker's environment says.
+    same = {"destination": name_of(destination), "credentials": name_of(credentials)}
+    parameters = {**flow_run.parameters, **same}
     others = yield from beside_the_loop(lambda: start_shares(shards, parameters))
     is_done = False
     try:

@@ -8,29 +8,20 @@ own: callers get, or are raised, what it holds.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from functools import wraps
-from os import PathLike, fspath
-from typing import TYPE_CHECKING, Annotated, Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Flow, Task
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Failed
-from pydantic import BeforeValidator
 
 from prefect_eachlabs.engine.doors import Plan, alone, arun, either, run
 from prefect_eachlabs.errors import EachlabsError
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-if TYPE_CHECKING:
-    FileName = str | PathLike[str]
-    Formats = str | Sequence[str]
-else:  # fields of text in a form, which take from Python what tasks take
-    FileName = Annotated[str, BeforeValidator(lambda given: fspath(given) if isinstance(given, PathLike) else given)]
-    Formats = Annotated[str, BeforeValidator(lambda given: given if isinstance(given, str) else ", ".join(given or ()))]
 
 
 def sync_flow(

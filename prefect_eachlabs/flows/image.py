@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 from prefect.runtime import flow_run
 
 from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.doors import Formats, async_flow, both, sync_flow
+from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
+from prefect_eachlabs.flows.form import (
+    Account,
+    Formats,
+    ItemId,
+    Model,
+    Prompt,
+    ReferencePicture,
+    Target,
+    Version,
+    advanced,
+)
 from prefect_eachlabs.images.formats import check_formats
-from prefect_eachlabs.models import DEFAULT_MODEL, DEFAULT_VERSION, StoredImage
+from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import (
     aawait_result,
     acreate_prediction,
@@ -52,39 +63,37 @@ def named_for_its_item() -> str:
     "generate-image", description="One prompt becomes one PNG in S3, bought once.", flow_run_name=named_for_its_item
 )
 def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
-    prompt: str,
-    destination: str = "",
-    image_url: str = "",
-    model: str = DEFAULT_MODEL,
-    version: str = DEFAULT_VERSION,
-    item_id: str = "",
-    credentials: str = "",
-    input_json: str = "",
-    formats: Formats = "",
+    prompt: Prompt,
+    destination: Target = None,
+    image_url: ReferencePicture = None,
+    item_id: ItemId = None,
+    model: Model = DEFAULT_MODEL,
+    formats: Formats = None,
+    credentials: Account = None,
+    version: Version = None,
+    input_json: Annotated[str, advanced("further input, as JSON")] = "",
 ) -> Plan[StoredImage]:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
     Args:
         prompt: What the picture shows: subject, action, surroundings, style.
-        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+        destination: Where the picture goes: a saved block, or s3://bucket/prefix, or eachlabs-s3-destination/NAME.
             Empty: the worker's setting EACHLABS_DESTINATION.
-        image_url: A reference picture: its public https URL, s3://bucket/key, or a file in a folder that the worker's
-            setting EACHLABS_REFERENCE_ROOTS names. Optional.
-        model: The model's slug.
-        version: The model's version; empty for models that have none.
-        item_id: Names the item, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
+        image_url: Its public https URL, s3://bucket/key, or a file in a folder that the worker's setting
+            EACHLABS_REFERENCE_ROOTS names.
+        item_id: Names the picture, so that running it again buys nothing: 1 to 128 of A-Z a-z 0-9 _ -. Empty: one name
             for each different input.
-        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        input_json: Further fields of the model's input, as JSON such as {"aspect_ratio": "16:9"}.
-            `prefect-eachlabs models SLUG` shows what it takes. Optional.
-        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
+        model: The model's slug; `prefect-eachlabs models` lists them.
+        formats: What may be stored; what else comes is refused. Empty: whatever the model gives.
+        credentials: An Eachlabs Credentials block. Empty: the worker's environment.
+        version: Empty: the default model has its own, and others need none.
+        input_json: Further fields of the model's input, such as {"aspect_ratio": "16:9"}. `prefect-eachlabs models
+            SLUG` shows what it takes.
 
     Returns:
         Where the picture is.
     """
     fields = json_fields(input_json)
-    if model != DEFAULT_MODEL and version == DEFAULT_VERSION:
-        version = ""  # the form's default is the first model's
     prediction = yield from both(
         create_prediction,
         acreate_prediction,

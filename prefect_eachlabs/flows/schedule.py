@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from datetime import datetime, timezone
+from typing import Annotated
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect.runtime import flow_run
 
 from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.doors import Formats, async_flow, both, sync_flow
+from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
+from prefect_eachlabs.flows.form import Account, Formats, Model, ReferencePicture, Target, Version, field
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
 from prefect_eachlabs.tasks import agenerate_and_store, generate_and_store, shortened
@@ -102,31 +104,32 @@ def named_for_its_date() -> str:
     flow_run_name=named_for_its_date,
 )
 def scheduled_image(  # noqa: PLR0917 - the UI's form has no keywords
-    prompt_template: str,
-    destination: str = "",
-    item_id_template: str = "{date:%Y-%m-%d}",
-    time_zone: str = "UTC",
-    image_url: str = "",
-    model: str = DEFAULT_MODEL,
-    version: str = "",
-    credentials: str = "",
-    formats: Formats = "",
+    prompt_template: Annotated[str, field("Prompt with the date", minLength=1, pattern=r"\S")],
+    destination: Target = None,
+    item_id_template: Annotated[str, field("Name with the date", minLength=1)] = "{date:%Y-%m-%d}",
+    time_zone: Annotated[str, field("Time zone", minLength=1)] = "UTC",
+    image_url: ReferencePicture = None,
+    model: Model = DEFAULT_MODEL,
+    formats: Formats = None,
+    credentials: Account = None,
+    version: Version = None,
 ) -> Plan[StoredImage]:
     """A prompt with the scheduled date in it becomes one PNG in S3. **Costs money** once a date.
 
     Args:
         prompt_template: What the picture shows, with the date the run was scheduled for: {date:%A} is the weekday,
             {date:%d %B %Y} the day; any code of strftime.
-        destination: Where the picture goes: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a saved block.
+        destination: Where the picture goes: a saved block, or s3://bucket/prefix, or eachlabs-s3-destination/NAME.
             Empty: the worker's setting EACHLABS_DESTINATION. A prefix for each schedule keeps their dates apart.
         item_id_template: Names the picture. Runs with the same name buy once: with %Y-%m-%d once a day, with
             %Y-%m-%d-%H once an hour.
         time_zone: In which the date is told, such as Europe/Berlin. Give the schedule the same.
-        image_url: A reference picture: its public https URL. Optional.
-        model: The model's slug.
-        version: The model's version. Empty: the default model has its own.
-        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
-        formats: What may be stored, separated by commas, such as png, jpeg. Empty: whatever the model gives.
+        image_url: Its public https URL, s3://bucket/key, or a file in a folder that the worker's setting
+            EACHLABS_REFERENCE_ROOTS names.
+        model: The model's slug; `prefect-eachlabs models` lists them.
+        formats: What may be stored; what else comes is refused. Empty: whatever the model gives.
+        credentials: An Eachlabs Credentials block. Empty: the worker's environment.
+        version: Empty: the default model has its own, and others need none.
 
     Returns:
         Where the picture is.

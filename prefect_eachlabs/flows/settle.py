@@ -14,6 +14,7 @@ from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
 from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.form import Account, Target
 from prefect_eachlabs.tasks import run_id
 
 __all__ = ["asettle_leftovers", "settle_leftovers"]
@@ -22,13 +23,13 @@ SHOWN_REASONS = 5
 
 
 @sync_flow("settle", description="Finds out what runs left behind in a bucket and stores what was paid for.")
-def settle_leftovers(destination: str = "", credentials: str = "") -> Plan[dict[str, Any]]:
+def settle_leftovers(destination: Target = None, credentials: Account = None) -> Plan[dict[str, Any]]:
     """Settles what killed or cut-off runs left behind: stores what was paid for. Buys nothing, and may run at any time.
 
     Args:
-        destination: Where pictures and records are: s3://bucket/prefix, or eachlabs-s3-destination/NAME of a block.
-            Empty: the worker's setting EACHLABS_DESTINATION.
-        credentials: The name of an Eachlabs Credentials block. Empty: the worker's environment.
+        destination: Where pictures and records are: a saved block, or s3://bucket/prefix, or
+            eachlabs-s3-destination/NAME. Empty: the worker's setting EACHLABS_DESTINATION.
+        credentials: An Eachlabs Credentials block. Empty: the worker's environment.
 
     Returns:
         The counts. The run fails when nobody can tell whether something was bought: its artifact says what to do, and

@@ -74,7 +74,12 @@ def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
     try:
         run = run_deployment(
             DEPLOYMENT,
-            parameters={**parameters, "shard": f"{number}/{shards}", "shards": 1, "fail_above": NEVER_FAILS},
+            parameters={
+                **{name: value for name, value in parameters.items() if value is not None},
+                "shard": f"{number}/{shards}",
+                "shards": 1,
+                "fail_above": NEVER_FAILS,
+            },
             flow_run_name=f"share {number}/{shards}",
             timeout=0,
             # Prefect's retry of the flow begins anew; a repeated request of this attempt does not.

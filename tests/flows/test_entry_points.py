@@ -41,16 +41,6 @@ def test_deployments_run_the_packages_flows_without_a_clone() -> None:
     assert all(entry.startswith("prefect_eachlabs.flows.") and ":" not in entry for entry in ENTRY_POINTS)
 
 
-@pytest.mark.parametrize("entry", ENTRY_POINTS)
-def test_a_form_is_flat_and_each_field_described(entry: str) -> None:
-    one = import_object(entry)
-    assert isinstance(one, Flow)
-    for field, facts in parameter_schema(one).properties.items():
-        kinds = {facts.get("type"), *(each.get("type") for each in facts.get("anyOf", ()))} - {None, "null"}
-        assert kinds <= {"string", "integer", "number", "boolean"}, f"{one.name}: {field}: {facts}"
-        assert facts["description"], f"{one.name}: {field}"
-
-
 def test_what_a_deployment_gives_its_flow_is_a_field_of_its_form() -> None:
     for deployment in DEPLOYED["deployments"]:
         fields = parameter_schema(import_object(deployment["entrypoint"])).properties

@@ -193,6 +193,18 @@ def test_what_a_form_may_not_hold_is_refused(studio: Studio, tmp_path: Path, giv
     assert studio.billed == 0
 
 
+def test_a_mistyped_model_is_one_sentence_in_the_first_second(studio: Studio, tmp_path: Path) -> None:
+    state = ended(table(tmp_path, foxes(50)), studio, model="flux-1-1-por")
+    said = "model: the catalogue has no model 'flux-1-1-por'. Did you mean flux-1-1-pro?"
+    assert state.message == f"{said} `prefect-eachlabs models` lists what there is. Nothing was bought."
+    assert not [row for row in studio.api.journal() if row["method"] == "POST"]
+
+
+def test_where_the_catalogue_cannot_tell_the_order_does(studio: Studio, tmp_path: Path) -> None:
+    studio.api.set_faults("models:error,status=500")
+    assert "1 failed" in str(ended(table(tmp_path, foxes(1)), studio, model="flux-1-1-por").message)
+
+
 def test_rows_of_a_task_run_that_prefect_lost_are_obtained_all_the_same(
     studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,8 +63,8 @@ def page(browser: Any) -> Iterator[Any]:
 def photograph(page: Any, name: str, folder: Path) -> None:
     """Into docs/ when asked to, else where tests put their things."""
     page.wait_for_timeout(1_500)  # what moves comes to rest
-    where = ROOT / "docs" if PHOTOGRAPHS else folder
-    page.screenshot(path=str(where / f"ui-{name}.png"))
+    in_docs = ROOT / "docs" / f"ui-{name}.png"
+    page.screenshot(path=str(in_docs if PHOTOGRAPHS and in_docs.exists() else folder / in_docs.name))
 
 
 def text_box(page: Any, name: str) -> Any:
@@ -83,11 +83,17 @@ def test_an_operator_fills_in_the_form_and_sees_the_picture(
     if PHOTOGRAPHS:
         prompt = "a lighthouse in a storm, oil on canvas, thick strokes"
     deployment = studio.stage.deployment("generate-image/generate-image")
-    page.goto(f"{studio.stage.ui}{base}/deployments/deployment/{deployment['id']}/run")
-    text_box(page, "prompt").fill(prompt)
-    text_box(page, "destination").fill(PLACE)
-    text_box(page, "item_id").fill(f"lighthouse-{ui}")
-    text_box(page, "prompt").scroll_into_view_if_needed()
+    form = f"{studio.stage.ui}{base}/deployments/deployment/{deployment['id']}/run"
+    for name in ("not/a name", f"lighthouse-{ui}"):
+        page.goto(form)
+        text_box(page, "Prompt").fill(prompt)
+        assert text_box(page, "Destination").input_value() == "eachlabs-s3-destination/default"
+        assert "Property is type" not in page.locator("body").inner_text()
+        text_box(page, "Name").fill(name)
+        if name == "not/a name":
+            page.get_by_role("button", name="Submit").click()
+            page.get_by_text("does not match").first.wait_for()  # and nothing is begun
+    text_box(page, "Prompt").scroll_into_view_if_needed()
     photograph(page, f"{ui}-form", tmp_path)
     page.get_by_role("button", name="Submit").click()
 
