@@ -38,19 +38,27 @@ MOST_UNTOUCHED_BYTES = 200_000
 """Without Pillow a PNG up to this size is its own thumbnail."""
 SHOWN_CHARACTERS = 2_000
 MOST_PROBLEMS = 200
+MOST_KEY_CHARACTERS = 31
+"""Of an artifact's key, without its prefix: a card of Prefect's is no wider."""
+_FINGERPRINT = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _MARKUP = re.compile(r"[!-/:-@\[-`{-~]")
+_LONG_WORD = re.compile(r"\S{16}(?=\S)")
 _NO_WORD = re.compile(r"[^\w ]|_")
 
 
-def escaped(text: object, most: int = SHOWN_CHARACTERS) -> str:
+def escaped(text: object, most: int = SHOWN_CHARACTERS, *, breaks: bool = True) -> str:
     """Text for a block of HTML, on one line: every ASCII sign is an entity, those of markdown too.
+
+    Long words have places at which they may be broken, unless they are an attribute's.
 
     >>> escaped("a | b <c>")
     'a &#124; b &#60;c&#62;'
     """
     line = visible(" ".join(str("" if text is None else text).split()))
     line = line if len(line) <= most else line[: most - 1] + "…"
-    return _MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", line)
+    # A table that is wider than Prefect's page runs under what stands beside it.
+    pieces = _LONG_WORD.sub(lambda found: f"{found[0]}\0", line).split("\0") if breaks else [line]
+    return "<wbr>".join(_MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", piece) for piece in pieces)
 
 
 def plain(text: str) -> str:
@@ -119,7 +127,9 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
         facts.insert(0, ("bought", "earlier; this run found it in the bucket and bought nothing"))
     lines = []
     if thumbnail is not None:
-        lines.append(f'<p><img alt="{escaped(image.item_id)}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>')
+        lines.append(
+            f'<p><img alt="{escaped(image.item_id, breaks=False)}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>'
+        )
     elif note:
         lines.append(f"<p>No thumbnail: {escaped(note, 300)}.</p>")
     if image.prompt:
@@ -128,11 +138,22 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
 
 
 def artifact_key(image: StoredImage) -> str:
-    """The item's key on the page of artifacts: lower-case letters, digits and dashes, all that Prefect takes."""
-    plain = "".join(c if c.isascii() and c.isalnum() else "-" for c in image.item_id.lower()).strip("-")
-    if plain != image.item_id or not plain:
-        plain = f"{plain}-{hashlib.sha256(image.item_id.encode()).hexdigest()[:6]}".strip("-")
+    """The item's key on the page of artifacts: lower-case letters, digits and dashes, all that Prefect takes.
+
+    An item that is named by a fingerprint is called by the words of its prompt: people read them on a card.
+    """
+    name = (image.prompt or "") if _FINGERPRINT.fullmatch(image.item_id) else image.item_id
+    plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+    if plain != image.item_id or len(plain) > MOST_KEY_CHARACTERS:
+        digest = hashlib.sha256(image.item_id.encode()).hexdigest()[:6]
+        plain = f"{plain[: MOST_KEY_CHARACTERS - 7].strip('-')}-{digest}".strip("-")
     return f"eachlabs-{plain}"
+
+
+def card(image: StoredImage) -> str:
+    """What its card on the run's page says: the prompt and the cost."""
+    cost = "cost not told" if image.cost_usd is None else f"${image.cost_usd:.4f}"
+    return f"{plain(image.prompt or f'Item {image.item_id}')} · {cost}"
 
 
 def console_link(image: StoredImage, access: S3Access | None) -> str | None:
@@ -168,7 +189,7 @@ def show_picture(gateway: Gateway, image: StoredImage, place: Destination, acces
         # What is not a picture may be a film, and has no thumbnail.
         data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
         markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
-        key, description = artifact_key(image), plain(f"Item {image.item_id}")
+        key, description = artifact_key(image), card(image)
         yield from either(
             lambda: create_markdown_artifact(markdown, key=key, description=description),
             lambda: acreate_markdown_artifact(markdown, key=key, description=description),

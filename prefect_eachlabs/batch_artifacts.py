@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import logging
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TypeVar
 from uuid import UUID
 
@@ -21,9 +18,7 @@ from prefect_eachlabs.artifacts import escaped, plain, quietly, show_markdown, t
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch
-from prefect_eachlabs.engine.doors import Plan, beside_the_loop, either, on_the_loop
-from prefect_eachlabs.engine.runtime import Gateway
-from prefect_eachlabs.errors import EachlabsError
+from prefect_eachlabs.engine.doors import Plan, either
 from prefect_eachlabs.tasks import log
 
 logger = logging.getLogger(__name__)
@@ -31,9 +26,9 @@ T = TypeVar("T")
 
 LOG_EVERY = 6
 """Every sixth look at the progress is a line in the log."""
-SHEET_WIDTH_PX = 900
-SHEET_PX = 1_400
-JPEG_QUALITY = 75
+GALLERY_COLUMNS = 3
+GALLERY_PX = 170
+"""Three of them are as wide as Prefect's narrower page on a laptop."""
 
 
 class ProgressShown:
@@ -66,22 +61,23 @@ class ProgressShown:
         self._times += 1
 
 
-def show_report(gateway: Gateway, batch: Batch, result: BatchResult) -> Plan[None]:
-    """The artifact of the whole batch, with the contact sheet out of the bucket."""
-    sheet = None
-    with suppress(EachlabsError):
-        found = yield from on_the_loop(gateway, batch.folder.store.get(batch.folder.key("contact-sheet.png")))
-        sheet = found.body if found is not None else None
-    markdown = yield from beside_the_loop(lambda: report_markdown(result, batch.first_not_there, sheet))
+def show_report(batch: Batch, result: BatchResult) -> Plan[None]:
+    """The artifact of the whole batch, with pictures from all over it."""
+    markdown = report_markdown(result, batch.first_not_there, batch.gallery)
     key = f"eachlabs-batch-{''.join(c if c.isalnum() else '-' for c in result.batch_id.lower() if c.isascii())}"
-    yield from show_markdown(markdown, key=key, description=plain(f"Batch {result.batch_id}"))
+    counts = f"{result.stored + result.reused} of {result.items} pictures"
+    yield from show_markdown(
+        markdown,
+        key=key,
+        description=f"{plain(f'Batch {result.batch_id}')} · {counts} · ${result.pictures_cost_usd:.2f}",
+    )
 
 
 def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
     """A chunk's rows, each with its picture's name, or why it has none."""
     rows = [
         (
-            one.place,
+            escaped(one.item_id or one.place, 60),
             one.state.value,
             escaped(one.prompt, 120),
             escaped(one.file_name if one.uri else one.why, 200),
@@ -89,47 +85,54 @@ def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
         )
         for one in outcomes
     ]
-    return table(rows, head=("row", "state", "prompt", "picture, or why not", "USD"))
+    return table(rows, head=("item", "state", "prompt", "picture, or why not", "USD"))
 
 
-def report_markdown(result: BatchResult, not_there: Sequence[Outcome], sheet: bytes | None) -> str:
-    """The totals, the first rows without a picture, and the contact sheet.
+def report_markdown(
+    result: BatchResult, not_there: Sequence[Outcome], gallery: Sequence[tuple[Outcome, str]] = ()
+) -> str:
+    """The totals, the first rows without a picture, and some of the pictures.
 
     Args:
         result: What the batch came to.
         not_there: Rows without a picture.
-        sheet: The contact sheet as a PNG.
+        gallery: Rows with one, and its thumbnail as a data URL.
     """
-    counts = (result.items, result.stored, result.reused, result.failed, result.ambiguous, result.skipped)
-    cells = [*map(str, counts), result.money, f"{result.pictures_cost_usd:.4f}"]
-    head = ("items", "stored", "reused", "failed", "ambiguous", "skipped", "spent in this run", "USD of all pictures")
-    blocks = [
-        f"<h1>Batch {escaped(result.batch_id)}</h1>",
-        table([cells], head=head),
-        f"<p>Report: <code>{escaped(result.index_uri or result.report_uri)}</code></p>",
+    names = ("stored", "reused", "failed", "ambiguous", "skipped")
+    counts = [(name, str(count)) for name in names if (count := getattr(result, name))]
+    facts = [
+        ("items", str(result.items)),
+        *counts,
+        ("spent in this run", escaped(result.money)),
+        ("all its pictures", f"${result.pictures_cost_usd:,.4f}"),
+        ("report", escaped(result.index_uri or result.report_uri)),
     ]
+    blocks = [f"<h1>Batch {escaped(result.batch_id)}</h1>", table(facts)]
     if result.stopped_by:
         blocks.append(f"<p><b>Stopped:</b> {escaped(result.stopped_by, 500)}</p>")
     if not_there:
         shown = f", the first {len(not_there)}" if len(not_there) < result.not_there else ""
         blocks.append(f"<h2>Not there: {escaped(result.why, 400)}{shown}</h2>")
-        rows = [(one.place, one.state.value, escaped(one.why, 300), escaped(one.prompt, 120)) for one in not_there]
-        blocks.append(table(rows, head=("row", "state", "why", "prompt")))
-    if sheet is not None and (url := _sheet_url(sheet)) is not None:
-        blocks.append(f'<p><img width="{SHEET_WIDTH_PX}" alt="contact sheet" src="{url}"></p>')
+        rows = [
+            (
+                escaped(one.item_id or one.place, 60),
+                one.state.value,
+                escaped(one.why, 300),
+                escaped(one.prompt, 120),
+            )
+            for one in not_there
+        ]
+        blocks.append(table(rows, head=("item", "state", "why", "prompt")))
+    if gallery:
+        there = result.stored + result.reused
+        blocks.append(f"<h2>{'Pictures' if len(gallery) == there else f'{len(gallery)} of {there:,} pictures'}</h2>")
+        cells = [_cell(outcome, url) for outcome, url in gallery]
+        blocks.append(table(cells[at : at + GALLERY_COLUMNS] for at in range(0, len(cells), GALLERY_COLUMNS)))
     return "\n".join(blocks)
 
 
-def _sheet_url(sheet: bytes) -> str | None:
-    """The sheet as a small JPEG in a `data:` URL: an artifact travels with every look at the run's page."""
-    try:
-        from PIL import Image  # noqa: PLC0415 - an extra
-
-        with Image.open(io.BytesIO(sheet)) as opened:
-            picture = opened.convert("RGB")
-    except (ImportError, OSError, ValueError, SyntaxError):
-        return None
-    picture.thumbnail((SHEET_PX, 2 * SHEET_PX))
-    out = io.BytesIO()
-    picture.save(out, "JPEG", quality=JPEG_QUALITY)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
+def _cell(outcome: Outcome, url: str) -> str:
+    cost = "" if outcome.cost_usd is None else f" · ${outcome.cost_usd:.4f}"
+    name = escaped(outcome.item_id, 40)
+    picture = f'<img width="{GALLERY_PX}" alt="{escaped(outcome.item_id, breaks=False)}" src="{url}">'
+    return f"{picture}<br>{escaped(outcome.prompt, 80)}<br><small>{name}{cost}</small>"

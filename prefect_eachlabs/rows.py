@@ -209,11 +209,11 @@ def _bought(gateway: Gateway, batch: Batch, chunk_size: int) -> Plan[BatchResult
             yield from on_the_loop(gateway, _cancelled(begun))
             yield from chunk_runs.ended(INTERRUPTED_CHUNKS_SECONDS)
             if batch.last_result is not None:
-                yield from show_report(gateway, batch, batch.last_result)
+                yield from show_report(batch, batch.last_result)
             raise
         yield from shown.show((yield from on_the_loop(gateway, _progress(batch))), at_the_end=True)
         if batch.options.shard is None:  # a share has no report
-            yield from show_report(gateway, batch, result)
+            yield from show_report(batch, result)
             events.batch_finished(result.as_json())
         yield from chunk_runs.ended(LAST_CHUNKS_SECONDS)
     return result

@@ -97,7 +97,7 @@ def rendered(markdown: str) -> Seen:
 def test_a_hostile_prompt_is_shown_as_the_words_it_is(prompt: str) -> None:
     plain = rendered(picture_markdown(image(), thumbnail=None))
     seen = rendered(picture_markdown(image(prompt=prompt, prediction_id=prompt, model=prompt[:100]), thumbnail=None))
-    assert [name for name, _ in seen.elements] == [name for name, _ in plain.elements]
+    assert [name for name, _ in seen.elements if name != "wbr"] == [name for name, _ in plain.elements if name != "wbr"]
     assert visible(" ".join(prompt.split())) in seen.text
     assert not re.search(r"https?://|www\.|@", escaped(prompt))
 
@@ -194,7 +194,7 @@ class TestOnAServer:
         studio.api.set_faults("prediction:late_cost,seconds=0.5")
         stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
         artifact = artifact_of("eachlabs-fox-of-the-flow")
-        assert (artifact.type, artifact.description) == ("markdown", "Item fox-of-the-flow")
+        assert (artifact.type, artifact.description) == ("markdown", "a red -fox- · $0.0390")
         seen = rendered(artifact.data)
         (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")

@@ -1,4 +1,4 @@
-"""The report for people: one page without scripts, its pictures beside it in the bucket (`report.html.j2`); pure.
+"""The report for people: one page without scripts, with small pictures in it (`report.html.j2`); pure.
 
 Everything that came from outside is escaped, by Jinja, and control and direction characters are written out; the page
 loads nothing but pictures.
@@ -12,15 +12,17 @@ from datetime import datetime
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from prefect_eachlabs.batch.outcomes import Outcome
-from prefect_eachlabs.images.formats import FORMATS, VERIFIED
+from prefect_eachlabs.batch.thumbs import SUFFIXES
 from prefect_eachlabs.net.redaction import visible
 
 MOST_PICTURES = 2_000
 MOST_FAILURES = 1_000
-SHOWN = tuple(f".{FORMATS[name].suffix}" for name in VERIFIED)
-"""Pictures; what else a model gave is named, and neither shown nor linked: a click must not open an SVG or a page."""
+SHORT_CHARACTERS = 110
+"""Of a prompt; the rest shows on demand."""
+LONGEST_CHARACTERS = 2_000
 
 
 def index_page(
@@ -31,6 +33,8 @@ def index_page(
     links: Mapping[str, str] | None = None,
     links_end_at: datetime | None = None,
     up: str = "../../",
+    thumbs: Mapping[str, str] | None = None,
+    edge_px: int = 240,
 ) -> Iterator[str]:
     """`index.html`, piece by piece.
 
@@ -41,6 +45,8 @@ def index_page(
         links: Item id → presigned URL, in place of paths relative to the page.
         links_end_at: When those URLs end.
         up: The way from the page to the destination's prefix.
+        thumbs: SHA-256 of a picture → its thumbnail's data URL; the others are loaded from where they lie.
+        edge_px: How large each is shown.
     """
     facts = [(name, totals.get(name, 0)) for name in ("items", "stored", "reused", "failed", "ambiguous", "skipped")]
     facts.append(("spent in this run", f"${totals.get('cost_usd', 0):,.2f}"))
@@ -51,7 +57,7 @@ def index_page(
     jinja = Environment(
         loader=PackageLoader("prefect_eachlabs", "batch"),
         autoescape=True,
-        finalize=lambda value: visible(str(value), keeping="\n\t"),
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keeping="\n\t"),
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -67,5 +73,9 @@ def index_page(
         links=links or {},
         links_end_at=links_end_at,
         up=up,
-        shown=SHOWN,
+        shown=SUFFIXES,
+        thumbs=thumbs or {},
+        edge_px=edge_px,
+        short=SHORT_CHARACTERS,
+        longest=LONGEST_CHARACTERS,
     )

@@ -27,8 +27,9 @@ from typing import Any, TypeVar
 from prefect_eachlabs.batch.files import Files
 from prefect_eachlabs.batch.outcomes import NOT_THERE, THERE, Outcome, RowState
 from prefect_eachlabs.batch.pages import MOST_FAILURES, MOST_PICTURES, index_page
-from prefect_eachlabs.batch.sheet import MOST_FRAMES, draw_sheet
+from prefect_eachlabs.batch.sheet import MOST_FRAMES, THUMBNAIL_PX, draw_sheet
 from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.batch.thumbs import Thumbs, edge_px
 from prefect_eachlabs.batch.worker import Worker, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.models import Destination
@@ -211,6 +212,8 @@ class ReportWriter:
         self._parts = 0
         self._writing = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
+        self._shown: list[Outcome] = []
+        self._thumbs: Thumbs | None = None
 
     async def begin(self, run_id: str) -> None:
         """Leaves a trace before anything is bought: who goes on with this run sees since when to look."""
@@ -262,6 +265,21 @@ class ReportWriter:
         for name in names:
             await self._folder.store.put(self._folder.key(name), body, content_type="application/json")
 
+    async def see_pictures(self, *, may_read: bool) -> None:
+        """Has the thumbnails of the page: those of an earlier page, and of pictures that are read where they may be."""
+        folder = self._folder
+        shown = self._shown = await folder.worker(lambda: list(self._outcomes(*THERE, most=MOST_PICTURES)))
+        self._thumbs = Thumbs(folder.store, folder.destination, folder.worker, edge_px(len(shown)))
+        await self._thumbs.learn(folder.key("index.html"), shown)
+        if may_read:
+            await self._thumbs.make(shown)
+
+    def gallery(self, most: int) -> list[tuple[Outcome, str]]:
+        """So many of the page's pictures, spread over it, each with its thumbnail's data URL."""
+        urls = self._thumbs.urls if self._thumbs else {}
+        there = [(one, urls[one.sha256]) for one in self._shown if one.sha256 in urls]
+        return [there[number * len(there) // most] for number in range(most)] if len(there) > most else there
+
     async def write_page(self, presigned_seconds: int | None, *, home: str = "") -> None:
         """Writes `index.html` into the batch's folder, or into `home` below it.
 
@@ -272,23 +290,28 @@ class ReportWriter:
         end_at: datetime | None = None
         if presigned_seconds is not None:
             end_at = datetime.now(timezone.utc) + timedelta(seconds=presigned_seconds)
-            for item_id, name in await folder.worker(self._shown_pictures):
-                key = folder.destination.key(f"images/{name}")
-                links[item_id] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
+            for one in self._shown:
+                key = folder.destination.key(f"images/{one.file_name}")
+                links[one.item_id or ""] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
         page = await folder.worker(self._page, self._totals(), links, end_at, home)
         await folder.store.put(folder.key(f"{home}index.html"), page, content_type="text/html; charset=utf-8")
 
-    def _shown_pictures(self) -> list[tuple[str, str]]:
-        return [(one.item_id or "", one.file_name) for one in self._outcomes(*THERE, most=MOST_PICTURES)]
-
-    def _page(self, totals: dict[str, Any], links: dict[str, str], end_at: datetime | None, home: str) -> bytes:
+    def _page(
+        self,
+        totals: dict[str, Any],
+        links: dict[str, str],
+        end_at: datetime | None,
+        home: str,
+    ) -> bytes:
         pieces = index_page(
             totals,
-            pictures=self._outcomes(*THERE, most=MOST_PICTURES),
+            pictures=self._shown,
             not_there=self._outcomes(*NOT_THERE, most=MOST_FAILURES),
             links=links,
             links_end_at=end_at,
             up="../" * (2 + home.count("/")),
+            thumbs=self._thumbs.urls if self._thumbs else {},
+            edge_px=edge_px(len(self._shown)),
         )
         return "".join(pieces).encode()
 
@@ -302,7 +325,8 @@ class ReportWriter:
         folder = self._folder
         chosen = await folder.worker(self._scratch.pictures, MOST_FRAMES)
         try:
-            sheet = await draw_sheet(folder.store, folder.destination, chosen, self._totals(), folder.worker)
+            small = self._thumbs.pictures(THUMBNAIL_PX) if self._thumbs else {}
+            sheet = await draw_sheet(folder.store, folder.destination, chosen, self._totals(), folder.worker, small)
             if sheet is None:
                 return False
             await folder.store.put(folder.key("contact-sheet.png"), sheet, content_type="image/png")

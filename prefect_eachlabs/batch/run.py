@@ -53,6 +53,7 @@ LOOKS_FOR_COSTS = 2
 COST_PAUSE_SECONDS = 15.0
 PAGES_OF_OTHERS = 5
 """Executions of other keys and runs stand among ours: so many pages more than ours would fill are looked through."""
+MOST_IN_GALLERY = 24
 KEPT_FAILURES = 50
 """Rows without a picture that are at hand for whoever shows them; the report has all."""
 
@@ -187,6 +188,8 @@ class Batch:
         self._writer = ReportWriter(folder, self.run_name, self.scratch, self.report)
         self._buying: Buying | None = None
         self.first_not_there: list[Outcome] = []
+        self.gallery: list[tuple[Outcome, str]] = []
+        """Pictures from all over the batch, each with its thumbnail's data URL; once the report is written."""
         self._obtaining: set[asyncio.Task[Any]] = set()
         self._timed_out: list[tuple[Wanted, Outcome]] = []
         """Rows whose deadline has passed, told at the end: whoever sees their predictions' ends stores them."""
@@ -466,6 +469,8 @@ class Batch:
         self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"
         self._ended_at = datetime.now(timezone.utc)
         await self.folder.worker(self.scratch.flush)
+        await self._writer.see_pictures(may_read=not self.is_interrupted)
+        self.gallery = self._writer.gallery(MOST_IN_GALLERY)
         if not self.is_interrupted and self._has_every_row and (self._news or not self._has_sheet):
             self._has_sheet = await self._writer.write_sheet() or self._has_sheet
         home = self._home

@@ -34,6 +34,7 @@ MOST_SECONDS = 60.0
 GAP_PX = 16
 TEXT_PX, LINE_PX = 13, 17
 CAPTION_LINES = 2
+MOST_ID_CHARACTERS = 24
 LINE_CHARACTERS = THUMBNAIL_PX // 7  # a character of the font is some 0.47 of its height wide
 SHOWN = frozenset(string.printable + "“”’…·")
 """What Pillow's own font can show."""
@@ -93,16 +94,22 @@ def contact_sheet(frames: Sequence[Frame], title: str) -> bytes:
 
 
 async def draw_sheet(
-    store: ObjectStore, destination: Destination, outcomes: Iterable[Outcome], totals: Mapping[str, Any], worker: Worker
+    store: ObjectStore,
+    destination: Destination,
+    outcomes: Iterable[Outcome],
+    totals: Mapping[str, Any],
+    worker: Worker,
+    small: Mapping[str, bytes],
 ) -> bytes | None:
     """The sheet as a PNG; None without Pillow, which a line in the log says, or without a picture.
 
     Args:
         store: Where the pictures are.
         destination: The same place.
-        outcomes: Rows with a picture, 60 at most; one request each.
+        outcomes: Rows with a picture, 60 at most; one request each, but for those that are in `small`.
         totals: What stands above the pictures.
         worker: Draws beside the loop.
+        small: SHA-256 of a picture → a thumbnail that is at hand.
     """
     try:
         import PIL  # noqa: F401
@@ -112,15 +119,17 @@ async def draw_sheet(
     frames: list[Frame] = []
     taken_seconds = 0.0
     for outcome in outcomes:
+        body = small.get(outcome.sha256 or "")
         try:
-            found = await store.get(destination.key(f"images/{outcome.file_name}"))
+            if body is None and (found := await store.get(destination.key(f"images/{outcome.file_name}"))) is not None:
+                body = found.body
         except EachlabsError as error:
             logger.info("Not on the contact sheet: %s", error)
             continue
-        if found is not None:
-            facts = [outcome.place] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
+        if body is not None:
             item_id = outcome.item_id or ""
-            body, began = found.body if taken_seconds < MOST_SECONDS else None, time.monotonic()
+            facts = [item_id[:MOST_ID_CHARACTERS]] + ([f"${outcome.cost_usd:.3f}"] if outcome.cost_usd else [])
+            body, began = body if taken_seconds < MOST_SECONDS else None, time.monotonic()
             frames.append(await worker(frame, body, outcome.prompt or item_id, item_id, " · ".join(facts)))
             taken_seconds += time.monotonic() - began
     if not frames:

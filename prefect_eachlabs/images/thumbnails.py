@@ -23,15 +23,16 @@ class NoThumbnail(Exception):
     """There is none of this picture; the message says why."""
 
 
-def thumbnail(picture: bytes, *, edge_px: int, format: str = "JPEG") -> bytes:
-    """The picture within a square of `edge_px`, on white, as a `JPEG` or `PNG`. Blocks; one is made at a time.
+def thumbnail(picture: bytes, *, edge_px: int, format: str = "JPEG", quality: int = JPEG_QUALITY) -> bytes:
+    """The picture within a square of `edge_px`, on white, as a `JPEG`, `WEBP` or `PNG`. Blocks; one is made at a time.
 
     Raises:
         NoThumbnail: It is too large in pixels, or cannot be read.
         NotInstalled: Pillow is missing (the extra `demo`).
     """
     try:
-        return _process.call({"edge_px": edge_px, "format": format}, picture, seconds=SECONDS)[1]
+        how = {"edge_px": edge_px, "format": format, "quality": quality}
+        return _process.call(how, picture, seconds=SECONDS)[1]
     except NotInstalled:
         raise
     except (ConfinedError, OSError) as error:
@@ -64,7 +65,9 @@ class Thumbnail:
             small = picture.convert("RGBA")
         ground = self._image.new("RGBA", small.size, "white")
         out = io.BytesIO()
-        self._image.alpha_composite(ground, small).convert("RGB").save(out, arguments["format"], quality=JPEG_QUALITY)
+        self._image.alpha_composite(ground, small).convert("RGB").save(
+            out, arguments["format"], quality=int(arguments["quality"])
+        )
         return {}, out.getvalue()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import io
 import json
 import struct
@@ -127,7 +128,7 @@ class CountingShop:
             item_id=item.item_id,
             prediction_id=f"prediction-{item.item_id}",
             uri=self.store.uri(key),
-            sha256="0" * 64,
+            sha256=hashlib.sha256(item.item_id.encode()).hexdigest(),
             size_bytes=75,
             width_px=2,
             height_px=2,

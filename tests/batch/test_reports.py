@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 import logging
@@ -16,12 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_eachlabs.batch import thumbs
 from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
 from prefect_eachlabs.batch.pages import MOST_PICTURES, index_page
 from prefect_eachlabs.batch.report import BatchFolder, ReportWriter, run_name
-from prefect_eachlabs.batch.sheet import MOST_FRAMES
 from prefect_eachlabs.batch.state import Scratch
+from prefect_eachlabs.batch.thumbs import Thumbs, edge_px
 from prefect_eachlabs.errors import PredictionFailed
 from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.s3 import S3Store
@@ -263,6 +265,7 @@ def seen(page: str) -> Seen:
 ALLOWED = {
     *("html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "br", "a", "dl", "div", "dt", "dd"),
     *("main", "figure", "img", "figcaption", "small", "table", "tr", "th", "td", "b"),
+    *("span", "details", "summary"),
 }
 
 
@@ -294,6 +297,73 @@ def test_pictures_are_linked_beside_the_page_and_load_when_they_are_scrolled_to(
     assert image["width"]
 
 
+def thumbs_on(page: str) -> list[bytes]:
+    urls = [attributes.get("src") or "" for tag, attributes in seen(page).tags if tag == "img"]
+    return [base64.b64decode(url.partition(",")[2]) for url in urls if url.startswith("data:image/webp;base64,")]
+
+
+def test_the_page_holds_its_pictures_itself_and_each_is_read_once_over_all_runs() -> None:
+    image = pytest.importorskip("PIL.Image")
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        reads = []
+        for run_id, count in (("run-1", 3), ("run-2", 5), ("run-3", 5)):
+            before = len(shop.store.operations)
+            await run(shop, source_of(prompts(count)), run_id=run_id)
+            page = shop.store.objects["p/batches/spring/index.html"].body.decode()
+            small = thumbs_on(page)
+            assert len(small) == count
+            with image.open(io.BytesIO(small[0])) as opened:
+                assert max(opened.size) <= edge_px(count)
+            asked = {key for name, key in shop.store.operations[before:] if name == "get" and "images/" in key}
+            reads.append(len(asked))
+        assert reads == [3, 2, 0]
+
+    virtual_time.run(story())
+
+
+def test_all_thumbnails_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(thumbs, "MOST_CHARACTERS", 1_000)
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(30)))
+        page = shop.store.objects["p/batches/spring/index.html"].body.decode()
+        assert 0 < len(thumbs_on(page)) < 30
+        assert page.count("<img") == 30, "the rest shows where the page lies beside its pictures"
+
+    virtual_time.run(story())
+
+
+@pytest.mark.parametrize("picture", [b"", b"<svg onload=alert(1)>", b"\x89PNG\r\n\x1a\n"])
+def test_what_an_earlier_page_claims_to_show_is_a_picture_or_nothing(picture: bytes) -> None:
+    async def story() -> None:
+        store = MemoryStore()
+        sha256 = "0f" * 32
+        url = f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
+        page = f'<img data-of="{sha256}" data-px="240" src="{url}"> <img data-of="{sha256}" data-px="240" src="x">'
+        await store.put("page", page.encode(), content_type="text/html")
+        known = Thumbs(store, DESTINATION, inline, 240)
+        await known.learn("page", [outcome(1, sha256=sha256)])
+        assert known.urls == {}
+
+    virtual_time.run(story())
+
+
+def test_a_long_prompt_is_cut_and_whole_on_demand_and_a_card_names_its_item() -> None:
+    prompt = "a fox, 雪の中の赤い狐 🦊 " + "very " * 100
+    rows = [outcome(7, prompt=prompt, item_id="SKU-1"), outcome(8, prompt="w" * 20_000, item_id="SKU-2")]
+    failed = outcome(9, RowState.FAILED, prompt=prompt, item_id="SKU-3", error={"kind": "k", "message": "m"})
+    page = "".join(index_page({"stored": 2, "failed": 1}, pictures=rows, not_there=[failed]))
+    assert page.count("<summary>") == 3
+    assert prompt in page
+    assert len(page) < 20_000
+    assert page.index("SKU-3") < page.index("<main>") < page.index("<b>SKU-1</b>")
+    assert "<small>row" not in page
+
+
 def test_a_page_of_thousands_shows_the_first_and_says_so() -> None:
     pictures = (outcome(row) for row in range(5_000))
     page = "".join(index_page({"stored": 5_000}, pictures=pictures, not_there=[]))
@@ -310,7 +380,7 @@ def test_presigned_links_come_only_when_asked_for_and_say_when_they_end() -> Non
         assert "links to the pictures end" not in page
         await run(shop, source_of(prompts(2)), run_id="run-2", presigned_seconds=3_600)
         page = shop.store.objects["p/batches/spring/index.html"].body.decode()
-        assert page.count("expires=3600&amp;signature") == 4
+        assert page.count("expires=3600&amp;signature") == 2
         assert "The links to the pictures end at 20" in page
         for name in ("report.json", "report.jsonl"):
             assert b"signature" not in shop.store.objects[f"p/batches/spring/{name}"].body
@@ -328,9 +398,7 @@ def test_a_contact_sheet_shows_some_pictures_from_all_over_the_batch() -> None:
         shop = CountingShop(MemoryStore())
         await run(shop, source_of(prompts(200)))
         shown = sorted(key for name, key in shop.store.operations if name == "get" and "images/" in key)
-        assert len(shown) == MOST_FRAMES
-        assert shown[0] == "p/images/item-00000.png"
-        assert shown[-1] > "p/images/item-00190.png"
+        assert shown == [f"p/images/item-{number:05d}.png" for number in range(200)], "each is read once, for the page"
         with image.open(io.BytesIO(shop.store.objects["p/batches/spring/contact-sheet.png"].body)) as sheet:
             assert sheet.width > 1_000
         assert totals_of(shop.store)["contact_sheet"].endswith("/contact-sheet.png")

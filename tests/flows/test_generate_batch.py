@@ -98,7 +98,7 @@ def test_a_task_run_stands_for_a_chunk_and_the_run_is_completed(studio: Studio, 
     assert progress.data == 100
     assert "25 of 25 (100%): 25 stored" in progress.description
     (report,) = [one for one in artifacts if one.key == "eachlabs-batch-spring"]
-    assert "data:image/jpeg;base64," in report.data
+    assert "data:image/webp;base64," in report.data
     chunks = [one for one in artifacts if one.type == "markdown" and one.key is None]
     assert len(chunks) == 3
     assert any("fox number 24" in one.data for one in chunks)
@@ -297,8 +297,8 @@ def test_nothing_from_outside_is_markup_in_an_artifact() -> None:
         why=HOSTILE,
         stopped_by=HOSTILE,
     )
-    for markdown in (chunk_markdown([bad]), report_markdown(result, [bad], b"no picture")):
-        for sign in ("<img", "](javascript", "**bold**", "`code`", "\n\n"):
+    for markdown in (chunk_markdown([bad]), report_markdown(result, [bad], [(bad, "data:image/webp;base64,AAAA")])):
+        for sign in ("<img src", "](javascript", "**bold**", "`code`", "\n\n"):
             assert sign not in markdown
 
 

@@ -60,6 +60,12 @@ def page(browser: Any) -> Iterator[Any]:
     assert not dialogs, "a script of somebody else's ran"
 
 
+INSIDE = """() => [...document.querySelectorAll("table")].every(one => {
+  const page = one.closest("div");
+  return one.getBoundingClientRect().right <= page.getBoundingClientRect().right + 1;
+})"""
+
+
 def photograph(page: Any, name: str, folder: Path) -> None:
     """Into docs/ when asked to, else where tests put their things."""
     page.wait_for_timeout(1_500)  # what moves comes to rest
@@ -153,9 +159,11 @@ def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
     ui: str, base: str, studio: Studio, batch_artifact: str, page: Any, tmp_path: Path
 ) -> None:
     page.goto(f"{studio.stage.ui}{base}/artifacts/artifact/{batch_artifact}")
-    gallery = page.locator('img[src^="data:image/jpeg"]')
-    gallery.wait_for()
-    assert gallery.evaluate("image => image.complete && image.naturalWidth > 300")
+    gallery = page.locator('img[src^="data:image/webp"]')
+    gallery.first.wait_for()
+    assert gallery.count() == 5
+    assert gallery.first.evaluate("image => image.complete && image.naturalWidth >= 100")
+    assert page.evaluate(INSIDE), "the page's tables are wider than the page"
     page.get_by_text("an indecent *figure*").first.wait_for()
     photograph(page, f"{ui}-batch", tmp_path)
     assert "&#" not in page.locator("body").inner_text(), "entities show as they are written"

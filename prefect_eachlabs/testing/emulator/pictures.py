@@ -52,41 +52,58 @@ def plain_png(size_px: int, seed: str) -> bytes:
 def draw(prompt: str, *, size_px: int, seed: str, format: str = "png") -> bytes:
     """The prompt in white on one colour, and who drew it; the same seed and prompt give the same bytes."""
     hue = hashlib.sha256(seed.encode("utf-8", "replace")).digest()[0] / 256
-    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, 0.45))
-    picture = Image.new("RGB", (size_px, size_px), (red, green, blue))
+    picture = Image.new("RGB", (size_px, size_px), _colour(hue, 0.45))
     pen = ImageDraw.Draw(picture)
-    margin = size_px // 12
-    caption = ImageFont.load_default(max(6, size_px // 32))
-    pen.text((margin, size_px - margin), CAPTION, font=caption, fill="white", anchor="ls")
-    words = _showable(prompt).split() or ["(no", "prompt)"]
-    for part in (10, 14, 18, 24, 32):
+    margin = max(2, size_px // 16)
+    # Read it must be, also in a thumbnail.
+    caption_px = max(6, min(12, size_px // 10), size_px // 27)
+    caption = ImageFont.load_default(caption_px)
+    said = _wrapped(CAPTION.split(), caption, size_px - 2 * margin)
+    top = size_px - round(len(said) * caption_px * 1.3) - margin
+    pen.rectangle((0, top, size_px, size_px), fill=_colour(hue, 0.25))
+    pen.multiline_text(
+        (margin, top + margin // 2), "\n".join(said), font=caption, fill="white", spacing=caption_px * 0.3
+    )
+    words = _showable(prompt).split()
+    for part in (8, 10, 12, 15, 19, 24, 32):
         size = max(6, size_px // part)
         font = ImageFont.load_default(size)
         lines = _wrapped(words, font, size_px - 2 * margin)
-        if len(lines) * size * 1.3 <= size_px - 3 * margin or part == 32:
-            pen.multiline_text((margin, margin), "\n".join(lines), font=font, fill="white", spacing=size * 0.3)
+        if len(lines) * size * 1.3 <= top - 2 * margin or part == 32:
+            text = "\n".join(lines[: max(1, int((top - 2 * margin) / (size * 1.3)))])
+            pen.multiline_text((margin, margin), text, font=font, fill="white", spacing=size * 0.3)
             break
     buffer = io.BytesIO()
     picture.save(buffer, format.upper())
     return buffer.getvalue()
 
 
+def _colour(hue: float, value: float) -> tuple[int, int, int]:
+    red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.6, value))
+    return red, green, blue
+
+
 def _showable(text: str) -> str:
     """In characters that Pillow's own font has: without accents, and "?" for what is not Latin."""
     plain = unicodedata.normalize("NFKD", text[:_LEGIBLE])
     kept = (c for c in plain if unicodedata.category(c) not in ("Mn", "Cs", "Cf"))
-    return "".join(c if c.isascii() or c in _HAS else "-" if unicodedata.category(c) == "Pd" else "?" for c in kept)
+    shown = "".join(c if c.isascii() or c in _HAS else "-" if unicodedata.category(c) == "Pd" else "?" for c in kept)
+    if not shown.strip():
+        return "(no prompt)"
+    return "(a prompt that is not in Latin letters)" if shown.count("?") > len(shown) // 2 else shown
 
 
 def _wrapped(words: list[str], font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width_px: int) -> list[str]:
-    """Lines of whole words, as many as fit; a word that is wider than a line is cut."""
+    """Lines of words; a word that is wider than a line is broken."""
     lines: list[str] = []
     for word in words:
         if lines and font.getlength(f"{lines[-1]} {word}") <= width_px:
             lines[-1] += f" {word}"
             continue
         while len(word) > 1 and font.getlength(word) > width_px:
-            word = word[: len(word) * 3 // 4]  # noqa: PLW2901 - cut until it fits
+            fits = max(1, int(len(word) * width_px / font.getlength(word)))
+            lines.append(word[:fits])
+            word = word[fits:]  # noqa: PLW2901 - what is left of it
         lines.append(word)
     return lines
 
