@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.ui.conftest import PLACE, Studio
+from tests.ui.conftest import BUCKET, PLACE, Studio
 from tests.ui.stage import until
 
 pytestmark = pytest.mark.slow
 
 IMAGE = "generate-image/generate-image"
+BATCH = "generate-batch/generate-batch"
 TO_THE_BLOCK = "eachlabs-s3-destination/default"
 
 
@@ -95,6 +96,36 @@ def test_cancelling_a_run_cancels_its_prediction_and_the_next_run_buys_again(stu
     again = studio.stage.run(IMAGE, prompt="a cat that wanders", destination=PLACE, item_id="cat")
     assert studio.stage.ended(again)["state"]["type"] == "COMPLETED"
     assert [one["status"] for one in studio.predictions("a cat that wanders")] == ["cancelled", "success"]
+
+
+def test_a_cancelled_batch_ends_its_chunks_as_cancelled_and_says_what_it_has_bought(studio: Studio) -> None:
+    prompts = ["a hare", "a hare in snow", *(f"a mole that stays for day {number}" for number in range(6))]
+    s3 = studio.client()
+    try:
+        s3.put_object(Bucket=BUCKET, Key="tables/moles.csv", Body="\n".join(["prompt", *prompts]).encode())
+    finally:
+        s3.close()
+    studio.api.set_faults("prediction:slow,seconds=120,matching=stays")
+    place = f"s3://{BUCKET}/moles"
+    run_id = studio.stage.run(BATCH, source=f"s3://{BUCKET}/tables/moles.csv", destination=place, chunk_size=4)
+
+    def is_under_way() -> bool:
+        ends = [one["status"] for one in studio.api.predictions() if one["input"]["prompt"] in prompts]
+        return len(ends) == len(prompts) and ends.count("success") == 2
+
+    until(is_under_way, 120, "all are ordered, and two are there")
+    time.sleep(2)  # the two are stored
+    studio.stage.cancel(run_id)
+    assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
+    studio.api.set_faults()
+    body = {"flow_runs": {"id": {"any_": [run_id]}}}
+    states = until(
+        lambda: [one["state"]["type"] for one in studio.stage.ask("POST", "/task_runs/filter", body)], 30, "task runs"
+    )
+    assert set(states) == {"CANCELLED"}
+    (report,) = [one for one in studio.stage.artifacts(run_id) if one["key"] == "eachlabs-batch-moles"]
+    assert "interrupted" in report["data"]
+    assert "2 stored" in report["data"] or "<td>2</td>" in report["data"]
 
 
 @pytest.mark.parametrize(
