@@ -37,19 +37,21 @@ THUMBNAIL_PX = 320
 MOST_UNTOUCHED_BYTES = 200_000
 """Without Pillow a PNG up to this size is its own thumbnail."""
 SHOWN_CHARACTERS = 2_000
+UNSEEN = "&#8203;"
+"""Breaks words in V2 as well, which drops `<wbr>`; not for what people copy, for it goes along."""
 MOST_PROBLEMS = 200
 MOST_KEY_CHARACTERS = 31
 """Of an artifact's key, without its prefix: a card of Prefect's is no wider."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _MARKUP = re.compile(r"[!-/:-@\[-`{-~]")
 _LONG_WORD = re.compile(r"\S{16}(?=\S)")
-_NO_WORD = re.compile(r"[^\w ]|_")
+_NO_WORD = re.compile(r"[^\w ,]|_")
 
 
-def escaped(text: object, most: int = SHOWN_CHARACTERS, *, breaks: bool = True) -> str:
+def escaped(text: object, most: int = SHOWN_CHARACTERS, *, breaks: str = "<wbr>") -> str:
     """Text for a block of HTML, on one line: every ASCII sign is an entity, those of markdown too.
 
-    Long words have places at which they may be broken, unless they are an attribute's.
+    Long words have places at which they may be broken: by `breaks`, which is empty within an attribute.
 
     >>> escaped("a | b <c>")
     'a &#124; b &#60;c&#62;'
@@ -58,11 +60,11 @@ def escaped(text: object, most: int = SHOWN_CHARACTERS, *, breaks: bool = True) 
     line = line if len(line) <= most else line[: most - 1] + "…"
     # A table that is wider than Prefect's page runs under what stands beside it.
     pieces = _LONG_WORD.sub(lambda found: f"{found[0]}\0", line).split("\0") if breaks else [line]
-    return "<wbr>".join(_MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", piece) for piece in pieces)
+    return breaks.join(_MARKUP.sub(lambda sign: f"&#{ord(sign[0])};", piece) for piece in pieces)
 
 
 def plain(text: str) -> str:
-    """Text for an artifact's description, which V1 reads as Markdown and V2 does not: letters, digits and dashes alone.
+    """Text for an artifact's description, which V1 reads as Markdown and V2 does not: letters, digits, commas, dashes.
 
     >>> plain("Batch spring_2 ![x](http://evil)")
     'Batch spring-2 ---x--http---evil-'
@@ -127,9 +129,7 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
         facts.insert(0, ("bought", "earlier; this run found it in the bucket and bought nothing"))
     lines = []
     if thumbnail is not None:
-        lines.append(
-            f'<p><img alt="{escaped(image.item_id, breaks=False)}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>'
-        )
+        lines.append(f'<p><img alt="{escaped(image.item_id, breaks="")}" width="{THUMBNAIL_PX}" src="{thumbnail}"></p>')
     elif note:
         lines.append(f"<p>No thumbnail: {escaped(note, 300)}.</p>")
     if image.prompt:
@@ -241,7 +241,7 @@ def settle_markdown(destination: str, report: SettleReport) -> str:
     lines = [f"<p>Destination: {escaped(destination)}</p>", table((name, str(count)) for name, count in counts)]
     if report.problems:
         shown = sorted(report.problems.items())[:MOST_PROBLEMS]
-        rows = [(escaped(item), escaped(said, 600)) for item, said in shown]
+        rows = [(escaped(item), escaped(said, 600, breaks=UNSEEN)) for item, said in shown]
         lines.append(table(rows, head=("item", "what to do")))
         if len(report.problems) > MOST_PROBLEMS:
             lines.append(f"<p>And {len(report.problems) - MOST_PROBLEMS} more: prefect-eachlabs settle lists them.</p>")

@@ -14,7 +14,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 
-from prefect_eachlabs.artifacts import escaped, plain, quietly, show_markdown, table
+from prefect_eachlabs.artifacts import UNSEEN, escaped, plain, quietly, show_markdown, table
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch
@@ -79,8 +79,8 @@ def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
         (
             escaped(one.item_id or one.place, 60),
             one.state.value,
-            escaped(one.prompt, 120),
-            escaped(one.file_name if one.uri else one.why, 200),
+            escaped(one.prompt, 120, breaks=UNSEEN),
+            escaped(one.file_name) if one.uri else escaped(one.why, 200, breaks=UNSEEN),
             "" if one.cost_usd is None else f"{one.cost_usd:.4f}",
         )
         for one in outcomes
@@ -117,8 +117,8 @@ def report_markdown(
             (
                 escaped(one.item_id or one.place, 60),
                 one.state.value,
-                escaped(one.why, 300),
-                escaped(one.prompt, 120),
+                escaped(one.why, 300, breaks=UNSEEN),
+                escaped(one.prompt, 120, breaks=UNSEEN),
             )
             for one in not_there
         ]
@@ -127,12 +127,13 @@ def report_markdown(
         there = result.stored + result.reused
         blocks.append(f"<h2>{'Pictures' if len(gallery) == there else f'{len(gallery)} of {there:,} pictures'}</h2>")
         cells = [_cell(outcome, url) for outcome, url in gallery]
-        blocks.append(table(cells[at : at + GALLERY_COLUMNS] for at in range(0, len(cells), GALLERY_COLUMNS)))
+        shown = table(cells[at : at + GALLERY_COLUMNS] for at in range(0, len(cells), GALLERY_COLUMNS))
+        blocks.append(shown.replace("<td>", f'<td valign="top" width="{100 // GALLERY_COLUMNS}%">'))
     return "\n".join(blocks)
 
 
 def _cell(outcome: Outcome, url: str) -> str:
     cost = "" if outcome.cost_usd is None else f" · ${outcome.cost_usd:.4f}"
-    name = escaped(outcome.item_id, 40)
-    picture = f'<img width="{GALLERY_PX}" alt="{escaped(outcome.item_id, breaks=False)}" src="{url}">'
-    return f"{picture}<br>{escaped(outcome.prompt, 80)}<br><small>{name}{cost}</small>"
+    name = escaped(outcome.item_id, 16)
+    picture = f'<img width="{GALLERY_PX}" alt="{escaped(outcome.item_id, breaks="")}" src="{url}">'
+    return f"{picture}<br>{escaped(outcome.prompt, 80, breaks=UNSEEN)}<br><small>{name}{cost}</small>"

@@ -1,5 +1,5 @@
 """Events that an automation on the Prefect server can act on: a picture is stored, rows of a batch failed, a batch came
-to its end.
+to its end; and Prefect's own of an asset that was made, of a picture and of a batch.
 
 They hold ids, counts, costs and places; never a prompt, an input, a message of the API (which may quote one),
 a signed URL or a key. Prefect adds the flow run, its deployment and its tags as related resources. An event that cannot
@@ -9,12 +9,16 @@ be sent is logged and fails nothing.
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
-from prefect.context import FlowRunContext, TaskRunContext
+from prefect.assets import Asset, AssetProperties
+from prefect.context import AssetContext, FlowRunContext, TaskRunContext
 from prefect.events import emit_event
+from prefect.states import Completed
 
 from prefect_eachlabs.errors import InsufficientBalance
 from prefect_eachlabs.models import StoredImage
@@ -27,6 +31,11 @@ BUDGET_REACHED = "eachlabs.batch.budget-reached"
 BALANCE_EMPTY = "eachlabs.batch.balance-empty"
 BATCH_FINISHED = "eachlabs.batch.finished"
 
+MOST_SOURCES = 20
+"""Of an asset; each is an event more, and a server takes 100 related resources."""
+MOST_KEY_CHARACTERS = 512
+"""Prefect's own bound."""
+_NOT_IN_KEYS = re.compile(r"[^\w/.~:+=,;!$()*@-]")
 BATCH_FACTS = (
     "batch_id",
     "items",
@@ -42,8 +51,13 @@ BATCH_FACTS = (
 )
 
 
-def picture_stored(image: StoredImage) -> None:
-    """A picture was bought and is stored; one that was there already is no news."""
+def picture_stored(image: StoredImage, references: Iterable[str] = ()) -> None:
+    """A picture was bought and is stored; one that was there already is no news.
+
+    Args:
+        image: The picture.
+        references: Names of the reference pictures that it was made from.
+    """
     if not image.reused:
         facts = {
             "item_id": image.item_id,
@@ -54,6 +68,7 @@ def picture_stored(image: StoredImage) -> None:
             "predict_time_seconds": image.predict_time_seconds,
         }
         _send(STORED, f"eachlabs.picture.{image.item_id}", image.item_id, "picture", facts)
+        _materialized(image.uri, image.item_id, references, {"uri": None, **facts})
 
 
 def rows_failed(batch_id: str, rows: str, count: int, kinds: Counter[str]) -> None:
@@ -74,11 +89,12 @@ def rows_failed(batch_id: str, rows: str, count: int, kinds: Counter[str]) -> No
         _send(ROWS_FAILED, f"eachlabs.batch.{batch_id}", batch_id, "batch", facts, share)
 
 
-def batch_finished(result: Mapping[str, Any]) -> None:
+def batch_finished(result: Mapping[str, Any], sources: Iterable[str] = ()) -> None:
     """A batch came to its end: its counts, what it cost, where the report is; before that, what kept it from more.
 
     Args:
         result: What `BatchResult.as_json` says.
+        sources: Names of its table and of the reference pictures that its pictures were made from.
     """
     facts = {name: result[name] for name in BATCH_FACTS if name in result}
     batch_id = str(facts.get("batch_id") or "batch")
@@ -91,6 +107,44 @@ def batch_finished(result: Mapping[str, Any]) -> None:
     for event, has_happened in told:
         if has_happened:
             _send(event, f"eachlabs.batch.{batch_id}", batch_id, "batch", facts)
+    if facts.get("stored") and "report_uri" in facts:
+        folder = str(facts["report_uri"]).rpartition(f"/batches/{batch_id}/")[0]
+        _materialized(f"{folder}/batches/{batch_id}", batch_id, sources, facts)
+
+
+def _materialized(uri: str, name: str, upstream: Iterable[str], payload: Mapping[str, Any]) -> None:
+    """Prefect's own events of an asset: what it was made from was used, and it was made.
+
+    A server keeps them as events; where assets have pages (Prefect Cloud), they show as such.
+    """
+    if TaskRunContext.get() is None and FlowRunContext.get() is None:
+        return
+    sources = dict.fromkeys(key for one in upstream if (key := asset_key(one)) is not None)
+    key = asset_key(uri)
+    try:
+        made = AssetContext(
+            downstream_assets={Asset(key=str(key), properties=AssetProperties(name=name))},
+            direct_asset_dependencies={Asset(key=source) for source in list(sources)[:MOST_SOURCES]},
+            materialized_by="prefect-eachlabs",
+            materialization_metadata={str(key): {n: value for n, value in payload.items() if value is not None}},
+        )
+        made.emit_events(Completed())
+    except Exception as error:
+        logger.warning("The asset %s could not be told: %s: %s", name, type(error).__name__, str(error)[:200])
+
+
+def asset_key(name: str) -> str | None:
+    """The URI by which Prefect knows an object; None for what has none (a file of one machine, bytes).
+
+    Of a web address without its query, which may hold a signature; signs that Prefect does not take are dashes.
+
+    >>> asset_key("s3://acme/tables/spring 26.csv")
+    's3://acme/tables/spring-26.csv'
+    """
+    parts = urlsplit(name)
+    if parts.scheme not in ("s3", "https", "http") or not parts.netloc or "@" in parts.netloc:
+        return None
+    return f"{parts.scheme}://{parts.netloc}{_NOT_IN_KEYS.sub('-', parts.path)}"[:MOST_KEY_CHARACTERS]
 
 
 def _send(

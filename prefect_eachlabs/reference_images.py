@@ -158,6 +158,13 @@ def parse_date(text: object) -> datetime | None:
     return date if date.tzinfo is not None else None
 
 
+def names_in(input: Mapping[str, object]) -> list[str]:
+    """The names of the reference pictures in an item's input."""
+    found = [input.get(name) for name in REFERENCE_FIELDS]
+    names = [name for one in found for name in (one if isinstance(one, (list, tuple)) else [one])]
+    return [name for name in names if isinstance(name, str)]
+
+
 def parse_s3_name(text: str) -> tuple[str, str] | None:
     """Bucket and key of `s3://bucket/key`; None for anything else, and for keys whose `..` a URL would resolve."""
     bucket, _, key = text.removeprefix("s3://").partition("/")

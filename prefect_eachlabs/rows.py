@@ -214,7 +214,7 @@ def _bought(gateway: Gateway, batch: Batch, chunk_size: int) -> Plan[BatchResult
         yield from shown.show((yield from on_the_loop(gateway, _progress(batch))), at_the_end=True)
         if batch.options.shard is None:  # a share has no report
             yield from show_report(batch, result)
-            events.batch_finished(result.as_json())
+            events.batch_finished(result.as_json(), [batch.source_name, *batch.references])
         yield from chunk_runs.ended(LAST_CHUNKS_SECONDS)
     return result
 

@@ -31,7 +31,7 @@ from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Item, Prediction, StoredImage, parse_prediction_id
 from prefect_eachlabs.net.redaction import visible
-from prefect_eachlabs.reference_images import Picture, Roots, opened
+from prefect_eachlabs.reference_images import Picture, Roots, names_in, opened
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -366,7 +366,7 @@ def store_image(
     gateway = gateway_of(credentials)
     place, access = _place_of(finished, gateway) if destination is None else where(destination)
     image = yield from on_the_loop(gateway, gateway.engine.store(finished, place, access=access, formats=allowed))
-    return (yield from _stored(gateway, image, place, access, with_artifact=with_artifact))
+    return (yield from _stored(gateway, image, place, access, finished.input, with_artifact=with_artifact))
 
 
 astore_image = async_task(store_image)
@@ -374,7 +374,13 @@ astore_image = async_task(store_image)
 
 
 def _stored(
-    gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None, *, with_artifact: bool
+    gateway: Gateway,
+    image: StoredImage,
+    place: Destination,
+    access: S3Access | None,
+    input: Mapping[str, Any] | None,
+    *,
+    with_artifact: bool,
 ) -> Plan[StoredImage]:
     """What the run's log, its artifact and an event say of the picture, its cost among it."""
     image = yield from on_the_loop(gateway, gateway.engine.with_cost(image, place, access=access))
@@ -382,7 +388,7 @@ def _stored(
     log(f"Item {image.item_id} {verb}: {image.uri} ({image.size}).")
     if with_artifact:
         yield from show_picture(gateway, image, place, access)
-    events.picture_stored(image)
+    events.picture_stored(image, names_in(input or {}))
     return image
 
 
@@ -446,7 +452,7 @@ def generate_and_store(
     gateway = gateway_of(credentials)
     work = gateway.engine.generate_and_store(item, place, options=options, access=access)
     image = yield from on_the_loop(gateway, work)
-    return (yield from _stored(gateway, image, place, access, with_artifact=with_artifact))
+    return (yield from _stored(gateway, image, place, access, item.input, with_artifact=with_artifact))
 
 
 agenerate_and_store = async_task(generate_and_store)

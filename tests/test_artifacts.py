@@ -14,6 +14,7 @@ import pytest
 from markdown_it import MarkdownIt
 from PIL import Image
 from prefect import flow
+from prefect.assets import Asset
 from prefect.client.orchestration import get_client
 
 from prefect_eachlabs import (
@@ -23,6 +24,7 @@ from prefect_eachlabs import (
     artifacts,
     events,
     generate_and_store,
+    generate_rows,
 )
 from prefect_eachlabs.artifacts import artifact_key, escaped, picture_markdown, settle_markdown, thumbnail_url
 from prefect_eachlabs.confined import NotInstalled
@@ -157,7 +159,7 @@ def test_the_janitors_report_escapes_what_it_quotes() -> None:
     report = SettleReport(records=3, looked_at=1, ambiguous=1, problems={"fox": HOSTILE[2] + " | more"})
     seen = rendered(settle_markdown("s3://acme/daily", report))
     assert "img" not in [name for name, _ in seen.elements]
-    assert HOSTILE[2] in seen.text
+    assert HOSTILE[2] in seen.text.replace("\u200b", "")
 
 
 # ---------------------------------------------------------------- on a server
@@ -185,8 +187,56 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return heard
 
 
+@pytest.fixture
+def assets(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Prefect's events of assets that left this process."""
+    heard: list[dict[str, Any]] = []
+    monkeypatch.setattr("prefect.events.emit_event", lambda event, **facts: heard.append({"event": event, **facts}))
+    return heard
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("s3://acme/images/fox 1.png", "s3://acme/images/fox-1.png"),
+        ("https://cdn.example.org/fox.png?X-Amz-Signature=secret", "https://cdn.example.org/fox.png"),
+        ("https://user:secret@cdn.example.org/fox.png", None),
+        ("/home/me/table.csv", None),
+        ("sha256:" + "0" * 64, None),
+        ("s3://acme/<img src=x>&'\"{}%20\n", "s3://acme/-img-src=x-------20"),
+    ],
+)
+def test_an_assets_key_is_one_that_prefect_takes_and_holds_no_secret(name: str, key: str | None) -> None:
+    assert events.asset_key(name) == key
+    if key is not None:
+        assert Asset(key=key).key == key
+
+
 @pytest.mark.usefixtures("prefect_server")
 class TestOnAServer:
+    def test_a_picture_and_a_batch_are_an_asset_each_with_what_they_were_made_from(
+        self, studio: Studio, assets: list[dict[str, Any]], sent: list[dict[str, Any]]
+    ) -> None:
+        @flow
+        def work() -> None:
+            generate_and_store("one", destination=studio.destination, item_id="asset-1")
+            generate_and_store("one", destination=studio.destination, item_id="asset-1")
+            generate_rows([{"prompt": f"fox {n}"} for n in range(3)], destination=studio.destination, batch_id="foxes")
+            events.batch_finished(
+                {"batch_id": "b", "stored": 2, "report_uri": "s3://acme/p/batches/b/runs/r/report.json", "items": 2},
+                ["s3://acme/tables/spring.csv", "s3://acme/refs/fox.png", "/home/me/table.csv"],
+            )
+
+        work()
+        made = [one for one in assets if one["event"] == "prefect.asset.materialization.succeeded"]
+        keys = [one["resource"]["prefect.resource.id"] for one in made]
+        place = studio.destination
+        assert keys == [f"{place}/images/asset-1.png", f"{place}/batches/foxes", "s3://acme/p/batches/b"]
+        assert [one["payload"].get("cost_usd") for one in made[:2]] == [0.039, 0.117]
+        upstream = {one["prefect.resource.id"] for one in made[2]["related"]}
+        assert upstream == {"s3://acme/tables/spring.csv", "s3://acme/refs/fox.png", "prefect-eachlabs"}
+        assert "prompt" not in repr(assets)
+
     def test_the_flow_leaves_an_artifact_with_the_picture_and_its_cost_that_was_settled_late(
         self, studio: Studio, sent: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
     ) -> None:

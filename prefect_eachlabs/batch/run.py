@@ -54,6 +54,7 @@ COST_PAUSE_SECONDS = 15.0
 PAGES_OF_OTHERS = 5
 """Executions of other keys and runs stand among ours: so many pages more than ours would fill are looked through."""
 MOST_IN_GALLERY = 24
+KEPT_REFERENCES = 20
 KEPT_FAILURES = 50
 """Rows without a picture that are at hand for whoever shows them; the report has all."""
 
@@ -188,6 +189,9 @@ class Batch:
         self._writer = ReportWriter(folder, self.run_name, self.scratch, self.report)
         self._buying: Buying | None = None
         self.first_not_there: list[Outcome] = []
+        self.source_name = source.name
+        self.references: dict[str, None] = {}
+        """Reference pictures that its pictures were made from, the first of them."""
         self.gallery: list[tuple[Outcome, str]] = []
         """Pictures from all over the batch, each with its thumbnail's data URL; once the report is written."""
         self._obtaining: set[asyncio.Task[Any]] = set()
@@ -501,6 +505,8 @@ class Batch:
         self.totals.add(outcome)
         self._news += is_news
         is_there = outcome.state in THERE
+        if is_there and outcome.image_url and len(self.references) < KEPT_REFERENCES:
+            self.references[outcome.image_url] = None
         if not is_there and len(self.first_not_there) < KEPT_FAILURES:
             self.first_not_there.append(outcome)
         lacks_cost = outcome.bought_by in self.budget.ours and outcome.cost_usd is None
