@@ -2,6 +2,8 @@
 
     python benchmarks/buyer.py WAY --url URL --requests-per-minute 60 --in-flight 10
 
+What EACHLABS_WEBHOOK_... says is heeded.
+
 Says `ready`, begins at the word `go SECONDS`, and answers with one JSON object: prediction id -> the moment
 (`time.monotonic`, which all processes of a machine share) at which its end was known.
 """
@@ -168,6 +170,9 @@ def settings_of(arguments: argparse.Namespace) -> AccountSettings:
         requests_per_minute=arguments.requests_per_minute or None,
         max_in_flight=arguments.in_flight,
         account=arguments.account,
+        webhook_url=os.environ.get("EACHLABS_WEBHOOK_URL", ""),
+        webhook_secret=SecretStr(os.environ.get("EACHLABS_WEBHOOK_SECRET", "")),
+        webhook_listen=os.environ.get("EACHLABS_WEBHOOK_LISTEN", ""),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from processes import Emulator, Process, Trouble, clean_environment, python
+from processes import Emulator, Process, Trouble, clean_environment, free_port, python
 from servers import postgres, prefect_server
 
 WAYS = {
@@ -20,6 +21,13 @@ WAYS = {
     "plain": "plain asyncio: a semaphore, asking every 2 s",
     "ours": "prefect-eachlabs",
 }
+CALLED_WAYS = {
+    "called": "the same with webhooks: one process receives for itself, several through `webhooks serve` and a server",
+    "uncalled": "with webhooks, and no call ever comes",
+    "badly called": "with webhooks, of whose calls a tenth is lost, a fifth comes twice, and a fifth after forged ones",
+}
+BADLY = ("webhook:lost=0.1", "webhook:twice=0.2", "webhook:forged=0.2")
+WEBHOOK_SECRET = "the benchmark's secret of orders' secrets"
 HEAD_START_SECONDS = 60.0
 SERVICE_SECONDS = 5.0
 
@@ -101,6 +109,37 @@ SCENARIOS = {
         "as for (a)",
         34.0,
         processes=4,
+    ),
+    "f1": Scenario(
+        "f1",
+        "60 requests a minute, 10 in flight, with webhooks",
+        60.0,
+        "every request buys",
+        57.0,
+    ),
+    "f2": Scenario(
+        "f2",
+        "the same, two processes over one server and one receiver",
+        60.0,
+        "every request buys",
+        54.0,
+        processes=2,
+    ),
+    "f4": Scenario(
+        "f4",
+        "the same, four processes",
+        60.0,
+        "every request buys",
+        54.0,
+        processes=4,
+    ),
+    "fn": Scenario(
+        "fn",
+        "no request limit, 10 in flight, with webhooks",
+        10 * 60 / SERVICE_SECONDS,
+        "ten in flight for 5 s each: 10 × 60/5",
+        114.0,
+        requests_per_minute=None,
     ),
 }
 
@@ -218,11 +257,13 @@ def run_side_by_side(entries: Sequence[Entry], folder: Path, seconds: float) -> 
 
 def _enter(entry: Entry, folder: Path, open_: contextlib.ExitStack, number: int) -> Entrant:
     scenario = entry.scenario
-    name = f"{number}-{scenario.name}-{entry.way}"
-    emulator = open_.enter_context(Emulator(folder, name, *scenario.emulator_flags()))
+    name = f"{number}-{scenario.name}-{entry.way.replace(' ', '-')}"
+    faults = {"uncalled": ("webhook:lost",), "badly called": BADLY}.get(entry.way, ())
+    flags = [*scenario.emulator_flags(), *(word for fault in faults for word in ("--fault", fault))]
+    emulator = open_.enter_context(Emulator(folder, name, *flags))
     command = python(
         "buyer.py",
-        entry.way,
+        "ours" if entry.way in CALLED_WAYS else entry.way,
         *("--url", emulator.url),
         *("--requests-per-minute", str(scenario.requests_per_minute or 0)),
         *("--in-flight", str(scenario.in_flight)),
@@ -232,11 +273,27 @@ def _enter(entry: Entry, folder: Path, open_: contextlib.ExitStack, number: int)
     environment = clean_environment(PREFECT_HOME=str(folder))
     if entry.prefect_api_url is not None:
         environment["PREFECT_API_URL"] = entry.prefect_api_url
+    if entry.way in CALLED_WAYS:
+        environment |= _called(environment, folder, open_, name, by_events=scenario.processes > 1)
     buyers = [
         open_.enter_context(Process(command, folder, f"buyer-{name}-{index}", environment=environment))
         for index in range(scenario.processes)
     ]
     return Entrant(scenario, entry.way, entry.place, emulator, buyers)
+
+
+def _called(
+    environment: dict[str, str], folder: Path, open_: contextlib.ExitStack, name: str, *, by_events: bool
+) -> dict[str, str]:
+    """What a buyer is told of webhooks: a port of its own, or that of a receiver that emits events."""
+    port = free_port()
+    told = {"EACHLABS_WEBHOOK_URL": f"http://127.0.0.1:{port}", "EACHLABS_WEBHOOK_SECRET": WEBHOOK_SECRET}
+    if not by_events:
+        return {**told, "EACHLABS_WEBHOOK_LISTEN": f"127.0.0.1:{port}"}
+    command = [sys.executable, "-m", "prefect_eachlabs", "webhooks", "serve", "--port", str(port)]
+    receiver = Process(command, folder, f"receiver-{name}", environment={**environment, **told})
+    open_.enter_context(receiver).first_line()
+    return told
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """Measures, in real time and side by side with simpler ways, and writes docs/benchmarks.md. `make bench` runs it.
 
-    python benchmarks/run.py                              everything, some 17 minutes
+    python benchmarks/run.py                              everything, some 20 minutes
     python benchmarks/run.py --only a,c --minutes 2       some of it, printed, written nowhere
 
 A machine that is busy with other things shows in the figures; the load average is written down with them.
@@ -9,6 +9,7 @@ A machine that is busy with other things shows in the figures; the load average 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shlex
 import signal
@@ -20,8 +21,9 @@ from pathlib import Path
 
 import report
 from batches import MANY_ITEMS, SPEED_ITEMS, memory_and_again, speed
-from pace import SCENARIOS, WAYS, Entry, Figures, Scenario, prefect_servers, run_side_by_side
+from pace import CALLED_WAYS, SCENARIOS, WAYS, Entry, Figures, Scenario, prefect_servers, run_side_by_side
 from processes import HERE, Trouble
+from servers import prefect_server
 
 OUTPUT = HERE.parent / "docs" / "benchmarks.md"
 GROUPS = {
@@ -30,6 +32,7 @@ GROUPS = {
     "c": "no request limit, 10 in flight",
     "d": "600/min, 100 in flight",
     "e": "two and four processes sharing (a) through a Prefect server, on SQLite and on PostgreSQL",
+    "f": "with webhooks, beside without: one, two and four processes at 60/min, and no request limit",
     "speed": "pictures a second without limits, beside a bare script",
     "memory": "peak memory at 1,000 and 10,000 items, and a finished batch again",
 }
@@ -46,7 +49,7 @@ def seconds_of(scenario: Scenario, minutes: float | None) -> float:
 def shown(figures: Sequence[Figures]) -> list[Figures]:
     for one in figures:
         say(
-            f"  {one.scenario.name:>2} {one.way:<6} {one.place:<10} {one.per_minute:6.1f} a minute "
+            f"  {one.scenario.name:>2} {one.way:<12} {one.place:<10} {one.per_minute:6.1f} a minute "
             f"({one.share:4.0%} of the ceiling), {one.requests_a_picture:5.2f} requests a picture, "
             f"window {one.worst_window}, in flight {one.worst_in_flight}, 429: {one.throttled}, "
             f"known after {one.known_after_median:.2f} s ({one.known_after_95:.2f} s)"
@@ -78,6 +81,20 @@ def several_processes(folder: Path, minutes: float | None) -> list[Figures]:
     return figures
 
 
+def with_webhooks(folder: Path, minutes: float | None) -> list[Figures]:
+    """All at the same time, each against an emulator of its own; one server is everybody's."""
+    seconds = seconds_of(SCENARIOS["f1"], minutes)
+    with contextlib.ExitStack() as open_:
+        url = open_.enter_context(prefect_server(folder, "webhooks"))
+        say(f"f: {seconds:.0f} s, several processes on {url}")
+        one, unlimited = SCENARIOS["f1"], SCENARIOS["fn"]
+        entries = [Entry(one, "ours"), *(Entry(one, way) for way in CALLED_WAYS)]
+        entries += [Entry(unlimited, "ours"), Entry(unlimited, "called")]
+        for several in (SCENARIOS["f2"], SCENARIOS["f4"]):
+            entries += [Entry(several, way, "SQLite", url) for way in ("ours", "called")]
+        return shown(run_side_by_side(entries, folder, seconds))
+
+
 def speed_and_memory(chosen: Sequence[str], folder: Path, items: int | None) -> list[str]:
     sections: list[str] = []
     if "speed" in chosen:
@@ -98,6 +115,8 @@ def measure(chosen: Sequence[str], folder: Path, minutes: float | None, items: i
     figures = single_processes(chosen, folder, minutes)
     if "e" in chosen:
         figures += several_processes(folder, minutes)
+    if "f" in chosen:
+        figures += with_webhooks(folder, minutes)
     sections = [report.pace_section(figures)] if figures else []
     return sections + speed_and_memory(chosen, folder, items)
 
@@ -111,7 +130,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--minutes",
         type=float,
-        help="how long each of (a) to (e) runs (3): whole minutes, of which the first is left out",
+        help="how long each of (a) to (f) runs (3): whole minutes, of which the first is left out",
     )
     parser.add_argument("--items", type=int, help="how many items the large batch has")
     parser.add_argument("--output", type=Path, help="where the page goes; a full run writes docs/benchmarks.md")

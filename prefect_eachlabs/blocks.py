@@ -81,10 +81,27 @@ class EachlabsCredentials(CredentialsBlock):
         description="At most so many predictions at a time; 0: no limit. Empty: 10, as the model's page says.",
     )
 
+    webhook_url: Text = Field(
+        default="",
+        title="Webhook URL",
+        description="Where the vendor calls when a prediction has ended: https. Empty: EACHLABS_WEBHOOK_URL, then "
+        "nowhere; ends are asked for.",
+    )
+    webhook_secret: SecretStr | None = Field(
+        default=None,
+        title="Webhook secret",
+        description="At least 16 characters, the same as the receiver's. Empty: EACHLABS_WEBHOOK_SECRET.",
+    )
+
     @field_validator("base_url")
     @classmethod
     def _a_safe_base_url(cls, url: str) -> str:
         return check_base_url(url) if url else ""
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _a_safe_webhook_url(cls, url: str) -> str:
+        return check_base_url(url, what="webhook URL") if url else ""
 
     def account_settings(self) -> AccountSettings:
         """The account: these fields, then the environment, then the defaults.
@@ -93,7 +110,7 @@ class EachlabsCredentials(CredentialsBlock):
             SetupError: A setting is out of bounds.
         """
         given: dict[str, Any] = {"api_key": self.api_key}
-        for name in ("base_url", "auth_scheme", "account"):
+        for name in ("base_url", "auth_scheme", "account", "webhook_url", "webhook_secret"):
             if getattr(self, name):
                 given[name] = getattr(self, name)
         for name in ("requests_per_minute", "max_in_flight"):

@@ -224,6 +224,22 @@ def destination_from_environment(environ: Mapping[str, str] | None = None) -> st
     return text
 
 
+def webhook_secret_from_environment(environ: Mapping[str, str] | None = None) -> SecretStr:
+    """`EACHLABS_WEBHOOK_SECRET` alone, for a receiver that knows nothing else of the account.
+
+    Raises:
+        SetupError: It is not set, or too short.
+    """
+    text = (os.environ if environ is None else environ).get(ENVIRONMENT["webhook_secret"], "")
+    try:
+        return check_webhook_secret(SecretStr(text))
+    except ValueError as error:
+        raise SetupError(
+            f"EACHLABS_WEBHOOK_SECRET: {error}, the same as the workers'. `python -c 'import secrets; "
+            "print(secrets.token_urlsafe(32))'` makes one."
+        ) from None
+
+
 def settings_from_environment(environ: Mapping[str, str] | None = None, **given: Any) -> AccountSettings:
     """The account as the environment describes it; `given` (the fields of a block, say) wins over it.
 

@@ -16,15 +16,29 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Annotated, Any
 
 from prefect_eachlabs.cli.options import InJson, flag
-from prefect_eachlabs.errors import EachlabsError, KeyRefused, Rejected, SetupError, StoreFailed, Throttled
+from prefect_eachlabs.errors import (
+    EachlabsError,
+    KeyRefused,
+    Rejected,
+    SetupError,
+    StoreFailed,
+    Throttled,
+    without_query,
+)
 
 if TYPE_CHECKING:
     from prefect_eachlabs.blocks import S3Destination
     from prefect_eachlabs.engine.runtime import Gateway
     from prefect_eachlabs.limits.admin import LimitStatus, TagLimit
+    from prefect_eachlabs.models import Callback
     from prefect_eachlabs.settings import AccountSettings
 
 PLACE_WITHIN_SECONDS = 20.0
+CALL_WITHIN_SECONDS = 15.0
+TAKEN_ELSEWHERE = (
+    "The receiver took it: does it have the same PREFECT_API_URL as this machine, and do their clocks agree to a "
+    "minute? Does another process listen at EACHLABS_WEBHOOK_LISTEN?"
+)
 PROBE = "doctor.txt"
 FILE_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 MEMORY_LEASES = "prefect.server.concurrency.lease_storage.memory"
@@ -69,7 +83,8 @@ def doctor(
 
     Sends one request to the API, which is free (a list of one execution), and with
     --to writes one small object (PREFIX/doctor.txt) to see whether the bucket keeps
-    the conditions that purchases rely on.
+    the conditions that purchases rely on. Where EACHLABS_WEBHOOK_URL is set, it calls
+    itself there and waits 15 s for the call to come in.
 
     exit status: 0 all is well, 1 it works and something should be fixed, 2 it
     cannot work until something is fixed
@@ -87,6 +102,7 @@ def doctor(
     try:
         findings.append(api(settings, shared=limits_are_there))
         findings.append(bucket(to))
+        findings.append(webhooks(settings))
     finally:
         close_gateways()
     findings += of_server
@@ -242,6 +258,58 @@ def bucket(to: str | None) -> Finding:
             "Use a store that keeps them; or EACHLABS_CONDITIONAL_WRITES=ignore with one worker, at your own risk.",
         )
     return Finding("bucket", OK, f"{place} can be listed and written and keeps conditions")
+
+
+def webhooks(settings: AccountSettings | None) -> Finding:
+    """Whether a call to the configured URL comes in here: it calls itself."""
+    if settings is None or not settings.webhook_url:
+        return Finding("webhooks", SKIPPED, "EACHLABS_WEBHOOK_URL is not set: ends are asked for")
+    from prefect_eachlabs.engine.runtime import gateway_for
+
+    gateway = gateway_for(settings)
+    by = f"port {settings.webhook_listen}" if settings.webhook_listen else "the Prefect server's events"
+    way_is_open, came_after_seconds, answer = gateway.call(_call_oneself(gateway))
+    where = without_query(settings.webhook_url)
+    if came_after_seconds is not None:
+        return Finding("webhooks", OK, f"a call to {where} came in by {by} after {came_after_seconds:.1f} s")
+    if settings.webhook_listen and not way_is_open and answer == "HTTP 202":
+        return Finding("webhooks", OK, f"a call to {where} was taken by the process that listens at {by}")
+    advice = {
+        **dict.fromkeys(("HTTP 202", "HTTP 204"), TAKEN_ELSEWHERE),
+        "HTTP 401": "The receiver has another EACHLABS_WEBHOOK_SECRET than this machine.",
+    }.get(answer, "Look at what stands between that URL and here (docs, Webhooks); until then ends are asked for.")
+    said = "" if way_is_open else f"; nothing can come in by {by}"
+    return Finding(
+        "webhooks",
+        MEND,
+        f"a call to {where} ({answer}) did not come in within {CALL_WITHIN_SECONDS:.0f} s{said}",
+        advice,
+    )
+
+
+async def _call_oneself(gateway: Gateway) -> tuple[bool, float | None, str]:
+    """Whether the way in is open, after how many seconds the call came, and what answered at the URL."""
+    import httpx
+
+    of_account = gateway.engine.account.webhooks
+    way_is_open = await of_account.open()
+    answer = "no answer"
+
+    async def send(callback: Callback) -> None:
+        nonlocal answer
+        body = {"exec_id": "doctor", "status": "succeeded", "output": ""}
+        try:
+            async with httpx.AsyncClient(timeout=CALL_WITHIN_SECONDS) as http:
+                sent = await http.post(callback.url, json=body, headers={"X-Webhook-Secret": callback.secret})
+                answer = f"HTTP {sent.status_code}"
+        except httpx.HTTPError as error:
+            answer = type(error).__name__
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    within_seconds = CALL_WITHIN_SECONDS if way_is_open else 0.0
+    came = await of_account.call_oneself(send, within_seconds=within_seconds)
+    return way_is_open, loop.time() - began if came else None, answer
 
 
 # ------------------------------------------------------------ the Prefect server

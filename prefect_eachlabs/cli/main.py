@@ -25,6 +25,7 @@ COMMANDS = {
     "settle": "what runs left behind in a bucket: find out, store what was paid for, buy nothing",
     "audit": "the account's bill, joined with the records: did I pay for anything I do not have?",
     "limits": "the account's limits on the Prefect server: create, show, reset",
+    "webhooks": "receives the vendor's calls and hands them on as events of the Prefect server",
     "doctor": "what is set up and what is wrong: each line ok, or what to do; costs nothing",
     "setup": "makes work pool, limits and blocks on the Prefect server, as often as you like",
     "emulator": "a stand-in for the Eachlabs API that keeps its rules, on this machine",

@@ -205,7 +205,10 @@ def credentials_given(environ: Mapping[str, str]) -> dict[str, Any] | None:
         return None
     settings = settings_from_environment(environ)
     given: dict[str, Any] = {"api_key": settings.api_key}
-    for field in ("base_url", "auth_scheme", "account", "requests_per_minute", "max_in_flight"):
+    for field in (
+        *("base_url", "auth_scheme", "account", "requests_per_minute", "max_in_flight"),
+        *("webhook_url", "webhook_secret"),
+    ):
         if environ.get(ENVIRONMENT[field], "").strip():
             value = getattr(settings, field)
             given[field] = 0 if value is None else value

@@ -95,10 +95,10 @@ class _Server(uvicorn.Server):
         yield
 
 
-def server_of(app: App) -> uvicorn.Server:
-    """A server for the app that logs no request and leaves signals alone; `serve(sockets=[...])` runs it."""
+def server_of(take: Take) -> uvicorn.Server:
+    """A server that hands calls to `take`, logs none and leaves signals alone; `serve(sockets=[...])` runs it."""
     config = uvicorn.Config(
-        app,
+        receiver_app(take),
         lifespan="off",
         ws="none",
         log_config=None,
@@ -124,7 +124,7 @@ class _Listener:
     def __init__(self, place: str) -> None:
         self._socket = listening(*host_and_port(place))
         self._takers: list[Take] = []
-        self._server = server_of(receiver_app(self._take))
+        self._server = server_of(self._take)
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
 
     def _take(self, call: Call) -> Verdict:

@@ -18,6 +18,7 @@ from prefect.events.clients import get_events_subscriber
 from prefect.events.filters import EventFilter, EventNameFilter
 from prefect.settings import PREFECT_API_URL
 
+from prefect_eachlabs.errors import without_query
 from prefect_eachlabs.limits.prefect_leases import context_without_retries
 from prefect_eachlabs.webhooks.calls import Call, call_in, handed_on, secret_of
 from prefect_eachlabs.webhooks.webhooks import Verdict
@@ -51,6 +52,7 @@ class HandOn:
     def __init__(self, master: str) -> None:
         self._master = master
         self._waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_WAITING)
+        self.where = without_query(PREFECT_API_URL.value() or "(no PREFECT_API_URL)")
 
     def take(self, call: Call) -> Verdict:
         """Raises BlockingIOError when too many wait already."""
@@ -88,7 +90,13 @@ class HandOn:
                     await asyncio.sleep(pause_seconds)
                     pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
                 else:
+                    for _ in batch:
+                        self._waiting.task_done()
                     batch, pause_seconds = [], FIRST_PAUSE_SECONDS
+
+    async def drained(self) -> None:
+        """Comes back when all that was taken is handed on."""
+        await self._waiting.join()
 
 
 def _event(payload: dict[str, Any]) -> dict[str, Any]:

@@ -217,12 +217,12 @@ class Webhooks:
             listener(self._poller.end_of(end.id) or end, now - self._bought_at.get(end.id, now))
         return Verdict.TAKEN
 
-    async def call_oneself(self, send: Callable[[Callback, str], Awaitable[None]], *, within_seconds: float) -> bool:
+    async def call_oneself(self, send: Callable[[Callback], Awaitable[None]], *, within_seconds: float) -> bool:
         """Whether a call that `send` makes to the URL comes in here. For `doctor`."""
         write_id = self.name()
         came = self._expected[write_id] = asyncio.get_running_loop().create_future()
         try:
-            await send(callback_of(self._url, self._master, write_id), write_id)
+            await send(callback_of(self._url, self._master, write_id))
             await asyncio.wait_for(came, within_seconds)
         except asyncio.TimeoutError:
             return False

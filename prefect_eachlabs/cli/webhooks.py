@@ -1,0 +1,81 @@
+"""`prefect-eachlabs webhooks serve`: receives the vendor's calls and hands them on as events of the Prefect server."""
+
+# ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from prefect_eachlabs.cli.options import flag
+from prefect_eachlabs.errors import SetupError
+
+if TYPE_CHECKING:
+    from prefect_eachlabs.webhooks.calls import Call
+    from prefect_eachlabs.webhooks.webhooks import Verdict
+
+HANDED_ON_WITHIN_SECONDS = 5.0
+
+
+def webhooks(
+    action: Annotated[Literal["serve"], flag("what to do")],
+    /,
+    *,
+    host: Annotated[str, flag("where it listens (127.0.0.1; 0.0.0.0: everywhere)")] = "127.0.0.1",
+    port: Annotated[int, flag("0 takes a free one (8800)")] = 8800,
+) -> int:
+    """Receives the vendor's calls and hands them on as events of the Prefect server.
+
+    Stands where the vendor reaches it, with https in front; workers listen to the
+    server's events and need no open port. Knows neither the API's key nor S3's:
+      EACHLABS_WEBHOOK_SECRET  the workers' own; calls without an order's secret that
+                               is made of it are answered 401 and go no further
+      PREFECT_API_URL          where the events go (and PREFECT_API_KEY or
+                               PREFECT_API_AUTH_STRING)
+
+    example:
+      prefect-eachlabs webhooks serve --port 8800
+    """
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+    from prefect_eachlabs.settings import webhook_secret_from_environment
+    from prefect_eachlabs.webhooks.receiver import listening, server_of
+    from prefect_eachlabs.webhooks.stream import HandOn, has_server
+
+    secret = webhook_secret_from_environment()
+    if not has_server():
+        raise SetupError("No Prefect server is configured, to hand calls on to: set PREFECT_API_URL.")
+    try:
+        socket = listening(host, port)
+    except (OSError, OverflowError) as error:
+        raise SetupError(f"Cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
+    counts: Counter[str] = Counter()
+
+    async def serve() -> None:
+        hand_on = HandOn(secret.get_secret_value())
+
+        def take(call: Call) -> Verdict:
+            verdict = hand_on.take(call)
+            counts[verdict.value] += 1
+            return verdict
+
+        server = server_of(take)
+        emitting = asyncio.ensure_future(hand_on.run())
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C ends it all the same
+                asyncio.get_running_loop().add_signal_handler(number, setattr, server, "should_exit", True)
+        print(f"Receiving calls at http://{host}:{socket.getsockname()[1]}, for {hand_on.where}", flush=True)
+        await server.serve(sockets=[socket])
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(hand_on.drained(), HANDED_ON_WITHIN_SECONDS)
+        emitting.cancel()
+        await asyncio.gather(emitting, return_exceptions=True)
+
+    with contextlib.closing(socket), contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve())
+    print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "no calls", file=sys.stderr)
+    return 0
