@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from prefect_eachlabs.errors import EachlabsError
-from prefect_eachlabs.limits.limiter import RateLimiter
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.models import Execution, Prediction
 from prefect_eachlabs.polling.poller import Poller
 
@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 PAGE_ROWS = 100
 AT_MOST_EVERY_SECONDS = 60.0
+PRESSED = 0.8
+"""Of the requests that there are: beyond that each page takes the place of a create."""
 NOT_LONGER_THAN_SECONDS = 600.0
 """While creates wait for requests, costs do: so long at most."""
 GIVEN_UP_SECONDS = 3600.0
@@ -122,7 +124,8 @@ class LateCosts:
         open_ = [one for one in self._untold.values() if one.row is None]
         if not open_ or now - self._asked_at < AT_MOST_EVERY_SECONDS:
             return False
-        return not self._limiter.requests_waiting or now - open_[0].since > NOT_LONGER_THAN_SECONDS
+        pressed = self._limiter.requests_waiting or self._limiter.pressure(Kind.REQUESTS) > PRESSED
+        return not pressed or now - open_[0].since > NOT_LONGER_THAN_SECONDS
 
     async def _ask(self, *, most_pages: int) -> None:
         """Pages of the list until all that is open was seen."""
