@@ -79,7 +79,7 @@ class HandOn:
                 while len(batch) < EVENTS_AT_ONCE and not self._waiting.empty():
                     batch.append(self._waiting.get_nowait())
                 try:
-                    await client.request("POST", "/events", json=[_event(payload) for payload in batch])
+                    await client.request("POST", "/events", json=[event_of(payload) for payload in batch])
                 except Exception as error:  # whatever it is, the calls are kept
                     logger.warning(
                         "The Prefect server takes no events (%s); %s calls wait, trying again in %g s.",
@@ -99,7 +99,7 @@ class HandOn:
         await self._waiting.join()
 
 
-def _event(payload: dict[str, Any]) -> dict[str, Any]:
+def event_of(payload: dict[str, Any]) -> dict[str, Any]:
     resource = Resource({"prefect.resource.id": f"eachlabs.webhook.{payload['write_id']}"})
     return Event(event=CALLED, resource=resource, payload=payload).model_dump(mode="json")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,6 +42,35 @@ def test_what_is_right_is_ok_and_costs_nothing(studio: Studio, capsys: pytest.Ca
     assert studio.billed == 0
     assert studio.keys("") == ["doctor.txt"]
     assert "a-key-of-tests" not in out
+
+
+def webhooks_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **given: str) -> dict[str, Any]:
+    for name, value in given.items():
+        monkeypatch.setenv(f"EACHLABS_WEBHOOK_{name.upper()}", value)
+    found: dict[str, Any] = findings(capsys)[1]["webhooks"]
+    assert SECRET not in str(found)
+    return found
+
+
+SECRET = "the secret of all orders' secrets"
+
+
+def test_it_calls_itself_through_the_configured_url(
+    studio: Studio, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "CALL_WITHIN_SECONDS", 1.0)
+    assert webhooks_of(capsys, monkeypatch)["state"] == "-"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    url = f"http://{place}/in"
+    good = webhooks_of(capsys, monkeypatch, url=url, secret=SECRET, listen=place)
+    assert (good["state"], f"came in by port {place}" in good["said"]) == ("ok", True)
+    wrong = webhooks_of(capsys, monkeypatch, url="http://127.0.0.1:9/in")
+    assert (wrong["state"], "did not come in" in wrong["said"]) == ("MEND", True)
+    nowhere = webhooks_of(capsys, monkeypatch, listen="")
+    assert (nowhere["state"], "nothing can come in" in nowhere["said"]) == ("MEND", True)
+    assert studio.billed == 0
 
 
 def test_the_lines_for_people_say_what_to_do(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:

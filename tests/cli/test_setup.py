@@ -34,6 +34,11 @@ def test_the_block_gets_what_the_environment_says_and_nothing_more() -> None:
     given = credentials_given({"EACHLABS_API_KEY": KEY, "EACHLABS_REQUESTS_PER_MINUTE": "none"})
     assert given is not None
     assert (set(given), given["requests_per_minute"]) == ({"api_key", "requests_per_minute"}, 0)
+    called = {"EACHLABS_WEBHOOK_URL": "https://hooks.test/in", "EACHLABS_WEBHOOK_SECRET": "s" * 16}
+    given = credentials_given({"EACHLABS_API_KEY": KEY, **called})
+    assert given is not None
+    assert set(given) == {"api_key", "webhook_url", "webhook_secret"}
+    assert "ssss" not in str(given)
     place = destination_given({"AWS_ENDPOINT_URL_S3": "http://127.0.0.1:9", "AWS_SECRET_ACCESS_KEY": "x"}, PLACE)
     assert place == {"bucket": "acme-pictures", "prefix": "daily", "endpoint_url": "http://127.0.0.1:9"}
 
