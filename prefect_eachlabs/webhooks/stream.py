@@ -100,6 +100,7 @@ class HandOn:
 
 
 def event_of(payload: dict[str, Any]) -> dict[str, Any]:
+    """As the server takes it."""
     resource = Resource({"prefect.resource.id": f"eachlabs.webhook.{payload['write_id']}"})
     return Event(event=CALLED, resource=resource, payload=payload).model_dump(mode="json")
 

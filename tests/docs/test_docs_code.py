@@ -36,6 +36,7 @@ NOT_RUN = {
     "docs/how-to/from-the-sample-loop.md": 1,
     "docs/how-to/private-buckets.md": 1,
     "docs/how-to/resuming.md": 1,
+    "docs/how-to/webhooks.md": 1,
     "docs/how-to/several-workers.md": 2,
     "docs/how-to/testing-flows.md": 1,
     "docs/how-to/triggered-by-events.md": 1,
