@@ -40,8 +40,8 @@ SHOWN_CHARACTERS = 2_000
 UNSEEN = "&#8203;"
 """Breaks words in V2 as well, which drops `<wbr>`; not for what people copy, for it goes along."""
 MOST_PROBLEMS = 200
-MOST_KEY_CHARACTERS = 31
-"""Of an artifact's key, without its prefix: a card of Prefect's is no wider."""
+WORDS_CHARACTERS = 6
+"""Of a prompt in an artifact's key: 22 characters in all are as wide as a card of Prefect's."""
 _FINGERPRINT = re.compile(r"[0-9a-f]{32}(-\d+)?")
 _MARKUP = re.compile(r"[!-/:-@\[-`{-~]")
 _LONG_WORD = re.compile(r"\S{16}(?=\S)")
@@ -140,20 +140,21 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
 def artifact_key(image: StoredImage) -> str:
     """The item's key on the page of artifacts: lower-case letters, digits and dashes, all that Prefect takes.
 
-    An item that is named by a fingerprint is called by the words of its prompt: people read them on a card.
+    An item that is named by a fingerprint is called by the first words of its prompt: a card is not so wide.
     """
-    name = (image.prompt or "") if _FINGERPRINT.fullmatch(image.item_id) else image.item_id
-    plain = re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
-    if plain != image.item_id or len(plain) > MOST_KEY_CHARACTERS:
-        digest = hashlib.sha256(image.item_id.encode()).hexdigest()[:6]
-        plain = f"{plain[: MOST_KEY_CHARACTERS - 7].strip('-')}-{digest}".strip("-")
-    return f"eachlabs-{plain}"
+    name, most = image.item_id, None
+    if _FINGERPRINT.fullmatch(name):
+        name, most = image.prompt or "", WORDS_CHARACTERS
+    words = re.sub("[^a-z0-9]+", "-", name.lower())[:most].strip("-")
+    if words != image.item_id:
+        words = f"{words}-{hashlib.sha256(image.item_id.encode()).hexdigest()[:6]}".strip("-")
+    return f"eachlabs-{words}"
 
 
 def card(image: StoredImage) -> str:
     """What its card on the run's page says: the prompt and the cost."""
     cost = "cost not told" if image.cost_usd is None else f"${image.cost_usd:.4f}"
-    return f"{plain(image.prompt or f'Item {image.item_id}')} · {cost}"
+    return f"{cost} · {plain(image.prompt or f'Item {image.item_id}')}"  # what is last is cut off
 
 
 def console_link(image: StoredImage, access: S3Access | None) -> str | None:

@@ -7,6 +7,7 @@ import base64
 import io
 import logging
 import re
+from hashlib import sha256
 from html.parser import HTMLParser
 from typing import Any
 
@@ -155,6 +156,13 @@ def test_a_key_is_one_that_prefect_takes_and_items_do_not_share_one(item_id: str
     assert key not in others
 
 
+def test_an_item_without_a_name_of_its_own_fits_onto_its_card() -> None:
+    keys = {artifact_key(image(item_id=one * 32, prompt="A red fox, 雪")) for one in "0f"}
+    assert len(keys) == 2
+    assert all(re.fullmatch("eachlabs-a-red-[0-9a-f]{6}", key) for key in keys)
+    assert artifact_key(image(item_id="0" * 32, prompt="雪")) == f"eachlabs-{sha256(b'0' * 32).hexdigest()[:6]}"
+
+
 def test_the_janitors_report_escapes_what_it_quotes() -> None:
     report = SettleReport(records=3, looked_at=1, ambiguous=1, problems={"fox": HOSTILE[2] + " | more"})
     seen = rendered(settle_markdown("s3://acme/daily", report))
@@ -244,7 +252,7 @@ class TestOnAServer:
         studio.api.set_faults("prediction:late_cost,seconds=0.5")
         stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
         artifact = artifact_of("eachlabs-fox-of-the-flow")
-        assert (artifact.type, artifact.description) == ("markdown", "a red -fox- · $0.0390")
+        assert (artifact.type, artifact.description) == ("markdown", "$0.0390 · a red -fox-")
         seen = rendered(artifact.data)
         (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")
