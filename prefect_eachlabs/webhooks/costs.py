@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,7 +160,15 @@ class LateCosts:
                 self._untold.pop(untold.end.id, None)
 
     async def aclose(self) -> None:
-        """Stops; what is not told by now stays open."""
+        """Looks once more, within 3 s, and stops; what is not told by then stays open."""
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
+        if self._untold:
+            with suppress(asyncio.TimeoutError, EachlabsError):
+                await asyncio.wait_for(self._look_once_more(), AT_THE_END_SECONDS)
+
+    async def _look_once_more(self) -> None:
+        if any(untold.row is None for untold in self._untold.values()):
+            await self._ask(most_pages=1)
+        await self._note_what_is_told()

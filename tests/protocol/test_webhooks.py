@@ -51,6 +51,18 @@ def test_once_calls_come_nobody_is_asked_but_for_costs(form: str) -> None:
     play(story)
 
 
+def test_a_process_that_ends_writes_down_what_its_pictures_cost() -> None:
+    async def story() -> None:
+        world = World(calls=True, service_seconds=5.0)
+        process = world.process()
+        items = [wanted(number) for number in range(6)]
+        await asyncio.gather(*map(process.obtain, items))
+        await process.engine.aclose()
+        assert [world.record(item).cost_usd for item in items] == [pytest.approx(0.039)] * 6
+
+    play(story)
+
+
 def test_the_last_in_flight_is_told_its_cost_at_once() -> None:
     async def story() -> None:
         world = World(calls=True)
