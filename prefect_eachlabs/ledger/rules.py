@@ -48,7 +48,7 @@ class PurchaseOptions:
         deadline_seconds: From the POST; None: the account's.
         presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
         budget: Asked before each POST; None: nobody is.
-        formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, PNG alone at first.
+        formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, at first anything.
         any_reference: A person at the command line named the reference pictures: every bucket will do.
         retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
             leaves it open, it is bought once. The record keeps the statement; the same run makes it once for an item.

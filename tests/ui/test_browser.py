@@ -181,6 +181,29 @@ def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
     assert page.locator('a[href*="example.invalid"]').count() == 0
 
 
+def test_a_batchs_page_that_was_downloaded_shows_its_pictures_and_loads_nothing(
+    studio: Studio, batch_artifact: str, page: Any, tmp_path: Path
+) -> None:
+    assert batch_artifact
+    s3 = studio.client()
+    try:
+        body = s3.get_object(Bucket=BUCKET, Key="boats/batches/boats/index.html")["Body"].read()
+    finally:
+        s3.close()
+    (tmp_path / "index.html").write_bytes(body)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((tmp_path / "index.html").as_uri())
+    shown = page.locator("figure img")
+    assert shown.count() == 5
+    assert all(
+        shown.nth(at).evaluate("image => image.decode().then(() => image.naturalWidth)") > 100 for at in range(5)
+    )
+    assert page.get_by_text("an indecent *figure*").is_visible()
+    page.screenshot(path=str(tmp_path / "report.png"))
+    assert not [url for url in asked if not url.startswith(("data:", "file:"))]
+
+
 @pytest.fixture(scope="module")
 def runs_of_a_stranger(studio: Studio) -> list[str]:
     """Runs whose prompts and destinations are markup: a picture, a table that cannot be read, and what settle found."""
