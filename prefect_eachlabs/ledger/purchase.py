@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -73,6 +74,7 @@ WHOLE_SECONDS = timedelta(seconds=2)
 """The bucket's dates are whole seconds: a difference of two may be off by one, and each by another."""
 MOST_REPLACED_RUNS = 100
 MOST_ORDERS_NAMED = 10
+MOST_LOST_REMEMBERED = 1_000
 LOST_SLOT_SECONDS = 10.0
 """A lost order's slot in flight is kept for so long where no prediction of its model was seen to end yet: twice what
 the model's page states."""
@@ -180,6 +182,10 @@ class Purchaser:
         self._catalogue = catalogue
         self._references = references
         self._webhooks = webhooks
+        self._lost: OrderedDict[str, tuple[Ledger, str]] = OrderedDict()
+        """`write_id` of an order whose answer was lost → its record."""
+        self._noting: set[asyncio.Task[None]] = set()
+        webhooks.named_listeners.append(self._is_named)
 
     async def buy(
         self,
@@ -697,10 +703,44 @@ class Purchaser:
             # Our claim was dead, and somebody else's may be live: that one decides.
             raise Overtaken(held)
         logger.warning("Item %s: %s", item.item_id, posted.lost.message)
+        for name in held.record.ordered_as:
+            self._lost[name] = ledger, item.item_id
+        while len(self._lost) > MOST_LOST_REMEMBERED:
+            self._lost.popitem(last=False)
         if options.on_ambiguous == "fail":
             await self._note_ambiguous(ledger, held, held.record, posted.lost)
             raise posted.lost
         return await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
+
+    def _is_named(self, write_id: str) -> None:
+        """A call names what a lost order bought: perhaps after another one was bought in its place."""
+        if write_id in self._lost:
+            task = asyncio.ensure_future(self._note_what_came_late(write_id, *self._lost[write_id]))
+            self._noting.add(task)
+            task.add_done_callback(self._noting.discard)
+
+    async def _note_what_came_late(self, write_id: str, ledger: Ledger, item_id: str) -> None:
+        prediction_id = self._webhooks.prediction_of([write_id])
+        try:
+            held = await ledger.read(item_id)
+            if (
+                prediction_id is None
+                or held is None
+                or held.record.prediction_id is None  # it is still being settled, and adopts it
+                or write_id not in held.record.ordered_as
+                or prediction_id in held.record.named_predictions
+                or await take_adoption_marker(ledger, prediction_id, item_id) != item_id  # an equal item was given it
+            ):
+                return
+            logger.error(
+                "Item %s was bought twice: a call names prediction %s for an order that had left no trace. This "
+                "happens when an assumption of the guarantee is broken (see the docs, Guarantees).",
+                item_id,
+                prediction_id,
+            )
+            await self._note_one_too_many(ledger, held, Prediction(id=prediction_id))
+        except EachlabsError as error:
+            logger.warning("Item %s: a late prediction could not be noted (%s).", item_id, error)
 
     async def _may_order_again(
         self, ledger: Ledger, settled: Settled, options: PurchaseOptions, *, word: bool = False

@@ -273,6 +273,22 @@ def test_a_killed_runs_order_is_found_by_name_by_the_next_run() -> None:
     play(story)
 
 
+def test_an_order_that_takes_effect_after_all_is_reported_by_its_call() -> None:
+    """Assumption (b) broken: the abandoned POST buys when another was bought in its place."""
+
+    async def story() -> None:
+        world = World("create:late,next=1,seconds=300", calls=True, service_seconds=5.0)
+        process = world.process()
+        await process.obtain(wanted())
+        assert world.now() < 300
+        await asyncio.sleep(400)
+        late = next(job for job in world.bought() if job.id != world.record(wanted()).prediction_id)
+        assert world.record(wanted()).also_bought == [late.id]
+        world.check([wanted()], allow_one_too_many=True)
+
+    play(story)
+
+
 @pytest.mark.parametrize("echo", ["echoed", "echo_none"])
 def test_an_order_that_bought_nothing_is_not_given_what_somebody_else_bought(echo: str) -> None:
     """The vendor's list of webhooks shows that the foreign prediction is not ours: bought once more, and once only."""
