@@ -30,6 +30,8 @@ COSTLY_BYTES = 16 * 1024 * 1024
 TURN_BYTES = 16 * 1024
 """Of what is not costly: 1,400 chunks of nothing, or some 15 ms; eight downloads may have their turns in a row."""
 COSTLY_TURN_BYTES = 4096
+QUICK_BYTES = 1024 * 1024
+"""Of a file that is not verified, so much is hashed in a millisecond."""
 
 
 class Format(NamedTuple):
@@ -289,7 +291,7 @@ class MediaReader:
     @property
     def takes_long(self) -> bool:
         """Whether `finish` reads all of it, which is not for the loop."""
-        return self._kept.tell() > 0
+        return self._kept.tell() > (0 if self.format in VERIFIED else QUICK_BYTES)
 
     def finish(self) -> Media:
         """The whole file.
