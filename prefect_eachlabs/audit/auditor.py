@@ -57,6 +57,9 @@ class Auditor:
         since: Where the window begins; None: as far back as the vendor lists, 90 days.
         until: Where it ends; None: now.
         show: Told how far it is.
+
+    Raises:
+        BadInput: The window ends before it begins.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class Auditor:
         until: datetime | None = None,
         show: Show = lambda text: None,
     ) -> None:
+        if since is not None and until is not None and since >= until:
+            raise BadInput(f"The window ends ({until:%Y-%m-%d %H:%M}) before it begins ({since:%Y-%m-%d %H:%M}).")
         self._account = account
         self._since, self._until, self._show = since, until, show
         self._scratch = Scratch()

@@ -18,6 +18,7 @@ from prefect_eachlabs.models import Execution, PredictionStatus
 _TABLES = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
+PRAGMA cache_size = -16000;
 CREATE TABLE bill (
     id TEXT PRIMARY KEY, model TEXT, status TEXT, cost_usd REAL, created_at TEXT,
     rank INTEGER, destination TEXT, item_id TEXT, said TEXT DEFAULT '', pictures INTEGER DEFAULT 1, uri TEXT
