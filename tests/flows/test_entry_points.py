@@ -52,6 +52,14 @@ def test_what_a_deployment_gives_its_flow_is_a_field_of_its_form() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
+def test_a_wrong_event_has_a_run_that_says_so(studio: Studio) -> None:
+    unchecked = [one["name"] for one in DEPLOYED["deployments"] if one.get("enforce_parameter_schema") is False]
+    assert unchecked == ["requested-image"]
+    with pytest.raises(BadInput, match="item_id"):
+        generate_image("a fox", studio.destination, item_id="AB/12")
+
+
+@pytest.mark.usefixtures("prefect_server")
 def test_the_form_of_a_picture_takes_further_fields_as_json(studio: Studio) -> None:
     image = generate_image("a fox", studio.destination, model="flux-1-1-pro", input_json='{"aspect_ratio": "16:9"}')
     (bought,) = studio.api.predictions()
