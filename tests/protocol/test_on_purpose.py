@@ -308,7 +308,7 @@ def test_buying_a_missing_picture_again_is_bought_once_whatever_is_killed(pictur
             first = world.process(die_at="after S3 PUT kit/records/item-1.json created")
             await first.dies(first.obtain(A))
             world.hidden[f"{world.bought()[0].id}.png"] = 404
-            await asyncio.sleep(86_400)
+            world.pass_unnoticed(86_400)
         process = world.process(die_at=at)
         await process.until_it_ends(process.obtain(A, rebuy_missing=True))
         if at is not None:
