@@ -98,7 +98,7 @@ def test_a_batch_killed_twice_on_a_bad_day_is_finished_and_billed_once(
         # Killed in its first order and answered 500 in its second, a row waits for a person who says that it may.
         assert api.tallies()["billed"] == ROWS - answer["ambiguous"]
         api.set_faults()
-        for number in (3, 4):  # a person's word is good for one run
+        for number in (3, 4):  # a word is about what was ambiguous when its run began, told by whole seconds
             answer = finish(start(source, api, local_s3, tmp_path, number, "--retry-ambiguous"), tmp_path, number)
             if not answer["ambiguous"]:
                 break
