@@ -29,7 +29,7 @@ test-all: $(STAMP)  ## the slow tests: processes killed, browser, workers, Postg
 	@$(MAKE) --no-print-directory -j 2 --output-sync=target test-slow test-ui
 
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
-	$(BIN)/python -m pytest -m slow -n 4 --ignore=tests/ui
+	$(BIN)/python -m pytest -m slow -n 4 --dist worksteal --ignore=tests/ui
 
 # A file keeps to one process, which has a server, workers and a browser of its own.
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser

@@ -263,7 +263,7 @@ def test_a_missing_bucket_is_named_before_anything_is_bought(studio: Studio) -> 
 
 def test_one_item_id_for_two_inputs_is_refused_and_names_both(studio: Studio) -> None:
     generate_and_store.fn("a fox", destination=studio.destination, item_id="one")
-    with pytest.raises(ItemConflict, match="fingerprint"):
+    with pytest.raises(ItemConflict, match="already stands for another input"):
         generate_and_store.fn("an owl", destination=studio.destination, item_id="one")
     assert studio.billed == 1
 

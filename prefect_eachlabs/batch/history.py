@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Collection
 from dataclasses import replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from prefect_eachlabs.batch.budget import Budget, Order
 from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, found, not_there
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 LISTED_AT_A_TIME = 1_000
 FEWEST_PAGES = 10
 READ_AT_A_TIME = 16
-CLOCK_SECONDS = 5.0
-"""Ages are whole seconds, and the store's machines may disagree."""
+CLOCKS = timedelta(seconds=5)
+"""Dates are whole seconds, and the store's machines may disagree."""
 
 
 class History:
@@ -72,9 +72,9 @@ class History:
         self.is_empty = not earlier.rows
         if pictures:
             await retry_while_retryable(lambda: self._list_pictures(pictures))
-        await self._resume(earlier.begun_seconds)
+        await self._resume(earlier.begun_at)
 
-    async def _resume(self, begun_seconds: float | None) -> None:
+    async def _resume(self, begun_at: datetime | None) -> None:
         """What this run has bought before it was killed: by its report's parts, and by the records beyond them."""
         ours = self._budget.ours
         for model, told, cost_usd, highest_usd, untold in await self._folder.worker(self._scratch.stored_by, ours):
@@ -82,9 +82,9 @@ class History:
         for was in await self._folder.worker(self._scratch.not_stored_by, ours):
             order = Order(was.model or "", True, was.prediction_id, was.cost_usd)
             self._budget.resume_order(was.item_id or "", order)
-        if begun_seconds is None:
+        if begun_at is None:
             return
-        async for several in self._listed("records/", newest_seconds=begun_seconds + CLOCK_SECONDS):
+        async for several in self._listed("records/", since=begun_at - CLOCKS):
             left = await self._folder.worker(self._scratch.not_told, [item_id for item_id, _ in several], ours)
             for start in range(0, len(left), READ_AT_A_TIME):
                 await asyncio.gather(*map(self._resume_record, left[start : start + READ_AT_A_TIME]))
@@ -107,16 +107,16 @@ class History:
             await self._folder.worker(self._scratch.has_pictures, several)
 
     async def _listed(
-        self, folder: str, most: int | None = None, *, newest_seconds: float | None = None
+        self, folder: str, most: int | None = None, *, since: datetime | None = None
     ) -> AsyncIterator[list[tuple[str, datetime]]]:
-        """Item ids that a listing shows, by the thousand, and since when; only those of the last `newest_seconds`."""
+        """Item ids that a listing shows, by the thousand, and since when; only what was written `since` then."""
         prefix = self._folder.destination.key(folder)
         several: list[tuple[str, datetime]] = []
         rows = 0
         async for row in self._folder.store.list(prefix):
             # Further pictures of an item are ITEM_ID.2.png and so on.
             name, *endings = row.key.removeprefix(prefix).split(".")
-            if len(endings) == 1 and (newest_seconds is None or row.age_seconds <= newest_seconds):
+            if len(endings) == 1 and (since is None or row.modified_at >= since):
                 several.append((name, row.modified_at))
             rows += 1
             if len(several) == LISTED_AT_A_TIME:
@@ -160,7 +160,19 @@ class History:
             return not_there(wanted, error)
         if held is None or step not in (Step.REUSE, Step.FINISH):
             return None
+        if step is Step.REUSE and not await self._is_stored(held.record):
+            if options.rebuy_missing:
+                return None
+            said = f"The picture {held.record.uri} is gone from the bucket; it is bought again with --rebuy-missing."
+            return not_there(wanted, PictureMissing(said, item_id=item.item_id))
         return found(wanted, held.record.prediction_id, held.record.cost_usd)
+
+    async def _is_stored(self, record: Record) -> bool:
+        """Whether the picture that a record names still is in the bucket."""
+        if record.uri is None:
+            return False
+        key = self._folder.destination.key(f"images/{record.uri.rpartition('/')[2]}")
+        return await retry_while_retryable(lambda: self._folder.store.head(key)) is not None
 
     async def _has_record(self, item_id: str) -> bool:
         """Whether money may have been spent on an item; one listing answers for all of them."""

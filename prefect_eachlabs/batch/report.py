@@ -70,8 +70,8 @@ class Run:
 
     parts: list[ListedObject] = field(default_factory=list)
     report: ListedObject | None = None
-    begun_seconds: float | None = None
-    """How long ago it began to buy, by the bucket's clock; None: it did not, or is of an earlier version."""
+    begun_at: datetime | None = None
+    """When it began to buy, by the bucket's clock; None: it did not, or is of an earlier version."""
 
 
 @dataclass
@@ -80,13 +80,13 @@ class EarlierRuns:
 
     Attributes:
         rows: How many they hold.
-        begun_seconds: How long ago an earlier attempt of this very run began to buy; None: there was none.
+        begun_at: When an earlier attempt of this very run began to buy, by the bucket's clock; None: there was none.
         has_whole_report: A run has come to its end.
         costs: Model → pictures whose cost was told, and their cost in USD.
     """
 
     rows: int = 0
-    begun_seconds: float | None = None
+    begun_at: datetime | None = None
     has_whole_report: bool = False
     costs: dict[str, tuple[int, float]] = field(default_factory=dict)
     _seconds: float = 0.0
@@ -149,7 +149,7 @@ class BatchFolder:
                 if match[2] == "report.jsonl":
                     run.report = row
                 elif match[2] == "run.json":
-                    run.begun_seconds = row.age_seconds
+                    run.begun_at = row.modified_at
                 else:
                     run.parts.append(row)
         return runs
@@ -170,8 +170,8 @@ class BatchFolder:
         for one in told:
             await self.worker(self._load, one, scratch, earlier)
         names = tuple(f"-{_short(run_id)}" for run_id in ours)
-        begun = [run.begun_seconds for name, run in runs.items() if name.endswith(names)]
-        earlier.begun_seconds = max((seconds for seconds in begun if seconds is not None), default=None)
+        begun = [run.begun_at for name, run in runs.items() if name.endswith(names)]
+        earlier.begun_at = min((at for at in begun if at is not None), default=None)
         return earlier
 
     def _load(self, told: ListedObject, scratch: Scratch, earlier: EarlierRuns) -> None:

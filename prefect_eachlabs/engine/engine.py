@@ -109,13 +109,17 @@ class Engine:
         self._running: dict[_Key, Running] = {}
         self._late: dict[asyncio.Task[None], str] = {}
         """Who waits for an end past its deadline → the prediction."""
+        self._left_lost = 0
+        """Jobs that were cancelled before it was known what their lost orders had bought."""
 
     @property
     def in_flight(self) -> int:
         """How many jobs of this process have ordered what has not ended, or are ordering this moment."""
         jobs = [running.job for running in list(self._running.values())]
-        return len(self._late) + sum(
-            job.prediction_id is not None or not job.may_be_interrupted.is_set() for job in jobs
+        return (
+            len(self._late)
+            + self._left_lost
+            + sum(job.prediction_id is not None or job.is_lost or not job.may_be_interrupted.is_set() for job in jobs)
         )
 
     @property
@@ -188,6 +192,7 @@ class Engine:
 
         def ended(_: object) -> None:
             self._forget(key, running)
+            self._left_lost += running.job.is_lost and running.job.prediction_id is None
             interrupted.set()
 
         work = self.account.clean_up(self.account.interrupt(running.task, running.job, books, item_id))

@@ -104,6 +104,8 @@ class Job:
     """The slot in flight it holds; None before, and after the watcher has taken it over."""
     prediction_id: str | None = None
     """What this job has bought (or adopted), once it is known."""
+    is_lost: bool = False
+    """Its order got no answer, and what it has bought is not settled yet."""
     budget: Budget | None = None
     """Told of every order of this job, whatever becomes of it."""
     may_be_interrupted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -693,6 +695,7 @@ class Purchaser:
     ) -> Settled:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
         assert posted.lost is not None
+        job.is_lost = True
         job.lend_slot(self._poller.likely_seconds(item.model) or LOST_SLOT_SECONDS)
         held = await until_it_succeeds(
             lambda: ledger.read(item.item_id),
@@ -710,7 +713,9 @@ class Purchaser:
         if options.on_ambiguous == "fail":
             await self._note_ambiguous(ledger, held, held.record, posted.lost)
             raise posted.lost
-        return await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
+        settled = await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
+        job.is_lost = False
+        return settled
 
     def _is_named(self, write_id: str) -> None:
         """A call names what a lost order bought: perhaps after another one was bought in its place."""
@@ -840,7 +845,7 @@ def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
     record = held.record
     if not options.retry_ambiguous or options.began_at is None or record.state is not RecordState.AMBIGUOUS:
         return False
-    run_seconds = asyncio.get_running_loop().time() - options.began_at
+    run_seconds = asyncio.get_running_loop().time() + asleep_seconds() - options.began_at
     return (
         held.age_seconds >= run_seconds  # to the second, which is the resolution of the bucket's times
         and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))

@@ -347,9 +347,14 @@ class Ledger:
                 await self._probe(key, body)
                 return current
             unchanged = (current.etag if current else None) == (replacing.etag if replacing else None)
-            if isinstance(error, StoreFailed) and unchanged:
+            if not unchanged:
+                raise Overtaken(current) from error
+            if isinstance(error, StoreFailed):
                 raise
-            raise Overtaken(current) from error
+            raise StoreFailed(
+                f"{self.store.uri(key)}: the store refuses to write it although nothing else was written meanwhile.",
+                item_id=record.item_id,
+            ) from error
         await self._probe(key, body)
         return VersionedRecord(record, etag, 0.0, datetime.now(timezone.utc))
 

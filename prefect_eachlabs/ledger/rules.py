@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol, TypeVar
 
+from prefect_eachlabs.api.waking import asleep_seconds
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
 from prefect_eachlabs.models import Item
@@ -52,7 +53,8 @@ class PurchaseOptions:
         any_reference: A person at the command line named the reference pictures: every bucket will do.
         retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
             leaves it open, it is bought once. The record keeps the statement; the same run makes it once for an item.
-        began_at: When the run began, by its loop's clock: a person's word is about what stood as ambiguous then.
+        began_at: When the run began, by its loop's clock and what the machine was asleep: a person's word is about what
+            stood as ambiguous then.
     """
 
     run_id: str = ""
@@ -70,7 +72,8 @@ class PurchaseOptions:
 
     def begun(self: Options) -> Options:
         """These options for a run that begins now, unless it has begun: with a time, and a run id of its own."""
-        began_at = asyncio.get_running_loop().time() if self.began_at is None else self.began_at
+        now = asyncio.get_running_loop().time() + asleep_seconds()
+        began_at = now if self.began_at is None else self.began_at
         return replace(self, run_id=self.run_id or uuid.uuid4().hex, began_at=began_at)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import pytest
@@ -19,8 +19,10 @@ from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.errors import ItemConflict, Skipped
 from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
+from prefect_eachlabs.storage.base import ListedObject
 from tests.batch.batch_kit import MemoryFiles, inline, prompts, source_of
 from tests.protocol.kit import DESTINATION, Process, World, patched_clocks, play, wanted
+from tests.protocol.process import Bucket
 
 __all__ = ["patched_clocks"]
 
@@ -366,6 +368,26 @@ def test_a_dry_run_reads_the_records_that_no_report_knows() -> None:
     play(story)
 
 
+def test_a_dry_run_knows_that_a_recorded_picture_is_gone() -> None:
+    async def story() -> None:
+        world = World()
+        await batch(world.process(run_id="R"), 2)
+        await asyncio.sleep(100)
+        del world.store.objects["kit/images/item-00001.png"]
+        looking = world.process()
+        looking.engine.account.catalogue.beside_the_loop = inline
+        store = looking.engine.account.books(DESTINATION).ledger.store
+        folder = BatchFolder(store, MemoryFiles(world.store), DESTINATION, "spring", inline)
+        for rebuy_missing, counts in ((False, (1, 0, 1)), (True, (1, 1, 0))):
+            options = BatchOptions(run_id="dry", rebuy_missing=rebuy_missing)
+            made = Batch(EngineBuyer(looking.engine), source_of(prompts(2)), folder, options, worker=inline)
+            plan = await looking.run(plan_batch(made, looking.settings))
+            assert (plan.reused, plan.new, plan.failed) == counts
+        assert (await batch(world.process(run_id="S"), 2)).failed == 1
+
+    play(story)
+
+
 def test_an_ambiguous_row_is_looked_at_again_by_the_next_run() -> None:
     async def story() -> None:
         world = World("create:lost_answer,next=1")
@@ -427,6 +449,37 @@ def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
     assert not budget.is_exhausted("gemini")
     budget.resume("flux", told=45, cost_usd=0.99, highest_usd=0.022, untold=0)
     assert budget.is_exhausted("flux")
+
+
+def test_a_bucket_that_is_slow_hides_nothing_that_the_run_had_bought_before_it_was_killed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    listed = Bucket.list
+
+    async def slow(self: Bucket, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
+        if "/images/" in prefix:
+            await asyncio.sleep(20.0)
+        async for row in listed(self, prefix, start_after=start_after):
+            yield row
+
+    async def story() -> None:
+        world = World()
+        await batch(world.process(run_id="earlier"), 1)
+        await asyncio.sleep(300)
+        first = world.process(run_id="R")
+        work = asyncio.ensure_future(first.until_it_ends(batch(first, 30, budget_usd=0.45)))
+        await asyncio.sleep(4.5)
+        world.set_faults("create:lost_answer", "executions:error")
+        await asyncio.sleep(10.5)
+        first.kill()
+        await work
+        world.set_faults()
+        await asyncio.sleep(5)
+        monkeypatch.setattr(Bucket, "list", slow)
+        await batch(world.process(run_id="R"), 30, budget_usd=0.45)
+        assert billed_usd(world) - PRICE_USD <= 0.45
+
+    play(story)
 
 
 def test_what_another_run_has_replaced_is_billed_to_the_run_that_had_bought_it() -> None:

@@ -192,6 +192,22 @@ def test_a_generate_that_is_interrupted_says_what_came_of_its_prediction(
     assert json.loads(objects_of(s3, BUCKET, "p/records/")["fox.json"])["state"] == "cancelled"
 
 
+def test_a_lost_order_that_is_being_settled_is_counted_as_left(
+    api: EmulatorServer, s3: LocalS3, tmp_path: Path
+) -> None:
+    api.set_faults("create:lost_answer,next=1", "prediction:listed_late,seconds=60")
+    words = ["generate", "a fox", "--to", f"s3://{BUCKET}/p", "--item-id", "fox", "--json"]
+    with command(words, api, s3, tmp_path / "run") as running:
+        running.until(
+            lambda: ("eachlabs" in running.said and "no answer" in running.said) or api.tallies()["billed"] == 1
+        )
+        running.until(lambda: any("/v1/executions" in one["path"] for one in api.journal()))
+        running.press_ctrl_c()
+        assert running.wait() == 130
+    assert running.answer["left_in_flight"] == 1
+    assert "nothing was in flight" not in running.said
+
+
 def test_a_bucket_that_is_away_keeps_nobody_from_ending(api: EmulatorServer, s3: LocalS3, tmp_path: Path) -> None:
     with command(batch(tmp_path, 12), api, s3, tmp_path / "run") as running:
         running.until(lambda: api.tallies()["in_flight"] == 10)

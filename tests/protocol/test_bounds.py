@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Awaitable
 from typing import Any
 
 import pytest
 
-from prefect_eachlabs.errors import ItemConflict, OutcomeUnknown, SetupError
+from prefect_eachlabs.errors import ItemConflict, OutcomeUnknown, SetupError, StoreFailed
+from prefect_eachlabs.ledger import purchase, rules
 from prefect_eachlabs.ledger.records import RecordState
+from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.retry import until_it_succeeds
-from tests.protocol.kit import World, play, wanted
+from prefect_eachlabs.storage.base import PreconditionFailed
+from tests.protocol.kit import DESTINATION, World, play, wanted
 from tests.protocol.losses import A, B
+from tests.protocol.process import Bucket
 
 OLD, NEW = wanted(1, prompt="the old text"), wanted(2, prompt="the new text", item_id="item-1")
 
@@ -326,5 +331,69 @@ def test_a_page_of_another_server_is_no_fault_of_the_item() -> None:
         await world.process().obtain(A)
         assert world.now() - began < 10
         world.check([A])
+
+    play(story)
+
+
+@pytest.mark.parametrize("state", ["claimed", "created", "stored"])
+def test_a_store_that_refuses_a_put_for_nothing_is_not_asked_without_a_pause(
+    state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """S3 answers 409 where it sees another request for the same key, also where there is none any more."""
+    put = Bucket.put
+    refused = 0
+
+    async def refusing(self: Bucket, key: str, body: bytes, **given: Any) -> str:
+        nonlocal refused
+        if "/records/" in key and json.loads(body)["state"] == state and asyncio.get_running_loop().time() < until:
+            refused += 1
+            raise PreconditionFailed("409")
+        return await put(self, key, body, **given)
+
+    async def story() -> None:
+        nonlocal until
+        world = World()
+        until = asyncio.get_running_loop().time() + 300
+        process = world.process()
+        ended = await process.until_it_ends(process.obtain(A))
+        assert state == "created" or isinstance(ended, StoreFailed)
+        assert 1 <= refused < 60
+        await asyncio.sleep(300)
+        await world.process().obtain(A)
+        world.check([A])
+
+    until = 0.0
+    monkeypatch.setattr(Bucket, "put", refusing)
+    play(story)
+
+
+def test_a_word_given_before_the_machine_slept_is_not_about_what_became_ambiguous_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asleep = 0.0
+    for module in (purchase, rules):
+        monkeypatch.setattr(module, "asleep_seconds", lambda: asleep)
+
+    async def story() -> None:
+        nonlocal asleep
+        world = World("executions:empty_list")  # the list is blind: what is lost stays ambiguous
+        await world.process().obtain(wanted(99))
+        await asyncio.sleep(200)
+        killed = world.process(die_at="before POST")
+        await killed.dies(killed.obtain(A))
+        await asyncio.sleep(200)
+        settling = world.process()
+        await settling.until_it_ends(settling.obtain(A))
+        await asyncio.sleep(30)
+        one, other = world.process(run_id="one"), world.process(run_id="other")
+        given = PurchaseOptions(run_id="other", retry_ambiguous=True).begun()
+        world.set_faults("executions:empty_list", "create:lost_answer,next=1")
+        await one.until_it_ends(one.obtain(A, retry_ambiguous=True))
+        assert len(world.bought_for(A)) == 1
+        world.pass_unnoticed(900)
+        asleep = 900.0
+        with pytest.raises(OutcomeUnknown):
+            await other.run(other.engine.generate_and_store(A, DESTINATION, options=given))
+        assert len(world.bought_for(A)) == 1
 
     play(story)
