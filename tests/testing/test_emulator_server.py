@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from logging.handlers import QueueHandler
 
 import httpx
 import pytest
@@ -203,12 +206,18 @@ def test_the_judge_tells_each_prediction_and_adds_others(server: EmulatorServer,
     assert http.get("/_emulator/predictions").json() == told
 
 
-def test_each_request_is_a_line_in_the_log(
-    server: EmulatorServer, http: httpx.Client, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="prefect_eachlabs.testing.emulator")
-    http.get("/v1/model", params={"slug": "\x1b[2Jfox"})
-    assert caplog.messages == ["GET /v1/model: 404"]
+def test_each_request_is_a_line_in_the_log(server: EmulatorServer, http: httpx.Client) -> None:
+    lines: queue.Queue[logging.LogRecord] = queue.Queue()
+    logger, handler = logging.getLogger("prefect_eachlabs.testing.emulator"), QueueHandler(lines)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel("INFO")
+    try:
+        http.get("/v1/model", params={"slug": "\x1b[2Jfox"})
+        assert lines.get(timeout=30).getMessage() == "GET /v1/model: 404"  # it comes after the answer
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 _FOREGROUND = """
