@@ -21,6 +21,7 @@ import pytest
 
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import Fault, LocalS3
+from tests.batch.cli_process import emptied
 from tests.conftest import ROOT
 from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO, QUOTING
 from tests.security.hostile import hostile_api
@@ -198,6 +199,7 @@ def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
 def quoting_scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
     """An API that quotes the key in all its answers."""
     local_s3.create_bucket(BUCKET)
+    emptied(local_s3, BUCKET)  # what another test has ordered there is not ordered again, and quotes nothing
     with hostile_api() as url:
         yield Scene(url, local_s3, tmp_path)
 
