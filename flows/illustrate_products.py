@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 
 from prefect import flow
@@ -66,6 +67,8 @@ async def url_of(database: str) -> URL:
 
 
 async def secret_of(block: str) -> str:
+    if not re.fullmatch("[a-z0-9-]+", block):  # a path would lead to a block of another type
+        raise ValueError(f"{block!r} is not the name of a Secret block")
     found: Secret[str] = await Secret.aload(block)
     return found.get()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import time
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal, cast
@@ -268,6 +269,7 @@ def access_of_block(name: str) -> tuple[S3Access, bool]:
     return access, has_keys
 
 
+_BLOCK_NAME = re.compile(r"[a-z0-9-]{1,200}")
 LOADED_FOR_SECONDS = 60.0
 _loaded: dict[str, tuple[float, Block]] = {}
 
@@ -276,19 +278,28 @@ def load_block(name: str, kind: type[Block]) -> Any:
     """A saved block by its name; asked of the server at most once a minute, for each call emits events.
 
     Raises:
+        BadInput: It cannot be a block's name: the server would be asked for something else, another type's block, say.
         SetupError: There is no such block; says how to make one.
     """
+    name = name.removeprefix(f"{kind.get_block_type_slug()}/")
+    if not _BLOCK_NAME.fullmatch(name):
+        raise BadInput(f"{name[:140]!r} is not the name of a block: names are of a to z, 0 to 9 and -.")
     key = f"{kind.__name__}/{name}"
     found = _loaded.get(key)
     if found is not None and time.monotonic() - found[0] < LOADED_FOR_SECONDS:
         return found[1]
     try:
-        block = kind.load(name.removeprefix(f"{kind.get_block_type_slug()}/"), _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+        block = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
     except ValueError as error:
         raise SetupError(
             f"There is no block {kind.get_block_type_slug()}/{name} on the Prefect server: save one in the UI under "
             "Blocks, or run `prefect-eachlabs setup`. Nothing was bought."
         ) from error
+    except (RuntimeError, TypeError) as error:  # its text and traceback may hold what the block keeps secret
+        raise SetupError(
+            f"The block {kind.get_block_type_slug()}/{name} cannot be read ({type(error).__name__}): save it again in "
+            "the UI under Blocks. Nothing was bought."
+        ) from None
     assert isinstance(block, kind)
     _loaded[key] = (time.monotonic(), block)
     return block

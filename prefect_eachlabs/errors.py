@@ -41,8 +41,16 @@ BODY_LIMIT_CHARACTERS = 500
 """Bodies that the API sent are cut here before they get into a message."""
 
 
+def has_odd_host(url: str) -> bool:
+    """Whether a URL's host is longer than any and not of ASCII: `urlsplit` would take seconds to normalise it."""
+    host = url.partition("//")[2].partition("/")[0]
+    return len(host) > 255 and not host.isascii()
+
+
 def without_query(url: str) -> str:
     """The URL as it may be shown: its query (signatures live there) and any user info cut off."""
+    if has_odd_host(url):
+        return "(unreadable URL)"
     try:
         parts = urlsplit(url)
         host = parts.netloc.rpartition("@")[2]
@@ -103,7 +111,7 @@ class EachlabsError(Exception):
         self.details = shown(details)[:BODY_LIMIT_CHARACTERS] if details else None
         self.retry_after_seconds = retry_after_seconds
         self.code = shown(code) if code else code
-        self.kind = kind or self.default_kind
+        self.kind = shown(kind) if kind else self.default_kind
 
     def __str__(self) -> str:
         ids = [

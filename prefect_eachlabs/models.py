@@ -26,6 +26,7 @@ from prefect_eachlabs.errors import (
     OutputMissing,
     PredictionCancelled,
     PredictionFailed,
+    has_odd_host,
 )
 from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import visible
@@ -188,7 +189,7 @@ def is_http_url(text: str) -> bool:
     """Whether the text is an absolute http(s) URL with a host and no white space."""
     if len(text) > MAX_URL_CHARACTERS or not text.lower().startswith(("http://", "https://")):
         return False
-    if any(c.isspace() or ord(c) < 32 for c in text):
+    if any(c.isspace() or ord(c) < 32 for c in text) or has_odd_host(text):
         return False
     try:
         parts = urlsplit(text)

@@ -545,7 +545,7 @@ async def _read(response: httpx.Response) -> tuple[bytes, bool]:
     """What an answer holds, and whether that is all of it and could be decoded."""
     encoding = encoding_of(response)
     if encoding not in ENCODINGS and not response.is_stream_consumed:
-        return f"the answer is encoded ({encoding[:40]}), which was not asked for".encode(), False
+        return b"the answer is in an encoding which was not asked for", False
     most_bytes = MAX_ANSWER_BYTES if encoding == "identity" else MAX_INFLATED_BYTES
     body = bytearray()
     async for piece in decoded(response):
@@ -559,4 +559,5 @@ def _reason(error: BaseException) -> str:
     """A short reason that holds no URL."""
     if isinstance(error, (asyncio.TimeoutError, httpx.TimeoutException)):
         return "time-out"
-    return (str(error).split("http", 1)[0].strip() or type(error).__name__)[:200]
+    # Cleaned before it is cut: of a key that is cut in two nothing would be found.
+    return redaction.without_secrets(str(error).split("http", 1)[0].strip() or type(error).__name__)[:200]

@@ -25,6 +25,7 @@ from prefect_eachlabs.errors import (
     Skipped,
 )
 from prefect_eachlabs.models import Item, StoredImage
+from prefect_eachlabs.net.redaction import shown
 
 MESSAGE_CHARACTERS = 600
 SLOWEST = 10
@@ -107,7 +108,7 @@ class Outcome:
     @property
     def kind(self) -> str:
         """The word by which reports count what is not there."""
-        return (self.error or {}).get("kind") or self.state.value
+        return shown(str((self.error or {}).get("kind") or self.state.value))[:140]
 
     @property
     def file_name(self) -> str:

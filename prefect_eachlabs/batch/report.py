@@ -41,13 +41,20 @@ T = TypeVar("T")
 SCHEMA = "eachlabs-batch-report/1"
 RUN_SCHEMA = "eachlabs-batch-run/1"
 PART_ROWS = 1_000
+PART_BYTES = 4_000_000
 PART_SECONDS = 60.0
 LOADED_AT_A_TIME = 1_000
 BATCH_ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
+FOLDERS = ("images", "records", "adopted")
+"""What a destination `.../batches` has beside it: a batch of that name would write there."""
+
+
 def check_batch_id(batch_id: str) -> str:
     """The id itself. Raises BadInput when it cannot name a folder."""
+    if batch_id in FOLDERS:
+        raise BadInput(f"batch_id: {batch_id!r} is the name of a folder of pictures or records; choose another.")
     if not BATCH_ID_PATTERN.fullmatch(batch_id):
         raise BadInput(
             f"batch_id: {batch_id[:140]!r} must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with none of . and -."
@@ -209,6 +216,7 @@ class ReportWriter:
         self._scratch = scratch
         self._totals = totals
         self._part: list[bytes] = []
+        self._part_bytes = 0
         self._parts = 0
         self._writing = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
@@ -228,7 +236,9 @@ class ReportWriter:
         self._scratch.add(outcome, line, lacks_cost=lacks_cost)
         if is_news:
             self._part.append(line)
-            if len(self._part) % PART_ROWS == 0:
+            self._part_bytes += len(line)
+            if len(self._part) % PART_ROWS == 0 or self._part_bytes > PART_BYTES:
+                self._part_bytes = 0
                 self.begin_part()
 
     def begin_part(self) -> None:

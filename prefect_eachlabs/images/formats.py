@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.errors import BadInput, has_odd_host
 from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, PngError, PngReader, verify_png
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.reference_images import content_type_of
@@ -199,6 +199,8 @@ def format_of(head: bytes) -> str | None:
 
 def format_by_name(url: str) -> str | None:
     """The format that the end of a URL's path names; None: none that is known."""
+    if has_odd_host(url):
+        return None
     ending = urlsplit(url).path.rpartition("/")[2].rpartition(".")[2].lower()
     ending = _OTHER_NAMES.get(ending, ending)
     return ending if ending in FORMATS else None

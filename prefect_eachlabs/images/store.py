@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import math
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -50,6 +51,7 @@ LOOKED_FOR_SECONDS = 30.0
 MAY_BE_GONE_AFTER_SECONDS = RETENTION_HOURS * 3600.0
 """The vendor keeps outputs at least so long: a younger picture that is not there is late, or kept from us, not gone."""
 OUTPUT_MISSING_AFTER_SECONDS = 3600.0
+MOST_OUTPUTS = 64
 """So long after the purchase a prediction that succeeded without an output may still get it."""
 
 
@@ -180,7 +182,7 @@ class ImageStore:
             return None
         said = whole.metadata
         more = [name for name in said.get("more-formats", "").split(",") if name in FORMATS]
-        count = int(_number(said.get("outputs")) or 1)
+        count = int(min(_number(said.get("outputs")) or 1, MOST_OUTPUTS))
         record = _stored(
             ledger,
             held.record,
@@ -404,10 +406,12 @@ def _metadata(end: Prediction, model: str, fingerprint: str, later: Sequence[str
 
 
 def _number(text: str | None) -> float | None:
+    """Of an object's metadata, which whoever may write the bucket can write: finite, and not below 0."""
     try:
-        return float(text) if text else None
+        number = float(text) if text else -1.0
     except ValueError:
         return None
+    return number if 0 <= number < math.inf else None
 
 
 def _stored(

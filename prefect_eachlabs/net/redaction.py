@@ -186,8 +186,8 @@ def without_secrets(text: str) -> str:
 
 
 def shown(text: str) -> str:
-    """Text that others had a part in, as it may be shown: `visible`, and without the secret values that are in use."""
-    return visible(without_secrets(text))
+    """Text that others had a part in, as it may be shown: `visible`, without secret values in use and signatures."""
+    return visible(_PARAMETER.sub(rf"\1{HIDDEN}", without_secrets(text)))
 
 
 def cleaned(value: Any) -> Any:

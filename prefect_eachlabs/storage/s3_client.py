@@ -41,6 +41,8 @@ THREADS = 16
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 15.0
 ATTEMPTS = 3
+MOST_WORDS = 8_000
+"""Characters of what S3 says, at most, that are looked through."""
 CUT_OR_SILENT = (BotoConnectionError, HTTPClientError, IncompleteReadError)
 """What botocore raises when no answer came, or not the whole of it."""
 
@@ -158,6 +160,7 @@ def _make_client(access: S3Access) -> Any:
             response_checksum_validation="when_required",
         ),
     )
+    client.meta.events.register("before-parse.s3", _refuse_entities)
     if access.access_key_id is None:
         with suppress(BotoCoreError):  # the first request says what is wrong
             keys = session.get_credentials()
@@ -225,13 +228,22 @@ def code_and_status(error: ClientError) -> tuple[str, int]:
     return code, int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
+def _refuse_entities(response_dict: dict[str, Any], **_: Any) -> None:
+    """S3 declares no document type: entities in one would be unfolded to a hundred times their size."""
+    body = response_dict.get("body")
+    if isinstance(body, bytes) and b"<!DOCTYPE" in body:
+        response_dict["body"] = b"<"
+
+
 def explain(error: Exception, *, uri: str, endpoint: str) -> EachlabsError:
     """What botocore raised, as an error of ours that names the object, the endpoint and what to do.
 
     `uri` is `s3://bucket/key`. Keys and signed URLs never get into the message. What S3 said is cleaned in `error`,
     too: it becomes the cause, which tracebacks print as it stands.
     """
-    error.args = tuple(redaction.shown(said) if isinstance(said, str) else said for said in error.args)
+    error.args = tuple(
+        redaction.shown(said[:MOST_WORDS])[: MOST_WORDS - 200] if isinstance(said, str) else said for said in error.args
+    )
     place = f"{uri} at {endpoint}"
     if isinstance(error, ClientError):
         return _explain_refusal(error, place)
