@@ -70,4 +70,4 @@ def test_processes_killed_stopped_and_started_again_are_never_over(tmp_path: Pat
     assert tallies["rejected_429"] == 0
     assert tallies["worst_window"] <= 60
     assert tallies["worst_in_flight"] <= 10
-    assert tallies["succeeded"] >= 40
+    assert tallies["succeeded"] >= 25

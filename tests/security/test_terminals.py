@@ -63,7 +63,7 @@ def test_a_table_moves_no_terminal(environment: dict[str, str], tmp_path: Path) 
         rows.writerow([hostile, "", "", "", "", ""])
     status, sent = typed(["batch", str(table), "--to", f"s3://{BUCKET}/x", "--dry-run"], environment, tmp_path)
     assert status == 1, sent
-    assert "row 15" in sent
+    assert "line 15" in sent
     assert_unmoved(sent)
 
 
