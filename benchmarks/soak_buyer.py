@@ -115,7 +115,9 @@ class Batch:
         self._results = Path(told["results"])
         self._name = uuid4().hex
         tallies = httpx.get(f"{told['emulator']}/_emulator/tallies", timeout=60).json()
-        self._note(buyer=told["name"], source=source, run_id=self.run_id, accepted=tallies["billed"])
+        self._note(
+            buyer=told["name"], source=source, run_id=self.run_id, accepted=tallies["billed"], began=time.monotonic()
+        )
 
     def ended(self, status: int, printed: str) -> None:
         try:

@@ -327,7 +327,7 @@ class World:
         for path in self.folder.glob(f"*/{RESULTS}"):
             for line in map(json.loads, path.read_text().splitlines()):
                 begun.setdefault(line["batch"], {}).update(line)
-        return sorted(begun.values(), key=lambda one: int(one["accepted"]))
+        return sorted(begun.values(), key=lambda one: (int(one["accepted"]), float(one["began"])))
 
     def tracebacks(self) -> list[str]:
         """What buyers wrote that looks like an error of ours: each with who wrote it."""
