@@ -545,7 +545,8 @@ async def _read(response: httpx.Response) -> tuple[bytes, bool]:
     """What an answer holds, and whether that is all of it and could be decoded."""
     encoding = encoding_of(response)
     if encoding not in ENCODINGS and not response.is_stream_consumed:
-        return b"the answer is in an encoding which was not asked for", False
+        # So few characters that no key is among them.
+        return f"the answer is encoded ({encoding[:12]}), which was not asked for".encode(), False
     most_bytes = MAX_ANSWER_BYTES if encoding == "identity" else MAX_INFLATED_BYTES
     body = bytearray()
     async for piece in decoded(response):

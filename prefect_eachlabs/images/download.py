@@ -197,7 +197,7 @@ class Downloader:
             )
         encoding = encoding_of(response)
         if encoding not in ENCODINGS:
-            raise failed(f"{what} came in an encoding which was not asked for: run again.")
+            raise failed(f"{what} came encoded ({encoding[:12]}), which was not asked for: run again.")
         if (_announced_bytes(response) or 0) > self._max_bytes:
             raise PngError(f"it is larger than {self._max_bytes} bytes")
 
