@@ -33,18 +33,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
 from prefect_eachlabs.net.redaction import shown
+from prefect_eachlabs.net.urls import has_odd_host
 
 if TYPE_CHECKING:
     from prefect_eachlabs.batch.outcomes import BatchResult
 
 BODY_LIMIT_CHARACTERS = 500
 """Bodies that the API sent are cut here before they get into a message."""
-
-
-def has_odd_host(url: str) -> bool:
-    """Whether a URL's host is longer than any and not of ASCII: `urlsplit` would take seconds to normalise it."""
-    host = url.partition("//")[2].partition("/")[0]
-    return len(host) > 255 and not host.isascii()
 
 
 def without_query(url: str) -> str:

@@ -22,6 +22,7 @@ from prefect.states import Completed
 
 from prefect_eachlabs.errors import InsufficientBalance
 from prefect_eachlabs.models import StoredImage
+from prefect_eachlabs.net.urls import has_odd_host
 
 logger = logging.getLogger(__name__)
 
@@ -141,6 +142,8 @@ def asset_key(name: str) -> str | None:
     >>> asset_key("s3://acme/tables/spring 26.csv")
     's3://acme/tables/spring-26.csv'
     """
+    if has_odd_host(name):
+        return None
     parts = urlsplit(name)
     if parts.scheme not in ("s3", "https", "http") or not parts.netloc or "@" in parts.netloc:
         return None

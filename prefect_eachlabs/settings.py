@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, f
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.net.public_only import is_loopback, parse_private_hosts
+from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
@@ -28,6 +29,8 @@ def check_base_url(url: str, *, what: str = "base URL") -> str:
     Raises:
         ValueError: Another scheme, a plain http host that is not loopback, or user info or a query in it.
     """
+    if has_odd_host(url):
+        raise ValueError(f"the {what} is no URL: its host is longer than any")
     try:
         parts = urlsplit(url.strip())
         host, _ = parts.hostname, parts.port

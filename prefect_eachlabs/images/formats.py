@@ -17,9 +17,10 @@ from collections.abc import Iterable
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
-from prefect_eachlabs.errors import BadInput, has_odd_host
+from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, PngError, PngReader, verify_png
 from prefect_eachlabs.models import Media
+from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import content_type_of
 
 MAX_PIXELS_OF_ALL_FRAMES = 4_000_000_000

@@ -18,6 +18,7 @@ from prefect_eachlabs.net.public_only import (
     not_public,
     parse_private_hosts,
 )
+from prefect_eachlabs.net.urls import has_odd_host
 
 OWN_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 
@@ -35,6 +36,8 @@ def checked_endpoint(url: str, *, has_keys: bool) -> str | None:
     url = url.rstrip("/")
     if not url or url in (os.environ.get(name, "").rstrip("/") for name in OWN_ENDPOINT_VARIABLES):
         return url or None
+    if has_odd_host(url):
+        raise ValueError("its host is longer than any")
     parts = urlsplit(url)
     host, _ = host_as_written(parts.hostname or ""), parts.port
     if not host or parts.username or parts.password or parts.query or parts.fragment:

@@ -26,6 +26,7 @@ from prefect_eachlabs.models import (
 )
 from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import visible
+from prefect_eachlabs.net.urls import has_odd_host
 
 MAX_BODY_BYTES = 256 * 1024
 """A call is some hundred bytes; older ones repeat the input."""
@@ -86,6 +87,8 @@ def callback_of(url: str, master: str, write_id: str) -> Callback:
 
 def write_id_in(url: str) -> str | None:
     """The order that a URL of ours names; None: it is not one of ours."""
+    if has_odd_host(url):
+        return None
     try:
         names = parse_qs(urlsplit(url).query, max_num_fields=20).get(PARAMETER, [])
     except ValueError:
