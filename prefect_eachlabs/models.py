@@ -26,10 +26,10 @@ from prefect_eachlabs.errors import (
     OutputMissing,
     PredictionCancelled,
     PredictionFailed,
-    has_odd_host,
 )
 from prefect_eachlabs.net import safe_json
-from prefect_eachlabs.net.redaction import visible
+from prefect_eachlabs.net.redaction import shown, visible
+from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 
 DEFAULT_MODEL = "gemini"
@@ -134,7 +134,8 @@ def _unwrap_json(value: object) -> object:
 
 def _text(value: object) -> str | None:
     """A word or a sentence of the API, fit for logs, records and reports; None for anything else."""
-    return visible(str(value)[:500]) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
+    # Cleaned before it is cut: of a key that is cut in two nothing would be found.
+    return shown(str(value))[:500] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 
 def parse_failure(output: object, logs: object = None) -> Failure | None:
