@@ -18,7 +18,6 @@ import sys
 from prefect import flow
 from prefect.blocks.system import Secret
 from sqlalchemy import URL, make_url, text
-from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from prefect_eachlabs import agenerate_rows
@@ -59,7 +58,7 @@ async def url_of(database: str) -> URL:
     listed = os.environ.get("EACHLABS_DATABASES", "").replace(",", " ").split()
     try:
         url = make_url(os.environ[database] if database in listed else await secret_of(database))
-    except (ValueError, KeyError, ArgumentError):
+    except Exception:  # whose text may hold the URL, with its password
         raise SetupError(f"database: {database[:80]!r} is not the name of a Secret block with a URL.") from None
     if not QUERY.issuperset(url.query):
         raise SetupError(f"database: the URL of {database!r} may have no query but {', '.join(sorted(QUERY))}.")

@@ -290,15 +290,15 @@ def load_block(name: str, kind: type[Block]) -> Any:
         return found[1]
     try:
         block = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
-    except ValueError as error:
+    except ValueError:
         raise SetupError(
             f"There is no block {kind.get_block_type_slug()}/{name} on the Prefect server: save one in the UI under "
             "Blocks, or run `prefect-eachlabs setup`. Nothing was bought."
-        ) from error
-    except (RuntimeError, TypeError) as error:  # its text and traceback may hold what the block keeps secret
+        ) from None
+    except Exception as error:  # its text and traceback may hold what the block keeps secret
         raise SetupError(
-            f"The block {kind.get_block_type_slug()}/{name} cannot be read ({type(error).__name__}): save it again in "
-            "the UI under Blocks. Nothing was bought."
+            f"The block {kind.get_block_type_slug()}/{name} cannot be read ({type(error).__name__}): see that the "
+            "Prefect server answers, or save it again in the UI under Blocks. Nothing was bought."
         ) from None
     assert isinstance(block, kind)
     _loaded[key] = (time.monotonic(), block)
