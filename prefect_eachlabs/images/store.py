@@ -181,7 +181,7 @@ class ImageStore:
         except MediaError:
             return None
         said = whole.metadata
-        more = [name for name in said.get("more-formats", "").split(",") if name in FORMATS]
+        more = [name for name in said.get("more-formats", "").split(",") if name in FORMATS][: MOST_OUTPUTS - 1]
         count = int(min(_number(said.get("outputs")) or 1, MOST_OUTPUTS))
         record = _stored(
             ledger,
