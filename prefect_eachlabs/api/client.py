@@ -59,6 +59,8 @@ MAX_ANSWER_BYTES = 8 * 1024 * 1024
 """A page of 100 executions is some 50 kB; more than this is not read."""
 MAX_INFLATED_BYTES = 1024 * 1024
 """Of an answer that comes encoded, though none was asked for: 1 kB of it may stand for all that is taken."""
+PIECES_A_TURN = 100
+"""Of an answer, before the event loop has its turn."""
 MAX_ROWS = 1_000
 """Of a page; 100 are asked for."""
 
@@ -548,8 +550,11 @@ async def _read(response: httpx.Response) -> tuple[bytes, bool]:
         # So few characters that no key is among them.
         return f"the answer is encoded ({encoding[:12]}), which was not asked for".encode(), False
     most_bytes = MAX_ANSWER_BYTES if encoding == "identity" else MAX_INFLATED_BYTES
-    body = bytearray()
+    body, pieces = bytearray(), 0
     async for piece in decoded(response):
+        pieces += 1
+        if not pieces % PIECES_A_TURN:
+            await asyncio.sleep(0)  # those that have come already are read without a pause, one byte each perhaps
         body += piece
         if len(body) > most_bytes:
             return bytes(body) if encoding == "identity" else b"the answer is encoded, and too large", False
