@@ -1,7 +1,7 @@
 """A batch's report in the bucket: parts as it goes, merged at the end; every run keeps its own.
 
     PREFIX/batches/BATCH_ID/report.json, report.jsonl, index.html, contact-sheet.png    of the last run that ended
-    PREFIX/batches/BATCH_ID/runs/RUN/part-00001.jsonl ...    up to 1,000 rows, or what 60 s brought; of every run
+    PREFIX/batches/BATCH_ID/runs/RUN/part-00001.jsonl ...    up to 1,000 rows or 4 MB, or what 60 s brought
     PREFIX/batches/BATCH_ID/runs/RUN/run.json                its run id, from before its first order on
     PREFIX/batches/BATCH_ID/runs/RUN/report.json             its totals, while it runs and afterwards
     PREFIX/batches/BATCH_ID/runs/RUN/report.jsonl            all its rows; a run without it was killed
@@ -47,14 +47,14 @@ LOADED_AT_A_TIME = 1_000
 BATCH_ID_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 
 
-FOLDERS = ("images", "records", "adopted")
-"""What a destination `.../batches` has beside it: a batch of that name would write there."""
+FOLDERS = ("images", "records", "adopted", "batches")
+"""A destination's own: below a destination `.../batches`, a batch of another one would write into them."""
 
 
 def check_batch_id(batch_id: str) -> str:
     """The id itself. Raises BadInput when it cannot name a folder."""
     if batch_id in FOLDERS:
-        raise BadInput(f"batch_id: {batch_id!r} is the name of a folder of pictures or records; choose another.")
+        raise BadInput(f"batch_id: {batch_id!r} is the name of a folder that every destination has; choose another.")
     if not BATCH_ID_PATTERN.fullmatch(batch_id):
         raise BadInput(
             f"batch_id: {batch_id[:140]!r} must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with none of . and -."
@@ -250,14 +250,19 @@ class ReportWriter:
     async def write_part(self) -> None:
         """Writes what has come since the last part. A bucket that does not take it now gets it with the next one."""
         async with self._writing:
-            lines = self._part[:PART_ROWS]
-            if not lines:
+            count = size_bytes = 0
+            while count < min(len(self._part), PART_ROWS) and size_bytes <= PART_BYTES:
+                size_bytes += len(self._part[count])
+                count += 1
+            if not count:
                 return
             name = f"runs/{self._run}/part-{self._parts + 1:05d}.jsonl"
             try:
-                await self._folder.store.put(self._folder.key(name), b"".join(lines), content_type=_JSON_LINES)
+                await self._folder.store.put(
+                    self._folder.key(name), b"".join(self._part[:count]), content_type=_JSON_LINES
+                )
                 self._parts += 1
-                del self._part[: len(lines)]
+                del self._part[:count]
                 await self.write_totals(f"runs/{self._run}/report.json")
             except EachlabsError as error:
                 logger.warning("A part of the report could not be written yet: %s", error)
