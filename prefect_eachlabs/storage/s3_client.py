@@ -43,6 +43,9 @@ READ_SECONDS = 15.0
 ATTEMPTS = 3
 MOST_WORDS = 8_000
 """Characters of what S3 says, at most, that are looked through."""
+MOST_CODE_CHARACTERS = 100
+MOST_XML_BYTES = 8_000_000
+"""A list of 1,000 objects, S3's largest answer, is 4 MB where every character of their keys is escaped."""
 CUT_OR_SILENT = (BotoConnectionError, HTTPClientError, IncompleteReadError)
 """What botocore raises when no answer came, or not the whole of it."""
 
@@ -225,13 +228,16 @@ def code_and_status(error: ClientError) -> tuple[str, int]:
     """S3's error code (for HEAD the status as text) and the HTTP status (0 when not told)."""
     answer: dict[str, Any] = dict(error.response)
     code = str(answer.get("Error", {}).get("Code") or "")
-    return code, int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+    return code[:MOST_CODE_CHARACTERS], int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
 
 
 def _refuse_entities(response_dict: dict[str, Any], **_: Any) -> None:
-    """S3 declares no document type: entities in one would be unfolded to a hundred times their size."""
-    body = response_dict.get("body")
-    if isinstance(body, bytes) and b"<!DOCTYPE" in body:
+    """S3 declares no document type: entities in one would be unfolded to a hundred times their size.
+
+    What is put in place of such a body cannot be parsed, so that a refusal is told by its status all the same.
+    """
+    body = response_dict.get("body")  # of an object that is read it is a stream, and not parsed
+    if isinstance(body, bytes) and (len(body) > MOST_XML_BYTES or b"<!DOCTYPE" in body):
         response_dict["body"] = b"<"
 
 
@@ -273,7 +279,7 @@ def _explain_refusal(error: ClientError, place: str) -> EachlabsError:
         answer: dict[str, Any] = dict(error.response)
         headers = answer.get("ResponseMetadata", {}).get("HTTPHeaders", {})
         region = headers.get("x-amz-bucket-region") or answer.get("Error", {}).get("Region")
-        there = f"its region is {region}" if region else "the bucket is in another region"
+        there = f"its region is {str(region)[:MOST_CODE_CHARACTERS]}" if region else "the bucket is in another region"
         return SetupError(f"{said}: {there}; set AWS_REGION or the block's region.", status_code=status, code=code)
     if code.startswith("KMS."):
         return SetupError(f"{said}: the KMS key cannot be used: check kms_key_id and its policy.", code=code)
@@ -296,5 +302,5 @@ def _explain_refusal(error: ClientError, place: str) -> EachlabsError:
             code=code,
         )
     # Cleaned before it is cut: half a secret is not known any more.
-    words = redaction.shown(str(error.response.get("Error", {}).get("Message") or ""))
+    words = redaction.shown(str(error.response.get("Error", {}).get("Message") or "")[:MOST_WORDS])
     return SetupError(f"{said}: {words[:300]} Fix the destination or the S3 settings.", status_code=status, code=code)
