@@ -34,6 +34,8 @@ SCHEMA = "eachlabs-record/1"
 MAX_RECORD_BYTES = 1024 * 1024
 MAX_CLAIM_BYTES = MAX_RECORD_BYTES // 4
 """Of a new record: it may come to hold the input a second time, and what became of it."""
+INDENTED_BYTES = 64 * 1024
+"""A larger record is on one line: indenting takes five times as long as writing it."""
 
 
 class RecordState(str, Enum):
@@ -176,7 +178,10 @@ class Record(BaseModel):
     def to_bytes(self) -> bytes:
         body = self.model_dump(mode="json", by_alias=True, exclude_none=True)
         # An input is valid Unicode; what the API says about a failure need not be.
-        return json.dumps(body, ensure_ascii=False, indent=1).encode("utf-8", "replace")
+        text = json.dumps(body, ensure_ascii=False)
+        if len(text) <= INDENTED_BYTES:
+            text = json.dumps(body, ensure_ascii=False, indent=1)
+        return text.encode("utf-8", "replace")
 
     def prediction(self) -> Prediction | None:
         """The prediction this record names, not yet asked about."""
@@ -198,6 +203,10 @@ def new_record(item: Item, *, run_id: str) -> Record:
     Raises:
         BadInput: Its input and labels are so large that no record could hold them and be read back.
     """
+    # No record is smaller than what it holds: what is too large is not made into one to be measured.
+    size_bytes = len(json.dumps([item.input, item.labels], ensure_ascii=False, separators=(",", ":")))
+    if size_bytes > MAX_CLAIM_BYTES:
+        raise _too_large(item, size_bytes)
     record = Record(
         item_id=item.item_id,
         fingerprint=item.fingerprint,
@@ -212,12 +221,16 @@ def new_record(item: Item, *, run_id: str) -> Record:
     )
     size_bytes = len(record.to_bytes())
     if size_bytes > MAX_CLAIM_BYTES:
-        raise BadInput(
-            f"The input and its labels make a record of {size_bytes} bytes, and {MAX_CLAIM_BYTES} are the most. Name "
-            "pictures by their URL, file or object instead of writing them into the input; nothing was bought.",
-            item_id=item.item_id,
-        )
+        raise _too_large(item, size_bytes)
     return record
+
+
+def _too_large(item: Item, size_bytes: int) -> BadInput:
+    return BadInput(
+        f"The input and its labels make a record of {size_bytes} bytes, and {MAX_CLAIM_BYTES} are the most. Name "
+        "pictures by their URL, file or object instead of writing them into the input; nothing was bought.",
+        item_id=item.item_id,
+    )
 
 
 @dataclass(frozen=True)
