@@ -8,6 +8,7 @@ nor whatever buckets the worker can read; that a run writes to a bucket gives no
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -97,7 +98,8 @@ class Picture:
             return self.data
         assert self.path is not None, "a picture has bytes or a file"
         try:
-            data = self.path.read_bytes()
+            with Roots(anywhere=True).stream(self.path) as file:  # the digest says whether it is still what was allowed
+                data = file.read(MAX_PICTURE_BYTES + 1)
         except OSError as error:
             raise BadInput(f"image_url: {self.path} cannot be read any more ({error.strerror}).") from None
         if hashlib.sha256(data).hexdigest() != self.sha256:
@@ -239,13 +241,42 @@ class Roots:
         """
         for path in self._files(name):
             try:
-                return _opened(path)
+                return self._opened(path)
             except BadInput:
                 raise
             except (OSError, ValueError):  # unreadable, or no file
                 continue
         shown = _shown(os.fspath(name))
         raise BadInput(f"image_url: {shown} is not an http(s) URL, an s3://bucket/key, {self._advice}")
+
+    def stream(self, path: Path) -> BinaryIO:
+        """A file that may be taken, opened. Blocks.
+
+        Where it lies is asked once more, of what was opened: a folder on the way may have become a link by then.
+
+        Raises:
+            OSError: It cannot be opened, is no file, or lies elsewhere.
+        """
+        # A named pipe would hold whoever opens it until somebody writes.
+        opened = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+        try:
+            if not stat.S_ISREG(os.fstat(opened).st_mode):
+                raise OSError(errno.EINVAL, "no regular file")
+            if not self.anywhere:
+                place = _place(opened, path)
+                if not any(place.is_relative_to(folder.resolve()) for folder in self.folders):
+                    raise OSError(errno.EACCES, "it lies elsewhere")
+            return os.fdopen(opened, "rb")
+        except BaseException:
+            os.close(opened)
+            raise
+
+    def _opened(self, path: Path) -> Picture:
+        with self.stream(path) as file:
+            facts = os.fstat(file.fileno())
+            content_type = _checked(_shown(path.name), facts.st_size, file.read(SNIFFED_BYTES))
+        sha256 = _digest(self, path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
+        return Picture(sha256, content_type, facts.st_size, path=path)
 
     def source(self, name: str) -> str:
         """A table's name as it may be opened: `s3://bucket/key`, or the path of a file. Blocks.
@@ -302,22 +333,18 @@ def opened(image_url: object, roots: Roots) -> object:
     return image_url
 
 
-def _opened(path: Path) -> Picture:
-    # A named pipe would hold whoever opens it until somebody writes.
-    with os.fdopen(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
-        facts = os.fstat(file.fileno())
-        if not stat.S_ISREG(facts.st_mode):
-            raise OSError("no regular file")
-        head = file.read(SNIFFED_BYTES)
-        content_type = _checked(_shown(path.name), facts.st_size, head)
-        sha256 = _digest(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
-    return Picture(sha256, content_type, facts.st_size, path=path)
+def _place(opened: int, path: Path) -> Path:
+    """Where an opened file lies; without /proc, where its path leads now."""
+    try:
+        return Path(os.readlink(f"/proc/self/fd/{opened}"))
+    except OSError:
+        return path.resolve(strict=True)
 
 
 @lru_cache(maxsize=10_000)
-def _digest(path: Path, mtime_ns: int, size_bytes: int, inode: int) -> str:
+def _digest(roots: Roots, path: Path, mtime_ns: int, size_bytes: int, inode: int) -> str:
     """Read once, however many rows of a table name the file."""
-    with path.open("rb") as file:
+    with roots.stream(path) as file:
         return _sha256_of(file)
 
 

@@ -16,6 +16,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from prefect_eachlabs.batch.worker import on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, without_query
 from prefect_eachlabs.models import Destination
+from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.storage.s3_client import ATTEMPTS, CUT_OR_SILENT, S3Access, client_of, code_and_status, explain
 
 MOST_BYTES = 5 * 1024**3
@@ -105,12 +106,13 @@ class S3Files:
         return explain(error, uri=uri, endpoint=endpoint)
 
 
-def open_file(source: str, access: S3Access | None) -> BinaryIO:
+def open_file(source: str, access: S3Access | None, within: Roots | None = None) -> BinaryIO:
     """A source, opened. Blocks.
 
     Args:
         source: A path of this machine, or `s3://bucket/key`, of 5 GiB at most.
         access: How to reach the bucket; boto3's own chain when None.
+        within: Where a path must lead, as `Roots.source` gave it; None: anywhere.
 
     Raises:
         BadInput: It is not there, or not a file.
@@ -122,7 +124,7 @@ def open_file(source: str, access: S3Access | None) -> BinaryIO:
             raise BadInput(f"{source} names a bucket and no file in it: s3://BUCKET/KEY.")
         return S3Files(place.bucket, access).open(source.removeprefix(f"s3://{place.bucket}/"))
     try:
-        return Path(source).expanduser().open("rb")
+        return Path(source).expanduser().open("rb") if within is None else within.stream(Path(source))
     except FileNotFoundError:
         raise BadInput(f"{source} is not there: check the source's name.") from None
     except IsADirectoryError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefect_eachlabs.batch.budget import ModelPrice
@@ -73,9 +74,10 @@ async def open_batch(
     if access is not None:
         roots = roots.and_below(destination.bucket, destination.prefix)
     if isinstance(source, str):
-        if not any_source:
-            source = await worker(roots.source, source)
-        opened = await worker(open_source, source, access, defaults, roots)
+        within = None if any_source else roots
+        if within is not None:
+            source = await worker(within.source, source)
+        opened = await worker(partial(open_source, source, access, defaults, roots, within=within))
     else:
         opened = Source(source, ROWS, defaults, roots)
     return Batch(

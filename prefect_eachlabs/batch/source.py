@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from prefect_eachlabs.batch.tables import MAX_ROW_BYTES, BadRow, Cells, Table, open_table
@@ -27,6 +27,8 @@ PROMPTS = ("prompt", "Prompt")
 KNOWN_COLUMNS = ("id", "image_url", "model", "version")
 INPUT_PREFIX = "input."
 ROWS_AT_A_TIME = 100
+MOST_BYTES_AHEAD = 1_000_000
+"""Of rows that are read and not begun yet."""
 SHOWN_CHARACTERS = 400
 """Of a refused row's prompt, in the report."""
 
@@ -42,12 +44,14 @@ class Wanted:
         item: Named by the row, or by its fingerprint when `named` is False.
         named: Whether the row has an id.
         number: The table's row, from 1 on; None: it has no other than its line.
+        size_bytes: Of its input and labels, as JSON.
     """
 
     line: int
     item: Item
     named: bool
     number: int | None = None
+    size_bytes: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,15 @@ class Source:
                 },
             )
             # Rows of text were measured when they were read.
-            if self.table.typed and _size_bytes(item) > MAX_ROW_BYTES:
+            size_bytes = _size_bytes(item)
+            if self.table.typed and size_bytes > MAX_ROW_BYTES:
                 raise BadInput(f"The row is larger than {MAX_ROW_BYTES // 1024} KiB.")
         except BadInput as error:
             shown = _showable(prompt)[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
             return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown)
         except RecursionError:
             return BadRow(row.line, "a value is nested too deeply")
-        return Wanted(row.line, item, item_id is not None)
+        return Wanted(row.line, item, item_id is not None, size_bytes=size_bytes)
 
     def _reference(self, image_url: Any) -> object:
         if isinstance(image_url, bytes):
@@ -189,7 +194,14 @@ class Rows:
 
         def some() -> list[Row]:
             self._scratch.flush()
-            return [self._known(row) for row in itertools.islice(rows, ROWS_AT_A_TIME)]
+            several: list[Row] = []
+            size_bytes = 0
+            for row in itertools.islice(rows, ROWS_AT_A_TIME):
+                several.append(self._known(row))
+                size_bytes += row.size_bytes if isinstance(row, Wanted) else 0
+                if size_bytes > MOST_BYTES_AHEAD:
+                    break
+            return several
 
         while several := await self._worker(some):
             self._read_ahead += len(several)
@@ -220,7 +232,12 @@ class Rows:
 
 
 def open_source(
-    source: str, access: S3Access | None = None, defaults: Defaults | None = None, roots: Roots | None = None
+    source: str,
+    access: S3Access | None = None,
+    defaults: Defaults | None = None,
+    roots: Roots | None = None,
+    *,
+    within: Roots | None = None,
 ) -> Source:
     """Opens a source of prompts and reads its head. Blocks.
 
@@ -229,6 +246,7 @@ def open_source(
         access: How to reach a bucket; boto3's own chain when None.
         defaults: The model of rows that name none.
         roots: Where the reference pictures may be that rows name by their files; None: nowhere.
+        within: Where a file of this machine must be; None: anywhere.
 
     Raises:
         BadInput: It is not there, no table, or has no prompt column.
@@ -238,7 +256,7 @@ def open_source(
         >>> source = open_source("prompts.csv")             # doctest: +SKIP
         >>> for row in source.rows(): print(row.line)       # doctest: +SKIP
     """
-    table = open_table(source, access)
+    table = open_table(source, access, within)
     try:
         return Source(table, source, defaults, roots)
     except BaseException:

@@ -21,6 +21,7 @@ from prefect_eachlabs.batch.files import open_file
 from prefect_eachlabs.batch.parquet import ParquetFile
 from prefect_eachlabs.confined import ConfinedError, ConfinedProcess, NotInstalled, TooCostly
 from prefect_eachlabs.errors import BadInput, SetupError
+from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.storage.s3_client import S3Access
 
 MAX_ROW_BYTES = 128 * 1024
@@ -63,19 +64,20 @@ class Table(Protocol):
     def close(self) -> None: ...
 
 
-def open_table(source: str, access: S3Access | None = None) -> Table:
+def open_table(source: str, access: S3Access | None = None, within: Roots | None = None) -> Table:
     """Opens a source and reads its head. Blocks.
 
     Args:
         source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl or .parquet.
         access: How to reach a bucket; boto3's own chain when None.
+        within: Where a file of this machine must be; None: anywhere.
 
     Raises:
         BadInput: It is not there, or not a table.
         SetupError: It may not be read, or pyarrow is missing.
     """
     kind = kind_of(source)
-    stream = open_file(source, access)
+    stream = open_file(source, access, within)
     try:
         if kind == "parquet":
             return ParquetTable(source, stream)
