@@ -210,7 +210,9 @@ class Auditor:
         if row.kind in RECORDED[:3] and (row.item_id, row.destination) != (record.item_id, _place(books)):
             said = f"item {row.item_id} of {row.destination} names it too: one of both lacks its own picture"
             self._find(Kind.NAMED_TWICE, books, record.item_id, prediction_id, row.cost_usd, said)
-        kind, said = await self._kind_of(books, held, prediction_id, is_paid=row.is_paid, status=row.status)
+        # A failure may be listed as a success.
+        is_paid = row.is_paid and not (row.cost_usd == 0 and record.state is RecordState.FAILED and record.ended_free)
+        kind, said = await self._kind_of(books, held, prediction_id, is_paid=is_paid, status=row.status)
         self._name(books, record, prediction_id, kind, said)
         if lacks_cost(held, row.cost_usd):
             await self._correct(books, held, prediction_id, row.cost_usd)

@@ -201,8 +201,11 @@ class Scratch:
 
     def sums(self) -> tuple[int, float, int]:
         """How many executions, what they cost, and how many have no cost yet."""
-        query = "SELECT count(*), total(cost_usd), total(status = ? AND cost_usd = 0) FROM bill"
-        count, usd, unsettled = self._db.execute(query, (PredictionStatus.SUCCEEDED.value,)).fetchone()
+        unsettled_rows = "total(status = ? AND cost_usd = 0 AND coalesce(rank, ?) != ?)"
+        given = (PredictionStatus.SUCCEEDED.value, FOREIGN, _RANKS[Kind.ENDED])
+        count, usd, unsettled = self._db.execute(
+            f"SELECT count(*), total(cost_usd), {unsettled_rows} FROM bill", given
+        ).fetchone()
         return count, money(usd), int(unsettled)
 
     def finding(self, kind: Kind) -> Finding:

@@ -13,8 +13,8 @@ from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, found, not
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
-from prefect_eachlabs.errors import EachlabsError, OutputMissing, PictureMissing, Skipped, StoreFailed
-from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
+from prefect_eachlabs.errors import EachlabsError, PictureMissing, Skipped, StoreFailed
+from prefect_eachlabs.ledger.records import Ledger, Record
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Step, next_step
 from prefect_eachlabs.retry import retry_while_retryable
 
@@ -197,9 +197,5 @@ def ordered_by(record: Record, runs: Collection[str]) -> Order | None:
         return Order(record.model, is_sent=True, prediction_id=record.earlier[-1] if record.earlier else None)
     if record.prediction_id is None:
         return Order(record.model, is_sent=True) if record.may_have_bought_unseen else None
-    kind = None if record.error is None else record.error.kind
-    ended_free = record.state is RecordState.CANCELLED or (
-        record.state is RecordState.FAILED and kind not in (PictureMissing.default_kind, OutputMissing.default_kind)
-    )
-    cost_usd = record.cost_usd or (0.0 if ended_free else None)
+    cost_usd = record.cost_usd or (0.0 if record.ended_free else None)
     return Order(record.model, is_sent=True, prediction_id=record.prediction_id, cost_usd=cost_usd)

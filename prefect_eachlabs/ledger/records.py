@@ -23,7 +23,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
+from prefect_eachlabs.errors import BadInput, OutputMissing, PictureMissing, SetupError, StoreFailed
 from prefect_eachlabs.models import Destination, Item, Prediction, parse_prediction_id
 from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -174,6 +174,14 @@ class Record(BaseModel):
         if self.state is RecordState.CLAIMED:
             return self.intent is not Intent.IDLE or self.unsettled_since is not None
         return self.state is RecordState.AMBIGUOUS
+
+    @property
+    def ended_free(self) -> bool:
+        """Whether its prediction ended with nothing that is paid for: it failed or was cancelled."""
+        if self.state is RecordState.FAILED:
+            kind = None if self.error is None else self.error.kind
+            return kind not in (PictureMissing.default_kind, OutputMissing.default_kind)
+        return self.state is RecordState.CANCELLED
 
     def to_bytes(self) -> bytes:
         body = self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -13,7 +13,7 @@ import pytest
 
 from prefect_eachlabs.audit.auditor import Auditor
 from prefect_eachlabs.audit.report import NAMED, ON_THE_BILL, AuditReport, Kind
-from prefect_eachlabs.errors import Unanswered
+from prefect_eachlabs.errors import EachlabsError, Unanswered
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
@@ -206,6 +206,20 @@ def test_what_a_kill_leaves_behind_is_open_until_it_is_settled(die_at: str) -> N
         report = await audited(world)
         assert report.is_accounted_for, report.in_words()
         assert report.billed_usd == pytest.approx(report.recorded_usd + report[Kind.FOREIGN].usd)
+
+    play(story)
+
+
+def test_a_failure_that_is_listed_as_a_success_cost_nothing_and_leaves_nothing_open() -> None:
+    async def story() -> None:
+        world = World("prediction:fail_under_success,next=1", settings={"settling_seconds": 10.0})
+        with pytest.raises(EachlabsError):
+            await buy(world.process(), wanted())
+        await asyncio.sleep(100)
+        report = await audited(world)
+        assert (report.executions, report.billed_usd, report.unsettled) == (1, 0.0, 0)
+        assert report[Kind.ENDED].count == 1
+        assert report.is_accounted_for
 
     play(story)
 
