@@ -35,6 +35,7 @@ from prefect_eachlabs.errors import (
     Throttled,
     Unanswered,
 )
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import (
     Callback,
     Execution,
@@ -227,19 +228,23 @@ class EachlabsClient:
         await self._checked.aclose()
         await self._http.aclose()
 
-    async def check_api(self) -> None:
+    async def check_api(self, limiter: RateLimiter | None = None) -> None:
         """Whether the Eachlabs API is at the base URL: asks for the catalogue, without the key. Free; a request.
 
         Before the first order alone it can tell: what answered an order strangely may have passed it on all the same.
+
+        Args:
+            limiter: Counts the request; None: whoever has no key has no limit.
 
         Raises:
             SetupError: Something else is there for sure: it answers with a page, or with what is no catalogue.
             NotSent: Nothing is there.
         """
         if not self._is_known:
-            await self._checked.get("", self._look)
+            await self._checked.get("", lambda: self._look(limiter))
 
-    async def _look(self) -> None:
+    async def _look(self, limiter: RateLimiter | None) -> None:
+        request = None if limiter is None else await limiter.take_request(question=True)
         try:
             answer = await asyncio.wait_for(
                 self._send("GET", "/v1/models", params={"limit": 1}, with_key=False), READ_TIMEOUT_SECONDS
@@ -250,6 +255,9 @@ class EachlabsClient:
             ) from error
         except _LOST:
             return  # it proves nothing
+        finally:
+            if request is not None:
+                request.done()
         said = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
         is_another = not isinstance(said, list) if answer.ok else 400 <= answer.status_code < 500 and not answer.is_json
         if is_another:

@@ -214,7 +214,11 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Finding:
 
 async def _ask(gateway: Gateway) -> float:
     account = gateway.engine.account
-    await account.client.check_api()
+    place = await asyncio.wait_for(account.limiter.take_request(question=True), PLACE_WITHIN_SECONDS)
+    try:
+        await account.client.check_api()
+    finally:
+        place.done()
     place = await asyncio.wait_for(account.limiter.take_request(question=True), PLACE_WITHIN_SECONDS)
     loop = asyncio.get_running_loop()
     began = loop.time()

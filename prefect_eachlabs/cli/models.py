@@ -70,7 +70,7 @@ def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
             account = gateway.engine.account
 
             async def asked() -> T:
-                await account.client.check_api()
+                await account.client.check_api(account.limiter)
                 return await retry_while_retryable(lambda: question(account.catalogue))
 
             return gateway.call(asked())

@@ -239,7 +239,7 @@ class Purchaser:
                         ledger.access,
                         anywhere=options.any_reference,
                     )
-                    await self._client.check_api()
+                    await self._client.check_api(self._limiter)
                     request = await self._take_approved_slots(item, options, job)
                     sent = await self._sent(prepared, request)
                 except EachlabsError:
