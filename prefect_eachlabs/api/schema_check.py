@@ -35,7 +35,7 @@ class SchemaCheck:
     def __init__(self) -> None:
         # Half a second, which most runs need not pay.
         from jsonschema.validators import Draft202012Validator, validator_for  # type: ignore[import-untyped]  # noqa: PLC0415 - it ships no types
-        from referencing import Registry  # noqa: PLC0415
+        from referencing import Registry  # noqa: PLC0415 - as above
 
         self._default, self._kind_of, self._registry = Draft202012Validator, validator_for, Registry
 

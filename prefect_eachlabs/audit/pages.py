@@ -8,11 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
-
 from prefect_eachlabs.audit.report import IN_WORDS, NAMED, ON_THE_BILL, OPEN, AuditReport, Spent
-from prefect_eachlabs.net.redaction import visible
+from prefect_eachlabs.batch.pages import page_template
 
 MOST_SHOWN = 1_000
 """Of each finding; `--json` names more."""
@@ -22,15 +19,7 @@ TEXT_BAR = 24
 
 def audit_page(report: AuditReport) -> str:
     """The page, whole."""
-    jinja = Environment(
-        loader=PackageLoader("prefect_eachlabs", "audit"),
-        autoescape=True,
-        # What a macro has made is HTML already, its values escaped.
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keeping="\n\t"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return jinja.get_template("audit.html.j2").render(
+    return page_template("audit", "audit.html.j2").render(
         report=report,
         bill=[(IN_WORDS[kind], report[kind]) for kind in ON_THE_BILL if report[kind].count],
         open=[(IN_WORDS[kind], found) for kind, found in report.open],

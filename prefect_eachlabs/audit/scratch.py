@@ -210,12 +210,13 @@ class Scratch:
 
     def finding(self, kind: Kind) -> Finding:
         """All of a kind, the first 10,000 by name."""
+        key: tuple[object, ...]
         if kind in _RANKS:
             where, key = "bill WHERE coalesce(rank, ?) = ?", (FOREIGN, _RANKS[kind])
             columns = "id, item_id, destination, model, created_at, cost_usd, said FROM"
             order = " ORDER BY created_at, id LIMIT ?"
         else:
-            where, key = "found WHERE ? AND kind = ?", (1, kind.value)  # type: ignore[assignment]
+            where, key = "found WHERE kind = ?", (kind.value,)
             columns = "prediction_id, item_id, destination, model, NULL, cost_usd, said FROM"
             order = " ORDER BY destination, item_id, prediction_id LIMIT ?"
         count, usd = self._db.execute(f"SELECT count(*), total(cost_usd) FROM {where}", key).fetchone()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, Template
 from markupsafe import Markup
 
 from prefect_eachlabs.batch.outcomes import Outcome
@@ -23,6 +23,19 @@ MOST_FAILURES = 1_000
 SHORT_CHARACTERS = 110
 """Of a prompt; the rest shows on demand."""
 LONGEST_CHARACTERS = 2_000
+
+
+def page_template(folder: str, name: str) -> Template:
+    """A page of this package: what is put into it is escaped, and control and direction characters are written out."""
+    jinja = Environment(
+        loader=PackageLoader("prefect_eachlabs", folder),
+        autoescape=True,
+        # What a macro has made is HTML already, its values escaped.
+        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keeping="\n\t"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return jinja.get_template(name)
 
 
 def index_page(
@@ -54,14 +67,7 @@ def index_page(
         facts.append(("orders of unknown cost", totals["cost_unknown"]))
     facts.append(("all its pictures", f"${totals.get('pictures_cost_usd', 0):,.2f}"))
     facts.append(("pictures a minute", totals.get("pictures_per_minute", 0)))
-    jinja = Environment(
-        loader=PackageLoader("prefect_eachlabs", "batch"),
-        autoescape=True,
-        finalize=lambda value: value if isinstance(value, Markup) else visible(str(value), keeping="\n\t"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return jinja.get_template("report.html.j2").generate(
+    return page_template("batch", "report.html.j2").generate(
         totals=totals,
         facts=facts,
         failure_count=sum(int(totals.get(name, 0)) for name in ("failed", "ambiguous", "skipped")),

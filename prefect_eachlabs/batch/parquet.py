@@ -98,7 +98,7 @@ class ParquetReader:
 
     def __init__(self) -> None:
         import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, and slow to import
-        from pyarrow import parquet  # noqa: PLC0415
+        from pyarrow import parquet  # noqa: PLC0415 - as above
 
         pyarrow.set_cpu_count(1)
         pyarrow.set_io_thread_count(1)

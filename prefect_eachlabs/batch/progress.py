@@ -118,8 +118,8 @@ class TerminalBar(AbstractContextManager["TerminalBar"]):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         from rich.console import Console  # noqa: PLC0415 - a tenth of a second, which a batch without a bar saves
-        from rich.progress import BarColumn, TextColumn  # noqa: PLC0415
-        from rich.progress import Progress as RichProgress  # noqa: PLC0415
+        from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - as above
+        from rich.progress import Progress as RichProgress  # noqa: PLC0415 - as above
 
         bar = BarColumn(bar_width=BAR_WIDTH)
         columns: tuple[Any, ...] = (bar, TextColumn("{task.description}", markup=False))

@@ -112,7 +112,7 @@ async def draw_sheet(
         small: SHA-256 of a picture → a thumbnail that is at hand.
     """
     try:
-        import PIL  # noqa: F401
+        import PIL  # noqa: F401 - is it there?
     except ImportError:
         logger.info("No contact sheet: it is drawn with Pillow: pip install 'prefect-eachlabs[demo]'.")
         return None

@@ -62,7 +62,7 @@ def _typed(door: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
     """With the plan's types themselves: Prefect would look for their names where the door is written."""
     signature = inspect.signature(plan, eval_str=True)
     door.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
-    door.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]
+    door.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]  # what inspect reads, and Prefect
     return door
 
 

@@ -120,7 +120,7 @@ class Rules:
             record = held.record
             if fingerprint != self._first or self._run_id in (record.bought_by, *record.replaced_runs):
                 raise ItemConflict(
-                    f"item_id {self._item.item_id!r} was given another input after this run began "
+                    f"item_id {self._item.item_id!r} was given another input after this run had come to it "
                     f"({_difference(record, self._item)}): a run replaces once what was there before it. "
                     "Do not run two different tables at the same item ids; run it again to replace what stands now.",
                     item_id=self._item.item_id,

@@ -84,9 +84,9 @@ def test_a_run_that_was_replaced_does_not_replace_in_turn() -> None:
         first = world.process(run_id="first")
         await first.obtain(OLD)
         await world.process(run_id="second").obtain(NEW, replace=True)
-        with pytest.raises(ItemConflict, match="after this run began"):
+        with pytest.raises(ItemConflict, match="after this run had come to it"):
             await first.obtain(OLD, replace=True)
-        with pytest.raises(ItemConflict, match="after this run began"):
+        with pytest.raises(ItemConflict, match="after this run had come to it"):
             await world.process(run_id="second").obtain(OLD, replace=True)
         assert len(world.bought()) == 2
         await world.process(run_id="third").obtain(OLD, replace=True)
