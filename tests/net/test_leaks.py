@@ -132,19 +132,27 @@ class Scene:
 
     def leaks(self) -> list[str]:
         """Where a secret or a signature stands that should not."""
-        made = {f"signature {n}": text for n, text in enumerate(self.signatures.read_text().split())}
+        made = set(self.signatures.read_text().encode().split())
         assert made, "botocore has signed nothing"
+        in_base64 = {spelling.encode() for one in made for spelling in base64_inside(one)}
         wanted = {
             spelling.encode(): name
-            for name, secret in {**SECRETS, **made}.items()
+            for name, secret in SECRETS.items()
             for spelling in {secret, quote(secret, safe=""), *(base64_inside(secret.encode()))}
         }
         pattern = re.compile(b"|".join(re.escape(spelling) for spelling in wanted))
-        return [
-            f"{where}: {wanted[found[0]]}: {text[max(0, found.start() - 90) : found.end()]!r}"
-            for where, text in self.outputs()
-            for found in pattern.finditer(text)
-        ]
+        leaks = []
+        for where, text in self.outputs():
+            spans = [(wanted[found[0]], *found.span()) for found in pattern.finditer(text)]
+            # Signatures are many: looked for where something of their kind stands.
+            for run in re.finditer(rb"[0-9a-f]{64,}", text):
+                ends = range(run.start() + 64, run.end() + 1)
+                spans += [("a signature", end - 64, end) for end in ends if text[end - 64 : end] in made]
+            for run in re.finditer(rb"[A-Za-z0-9+/]{80,}", text):
+                if any(spelling in run[0] for spelling in in_base64):
+                    spans.append(("a signature in base64", *run.span()))
+            leaks += [f"{where}: {name}: {text[max(0, start - 90) : end]!r}" for name, start, end in spans]
+        return leaks
 
 
 def base64_inside(secret: bytes) -> set[str]:
