@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.models import Callback, Prediction
+from prefect_eachlabs.net import redaction
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.polling.schedule import CALL_SECONDS
 from prefect_eachlabs.settings import AccountSettings
@@ -65,6 +66,7 @@ class Webhooks:
 
     def __init__(self, settings: AccountSettings, poller: Poller, way: Way | None = None) -> None:
         self._url, self._master = settings.webhook_url, settings.webhook_secret.get_secret_value()
+        redaction.hide(self._master)  # it may be a block's
         self._poller = poller
         self._way = way
         self._close_way: Callable[[], Awaitable[None]] | None = None

@@ -12,6 +12,7 @@ from pydantic import SecretStr
 
 from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction, PredictionStatus
+from prefect_eachlabs.net.redaction import shown
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.webhooks import webhooks as room
@@ -133,6 +134,15 @@ def test_without_a_secret_or_a_url_nobody_is_believed_or_asked_to_call() -> None
         assert webhooks.take(no_secret) is Verdict.REFUSED
 
     told(story, webhook_url="", webhook_secret=SecretStr(""))
+
+
+def test_the_secret_of_a_block_is_shown_nowhere() -> None:
+    async def story(webhooks: Webhooks, poller: Poller) -> None:
+        assert shown(f"it is {mine}") == "it is ***"
+
+    mine = "a block's own secret, of no environment"
+    assert mine in shown(f"it is {mine}")
+    told(story, webhook_secret=SecretStr(mine))
 
 
 def test_what_is_remembered_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
