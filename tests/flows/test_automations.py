@@ -131,10 +131,10 @@ def test_a_run_whose_heartbeats_stop_ends_as_crashed_and_one_that_has_ended_stay
     made = client.request("POST", "/automations/", json={**shortened, "name": "of-a-test"})
     try:
         flow_id = client.create_flow(generate_batch)
-        deployment_id = client.create_deployment(flow_id, "dead", tags=["eachlabs"])
+        ours = client.create_deployment(flow_id, "dead", tags=["eachlabs"])  # whose runs have its tags
+        theirs = client.create_deployment(flow_id, "of-others")
         dead, ended, of_others = (
-            client.create_flow_run_from_deployment(deployment_id, tags=tags, state=Running())
-            for tags in (["eachlabs"], ["eachlabs"], [])
+            client.create_flow_run_from_deployment(one, state=Running()) for one in (ours, ours, theirs)
         )
         for run in (dead, ended, of_others):
             tags = [
@@ -146,6 +146,7 @@ def test_a_run_whose_heartbeats_stop_ends_as_crashed_and_one_that_has_ended_stay
         client.set_flow_run_state(ended.id, Completed(), force=True)
         until(lambda: client.read_flow_run(dead.id).state_type is StateType.CRASHED)
         assert client.read_flow_run(ended.id).state_type is StateType.COMPLETED
+        assert of_others.tags == []
         assert client.read_flow_run(of_others.id).state_type is StateType.RUNNING
     finally:
         client.delete_automation(made.json()["id"])

@@ -194,6 +194,7 @@ def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
         ),
     )
     local_s3.create_bucket(BUCKET)
+    emptied(local_s3, BUCKET)  # another test may have left there what is leaked on purpose
     refuse = Fault("refuse", key_contains="images/refused-by-s3", times=1_000, status=403, code="AccessDenied")
     local_s3.set_faults(refuse)
     with EmulatorServer(options) as api:
@@ -207,7 +208,7 @@ def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
 def quoting_scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
     """An API that quotes the key in all its answers."""
     local_s3.create_bucket(BUCKET)
-    emptied(local_s3, BUCKET)  # what another test has ordered there is not ordered again, and quotes nothing
+    emptied(local_s3, BUCKET)  # what another test has ordered is not ordered again, and quotes nothing
     with hostile_api() as url:
         yield Scene(url, local_s3, tmp_path)
 
