@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,6 @@ class Scene:
         """Where a secret or a signature stands that should not."""
         made = set(self.signatures.read_text().encode().split())
         assert made, "botocore has signed nothing"
-        in_base64 = {spelling.encode() for one in made for spelling in base64_inside(one)}
         wanted = {
             spelling.encode(): name
             for name, secret in SECRETS.items()
@@ -145,14 +144,22 @@ class Scene:
         for where, text in self.outputs():
             spans = [(wanted[found[0]], *found.span()) for found in pattern.finditer(text)]
             # Signatures are many: looked for where something of their kind stands.
-            for run in re.finditer(rb"[0-9a-f]{64,}", text):
-                ends = range(run.start() + 64, run.end() + 1)
-                spans += [("a signature", end - 64, end) for end in ends if text[end - 64 : end] in made]
+            spans += [("a signature", *span) for span in signatures_in(text, made)]
             for run in re.finditer(rb"[A-Za-z0-9+/]{80,}", text):
-                if any(spelling in run[0] for spelling in in_base64):
-                    spans.append(("a signature in base64", *run.span()))
+                for start in range(4):  # wherever it stands in what is encoded
+                    decoded = base64.b64decode(run[0][start:] + b"A" * (-len(run[0][start:]) % 4))
+                    if any(signatures_in(decoded, made)):
+                        spans.append(("a signature in base64", *run.span()))
             leaks += [f"{where}: {name}: {text[max(0, start - 90) : end]!r}" for name, start, end in spans]
         return leaks
+
+
+def signatures_in(text: bytes, made: Collection[bytes]) -> Iterator[tuple[int, int]]:
+    """Where one of these stands: 64 hexadecimal digits each."""
+    for run in re.finditer(rb"[0-9a-f]{64,}", text):
+        for end in range(run.start() + 64, run.end() + 1):
+            if text[end - 64 : end] in made:
+                yield end - 64, end
 
 
 def base64_inside(secret: bytes) -> set[str]:
