@@ -254,6 +254,10 @@ def _disagreements(audited: Mapping[str, Any], sold: Sold, stored: Collection[st
     """What `prefect-eachlabs audit` says, and these books do not: both read the same account and the same bucket."""
     bill_usd = sold.bill_usd({*map(sold.prompt, sold.billed)})
     told_usd = audited["billed_usd"] + audited["unsettled"] * PRICE_USD
+    # A failure that the list calls a success has no cost, and after another order no record says that it failed.
+    free = sum(one["status"] == "success" and not one["cost_usd"] for one in sold.predictions.values())
+    unsettled_free = min(max(0, round((told_usd - bill_usd) / PRICE_USD)), free, audited["unsettled"])
+    told_usd -= unsettled_free * PRICE_USD
     kinds = ("in_flight", "not_stored", "one_too_many", "replaced", "without_record", "unknown_orders", "foreign")
     sums_usd = audited["recorded_usd"] + sum(audited[kind]["usd"] for kind in kinds[-3:])
     elsewhere = {one["prediction_id"] for kind in kinds for one in audited[kind]["named"]} & sold.billed
