@@ -6,8 +6,10 @@ is not known is ignored. The rows of the API that each reader follows are in the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import logging
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +34,8 @@ from prefect_eachlabs.net.redaction import shown, visible
 from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MODEL = "gemini"
 DEFAULT_VERSION = "2.0-flash-exp-image-generation"
 
@@ -42,6 +46,7 @@ MAX_INPUT_NESTING = 64
 """pydantic reads JSON of less than 200 levels: a record that holds more could not be read any more."""
 MAX_URL_CHARACTERS = 65_536
 """httpx takes none that is longer."""
+MOST_WORD_CHARACTERS = 40
 _MAX_NESTING = 8
 _MAX_URLS = 64
 _MAX_VALUES = 10_000
@@ -71,12 +76,24 @@ _WORDS = {
     "canceled": PredictionStatus.CANCELLED,
 }
 PENDING_WORDS = frozenset({"", "created", "starting", "queued", "pending", "processing", "running", "in_progress"})
-"""Words for "not finished" that are known; another unknown word is taken the same way, with one warning."""
+"""Words for "not finished" that are known."""
 
 
 def parse_status(word: object) -> PredictionStatus:
-    """Three vocabularies in any case; whatever is not known is not finished."""
-    return _WORDS.get(str(word or "").strip().lower(), PredictionStatus.PENDING)
+    """Three vocabularies in any case; whatever is not known is not finished, and said once."""
+    said = str(word or "").strip().lower()
+    if said not in _WORDS and said not in PENDING_WORDS:
+        _warn_of(shown(said[:MOST_WORD_CHARACTERS]))
+    return _WORDS.get(said, PredictionStatus.PENDING)
+
+
+@functools.lru_cache(maxsize=64)
+def _warn_of(word: str) -> None:
+    logger.warning(
+        'The API says "%s" of a prediction, which is not known here: it is taken as not finished, and asked for until '
+        "its deadline.",
+        word,
+    )
 
 
 def parse_prediction_id(value: object) -> str | None:

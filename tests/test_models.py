@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefect_eachlabs import models
 from prefect_eachlabs.errors import (
     ContentRefused,
     OutputMissing,
@@ -86,6 +87,17 @@ def test_both_spellings_say_that_it_was_cancelled(word: str) -> None:
 @pytest.mark.parametrize("word", ["created", "starting", "processing", "", None, "warming_up", 3, [], {"a": 1}, True])
 def test_any_other_word_means_not_finished(word: object) -> None:
     assert parse_status(word) is PredictionStatus.PENDING
+
+
+def test_a_word_that_is_not_known_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    models._warn_of.cache_clear()
+    for _ in range(3):
+        parse_status("Pondering\x1b[2J" + "x" * 1_000)
+        parse_status("processing")
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "pondering" in said
+    assert "\x1b" not in said
+    assert len(said) < 250
 
 
 # ----------------------------------------------------------------------------------- id
