@@ -37,7 +37,7 @@ _SHOWN_CHARACTERS = 80
 
 
 def content_type_of(head: bytes) -> str | None:
-    """The media type that a file's first 64 bytes show; None: no picture and no MP4."""
+    """The media type that the first 64 bytes of a reference or an output show; None: no picture and no MP4."""
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         return "image/png"
     if head.startswith(b"\xff\xd8\xff"):

@@ -1,4 +1,6 @@
-"""What a prediction puts out that is not a picture: small files that begin, and mostly are, what they are called."""
+"""What a prediction may put out; and what is not a picture, as small files that begin, and mostly are, what they are
+called. Pictures are drawn in `pictures.py`.
+"""
 
 from __future__ import annotations
 
