@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow test-ui check format bench soak fuzz docs constraints clean
+.PHONY: help install demo test test-all test-slow test-ui check dist format bench soak fuzz docs constraints clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -35,11 +35,17 @@ test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
 	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
 
-check: $(STAMP)  ## lint, format, types, and who imports whom
+check: $(STAMP)  ## lint, format, types, who imports whom, and the workflows
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/zizmor --offline --pedantic --strict-collection --no-progress --quiet .github
+
+dist: $(STAMP)  ## wheel and sdist, into dist/; the wheel tried in an empty environment
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python tools/try_wheel.py --python $(PYTHON) dist/*.whl
 
 format: $(STAMP)  ## mend what ruff can fix
 	$(BIN)/ruff check --fix .
