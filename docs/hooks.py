@@ -12,6 +12,8 @@ from mkdocs.structure.files import File, Files
 _LINK = re.compile(r"(?<=\]\()(?![a-z]+:|[#/])([^)#\s]+)(?=[)#])")
 _LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".service": "ini", ".sh": "sh"}
 
+_NOT_FOUND_BY_SEARCH = "---\nsearch:\n  exclude: true\n---\n\n"
+
 
 def _name_on_site(target: Path, docs: Path) -> str:
     if docs in target.parents:
@@ -47,7 +49,8 @@ def on_files(files: Files, config: Any) -> Files:
                     pages.append((target, text))
                     text = _led(text, target, docs)[0]
                 else:
-                    text = f"# {target.name}\n\n```{_LANGUAGES.get(target.suffix, 'text')}\n{text.rstrip()}\n```\n"
+                    language = _LANGUAGES.get(target.suffix, "text")
+                    text = f"{_NOT_FOUND_BY_SEARCH}# {target.name}\n\n```{language}\n{text.rstrip()}\n```\n"
                 files.append(File.generated(config, name, content=text))
     return files
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
 import subprocess
 import sys
 import zlib
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
@@ -96,3 +99,62 @@ def test_every_public_name_has_a_place_in_the_built_reference(site: Path) -> Non
 def test_a_link_out_of_docs_leads_to_a_page_that_shows_the_file(site: Path) -> None:
     shown = (site / "files" / "deployments" / "automation.yaml.html").read_text(encoding="utf-8")
     assert "eachlabs-pause-what-fails" in shown
+
+
+def test_a_file_that_is_shown_is_not_found_by_search(site: Path) -> None:
+    index = (site / "search" / "search_index.json").read_text(encoding="utf-8")
+    assert "files/SECURITY.md.html" in index
+    assert ".py.html" not in index
+
+
+# ------------------------------------------------------------- in a browser, from the disk
+
+RUNS_OUT = """() => [...document.querySelectorAll("main *")].filter(element => {
+    if (element.getBoundingClientRect().right <= innerWidth + 1) return false;
+    for (let outer = element.parentElement; outer; outer = outer.parentElement)
+        if (outer !== document.documentElement && getComputedStyle(outer).overflowX !== "visible") return false;
+    return true;
+}).map(element => `${element.tagName}: ${element.textContent.slice(0, 60)}`)"""
+"""What is wider than the screen and does not scroll by itself."""
+
+
+@pytest.fixture(scope="module")
+def browser(require_tool: Callable[[str], Path]) -> Iterator[Any]:
+    chromium = require_tool("chromium")
+    if not IN_CI:
+        pytest.importorskip("playwright.sync_api")
+    playwright = importlib.import_module("playwright.sync_api")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=str(chromium), args=["--no-sandbox", "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.slow
+def test_search_finds_a_word_on_pages_that_are_opened_from_the_disk(site: Path, browser: Any) -> None:
+    page = browser.new_page()
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto((site / "index.html").as_uri())
+    page.locator(".md-search__input").click()
+    page.keyboard.type("presigned")
+    page.locator(".md-search-result__item a", has_text="Private buckets").first.click()
+    page.wait_for_url("**/how-to/private-buckets.html*")
+    assert [url for url in asked if not url.startswith(("file:", "data:"))] == []
+    page.close()
+
+
+@pytest.mark.slow
+def test_no_page_runs_out_of_a_phones_screen(site: Path, pages: dict[Path, Page], browser: Any) -> None:
+    context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True)
+    page = context.new_page()
+    for path in pages:
+        page.goto(path.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.relative_to(site)
+        assert page.evaluate(RUNS_OUT) == [], path.relative_to(site)
+    context.close()
+
+
+def test_pages_have_an_icon_of_their_own(site: Path, pages: dict[Path, Page]) -> None:
+    assert (site / "favicon.svg").read_text(encoding="utf-8").startswith("<svg")
+    assert all(any(to.endswith("favicon.svg") for to in page.loaded) for page in pages.values())
