@@ -40,7 +40,9 @@ check: $(STAMP)  ## lint, format, types, who imports whom, and the workflows
 	$(BIN)/lint-imports
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/zizmor --offline --pedantic --strict-collection --no-progress --quiet .github
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; \
+	then $(BIN)/zizmor --offline --pedantic --strict-collection --no-progress --quiet .github; \
+	else echo "The workflows are not checked: zizmor wants Python 3.11."; fi
 
 dist: $(STAMP)  ## wheel and sdist, into dist/; the wheel tried in an empty environment
 	rm -rf dist
