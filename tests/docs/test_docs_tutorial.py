@@ -92,7 +92,7 @@ def answers(port: int) -> bool:
 @contextmanager
 def another_terminal(block: Block, number: int, folder: Path, environment: dict[str, str]) -> Iterator[Path]:
     """Runs a block whose last command goes on; once what the page shows is there, gives its log."""
-    typed = [command.typed for command in block.commands() if not command.typed.startswith(". .venv/bin/activate")]
+    typed = [command.typed for command in block.commands() if ".venv/bin/activate" not in command.typed]
     before = [". ./stand-ins.sh"] if "stand-ins.sh" in block.text else []
     script = " && ".join([*before, *typed[:-1], f"exec {typed[-1]}"])
     process = Process(["bash", "-c", script], environment, folder / f"terminal-{number}.log", folder=folder)
