@@ -35,7 +35,7 @@ from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch, BatchOptions, Chunk, Chunks, window_for
 from prefect_eachlabs.batch.source import Defaults
-from prefect_eachlabs.batch.tables import Table
+from prefect_eachlabs.batch.tables import AS_USUAL, Columns, Table
 from prefect_eachlabs.batch.worker import ThreadWorker
 from prefect_eachlabs.batch_artifacts import ProgressShown, chunk_markdown, show_report
 from prefect_eachlabs.blocks import gateway_of, where
@@ -137,6 +137,7 @@ class Work:
         batch_id: The base name of a file when None.
         model, version: Of rows that name none.
         credentials: As tasks take them.
+        columns: Which hold the prompts and ids.
     """
 
     source: str | Table
@@ -145,6 +146,7 @@ class Work:
     model: str = DEFAULT_MODEL
     version: str | None = None
     credentials: Credentials = None
+    columns: Columns = AS_USUAL
 
     def bought(self, options: BatchOptions, *, chunk_size: int = CHUNK_SIZE) -> Plan[BatchResult]:
         """Goes through it once, to its end. **Costs money.**"""
@@ -177,6 +179,7 @@ class Work:
             access=access,
             defaults=defaults,
             worker=worker,
+            columns=self.columns,
         )
         return gateway, (yield from on_the_loop(gateway, opened))
 
@@ -330,6 +333,8 @@ def generate_rows(
     on_ambiguous: OnAmbiguous = "settle",
     presigned_days: float | None = None,
     chunk_size: int = CHUNK_SIZE,
+    prompt_column: str | None = None,
+    id_column: str | None = None,
 ) -> Plan[BatchResult]:
     """Rows become pictures in the bucket and a report; call it again and it goes on. **Costs money** once a row.
 
@@ -352,6 +357,7 @@ def generate_rows(
         presigned_days: The report's page links pictures by URLs that anybody may open for so long, 7 at most; by paths
             beside the page when left out.
         chunk_size: Rows to a task run, 1 to 100.
+        prompt_column, id_column: The columns of prompts and ids, where they are not called `prompt` and `id`.
 
     Returns:
         The totals, what was spent, where the report is, and for each row in its order `id`, `status`, `uri`,
@@ -387,7 +393,8 @@ def generate_rows(
     reading = partial(GivenRows, rows)
     given = reading() if isinstance(rows, Iterator) else (yield from beside_the_loop(reading))
     try:
-        work = Work(given, destination, batch_id or _batch_id_of_the_flow(), model, version, credentials)
+        columns = Columns(prompt_column, id_column)
+        work = Work(given, destination, batch_id or _batch_id_of_the_flow(), model, version, credentials, columns)
         result = yield from work.bought(options, chunk_size=chunk_size)
     finally:
         given.close()

@@ -57,7 +57,8 @@ class Outcome:
 
     Attributes:
         row: The line of the source.
-        table_row: The row of the table, from 1 on: a header is none, and a row may have several lines.
+        table_row: The row of the table, from 1 on: a header is none, and a row may have several lines; in
+            Excel the number that it shows.
         state: What became of it.
         item_id, fingerprint, model, version, prompt, image_url, labels: What was wanted, as far as it could be read.
         uri: Where its picture is.

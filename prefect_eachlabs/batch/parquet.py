@@ -23,8 +23,8 @@ SECONDS = 60.0
 SHOWN_CHARACTERS = 200
 READER = "prefect_eachlabs.batch.parquet:ParquetReader"
 
-Row = dict[str, Any] | str
-"""A row's values by column, or what is wrong with it."""
+Row = dict[str, Any] | str | None
+"""A row's values by column, or what is wrong with it; None: it is empty."""
 
 
 class NotJson:
@@ -37,23 +37,26 @@ class NotJson:
         return self._text
 
 
-class ParquetFile:
-    """A Parquet file: its columns, the number of its rows, and the rows as Python values.
+class TypedFile:
+    """A file of typed rows: its columns, the number of its rows, and the rows as Python values.
 
     Args:
         stream: The file; read here, piece by piece, as the child asks for it.
+        reader: The job that reads it.
         most_row_bytes: A row that is more than this as JSON is faulty.
         process: Reads no other file meanwhile; one of its own when left out.
 
     Raises:
-        JobFailed: It is not a Parquet file; says why.
+        JobFailed: It is not such a file; says why.
         TooCostly: It needs too much memory or time.
-        NotInstalled: pyarrow is missing.
+        NotInstalled: The reader's library is missing.
     """
 
-    def __init__(self, stream: BinaryIO, *, most_row_bytes: int, process: ConfinedProcess | None = None) -> None:
+    def __init__(
+        self, stream: BinaryIO, reader: str, *, most_row_bytes: int, process: ConfinedProcess | None = None
+    ) -> None:
         self._stream = stream
-        self._process = process or ConfinedProcess(READER, idle_seconds=None)
+        self._process = process or ConfinedProcess(reader, idle_seconds=None)
         size_bytes = stream.seek(0, os.SEEK_END)
         try:
             opened, _ = self._asked({"open": size_bytes, "most_row_bytes": most_row_bytes})
@@ -63,6 +66,7 @@ class ParquetFile:
             raise
         self.columns: list[str] = opened["columns"]
         self.count: int = opened["count"]
+        self.head_line: int = opened.get("head_line", 0)
 
     def rows(self) -> Iterator[Row]:
         """Every row, once. Raises as the constructor does."""
@@ -93,34 +97,12 @@ def opened(value: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ in the child
 
 
-class ParquetReader:
-    """The job: opens a file, and gives its rows."""
+class Reader:
+    """A job: opens a file, and gives its rows."""
 
     def __init__(self) -> None:
-        import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, and slow to import
-        from pyarrow import parquet  # noqa: PLC0415 - as above
-
-        pyarrow.set_cpu_count(1)
-        pyarrow.set_io_thread_count(1)
-        self._arrow, self._parquet = pyarrow, parquet
         self._most_row_bytes = 0
         self._rows: Iterator[str] | None = None
-
-    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
-        try:
-            return self._opened(arguments, read) if "open" in arguments else self._next()
-        except MemoryError:
-            raise
-        except (self._arrow.ArrowException, OSError, ValueError) as error:
-            raise JobFailed(str(error)[:SHOWN_CHARACTERS]) from error
-
-    def _opened(self, arguments: dict[str, Any], read: Read) -> Answer:
-        stream = _Remote(arguments["open"], read)
-        file = self._parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
-        self._most_row_bytes = arguments["most_row_bytes"]
-        batches = file.iter_batches(batch_size=ROWS_AT_A_TIME, use_threads=False)
-        self._rows = (row for batch in batches for row in self._written(batch))
-        return {"columns": list(file.schema_arrow.names), "count": file.metadata.num_rows}, b""
 
     def _next(self) -> Answer:
         if self._rows is None:
@@ -133,6 +115,44 @@ class ParquetReader:
             if len(rows) >= ROWS_AT_A_TIME or size > MOST_BYTES_AT_A_TIME:
                 break
         return {"rows": len(rows)}, f"[{','.join(rows)}]".encode()
+
+    def _as_json(self, values: dict[str, Any]) -> str:
+        faulty = json.dumps(f"it is larger than {self._most_row_bytes // 1024} KiB")
+        # A file may name a cell of 5 MB once, and have it in every row.
+        if any(isinstance(value, (str, bytes)) and len(value) > self._most_row_bytes for value in values.values()):
+            return faulty
+        row = json.dumps(values, ensure_ascii=False, default=said)
+        row.encode()
+        return faulty if len(row) > self._most_row_bytes else row
+
+
+class ParquetReader(Reader):
+    """Reads Parquet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, and slow to import
+        from pyarrow import parquet  # noqa: PLC0415 - as above
+
+        pyarrow.set_cpu_count(1)
+        pyarrow.set_io_thread_count(1)
+        self._arrow, self._parquet = pyarrow, parquet
+
+    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
+        try:
+            return self._opened(arguments, read) if "open" in arguments else self._next()
+        except MemoryError:
+            raise
+        except (self._arrow.ArrowException, OSError, ValueError) as error:
+            raise JobFailed(str(error)[:SHOWN_CHARACTERS]) from error
+
+    def _opened(self, arguments: dict[str, Any], read: Read) -> Answer:
+        stream = Remote(arguments["open"], read)
+        file = self._parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
+        self._most_row_bytes = arguments["most_row_bytes"]
+        batches = file.iter_batches(batch_size=ROWS_AT_A_TIME, use_threads=False)
+        self._rows = (row for batch in batches for row in self._written(batch))
+        return {"columns": list(file.schema_arrow.names), "count": file.metadata.num_rows}, b""
 
     def _written(self, batch: Any) -> list[str]:
         """Each row as JSON: its values, or what is wrong with them."""
@@ -157,18 +177,12 @@ class ParquetReader:
         except Exception as error:
             return json.dumps(f"a value cannot be read ({type(error).__name__}: {str(error)[:100]})")
 
-    def _as_json(self, values: dict[str, Any]) -> str:
-        row = json.dumps(values, ensure_ascii=False, default=said)
-        row.encode()
-        too_large = len(row) > self._most_row_bytes
-        return json.dumps(f"it is larger than {self._most_row_bytes // 1024} KiB") if too_large else row
-
 
 def said(value: Any) -> dict[str, str]:
     return {"\0bytes": value.decode("latin-1")} if isinstance(value, bytes) else {"\0text": str(value)}
 
 
-class _Remote(io.RawIOBase):
+class Remote(io.RawIOBase):
     """The parent's file."""
 
     def __init__(self, size_bytes: int, read: Read) -> None:

@@ -15,7 +15,7 @@ from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
 from prefect_eachlabs.batch.source import Defaults, Source, open_source
-from prefect_eachlabs.batch.tables import BadRow, Table, base_name
+from prefect_eachlabs.batch.tables import AS_USUAL, BadRow, Columns, Table, base_name
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.models import Destination
@@ -44,12 +44,13 @@ async def open_batch(
     show: Show | None = None,
     show_seconds: float = 30.0,
     any_source: bool = False,
+    columns: Columns = AS_USUAL,
 ) -> Batch:
     """Opens a source and makes a batch of it; nothing is bought yet. On the gateway's loop.
 
     Args:
         engine: Buys for the account.
-        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet; or a table, which the batch closes.
+        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines, Parquet or Excel; or a table, which the batch closes.
         destination: Where pictures, records and reports go.
         options: What this run may do.
         batch_id: Names the batch's folder of reports; the base name of a source when None.
@@ -59,6 +60,7 @@ async def open_batch(
         show: Told the progress every `show_seconds`.
         any_source: A person at the command line named it: every file and bucket will do. Otherwise it is read where
             EACHLABS_REFERENCE_ROOTS names its place, and below a destination that a block describes.
+        columns: Which hold the prompts and ids, where they are not called so.
 
     Raises:
         BadInput: The source may not be read, is no table, or has no prompt column; or there is no such model.
@@ -77,9 +79,9 @@ async def open_batch(
         within = None if any_source else roots
         if within is not None:
             source = await worker(within.source, source)
-        opened = await worker(partial(open_source, source, access, defaults, roots, within=within))
+        opened = await worker(partial(open_source, source, access, defaults, roots, columns=columns, within=within))
     else:
-        opened = Source(source, ROWS, defaults, roots)
+        opened = Source(source, ROWS, defaults, roots, columns)
     return Batch(
         EngineBuyer(engine), opened, folder, options, worker=worker, access=access, show=show, show_seconds=show_seconds
     )

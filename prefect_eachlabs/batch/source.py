@@ -11,9 +11,19 @@ import math
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from prefect_eachlabs.batch.tables import MAX_ROW_BYTES, BadRow, Cells, Table, open_table
+from prefect_eachlabs.batch.tables import (
+    AS_USUAL,
+    MAX_ROW_BYTES,
+    PROMPTS,
+    BadRow,
+    Cells,
+    Columns,
+    Table,
+    TypedTable,
+    open_table,
+)
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
 from prefect_eachlabs.reference_images import Roots, opened
@@ -23,8 +33,7 @@ if TYPE_CHECKING:  # the state imports this module
     from prefect_eachlabs.batch.state import Earlier, Scratch
     from prefect_eachlabs.batch.worker import Worker
 
-PROMPTS = ("prompt", "Prompt")
-KNOWN_COLUMNS = ("id", "image_url", "model", "version")
+KNOWN_COLUMNS = ("image_url", "model", "version")
 INPUT_PREFIX = "input."
 ROWS_AT_A_TIME = 100
 MOST_BYTES_AHEAD = 1_000_000
@@ -70,28 +79,45 @@ class Source:
         name: What it is called in messages.
         defaults: The model of rows that name none.
         roots: Where the reference pictures may be that rows name by their files.
+        columns: Which hold the prompts and ids, where they are not called so.
 
     Raises:
         BadInput: It has no prompt column; says which columns it has.
     """
 
-    def __init__(self, table: Table, name: str, defaults: Defaults | None = None, roots: Roots | None = None) -> None:
+    def __init__(
+        self,
+        table: Table,
+        name: str,
+        defaults: Defaults | None = None,
+        roots: Roots | None = None,
+        columns: Columns = AS_USUAL,
+    ) -> None:
         self.table = table
         self._roots = roots or Roots()
         self.name = name
         self._defaults = defaults or Defaults()
-        prompt = next((column for column in PROMPTS if column in table.columns), None)
+        wanted = (columns.prompt,) if columns.prompt else PROMPTS
+        prompt = next((column for column in wanted if column in table.columns), None)
         if prompt is None and (table.columns or not table.typed):
-            seen = ", ".join(repr(column) for column in table.columns if column)[:500] or "none"
-            hint = " Is it separated by something else than its name says?" if len(table.columns) == 1 else ""
-            # In the details, which a command shows and a run's state does not: it may be the first line of anything.
-            raise BadInput(f"{name} has no column 'prompt' (or 'Prompt').", details=f"Its columns are: {seen}.{hint}")
-        self._prompt = prompt or PROMPTS[0]
+            self._refuse(wanted[0], "" if columns.prompt else " (or 'Prompt'); --prompt-column names another")
+        if columns.id is not None and columns.id not in table.columns and table.columns:
+            self._refuse(columns.id)
+        self._prompt = prompt or wanted[0]
+        self._id = columns.id or "id"
+
+    def _refuse(self, column: str, or_so: str = "") -> NoReturn:
+        seen = ", ".join(repr(name) for name in self.table.columns if name)[:500] or "none"
+        hint = " Is it separated by something else than its name says?" if len(self.table.columns) == 1 else ""
+        # In the details, which a command shows and a run's state does not: it may be the first line of anything.
+        raise BadInput(f"{self.name} has no column {column!r}{or_so}.", details=f"Its columns are: {seen}.{hint}")
 
     def rows(self) -> Iterator[Wanted | BadRow]:
         """Every row, in order; reads as it goes, and blocks."""
         for number, row in enumerate(self.table.rows(), start=1):
-            yield replace(row if isinstance(row, BadRow) else self._wanted(row), number=number)
+            read = row if isinstance(row, BadRow) else self._wanted(row)
+            # Excel shows its rows' numbers, so nobody counts without them.
+            yield replace(read, number=row.line if isinstance(self.table, TypedTable) else number)
 
     def fraction_read(self) -> float:
         return self.table.fraction_read()
@@ -102,7 +128,7 @@ class Source:
     def _wanted(self, row: Cells) -> Wanted | BadRow:
         values = {name: value for name, value in row.values.items() if not _is_missing(value)}
         prompt = values.pop(self._prompt, None)
-        item_id, image_url, model, version = (_plain(values.pop(name, None)) for name in KNOWN_COLUMNS)
+        item_id, image_url, model, version = (_plain(values.pop(name, None)) for name in (self._id, *KNOWN_COLUMNS))
         try:
             if model is None:
                 model, version = self._defaults.model, version or self._defaults.version
@@ -236,29 +262,31 @@ def open_source(
     access: S3Access | None = None,
     defaults: Defaults | None = None,
     roots: Roots | None = None,
+    columns: Columns = AS_USUAL,
     *,
     within: Roots | None = None,
 ) -> Source:
     """Opens a source of prompts and reads its head. Blocks.
 
     Args:
-        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines or Parquet.
+        source: A path or `s3://bucket/key`: CSV, TSV, JSON Lines, Parquet or Excel.
         access: How to reach a bucket; boto3's own chain when None.
         defaults: The model of rows that name none.
         roots: Where the reference pictures may be that rows name by their files; None: nowhere.
+        columns: Which hold the prompts and ids, where they are not called so.
         within: Where a file of this machine must be; None: anywhere.
 
     Raises:
         BadInput: It is not there, no table, or has no prompt column.
-        SetupError: It may not be read, or pyarrow is missing.
+        SetupError: It may not be read, or what reads it is missing.
 
     Example:
         >>> source = open_source("prompts.csv")             # doctest: +SKIP
         >>> for row in source.rows(): print(row.line)       # doctest: +SKIP
     """
-    table = open_table(source, access, within)
+    table = open_table(source, access, columns, within)
     try:
-        return Source(table, source, defaults, roots)
+        return Source(table, source, defaults, roots, columns)
     except BaseException:
         table.close()
         raise

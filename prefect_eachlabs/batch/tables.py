@@ -1,8 +1,9 @@
-"""Tables as streams of rows: CSV, TSV, JSON Lines and Parquet; a broken line is a row of its own, never the end.
+"""Tables as streams of rows: CSV, TSV, JSON Lines, Parquet and Excel; a broken line is a row of its own, never the end.
 
 TSV has no quoting of its own: a line is a row, and quotes are text, except around a whole cell in which every other
 quote is doubled (so spreadsheets write them). A quote that is never closed in CSV ends the table at its line: nobody
-can tell what the lines after it belong to.
+can tell what the lines after it belong to. CSV is read as Excel saves it in Europe, too: its separator is the one under
+which the header has the column of prompts (or the most columns), its encoding Windows-1252 where it cannot be UTF-8.
 """
 
 from __future__ import annotations
@@ -10,15 +11,18 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, BinaryIO, NoReturn, Protocol
 
 from prefect_eachlabs.batch.files import open_file
-from prefect_eachlabs.batch.parquet import ParquetFile
+from prefect_eachlabs.batch.parquet import READER as PARQUET
+from prefect_eachlabs.batch.parquet import TypedFile
+from prefect_eachlabs.batch.xlsx import READER as XLSX
 from prefect_eachlabs.confined import ConfinedError, ConfinedProcess, NotInstalled, TooCostly
 from prefect_eachlabs.errors import BadInput, SetupError
 from prefect_eachlabs.reference_images import Roots
@@ -27,7 +31,41 @@ from prefect_eachlabs.storage.s3_client import S3Access
 MAX_ROW_BYTES = 128 * 1024
 """Beyond this a line is broken: records must stay small, and a file that is not a table must not fill the memory."""
 MAX_LINES_OF_A_ROW = 200
-SUFFIXES = {".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".tab": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".xlsx": "xlsx",
+}
+PROMPTS = ("prompt", "Prompt")
+DELIMITERS = (",", ";", "\t", "|")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a table are meant, and what separates them in a CSV; None: found out.
+
+    Raises:
+        BadInput: The delimiter is not one character.
+    """
+
+    prompt: str | None = None
+    id: str | None = None
+    delimiter: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.delimiter == r"\t":  # a shell and a form have no tab
+            object.__setattr__(self, "delimiter", "\t")
+        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n\0'):
+            raise BadInput(f"delimiter: {self.delimiter[:20]!r} must be one character, such as ; or \\t for a tab.")
+
+
+AS_USUAL = Columns()
 
 
 @dataclass(frozen=True)
@@ -64,25 +102,32 @@ class Table(Protocol):
     def close(self) -> None: ...
 
 
-def open_table(source: str, access: S3Access | None = None, within: Roots | None = None) -> Table:
+def open_table(
+    source: str, access: S3Access | None = None, columns: Columns = AS_USUAL, within: Roots | None = None
+) -> Table:
     """Opens a source and reads its head. Blocks.
 
     Args:
-        source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl or .parquet.
+        source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl, .parquet or .xlsx.
         access: How to reach a bucket; boto3's own chain when None.
+        columns: Which are meant.
         within: Where a file of this machine must be; None: anywhere.
 
     Raises:
         BadInput: It is not there, or not a table.
-        SetupError: It may not be read, or pyarrow is missing.
+        SetupError: It may not be read, or what reads it is missing.
     """
     kind = kind_of(source)
+    if columns.delimiter is not None and kind != "csv":
+        raise BadInput(f"delimiter: only CSV has one, and {source} is not CSV by its name.")
     stream = open_file(source, access, within)
     try:
-        if kind == "parquet":
-            return ParquetTable(source, stream)
-        readers: dict[str, Callable[[str, Lines], Table]] = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLinesTable}
-        return readers[kind](source, Lines(stream))
+        if kind in ("parquet", "xlsx"):
+            return TypedTable(source, stream)
+        if kind == "jsonl":
+            return JsonLinesTable(source, Lines(stream))
+        lines = Lines(stream, may_be_ansi=True)
+        return CsvTable(source, lines, columns) if kind == "csv" else TsvTable(source, lines)
     except BaseException:
         stream.close()
         raise
@@ -93,7 +138,8 @@ def kind_of(source: str) -> str:
     kind = SUFFIXES.get(PurePosixPath(source).suffix.lower())
     if kind is None:
         raise BadInput(
-            f"{source}: a source is CSV, TSV, JSON Lines or Parquet, told by its name: .csv, .tsv, .jsonl or .parquet."
+            f"{source}: a source is CSV, TSV, JSON Lines, Parquet or Excel, told by its name: .csv, .tsv, .jsonl, "
+            ".parquet or .xlsx. Save it as one of these."
         )
     return kind
 
@@ -118,10 +164,16 @@ class Line:
 
 
 class Lines:
-    """The numbered lines of a file in UTF-8, each decoded by itself, so that what is wrong with one costs it alone."""
+    """The numbered lines of a file in UTF-8, each decoded by itself, so that what is wrong with one costs it alone.
 
-    def __init__(self, stream: BinaryIO) -> None:
+    Args:
+        stream: The file.
+        may_be_ansi: The first line that is not ASCII decides: where it is not UTF-8, the file is Windows-1252.
+    """
+
+    def __init__(self, stream: BinaryIO, *, may_be_ansi: bool = False) -> None:
         self._stream = stream
+        self._encoding: str | None = None if may_be_ansi else "utf-8"
         self._size_bytes = stream.seek(0, os.SEEK_END)
         stream.seek(0)
         self._number = 0
@@ -140,14 +192,39 @@ class Lines:
                 pass
             return Line(self._number, "", f"it is longer than {MAX_ROW_BYTES // 1024} KiB")
         if self._number == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
+            if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+                return Line(1, "", "it is UTF-16: save the file as UTF-8")
+            if raw.startswith(b"\xef\xbb\xbf"):
+                raw, self._encoding = raw[3:], "utf-8"
         try:
-            text = raw.decode("utf-8")
+            text = self._decoded(raw)
         except UnicodeDecodeError as error:
             return Line(self._number, "", f"it is not UTF-8 (byte {error.start + 1}): save the file as UTF-8")
         if "\0" in text:
             return Line(self._number, "", "it holds a zero byte")
         return Line(self._number, text)
+
+    def _decoded(self, raw: bytes) -> str:
+        if raw.isascii():
+            return raw.decode("ascii")
+        if self._encoding == "cp1252":
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError:
+                return raw.decode("cp1252")
+            # Some lines are UTF-8 and some are not: nobody can tell what the others are.
+            raise UnicodeDecodeError("utf-8", raw, 0, 1, "it is mixed")
+        try:
+            text = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            if self._encoding is not None:
+                raise
+            text = raw.decode("cp1252")
+            self._encoding = "cp1252"
+            logger.warning("Line %d is not UTF-8: the table is read as Windows-1252, as Excel saves it.", self._number)
+            return text
+        self._encoding = "utf-8"
+        return text
 
     def _readline(self, most_bytes: int) -> bytes:
         raw = self._stream.readline(most_bytes)
@@ -196,8 +273,10 @@ class CsvTable(_TableOfLines):
 
     typed = False
 
-    def __init__(self, source: str, lines: Lines) -> None:
+    def __init__(self, source: str, lines: Lines, columns: Columns = AS_USUAL) -> None:
         super().__init__(source, lines)
+        self._delimiter = columns.delimiter
+        self._wanted = (columns.prompt,) if columns.prompt else PROMPTS
         self._records = self._read()
         head = next(self._records, None)
         if head is None:
@@ -211,14 +290,21 @@ class CsvTable(_TableOfLines):
             yield record if isinstance(record, BadRow) else _by_column(self.columns, record[1], record[0])
 
     def _read(self) -> Iterator[tuple[int, list[str]] | BadRow]:
+        is_head = True
         for line in self._lines:
             if line.fault is not None:
                 yield BadRow(line.number, f"broken line: {line.fault}")
                 continue
+            if is_head and line.text.strip():
+                if line.number == 1 and self._delimiter is None and (said := _said_separator(line.text)) is not None:
+                    self._delimiter = said
+                    continue
+                is_head = False
+                self._delimiter = self._delimiter or self._separator(line.text)
             taken: list[Line] = [line]
             try:
                 # It takes as many lines as the row has.
-                cells = next(csv.reader(self._row(taken), strict=True))
+                cells = next(csv.reader(self._row(taken), delimiter=self._delimiter or ",", strict=True))
             except csv.Error as error:
                 if len(taken) > 1 or "unexpected end" in str(error):
                     self._refuse(line)
@@ -226,6 +312,18 @@ class CsvTable(_TableOfLines):
             else:
                 if cells:
                     yield line.number, cells
+
+    def _separator(self, head: str) -> str:
+        """The one under which the header has the column of prompts, or the most columns; else the comma."""
+
+        def fit(delimiter: str) -> tuple[bool, int]:
+            try:
+                names = next(csv.reader([head], delimiter=delimiter, strict=True))
+            except csv.Error:
+                return False, 0
+            return any(name.strip() in self._wanted for name in names), len(names)
+
+        return max(DELIMITERS, key=fit)
 
     def _row(self, taken: list[Line]) -> Iterator[str]:
         yield taken[0].text
@@ -240,6 +338,12 @@ class CsvTable(_TableOfLines):
             f"{self._source} is damaged at line {line.number}: a quote is opened there and not closed properly. Close "
             "it, or double it where it is part of the text, and run again: the rows before it are kept."
         )
+
+
+def _said_separator(text: str) -> str | None:
+    """What Excel's own first line `sep=;` says."""
+    text = text.rstrip("\r\n")
+    return text[4] if len(text) == 5 and text.lower().startswith("sep=") and text[4] in DELIMITERS else None
 
 
 class TsvTable(_TableOfLines):
@@ -319,26 +423,30 @@ def _refuse_constant(word: str) -> NoReturn:
     raise ValueError(f"{word} is not JSON")
 
 
-class ParquetTable:
-    """A Parquet file, some rows at a time; lines are counted from 1."""
+class TypedTable:
+    """A Parquet or Excel file, some rows at a time; lines are counted from 1, in Excel as Excel does."""
 
     typed = True
 
     def __init__(self, source: str, stream: BinaryIO, process: ConfinedProcess | None = None) -> None:
         self._source = source
+        name, reader, extra = ("Excel", XLSX, "excel") if kind_of(source) == "xlsx" else ("Parquet", PARQUET, "parquet")
         try:
-            self._file = ParquetFile(stream, most_row_bytes=2 * MAX_ROW_BYTES, process=process)
+            self._file = TypedFile(stream, reader, most_row_bytes=2 * MAX_ROW_BYTES, process=process)
         except NotInstalled as error:
-            raise SetupError("Parquet needs pyarrow: pip install 'prefect-eachlabs[parquet]'.") from error
+            library = "openpyxl" if reader is XLSX else "pyarrow"
+            raise SetupError(f"{name} needs {library}: pip install 'prefect-eachlabs[{extra}]'.") from error
         except ConfinedError as error:
-            no_table(source, f"it is no Parquet file ({error})")
+            no_table(source, f"it is no {name} file ({error})")
         self.columns = _columns(source, self._file.columns)
-        self._line = 0
+        self._line = self._file.head_line
 
     def rows(self) -> Iterator[Cells | BadRow]:
         try:
             for values in self._file.rows():
                 self._line += 1
+                if values is None:
+                    continue
                 if isinstance(values, str):
                     yield BadRow(self._line, f"broken row: {values}")
                 else:

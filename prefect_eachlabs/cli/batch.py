@@ -46,14 +46,19 @@ def batch(
         PositiveNumber | None,
         flag("the page links pictures by presigned URLs that anybody may open for so long (7 at most)"),
     ] = None,
+    prompt_column: Annotated[str | None, flag("the column that holds the prompts (prompt, or Prompt)")] = None,
+    id_column: Annotated[str | None, flag("the column that holds the ids (id)")] = None,
+    delimiter: Annotated[
+        str | None, flag("what separates the cells of a CSV, such as ; (found out by its header)")
+    ] = None,
     flags: PurchaseFlags = NONE_GIVEN,
 ) -> int:
     """A table of prompts becomes pictures in your bucket and a report, bought once each.
 
-    The source is CSV, TSV, JSON Lines or Parquet, told by its ending. It needs a
-    column 'prompt' (or 'Prompt'); 'id', 'image_url', 'model' and 'version' are used
-    where present, 'input.NAME' goes into the model's input, all others are labels,
-    kept in records and report.
+    The source is CSV, TSV, JSON Lines, Parquet or Excel, told by its ending. It
+    needs a column 'prompt' (or 'Prompt', or the one that --prompt-column names);
+    'id', 'image_url', 'model' and 'version' are used where present, 'input.NAME'
+    goes into the model's input, all others are labels, kept in records and report.
 
     Run the same again after a kill, a failure or with new rows: what is stored is
     not bought again. The report: PREFIX/batches/BATCH_ID/report.json, report.jsonl
@@ -68,6 +73,7 @@ def batch(
     from prefect_eachlabs.batch.plan import open_batch
     from prefect_eachlabs.batch.run import BatchOptions
     from prefect_eachlabs.batch.source import Defaults
+    from prefect_eachlabs.batch.tables import Columns
     from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
 
     if presigned_days is not None and presigned_days > MOST_DAYS:
@@ -79,6 +85,7 @@ def batch(
         **flags.options(),
     )
     destination = flags.destination()
+    columns = Columns(prompt_column, id_column, delimiter)
     bar, show, show_seconds = _shown(quiet=flags.in_json or dry_run)
 
     def opened(gateway: Gateway, worker: Worker) -> Coroutine[Any, Any, Batch]:
@@ -93,6 +100,7 @@ def batch(
             show=show,
             show_seconds=show_seconds,
             any_source=True,
+            columns=columns,
         )
 
     with bar:

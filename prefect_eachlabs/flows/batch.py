@@ -12,7 +12,7 @@ from prefect.states import Completed, Failed
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
-from prefect_eachlabs.batch.tables import base_name
+from prefect_eachlabs.batch.tables import Columns, base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.flows.doors import async_flow, sync_flow
@@ -73,12 +73,15 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     on_ambiguous: OnAmbiguous = "settle",
     chunk_size: Annotated[int, advanced("rows to a task run", minimum=1, maximum=MOST_IN_A_CHUNK)] = CHUNK_SIZE,
     shard: Annotated[str, advanced("share of a batch", pattern="^([1-9][0-9]?/[1-9][0-9]?)?$")] = "",
+    prompt_column: Annotated[str | None, advanced("column of prompts")] = None,
+    id_column: Annotated[str | None, advanced("column of names")] = None,
+    delimiter: Annotated[str | None, advanced("separator of a CSV")] = None,
 ) -> Plan[BatchResult]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
     Args:
-        source: CSV, TSV, JSON Lines or Parquet: s3://bucket/key, or a path. Its bucket or folder must be named in the
-            worker's setting EACHLABS_REFERENCE_ROOTS. It needs a column prompt (or Prompt).
+        source: CSV, TSV, JSON Lines, Parquet or Excel: s3://bucket/key, or a path. Its bucket or folder must be named
+            in the worker's setting EACHLABS_REFERENCE_ROOTS. It needs a column prompt (or Prompt).
         destination: Where pictures and report go: a saved block, or s3://bucket/prefix, or
             eachlabs-s3-destination/NAME. Empty: the worker's setting EACHLABS_DESTINATION.
         budget_usd: Spend at most so much in this run; what it does not cover is left out. Empty: no budget.
@@ -100,6 +103,9 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         on_ambiguous: Settle: find out what was bought. Fail: report it.
         chunk_size: So many rows show as one task run, 1 to 100.
         shard: Such as 2/4. The run with shards=4 starts such runs; leave it empty.
+        prompt_column: Where it is not called prompt (or Prompt).
+        id_column: Where it is not called id.
+        delimiter: One character, such as ; (or \\t for a tab). Empty: found out by the header.
 
     Returns:
         The totals (stored, reused, failed, ambiguous, skipped), costs, and where the report is. Called by another flow
@@ -123,7 +129,10 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     destination = (
         destination.strip() if isinstance(destination, str) else destination
     ) or destination_from_environment()
-    work = Work(str(source).strip(), destination, batch_id or None, model, version or None, credentials or None)
+    columns = Columns(prompt_column or None, id_column or None, delimiter or None)
+    work = Work(
+        str(source).strip(), destination, batch_id or None, model, version or None, credentials or None, columns
+    )
     if dry_run:
         return cast(BatchResult, _planned((yield from work.planned(options))))
     if shards == 1:

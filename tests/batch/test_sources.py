@@ -253,7 +253,7 @@ def test_a_head_of_20000_columns_is_read_once() -> None:
     [
         ("text,id\na fox,1\n", "csv", "'text', 'id'"),
         ("text\tid\na fox\t1\n", "tsv", "'text', 'id'"),
-        ("prompt;id\na fox;1\n", "csv", "'prompt;id'"),
+        ("text;id\na fox;1\n", "csv", "'text', 'id'"),
         ('{"text": "a"}\n{"id": 1}\n', "jsonl", "'text', 'id'"),
     ],
 )
@@ -269,7 +269,7 @@ def test_a_table_with_a_header_alone_has_no_rows() -> None:
 
 @pytest.mark.parametrize("name", ["prompts", "prompts.txt", "prompts.parquet.gz", "prompts.csv.gz", "a.csv/prompts"])
 def test_a_name_that_tells_no_format_is_refused(name: str) -> None:
-    with pytest.raises(BadInput, match=r"\.csv, \.tsv, \.jsonl or \.parquet"):
+    with pytest.raises(BadInput, match=r"\.csv, \.tsv, \.jsonl, \.parquet or \.xlsx"):
         open_source(name)
 
 

@@ -16,7 +16,7 @@ from prefect_eachlabs.batch.outcomes import Outcome, refused
 from prefect_eachlabs.batch.parquet import READER
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
-from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, Lines, ParquetTable, Table, TsvTable
+from prefect_eachlabs.batch.tables import BadRow, CsvTable, JsonLinesTable, Lines, Table, TsvTable, TypedTable
 from prefect_eachlabs.confined import ConfinedProcess
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.records import Record, new_record
@@ -155,4 +155,4 @@ READER_OF_ALL = ConfinedProcess(READER)
 
 @fuzzed(parquets())
 def test_a_parquet_table_is_read_row_by_row_or_refused(data: bytes) -> None:
-    read(lambda: ParquetTable("x.parquet", io.BytesIO(data), READER_OF_ALL))
+    read(lambda: TypedTable("x.parquet", io.BytesIO(data), READER_OF_ALL))

@@ -132,6 +132,7 @@ SCENARIOS: dict[str, Callable[[bytes], Awaitable[None]]] = {
     "parquet": lambda data: table(data, "parquet"),
     "csv": lambda data: table(data, "csv"),
     "jsonl": lambda data: table(data, "jsonl"),
+    "xlsx": lambda data: table(data, "xlsx"),
     "schema": schema,
     "answer": answer,
     "prompt": prompt,

@@ -21,6 +21,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.batch.workbooks import TEXTS, workbook
+
+pytest.importorskip("openpyxl")
 pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
 pytestmark = [
@@ -120,6 +123,12 @@ def columns(count: int) -> bytes:
     return buffer.getvalue()
 
 
+def entities() -> bytes:
+    """1,000 letters, a hundred times over, eight times, as `&i;`."""
+    doubled = b"".join(b'<!ENTITY %c "%s">' % (98 + n, b"&%c;" % (97 + n) * 100) for n in range(8))
+    return b'<!DOCTYPE sst [<!ENTITY a "%s">%s]>' % (b"x" * 1_000, doubled)
+
+
 def asked(schema: Any, prompt: str = "a fox") -> bytes:
     return json.dumps({"schema": schema, "prompt": prompt}).encode()
 
@@ -156,6 +165,39 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
         "parquet",
         lambda: table(pyarrow.array([[None] * 50_000_000], pyarrow.list_(pyarrow.int8()))),
     ),
+    "a workbook with a text of 300 MB": (
+        "xlsx",
+        lambda: workbook(texts=TEXTS.replace(b"a fox", b"x" * 300_000_000)),
+    ),
+    "a workbook with 20,000 cells of the same 5 MB": (
+        "xlsx",
+        lambda: workbook(
+            b'<row><c><v>1</v></c><c t="s"><v>2</v></c></row>' * 20_000,
+            texts=TEXTS.replace(b"a fox", b"x" * 5_000_000),
+        ),
+    ),
+    "a workbook with 2 million texts": (
+        "xlsx",
+        lambda: workbook(texts=TEXTS + b"<si><t>abcdefgh</t></si>" * 2_000_000),
+    ),
+    "a workbook with entities that grow": (
+        "xlsx",
+        lambda: workbook(texts=TEXTS.replace(b"a fox", b"&i;"), doctype=entities()),
+    ),
+    "a workbook with a row of 10 million cells": (
+        "xlsx",
+        lambda: workbook(b"<row>" + b"<c><v>1</v></c>" * 10_000_000 + b"</row>"),
+    ),
+    "a workbook of a million rows of nothing": ("xlsx", lambda: workbook(b"<row/>" * 1_000_000)),
+    "a workbook with rows of 16,384 columns": (
+        "xlsx",
+        lambda: workbook(b'<row><c r="XFD9"><v>1</v></c></row>' * 1_000),
+    ),
+    "a workbook with a number of a million digits": (
+        "xlsx",
+        lambda: workbook(b"<row><c><v>" + b"9" * 1_000_000 + b"</v></c></row>"),
+    ),
+    "a workbook that is 200,000 deep": ("xlsx", lambda: workbook(b"<a>" * 200_000 + b"</a>" * 200_000)),
     "a CSV file of one line": ("csv", lambda: b"prompt\n" + b"x" * 900_000),
     "a CSV file of commas": ("csv", lambda: b"prompt\n" + b"," * 900_000),
     "a CSV file of quotes": ("csv", lambda: b"prompt\n" + b'"\n' * 200_000),

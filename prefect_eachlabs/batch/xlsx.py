@@ -1,0 +1,74 @@
+"""Excel tables (.xlsx), read by openpyxl in a confined process: the first sheet, from its first row that is not empty.
+
+A workbook is a zip of XML: 1 MB of it may inflate to gigabytes, name a cell in row 10^12, or hold a text of 1 GB that
+every cell refers to. Nothing is taken from it but values: formulas count as what they last came to.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from prefect_eachlabs.batch.parquet import SHOWN_CHARACTERS, Reader, Remote
+from prefect_eachlabs.confined import Answer, JobFailed, Read
+
+MOST_ROWS = 1_048_576
+"""Of a sheet, by Excel's own bound."""
+ERRORS = frozenset({"#NULL!", "#DIV/0!", "#VALUE!", "#REF!", "#NAME?", "#NUM!", "#N/A", "#GETTING_DATA"})
+READER = "prefect_eachlabs.batch.xlsx:XlsxReader"
+
+
+class XlsxReader(Reader):
+    """Reads Excel; in the child alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import openpyxl  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types
+
+        self._load = openpyxl.load_workbook
+
+    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
+        try:
+            return self._opened(arguments, read) if "open" in arguments else self._next()
+        except (MemoryError, JobFailed):
+            raise
+        except Exception as error:  # openpyxl raises what it meets: KeyError, BadZipFile, ParseError
+            raise JobFailed(f"{type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}") from error
+
+    def _opened(self, arguments: dict[str, Any], read: Read) -> Answer:
+        self._most_row_bytes = arguments["most_row_bytes"]
+        stream = io.BufferedReader(Remote(arguments["open"], read), 64 * 1024)
+        book = self._load(stream, read_only=True, data_only=True, keep_links=False)
+        if not book.worksheets:
+            raise JobFailed("it has no sheet of cells")
+        sheet = book.worksheets[0]
+        sheet.reset_dimensions()  # what it says of its size need not be so
+        numbered = enumerate(itertools.islice(sheet.iter_rows(values_only=True), MOST_ROWS), 1)
+        head_line, head = next(((line, cells) for line, cells in numbered if not _is_empty(cells)), (0, ()))
+        columns = ["" if cell is None else str(cell)[:SHOWN_CHARACTERS] for cell in head]
+        while columns and not columns[-1]:
+            columns.pop()
+        self._rows = (self._row(columns, cells) for _, cells in numbered)
+        return {"columns": columns, "count": 0, "head_line": head_line}, b""
+
+    def _row(self, columns: list[str], cells: tuple[Any, ...]) -> str:
+        if _is_empty(cells):
+            return "null"
+        wrong = next((cell for cell in cells if isinstance(cell, str) and cell in ERRORS), None)
+        if wrong is not None:
+            return json.dumps(f"a cell holds {wrong}")
+        if not _is_empty(cells[len(columns) :]):
+            return json.dumps(f"cells: more than the header's {len(columns)}")
+        # A column without a name means nothing.
+        return self._as_json(dict(_named(columns, cells)))
+
+
+def _is_empty(cells: Iterable[Any]) -> bool:
+    return all(cell is None or cell == "" for cell in cells)
+
+
+def _named(columns: list[str], cells: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    return ((name, cell) for name, cell in zip((name.strip() for name in columns), cells, strict=False) if name)
