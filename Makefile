@@ -49,7 +49,7 @@ dist: $(STAMP)  ## wheel and sdist, into dist/; the wheel tried in an empty envi
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python tools/try_wheel.py --python $(PYTHON) dist/*.whl
 
-format: $(STAMP)  ## mend what ruff can fix
+format: $(STAMP)  ## fix what ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
