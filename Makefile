@@ -3,6 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
+# Each of hundreds of processes that the tests start would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-slow test-ui check dist format bench soak fuzz docs constraints clean
 
@@ -23,7 +26,7 @@ demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real fl
 	@$(BIN)/prefect-eachlabs demo
 
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadgroup --no-loadscope-reorder
 
 # One after the other: side by side on two cores, what they wait for comes later than they wait.
 test-all: test-slow test-ui  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked

@@ -71,6 +71,28 @@ def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
 
 
+# ------------------------------------------------- which process of several runs what
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup`, a file keeps to one process, and what needs the Prefect server to two of them.
+
+    A server takes 20 s of CPU to start. What needs it takes longest, so it comes first; files keep their order.
+    """
+
+    def group_of(item: pytest.Item) -> str:
+        file = item.nodeid.partition("::")[0]
+        if "prefect_server" not in getattr(item, "fixturenames", ()):
+            return file
+        return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
+
+    groups = {item: group_of(item) for item in items}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not groups[item].startswith("server"))
+
+
 # ---------------------------------------------------------------------- network
 
 

@@ -23,8 +23,8 @@ from tests.virtual_time import run
 
 NOW = datetime(2026, 11, 27, tzinfo=timezone.utc)
 PLACE = Destination.parse("s3://bucket/p")
-FEW, MANY = 500, 5_000
-MORE_BYTES = 1_000_000
+FEW, MANY = 200, 2_000
+MORE_BYTES = 400_000
 
 
 class MadeUp(MemoryStore):

@@ -251,7 +251,7 @@ def test_a_log_tells_the_progress_where_no_terminal_is(
 ) -> None:
     monkeypatch.setattr(command, "LOG_SECONDS", 0.05)
     logging.getLogger().handlers[:] = []
-    source = write(tmp_path / "spring.csv", "prompt", *(f"fox {number}" for number in range(40)))
+    source = write(tmp_path / "spring.csv", "prompt", *(f"fox {number}" for number in range(20)))
     assert main(["batch", source, "--to", studio.destination]) == 0
     err = capsys.readouterr().err
     assert "stored, 0 reused, 0 not there" in err

@@ -204,13 +204,13 @@ def test_a_prediction_long_overdue_is_asked_about_ever_less_often_and_keeps_its_
 
 def test_many_that_never_end_leave_most_requests_to_others() -> None:
     async def story(shop: Shop) -> float:
-        for _ in range(100):
+        for _ in range(25):
             shop.poller.watch(await shop.api.create(), slot=None)
         await asyncio.sleep(900)
         return shop.api.count("get") / 15
 
     duration = seconds(1e9)
-    assert in_shop(story, requests_per_minute=600, max_in_flight=None, has_executions=False, duration=duration) < 240
+    assert in_shop(story, requests_per_minute=150, max_in_flight=None, has_executions=False, duration=duration) < 60
 
 
 def test_after_a_day_it_is_given_up() -> None:
