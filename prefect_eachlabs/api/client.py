@@ -50,6 +50,7 @@ from prefect_eachlabs.models import (
 )
 from prefect_eachlabs.net import redaction, safe_json
 from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
+from prefect_eachlabs.net.pools import pools
 from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import DEFAULT_BASE_URL, AccountSettings
@@ -172,7 +173,7 @@ class ExecutionsPage:
 
 
 class EachlabsClient:
-    """The API of one account, asynchronously, over one pool of connections.
+    """The API of one account, asynchronously, over connections that are kept.
 
     Args:
         settings: The account; its key goes to the host of `base_url` alone, redirects are never followed.
@@ -202,6 +203,8 @@ class EachlabsClient:
         self._checked: Once[str, None] = Once()
         self._is_known = settings.base_url == DEFAULT_BASE_URL or transport is not None
         connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
+        # A proxy from the environment must not see what goes to an emulator on this machine.
+        trust_env = not is_loopback(self._host)
         self._http = httpx.AsyncClient(
             base_url=settings.base_url,
             headers={
@@ -215,9 +218,8 @@ class EachlabsClient:
             ),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             follow_redirects=False,
-            transport=transport,
-            # A proxy from the environment must not see what goes to an emulator on this machine.
-            trust_env=not is_loopback(self._host),
+            transport=transport or pools(connections, trust_env=trust_env),
+            trust_env=trust_env,
         )
 
     def __repr__(self) -> str:
