@@ -242,20 +242,22 @@ class ChunkRuns:
 
     def __init__(self, runner: ThreadPoolTaskRunner[Any], batch: Batch, gateway: Gateway) -> None:
         self._runner, self._batch, self._gateway = runner, batch, gateway
-        self._futures: list[PrefectFuture[Any]] = []
-        """All of them: Prefect complains of futures that nobody keeps."""
+        self._futures: set[PrefectFuture[Any]] = set()
+        """Those that have not ended: Prefect complains when nobody keeps one, and each holds its chunk's rows."""
 
     def show(self, chunk: Chunk) -> None:
         try:
             given = {"chunk": ShownChunk(chunk, self._batch, self._gateway)}
-            self._futures.append(self._runner.submit(generate_chunk, parameters=given))
+            future = self._runner.submit(generate_chunk, parameters=given)
+            self._futures.add(future)
+            future.add_done_callback(self._futures.discard)
         except Exception as error:  # it buys nothing, and loses nothing
             logger.warning("%s are not shown: %s: %s", chunk.name, type(error).__name__, str(error)[:200])
 
     def ended(self, seconds: float) -> Plan[None]:
         """Waits so long for Prefect to have noted their ends."""
-        if self._futures:
-            yield from beside_the_loop(lambda: wait(self._futures, timeout=seconds))
+        if futures := list(self._futures):
+            yield from beside_the_loop(lambda: wait(futures, timeout=seconds))
 
 
 class ShownChunk:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import sqlite3
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import closing
 from typing import Any
+from uuid import uuid4
 
 import pyarrow
 import pytest
 from prefect import flow, task
+from prefect.futures import PrefectConcurrentFuture, PrefectFuture
 
 from prefect_eachlabs import agenerate_rows, generate_rows
 from prefect_eachlabs.batch.outcomes import BatchResult, RowResult
+from prefect_eachlabs.batch.run import Chunk
 from prefect_eachlabs.errors import BadInput, BatchIncomplete, SetupError
+from prefect_eachlabs.rows import ChunkRuns
 from tests.flows.flow_fixtures import Studio
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -49,6 +56,34 @@ def test_a_list_of_dicts_becomes_pictures_and_an_entry_a_row_in_their_order(stud
     again = generate_rows(WITH_BAD, destination=studio.destination, batch_id="zoo")
     assert (statuses(again), again.cost_usd) == (["reused", "failed", "failed", "reused"], 0)
     assert studio.billed == ordered == 3, "the one that moderation refused was ordered, too"
+
+
+class Ended(Chunk):
+    """A chunk whose name stands, and whose rows nobody needs any more."""
+
+    name = "rows 1 to 100"
+
+
+def test_a_chunk_that_has_ended_is_let_go_of() -> None:
+    """A hundred thousand rows are not kept for the sake of their task runs."""
+    ends: list[Future[Any]] = []
+
+    class Runner:
+        def submit(self, shown: Any, parameters: dict[str, Any]) -> PrefectFuture[Any]:
+            ends.append(Future())
+            future: PrefectFuture[Any] = PrefectConcurrentFuture(uuid4(), ends[-1])
+            future.chunk = parameters["chunk"]  # type: ignore[attr-defined]  # what Prefect's own hold of it
+            return future
+
+    runs, chunk = ChunkRuns(Runner(), None, None), Ended()  # type: ignore[arg-type]  # nothing is asked of them
+    kept = weakref.ref(chunk)
+    runs.show(chunk)
+    del chunk
+    gc.collect()
+    assert kept() is not None
+    ends.pop().set_result("100 stored")
+    gc.collect()
+    assert kept() is None
 
 
 def test_a_flow_gets_the_result_and_goes_on_though_rows_failed(studio: Studio) -> None:
