@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -122,20 +122,22 @@ class Model:
         others = placed.get(field.name, [])
         return {**placed, field.name: [picture, *(others if isinstance(others, list) else [others])]}
 
-    def faults_of(self, input: Mapping[str, Any]) -> list[str]:
-        """What the model's schema has against an input, field by field; none where there is none to go by. Blocks."""
-        if self.request_schema is None or not self.is_checked:
-            return []
+    def faults_of(self, *inputs: Mapping[str, Any]) -> list[list[str]]:
+        """What the model's schema has against each input, field by field; none where nothing is to go by. Blocks."""
+        if self.request_schema is None or not self.is_checked or not inputs:
+            return [[] for _ in inputs]
         try:
             schema = json.dumps(self.request_schema).encode()
             if len(schema) > MOST_SCHEMA_BYTES:
                 raise JobFailed(f"it has {len(schema)} bytes")
-            return faults_of(schema, input)
+            return faults_of(schema, *inputs)
         except (ConfinedError, OSError, ValueError, RecursionError) as error:
+            if isinstance(error, TooCostly) and len(inputs) > 1:  # of one of them, or of all together
+                return [faults for input in inputs for faults in self.faults_of(input)]
             logger.warning("Model %s: its schema cannot be used (%s): inputs go unchecked.", self.slug, error)
             # The next input would take as long, and be told the same.
             self.is_checked = not isinstance(error, TooCostly)
-            return []
+            return [[] for _ in inputs]
 
 
 def _takes_list(schema: Mapping[str, Any]) -> bool:
@@ -192,7 +194,7 @@ class Catalogue:
         if model is None:
             near = await self._nearest.get(item.model, lambda: self._near(item.model))
             return _missing(item.model, near)
-        faults = await self.beside_the_loop(model.faults_of, _with_urls(item.input))
+        (faults,) = await self.beside_the_loop(model.faults_of, _with_urls(item.input))
         return _refused(model.slug, faults) if faults else None
 
     async def _near(self, slug: str) -> list[str]:
@@ -234,26 +236,44 @@ class Catalogue:
         if slugs and slug not in slugs:
             raise BadInput(f"model: {_missing(slug, nearest(slug, slugs))}. Nothing was bought.")
 
-    async def checked(self, item: Item, *, first_model_too: bool = False) -> dict[str, Any]:
+    async def checked(self, item: Item) -> dict[str, Any]:
         """The item's input as its model takes it: its reference picture in the right field, all of it checked.
 
-        The first model's input was checked when the item was made, and needs no request (`first_model_too` holds it
-        against its schema all the same: an order that passes a bound is refused, and costs a request). A model that the
-        catalogue does not know, or of which it has no schema, gets what the user wrote.
+        The first model's input was checked when the item was made, and needs no request. A model that the catalogue
+        does not know, or of which it has no schema, gets what the user wrote.
 
         Raises:
             BadInput: The model would refuse it; says which fields and why. Nothing was bought.
             EachlabsError: As for `model`.
         """
-        needs_schema = first_model_too or item.model != DEFAULT_MODEL
-        model = await self.model(item.model) if needs_schema else None
+        model = await self.model(item.model) if item.model != DEFAULT_MODEL else None
         if model is None:
             return dict(item.input)
         input = model.placed(item.input)
-        faults = await self.beside_the_loop(model.faults_of, _with_urls(input))
-        if faults:
-            raise BadInput(f"M{_refused(item.model, faults)[1:]}; nothing was bought.", item_id=item.item_id)
+        (faults,) = await self.beside_the_loop(model.faults_of, _with_urls(input))
+        if (error := _bad(item, faults)) is not None:
+            raise error
         return input
+
+    async def faults_of(self, items: Sequence[Item]) -> list[BadInput | None]:
+        """What their model, one of the catalogue, has against items that nobody orders; of the first model, too.
+
+        Raises:
+            EachlabsError: As for `model`.
+        """
+        model = await self.model(items[0].model)
+        if model is None:
+            return [None] * len(items)
+        found: list[BadInput | None] = []
+        inputs: list[dict[str, Any]] = []
+        for item in items:
+            try:
+                inputs.append(_with_urls(model.placed(item.input)))
+                found.append(None)
+            except BadInput as error:
+                found.append(error)
+        faults = iter(await self.beside_the_loop(model.faults_of, *inputs))
+        return [error or _bad(item, next(faults)) for item, error in zip(items, found, strict=True)]
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -273,6 +293,12 @@ class Catalogue:
 def _missing(slug: str, near: list[str]) -> str:
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
     return f"the catalogue has no model {slug!r}.{meant} `prefect-eachlabs models` lists what there is"
+
+
+def _bad(item: Item, faults: list[str]) -> BadInput | None:
+    if not faults:
+        return None
+    return BadInput(f"M{_refused(item.model, faults)[1:]}; nothing was bought.", item_id=item.item_id)
 
 
 def _refused(slug: str, faults: list[str]) -> str:

@@ -18,15 +18,17 @@ FAULT_CHARACTERS = 200
 SECONDS = 2.0
 
 
-def faults_of(schema: bytes, input: Mapping[str, Any]) -> list[str]:
-    """What a schema (JSON) has against an input, field by field, at most 100 lines. Blocks.
+def faults_of(schema: bytes, *inputs: Mapping[str, Any]) -> list[list[str]]:
+    """What a schema (JSON) has against each input, field by field, at most 100 lines. Blocks.
+
+    Several at once cost little more than one: half of a millisecond's work is the way to the process and back.
 
     Raises:
-        ConfinedError: The schema is not one, or checking takes more than 2 s or too much memory.
+        ConfinedError: The schema is not one, or checking takes more than 2 s for all, or too much memory.
         OSError: No process can be started.
     """
-    answer, _ = _process.call({"input": dict(input)}, schema, seconds=SECONDS)
-    return [str(fault) for fault in answer["faults"]]
+    answer, _ = _process.call({"inputs": list(map(dict, inputs))}, schema, seconds=SECONDS)
+    return [list(map(str, faults)) for faults in answer["faults"]]
 
 
 class SchemaCheck:
@@ -43,9 +45,13 @@ class SchemaCheck:
         schema = json.loads(data)
         # An empty registry: what the schema refers to elsewhere is not fetched.
         kind = self._kind_of(schema, default=self._default)(schema, registry=self._registry())
-        found = islice(kind.iter_errors(arguments["input"]), MOST_FAULTS)
-        faults = sorted(found, key=lambda fault: [str(step) for step in fault.absolute_path])
-        return {"faults": [line for fault in faults for line in _worded(fault, schema)][:MOST_FAULTS]}, b""
+        return {"faults": [_faults(kind, schema, input) for input in arguments["inputs"]]}, b""
+
+
+def _faults(kind: Any, schema: Mapping[str, Any], input: Any) -> list[str]:
+    found = islice(kind.iter_errors(input), MOST_FAULTS)
+    faults = sorted(found, key=lambda fault: [str(step) for step in fault.absolute_path])
+    return [line for fault in faults for line in _worded(fault, schema)][:MOST_FAULTS]
 
 
 def _worded(fault: Any, schema: Mapping[str, Any]) -> Iterator[str]:

@@ -45,8 +45,8 @@ EXECUTIONS_A_PAGE = 100
 class Buyer(Prices, Protocol):
     """Where pictures are bought: the engine, seen from here."""
 
-    async def check(self, item: Item) -> None:
-        """Holds an item against its model's schema. Raises BadInput where the model would refuse it."""
+    async def check(self, items: Sequence[Item]) -> list[BadInput | None]:
+        """What the schema of their one model has against items."""
         ...
 
     async def generate_and_store(
@@ -81,12 +81,12 @@ class EngineBuyer:
         self.cancel_late = engine.cancel_late
         self.note_cost = engine.note_cost
 
-    async def check(self, item: Item) -> None:
-        catalogue = self._account.catalogue
-        await catalogue.checked(item, first_model_too=True)
-        if item.model != DEFAULT_MODEL and await catalogue.model(item.model) is None:
-            why = await catalogue.why_refused(item)
-            raise BadInput(f"model: {why}; nothing was bought.", item_id=item.item_id)
+    async def check(self, items: Sequence[Item]) -> list[BadInput | None]:
+        catalogue, model = self._account.catalogue, items[0].model
+        if model != DEFAULT_MODEL and await catalogue.model(model) is None:
+            why = await catalogue.why_refused(items[0])
+            return [BadInput(f"model: {why}; nothing was bought.", item_id=item.item_id) for item in items]
+        return await catalogue.faults_of(items)
 
     @property
     def slots_past_deadline(self) -> int:

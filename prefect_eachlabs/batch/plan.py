@@ -14,7 +14,7 @@ from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals, money, re
 from prefect_eachlabs.batch.progress import Show
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.run import Batch, BatchOptions
-from prefect_eachlabs.batch.source import Defaults, Source, open_source
+from prefect_eachlabs.batch.source import Defaults, Source, Wanted, open_source
 from prefect_eachlabs.batch.tables import AS_USUAL, BadRow, Columns, Table, base_name
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.engine.engine import Engine
@@ -159,6 +159,8 @@ class Plan:
 
 
 SHOWN_BAD_ROWS = 20
+CHECKED_AT_A_TIME = 100
+"""Against their models' schemas, in a process of its own."""
 
 
 async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
@@ -177,18 +179,15 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
     try:
         await batch.history.load()
         totals, new, bad = Totals(), Counter[str](), list[Outcome]()
-        while (row := await batch.rows.next()) is not None:
-            if isinstance(row.row, BadRow):
-                outcome: Outcome | None = refused(row.row)
-            else:
-                outcome, _ = await batch.history.settled(row.row, row.earlier)
+        while several := await _several(batch, settings):
+            left = [row for row in several if isinstance(row, Wanted)]
+            refusals = iter(await batch.refused_by_their_models(left))
+            for row in several:
+                outcome = next(refusals) if isinstance(row, Wanted) else row
                 if outcome is None:
-                    outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
-                if outcome is None:
-                    outcome = await batch.refused_by_its_model(row.row)
-                if outcome is None:
-                    new[row.row.item.model] += 1
-            if outcome is not None:
+                    assert isinstance(row, Wanted), "what is known has its outcome"
+                    new[row.item.model] += 1
+                    continue
                 totals.add(outcome)
                 if outcome.state is RowState.FAILED and len(bad) < SHOWN_BAD_ROWS:
                     bad.append(outcome)
@@ -212,6 +211,20 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         limits=_limits(settings),
         bad_rows=tuple(bad),
     )
+
+
+async def _several(batch: Batch, settings: AccountSettings) -> list[Wanted | Outcome]:
+    """The next rows, a hundred at most: what will come of each, or the row itself where nothing settles it."""
+    several: list[Wanted | Outcome] = []
+    while len(several) < CHECKED_AT_A_TIME and (row := await batch.rows.next()) is not None:
+        if isinstance(row.row, BadRow):
+            several.append(refused(row.row))
+            continue
+        outcome, _ = await batch.history.settled(row.row, row.earlier)
+        if outcome is None:
+            outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
+        several.append(outcome or row.row)
+    return several
 
 
 def _limits(settings: AccountSettings) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import zlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
@@ -32,7 +33,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.cancellation import to_its_end
-from prefect_eachlabs.errors import BadInput, EachlabsError, PredictionTimedOut, SetupError, Skipped
+from prefect_eachlabs.errors import EachlabsError, PredictionTimedOut, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -296,19 +297,19 @@ class Batch:
             await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
             self._has_begun_to_buy = True
 
-    async def refused_by_its_model(self, wanted: Wanted) -> Outcome | None:
-        """A row whose input its model's schema refuses; None: the schema takes it, or nobody has one. Free."""
-        model = wanted.item.model
-        if model in self._unchecked:
-            return None
-        try:
-            await self._buyer.check(wanted.item)
-        except BadInput as error:
-            return not_there(wanted, error)
-        except EachlabsError as error:
-            logger.warning("What %s takes could not be asked, its rows go unchecked: %s", model, error)
-            self._unchecked.add(model)
-        return None
+    async def refused_by_their_models(self, rows: Sequence[Wanted]) -> list[Outcome | None]:
+        """Rows whose input their model's schema refuses; None: it takes that, or nobody has a schema. Free."""
+        refused: dict[int, Outcome] = {}
+        for model in {wanted.item.model for wanted in rows} - self._unchecked:
+            theirs = [wanted for wanted in rows if wanted.item.model == model]
+            try:
+                errors = await self._buyer.check([wanted.item for wanted in theirs])
+            except EachlabsError as error:
+                logger.warning("What %s takes could not be asked, its rows go unchecked: %s", model, error)
+                self._unchecked.add(model)
+                continue
+            refused |= {one.line: not_there(one, error) for one, error in zip(theirs, errors, strict=True) if error}
+        return [refused.get(wanted.line) for wanted in rows]
 
     def _is_mine(self, row: Wanted | BadRow) -> bool:
         """Rows that are no items are told by whoever goes through all of them."""

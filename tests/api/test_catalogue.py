@@ -95,7 +95,7 @@ def test_a_picture_that_the_model_would_ignore_is_refused() -> None:
     ],
 )
 def test_faults_are_told_field_by_field(slug: str, input: dict[str, Any], faults: list[str]) -> None:
-    found = Model.parse(MODELS[slug]).faults_of(input)
+    found = Model.parse(MODELS[slug]).faults_of(input)[0]
     assert len(found) == len(faults)
     for said, wanted in zip(found, faults, strict=True):
         assert said.startswith(wanted)
@@ -166,7 +166,7 @@ def test_a_refusal_that_the_catalogue_cannot_explain_keeps_the_apis_words() -> N
 )
 def test_a_schema_that_is_none_checks_nothing_and_fetches_nothing(schema: object) -> None:
     model = Model.parse({"slug": "m", "request_schema": schema, "title": 7, "output_type": ["x"]})
-    assert model.faults_of({"prompt": "x"}) == []
+    assert model.faults_of({"prompt": "x"}) == [[]]
     assert (model.title, model.output_type) == ("m", "")
 
 
@@ -187,14 +187,27 @@ def test_a_schema_that_would_take_years_is_given_up_once_and_inputs_go_unchecked
     monkeypatch.setattr(schema_check, "SECONDS", 0.5)
     schema_check.faults_of(b"{}", {})  # the child is there
     model = Model.parse({"slug": "m", "request_schema": schema})
-    assert model.faults_of({"prompt": "a" * 40 + "!"}) == []
-    assert model.faults_of({"prompt": "a" * 40 + "!"}) == []
+    assert model.faults_of({"prompt": "a" * 40 + "!"}) == [[]]
+    assert model.faults_of({"prompt": "a" * 40 + "!"}) == [[]]
     assert caplog.text.count("took more than 0.5 s") == (0 if "patternProperties" in schema else 1)
+
+
+def test_several_inputs_are_one_call_of_the_child_and_each_has_its_own_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    call = schema_check._process.call
+
+    def counted(arguments: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(len(arguments["inputs"]))
+        return call(arguments, *args, **kwargs)
+
+    monkeypatch.setattr(schema_check._process, "call", counted)
+    none, missing = Model.parse(MODELS["imagen-4"]).faults_of({"prompt": "x"}, {})
+    assert (none, missing, calls) == ([], ["input.prompt: missing"], [2])
 
 
 def test_a_schema_of_megabytes_checks_nothing(caplog: pytest.LogCaptureFixture) -> None:
     model = model_of(prompt={"description": "x" * 300_000, "maxLength": 1})
-    assert model.faults_of({"prompt": "long"}) == []
+    assert model.faults_of({"prompt": "long"}) == [[]]
     assert "its schema cannot be used (it has 300" in caplog.text
 
 

@@ -630,6 +630,7 @@ def test_a_dry_run_checks_everything_and_buys_and_writes_nothing() -> None:
         assert plan.cost_usd == pytest.approx(100 * PRICE_USD)
         assert plan.seconds == pytest.approx(100 / 0.9 + 5, abs=1)
         assert shop.asked == []
+        assert shop.checked == [90, 10], "a hundred rows at a time, less what is stored"
         assert shop.store.objects == before
         counts = plan.as_json()
         assert counts["items"] == sum(counts[s] for s in ("stored", "reused", "failed", "ambiguous", "skipped"))
