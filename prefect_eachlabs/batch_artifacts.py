@@ -65,7 +65,7 @@ def show_report(batch: Batch, result: BatchResult) -> Plan[None]:
     """The artifact of the whole batch, with pictures from all over it."""
     markdown = report_markdown(result, batch.first_not_there, batch.gallery)
     key = f"eachlabs-batch-{''.join(c if c.isalnum() else '-' for c in result.batch_id.lower() if c.isascii())}"
-    counts = f"{result.stored + result.reused} of {result.items} pictures"
+    counts = f"{result.stored + result.reused:,} of {result.items:,} pictures"
     yield from show_markdown(
         markdown,
         key=key,
@@ -99,9 +99,9 @@ def report_markdown(
         gallery: Rows with one, and its thumbnail as a data URL.
     """
     names = ("stored", "reused", "failed", "ambiguous", "skipped")
-    counts = [(name, str(count)) for name in names if (count := getattr(result, name))]
+    counts = [(name, f"{count:,}") for name in names if (count := getattr(result, name))]
     facts = [
-        ("items", str(result.items)),
+        ("items", f"{result.items:,}"),
         *counts,
         ("spent in this run", escaped(result.money)),
         ("all its pictures", f"${result.pictures_cost_usd:,.4f}"),

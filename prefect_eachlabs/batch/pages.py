@@ -61,12 +61,13 @@ def index_page(
         thumbs: SHA-256 of a picture → its thumbnail's data URL; the others are loaded from where they lie.
         edge_px: How large each is shown.
     """
-    facts = [(name, totals.get(name, 0)) for name in ("items", "stored", "reused", "failed", "ambiguous", "skipped")]
+    counts = ("items", "stored", "reused", "failed", "ambiguous", "skipped")
+    facts = [(name, f"{totals.get(name, 0):,}") for name in counts]
     facts.append(("spent in this run", f"${totals.get('cost_usd', 0):,.2f}"))
     if totals.get("cost_unknown"):
-        facts.append(("orders of unknown cost", totals["cost_unknown"]))
+        facts.append(("orders of unknown cost", f"{totals['cost_unknown']:,}"))
     facts.append(("all its pictures", f"${totals.get('pictures_cost_usd', 0):,.2f}"))
-    facts.append(("pictures a minute", totals.get("pictures_per_minute", 0)))
+    facts.append(("pictures a minute", f"{totals.get('pictures_per_minute', 0):,}"))
     return page_template("batch", "report.html.j2").generate(
         totals=totals,
         facts=facts,
