@@ -142,6 +142,10 @@ class Process:
         return self._process.poll() is None
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
     def exit_status(self) -> int | None:
         """None while it runs; below 0: the signal that ended it."""
         return self._process.poll()

@@ -53,6 +53,25 @@ def load_average() -> str:
     return "{:.1f}, {:.1f}, {:.1f}".format(*os.getloadavg())
 
 
+# ---- a section that another script writes
+
+HUNDRED_THOUSAND = "## A hundred thousand"
+
+
+def section_in(page: str, heading: str) -> str:
+    """What stands under a heading, with it; empty when it does not stand there."""
+    _, found, rest = f"\n{page}".partition(f"\n{heading}\n")
+    return f"{heading}\n{rest.partition(f'{chr(10)}## ')[0].rstrip()}" if found else ""
+
+
+def put_section(path: Path, heading: str, text: str) -> None:
+    """Writes a section in the place of the one that has its heading, or at the end."""
+    page = path.read_text(encoding="utf-8")
+    was = section_in(page, heading)
+    page = page.replace(was, text.rstrip()) if was else f"{page.rstrip()}\n\n{text.rstrip()}\n"
+    path.write_text(page, encoding="utf-8")
+
+
 # ---- the pace
 
 

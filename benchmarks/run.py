@@ -165,6 +165,9 @@ def main(words: Sequence[str] | None = None) -> int:
     if arguments.output is None:
         say(page)
     else:
+        if arguments.output.exists():  # hundred_thousand.py writes its own
+            kept = report.section_in(arguments.output.read_text(encoding="utf-8"), report.HUNDRED_THOUSAND)
+            page += f"\n{kept}\n" if kept else ""
         arguments.output.write_text(page, encoding="utf-8")
         say(f"Written to {arguments.output}.")
     return 0

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import botocore.exceptions
@@ -35,15 +36,23 @@ class SeaweedFS:
         weed: The program.
         folder: Where its data and its log go; keep it short, for it holds Unix sockets too.
         bucket: Made at the start.
+        flags: Further flags of `weed server`.
     """
 
-    def __init__(self, weed: Path, folder: Path, *, bucket: str) -> None:
+    def __init__(self, weed: Path, folder: Path, *, bucket: str, flags: Sequence[str] = ()) -> None:
         self._weed = weed
+        self._flags = flags
         self._folder = folder
         self._bucket = bucket
         self._process: subprocess.Popen[bytes] | None = None
         self._leftovers: list[Path] = []
         self.url = ""
+
+    @property
+    def pid(self) -> int:
+        """Of its process, which runs."""
+        assert self._process is not None, "it was started"
+        return self._process.pid
 
     @property
     def access(self) -> S3Access:
@@ -72,7 +81,15 @@ class SeaweedFS:
         flags += [f"-{part}.port.grpc={port}" for part, port in zip(PARTS, ports[len(PARTS) :], strict=True)]
         flags += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=64", "-master.volumeSizeLimitMB=64"]
         flags += [f"-{part}.localSocket={self._folder}/{part}.sock" for part in ("filer", "s3")]
-        flags += ["-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-master.telemetry=false", "-filer", "-s3", f"-dir={data}"]
+        flags += [
+            "-ip=127.0.0.1",
+            "-ip.bind=127.0.0.1",
+            "-master.telemetry=false",
+            "-filer",
+            "-s3",
+            f"-dir={data}",
+            *self._flags,
+        ]
         self._leftovers = [
             Path(f"/tmp/seaweedfs-{part}-grpc-{port}.sock")
             for part, port in zip(PARTS, ports[len(PARTS) :], strict=True)
