@@ -15,7 +15,7 @@ import html
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifact
@@ -186,44 +186,35 @@ def show_picture(gateway: Gateway, image: StoredImage, place: Destination, acces
 
     It never raises: a picture that is paid for and stored is not called failed because it cannot be shown.
     """
-    try:
-        # What is not a picture may be a film, and has no thumbnail.
-        data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
-        markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
-        key, description = artifact_key(image), card(image)
-        yield from either(
-            lambda: create_markdown_artifact(markdown, key=key, description=description),
-            lambda: acreate_markdown_artifact(markdown, key=key, description=description),
-        )
-    except Exception as error:
-        _not_shown(image, error)
-
-
-def _not_shown(image: StoredImage, error: Exception) -> None:
-    logger.warning(
-        "The picture %s is stored; its artifact could not be made: %s: %s",
-        image.uri,
-        type(error).__name__,
-        str(error)[:200],
+    yield from quietly(
+        _picture_shown(gateway, image, place, access), f"The picture {image.uri} is stored; its artifact"
     )
 
 
-def quietly(show: Plan[T]) -> Plan[T | None]:
+def _picture_shown(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> Plan[None]:
+    # What is not a picture may be a film, and has no thumbnail.
+    data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
+    markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
+    yield from _made(markdown, card(image), artifact_key(image))
+
+
+def quietly(show: Plan[T], what: str = "An artifact") -> Plan[T | None]:
     """An artifact that cannot be made is no reason to stop buying, or to call pictures lost."""
     try:
         return (yield from show)
     except Exception as error:
-        logger.warning("An artifact could not be made: %s: %s", type(error).__name__, str(error)[:200])
+        logger.warning("%s could not be made: %s: %s", what, type(error).__name__, str(error)[:200])
         return None
 
 
 def show_markdown(markdown: str, *, description: str, key: str | None = None) -> Plan[None]:
     """Makes a markdown artifact."""
-    yield from quietly(
-        either(
-            lambda: create_markdown_artifact(markdown, key=key, description=description),
-            lambda: acreate_markdown_artifact(markdown, key=key, description=description),
-        )
+    yield from quietly(_made(markdown, description, key))
+
+
+def _made(markdown: str, description: str, key: str | None) -> Plan[Any]:
+    return either(
+        create_markdown_artifact, acreate_markdown_artifact, markdown=markdown, key=key, description=description
     )
 
 

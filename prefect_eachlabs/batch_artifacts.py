@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import TypeVar
 from uuid import UUID
 
 from prefect.artifacts import (
@@ -20,9 +18,6 @@ from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch
 from prefect_eachlabs.engine.doors import Plan, either
 from prefect_eachlabs.tasks import log
-
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LOG_EVERY = 6
 """Every sixth look at the progress is a line in the log."""
@@ -41,21 +36,19 @@ class ProgressShown:
     def show(self, progress: Progress, *, at_the_end: bool = False) -> Plan[None]:
         """The artifact is made the first time, and renewed each further one."""
         percent, line = round(100 * progress.share, 1), progress.line()
-        artifact = self._artifact
-        if artifact is None:
-            made = either(
-                lambda: create_progress_artifact(percent, description=line),
-                lambda: acreate_progress_artifact(percent, description=line),
-            )
+        if self._artifact is None:
+            made = either(create_progress_artifact, acreate_progress_artifact, progress=percent, description=line)
             found = yield from quietly(made)
             self._artifact = found if isinstance(found, UUID) else None
         else:
-            yield from quietly(
-                either(
-                    lambda: update_progress_artifact(artifact, percent, description=line),
-                    lambda: aupdate_progress_artifact(artifact, percent, description=line),
-                )
+            renewed = either(
+                update_progress_artifact,
+                aupdate_progress_artifact,
+                artifact_id=self._artifact,
+                progress=percent,
+                description=line,
             )
+            yield from quietly(renewed)
         if self._times % LOG_EVERY == 0 or at_the_end:
             log(line)
         self._times += 1

@@ -7,11 +7,11 @@ import os
 import re
 import time
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar, Literal, cast
+from typing import Annotated, Any, ClassVar, cast
 
 from prefect.blocks.abstract import CredentialsBlock
 from prefect.blocks.core import Block
-from pydantic import BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr, field_validator, model_validator
 
 from prefect_eachlabs.engine.runtime import Gateway, gateway_for
 from prefect_eachlabs.errors import BadInput, SetupError, without_query
@@ -20,8 +20,12 @@ from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net.endpoints import checked_endpoint
 from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE, Roots
 from prefect_eachlabs.settings import (
+    MOST_IN_FLIGHT,
+    MOST_REQUESTS_PER_MINUTE,
     AccountSettings,
+    AuthScheme,
     check_base_url,
+    check_webhook_url,
     destination_from_environment,
     settings_from_environment,
 )
@@ -53,12 +57,12 @@ class EachlabsCredentials(CredentialsBlock):
     # No logo: Prefect takes http(s) URLs alone, which the browser of whoever opens the page would load.
 
     api_key: SecretStr = Field(title="API key", description="The key from eachlabs.ai; sent to the API's host alone.")
-    base_url: Text = Field(
+    base_url: Annotated[Text, AfterValidator(lambda url: check_base_url(url) if url else "")] = Field(
         default="",
         title="Base URL",
         description="Where the API is: https, or http on loopback. Empty: EACHLABS_BASE_URL, then https://api.eachlabs.ai.",
     )
-    auth_scheme: Literal["x-api-key", "bearer"] | None = Field(
+    auth_scheme: AuthScheme | None = Field(
         default=None, title="Authentication", description="The header that carries the key. Empty: x-api-key."
     )
     account: Text = Field(
@@ -70,19 +74,19 @@ class EachlabsCredentials(CredentialsBlock):
     requests_per_minute: int | None = Field(
         default=None,
         ge=0,
-        le=100_000,
+        le=MOST_REQUESTS_PER_MINUTE,
         title="Requests a minute",
         description="At most so many requests in any 60 s; 0: no limit. Empty: 60, as the model's page says.",
     )
     max_in_flight: int | None = Field(
         default=None,
         ge=0,
-        le=10_000,
+        le=MOST_IN_FLIGHT,
         title="Predictions in flight",
         description="At most so many predictions at a time; 0: no limit. Empty: 10, as the model's page says.",
     )
 
-    webhook_url: Text = Field(
+    webhook_url: Annotated[Text, AfterValidator(check_webhook_url)] = Field(
         default="",
         title="Webhook URL",
         description="Where the vendor calls when a prediction has ended: https. Empty: EACHLABS_WEBHOOK_URL, then "
@@ -94,31 +98,15 @@ class EachlabsCredentials(CredentialsBlock):
         description="At least 16 characters, the same as the receiver's. Empty: EACHLABS_WEBHOOK_SECRET.",
     )
 
-    @field_validator("base_url")
-    @classmethod
-    def _a_safe_base_url(cls, url: str) -> str:
-        return check_base_url(url) if url else ""
-
-    @field_validator("webhook_url")
-    @classmethod
-    def _a_safe_webhook_url(cls, url: str) -> str:
-        return check_base_url(url, what="webhook URL") if url else ""
-
     def account_settings(self) -> AccountSettings:
         """The account: these fields, then the environment, then the defaults.
 
         Raises:
             SetupError: A setting is out of bounds.
         """
-        given: dict[str, Any] = {"api_key": self.api_key}
-        for name in ("base_url", "auth_scheme", "account", "webhook_url", "webhook_secret"):
-            if getattr(self, name):
-                given[name] = getattr(self, name)
-        for name in ("requests_per_minute", "max_in_flight"):
-            number = getattr(self, name)
-            if number is not None:
-                given[name] = number or None
-        return settings_from_environment(**given)
+        fields = ((name, getattr(self, name)) for name in type(self).model_fields)
+        given: dict[str, Any] = {name: value or None for name, value in fields if value or value == 0}  # 0: no limit
+        return settings_from_environment(**{"api_key": self.api_key, **given})
 
     def get_client(self, *args: Any, **kwargs: Any) -> Gateway:
         """The process's gateway of this account."""

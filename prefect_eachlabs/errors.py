@@ -29,6 +29,7 @@ EachlabsError
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit, urlunsplit
 
@@ -55,10 +56,6 @@ def without_query(url: str) -> str:
     return shown.encode("utf-8", "replace").decode()  # half characters could be neither logged nor written down
 
 
-def _rebuild(cls: type[EachlabsError], message: str, facts: dict[str, Any]) -> EachlabsError:
-    return cls(message, **facts)
-
-
 class EachlabsError(Exception):
     """The root: says what happened and what to do next, and carries the ids a person needs.
 
@@ -78,10 +75,14 @@ class EachlabsError(Exception):
     """
 
     retryable: ClassVar[bool] = False
+    """Whether the same task may simply run again."""
     says_all: ClassVar[bool] = True
     """Whether the message is all that a person needs: Prefect's log has it in place of a traceback."""
-    """Whether the same task may simply run again."""
     default_kind: ClassVar[str] = "error"
+
+    def __init_subclass__(cls, *, kind: str | None = None, retryable: bool | None = None) -> None:
+        cls.default_kind = kind or cls.default_kind
+        cls.retryable = cls.retryable if retryable is None else retryable
 
     def __init__(
         self,
@@ -109,172 +110,114 @@ class EachlabsError(Exception):
         self.kind = shown(kind) if kind else self.default_kind
 
     def __str__(self) -> str:
-        ids = [
-            f"{name} {value}"
-            for name, value in (("item", self.item_id), ("prediction", self.prediction_id), ("at", self.url))
-            if value and str(value) not in self.message
-        ]
+        named = {"item": self.item_id, "prediction": self.prediction_id, "at": self.url}
+        ids = [f"{name} {value}" for name, value in named.items() if value and value not in self.message]
         return f"{self.message} ({', '.join(ids)})" if ids else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keyword-only facts survive pickling: Prefect stores exceptions of failed runs that way."""
         facts = {name: value for name, value in vars(self).items() if name != "message"}
-        return _rebuild, (type(self), self.message, facts)
+        return partial(type(self), **facts), (self.message,)
 
 
-class BadInput(EachlabsError, ValueError):
+class BadInput(EachlabsError, ValueError, kind="bad input"):
     """The input is refused before anything is bought: fix it as the message says."""
 
-    default_kind = "bad input"
 
-
-class ItemConflict(BadInput):
+class ItemConflict(BadInput, kind="item conflict"):
     """The item id already stands for another input: choose another id, or replace it on purpose."""
 
-    default_kind = "item conflict"
 
-
-class SetupError(EachlabsError):
+class SetupError(EachlabsError, kind="set-up"):
     """Something that every item needs is missing or refused: the key, the bucket, a setting."""
 
-    default_kind = "set-up"
 
-
-class NotSent(EachlabsError):
+class NotSent(EachlabsError, kind="not sent", retryable=True):
     """No request reached the API: nothing was created, repeat freely."""
 
-    retryable = True
-    default_kind = "not sent"
 
-
-class Unanswered(EachlabsError):
+class Unanswered(EachlabsError, kind="unanswered", retryable=True):
     """A question (GET) got no readable answer: nothing changed, ask again."""
 
-    retryable = True
-    default_kind = "unanswered"
 
-
-class Throttled(EachlabsError):
+class Throttled(EachlabsError, kind="throttled", retryable=True):
     """429: the account is at its limit; nothing was created or billed, the account pauses."""
 
-    retryable = True
-    default_kind = "throttled"
 
-
-class InsufficientBalance(Throttled):
+class InsufficientBalance(Throttled, kind="insufficient balance", retryable=False):
     """402: the balance does not cover what is in flight; nothing was created. Top up, then run again."""
 
-    retryable = False
-    default_kind = "insufficient balance"
 
-
-class OutcomeUnknown(EachlabsError):
+class OutcomeUnknown(EachlabsError, kind="outcome unknown"):
     """A POST went out and no readable answer came: it may have been billed. Never repeat it, find out."""
 
-    default_kind = "outcome unknown"
 
-
-class Rejected(EachlabsError):
+class Rejected(EachlabsError, kind="rejected"):
     """The API refused the request as wrong: fix it; nothing was created."""
 
-    default_kind = "rejected"
 
-
-class KeyRefused(Rejected, SetupError):
+class KeyRefused(Rejected, SetupError, kind="key refused"):
     """401 or 403: the API does not accept the key. Check EACHLABS_API_KEY or the credentials block."""
 
-    default_kind = "key refused"
 
-
-class PredictionFailed(EachlabsError):
+class PredictionFailed(EachlabsError, kind="prediction failed"):
     """The model ran and failed: the API's code and message are kept; a failed prediction costs nothing."""
 
-    default_kind = "prediction failed"
 
-
-class ContentRefused(PredictionFailed):
+class ContentRefused(PredictionFailed, kind="content refused"):
     """Content moderation refused the prompt or the picture: change the input; not repeated."""
 
-    default_kind = "content refused"
 
-
-class OutputMissing(PredictionFailed):
+class OutputMissing(PredictionFailed, kind="output missing"):
     """The prediction succeeded and holds no picture's URL: look at it in the vendor's dashboard."""
 
-    default_kind = "output missing"
 
-
-class PredictionCancelled(EachlabsError):
+class PredictionCancelled(EachlabsError, kind="cancelled"):
     """The prediction was cancelled: nothing was billed, it may be bought again."""
 
-    default_kind = "cancelled"
 
-
-class PredictionTimedOut(EachlabsError, TimeoutError):
+class PredictionTimedOut(EachlabsError, TimeoutError, kind="timed out"):
     """The deadline passed before the end was seen: run again later, what was bought is stored then."""
 
-    default_kind = "timed out"
 
-
-class NotYetSafe(EachlabsError):
+class NotYetSafe(EachlabsError, kind="not yet safe", retryable=True):
     """The picture is paid for and not yet in the bucket: keeps the prediction id and the URL."""
 
-    retryable = True
-    default_kind = "not yet safe"
 
-
-class NotAPng(NotYetSafe):
+class NotAPng(NotYetSafe, kind="not a PNG"):
     """The bytes that came are not a whole PNG: kept out of the bucket; the prediction is paid for."""
 
-    default_kind = "not a PNG"
 
-
-class FormatNotAllowed(NotAPng):
+class FormatNotAllowed(NotAPng, kind="format not allowed", retryable=False):
     """What came is a picture of another format than was promised: allow it with `formats`, and run again."""
 
-    retryable = False
-    default_kind = "format not allowed"
 
-
-class DownloadFailed(NotYetSafe):
+class DownloadFailed(NotYetSafe, kind="download failed"):
     """The picture could not be downloaded: run again within 24 h, after that the vendor may delete it."""
 
-    default_kind = "download failed"
 
-
-class HostNotAllowed(DownloadFailed):
+class HostNotAllowed(DownloadFailed, kind="host not allowed", retryable=False):
     """The picture is said to be at a host of this network: allow it with EACHLABS_PRIVATE_HOSTS, and run again."""
 
-    retryable = False
-    default_kind = "host not allowed"
 
-
-class StoreFailed(NotYetSafe):
+class StoreFailed(NotYetSafe, kind="store failed"):
     """The bucket did not take an object or did not answer: nothing is lost, run again."""
 
-    default_kind = "store failed"
 
-
-class PictureMissing(EachlabsError):
+class PictureMissing(EachlabsError, kind="picture missing"):
     """The record says stored and the picture is gone from the bucket: bought again only when asked."""
 
-    default_kind = "picture missing"
 
-
-class Skipped(EachlabsError):
+class Skipped(EachlabsError, kind="skipped"):
     """Left out on purpose, by a budget or a setting; nothing was bought."""
 
-    default_kind = "skipped"
 
-
-class BatchIncomplete(EachlabsError):
+class BatchIncomplete(EachlabsError, kind="batch incomplete"):
     """A batch came to its end, and more of its rows than `fail_above` allows have no picture. Run the same again.
 
     Attributes:
         result: What the batch came to, its rows included; None where Prefect has read the error back from JSON.
     """
-
-    default_kind = "batch incomplete"
 
     def __init__(self, message: str, *, result: BatchResult | None = None, **facts: Any) -> None:
         super().__init__(message, **facts)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.net.public_only import is_loopback, parse_private_hosts
@@ -18,9 +17,10 @@ from prefect_eachlabs.reference_images import Roots
 
 AuthScheme = Literal["x-api-key", "bearer"]
 
+DEFAULT_BASE_URL = "https://api.eachlabs.ai"
 DESTINATION_VARIABLE = "EACHLABS_DESTINATION"
-
-ACCOUNT_PATTERN = re.compile(r"[A-Za-z0-9_-]{1,64}")
+MOST_REQUESTS_PER_MINUTE, MOST_IN_FLIGHT = 100_000, 10_000
+SHORTEST_WEBHOOK_SECRET_CHARACTERS = 16
 
 
 def check_base_url(url: str, *, what: str = "base URL") -> str:
@@ -49,18 +49,27 @@ def check_base_url(url: str, *, what: str = "base URL") -> str:
     return url.strip().rstrip("/")
 
 
-DEFAULT_BASE_URL = "https://api.eachlabs.ai"
+def check_webhook_url(url: str) -> str:
+    """As `check_base_url`; empty is none."""
+    return check_base_url(url, what="webhook URL") if url.strip() else ""
 
-SHORTEST_WEBHOOK_SECRET_CHARACTERS = 16
+
+def _check_key(key: SecretStr) -> SecretStr:
+    text = key.get_secret_value().strip()
+    if not text or not text.isascii() or not text.isprintable():
+        raise ValueError("the key must be printable ASCII and not empty")
+    return SecretStr(text)
 
 
 def check_webhook_secret(secret: SecretStr) -> SecretStr:
-    """The secret that orders' secrets are made of, without white space around it.
+    """The secret that orders' secrets are made of, without white space around it; empty is none.
 
     Raises:
         ValueError: It is shorter than 16 characters, or not printable ASCII.
     """
     text = secret.get_secret_value().strip()
+    if not text:
+        return SecretStr("")
     if len(text) < SHORTEST_WEBHOOK_SECRET_CHARACTERS or not text.isascii() or not text.isprintable():
         raise ValueError(
             f"the webhook secret must be at least {SHORTEST_WEBHOOK_SECRET_CHARACTERS} printable ASCII characters"
@@ -79,6 +88,17 @@ def host_and_port(text: str) -> tuple[str, int]:
     if not colon or not host or not port.isascii() or not port.isdecimal() or not 0 < int(port) < 65_536:
         raise ValueError("where to listen must be HOST:PORT, such as 0.0.0.0:8800")
     return host, int(port)
+
+
+def _readable_by(read: Callable[[str], object]) -> Callable[[str], str]:
+    """A validator: the text, which `read` takes without a ValueError; empty is none."""
+
+    def check(text: str) -> str:
+        if text := text.strip():
+            read(text)
+        return text
+
+    return check
 
 
 class AccountSettings(BaseModel):
@@ -112,71 +132,22 @@ class AccountSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    api_key: SecretStr
-    base_url: str = DEFAULT_BASE_URL
+    api_key: Annotated[SecretStr, AfterValidator(_check_key)]
+    base_url: Annotated[str, AfterValidator(check_base_url)] = DEFAULT_BASE_URL
     auth_scheme: AuthScheme = "x-api-key"
-    requests_per_minute: Annotated[int, Field(ge=1, le=100_000)] | None = 60
-    max_in_flight: Annotated[int, Field(ge=1, le=10_000)] | None = 10
-    account: str = "default"
+    requests_per_minute: Annotated[int, Field(ge=1, le=MOST_REQUESTS_PER_MINUTE)] | None = 60
+    max_in_flight: Annotated[int, Field(ge=1, le=MOST_IN_FLIGHT)] | None = 10
+    account: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "default"
     claim_seconds: Annotated[float, Field(ge=1, le=86_400)] = 60.0
     settling_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
     deadline_seconds: Annotated[float, Field(gt=0, le=86_400)] = 300.0
     conditional_writes: Literal["require", "ignore"] = "require"
-    reference_roots: str = ""
+    reference_roots: Annotated[str, AfterValidator(_readable_by(Roots.parse))] = ""
     check_references: Literal["yes", "no"] = "yes"
-    private_hosts: str = ""
-    webhook_url: str = ""
-    webhook_secret: SecretStr = SecretStr("")
-    webhook_listen: str = ""
-
-    @field_validator("api_key")
-    @classmethod
-    def _a_key_that_fits_a_header(cls, key: SecretStr) -> SecretStr:
-        text = key.get_secret_value().strip()
-        if not text or not text.isascii() or not text.isprintable():
-            raise ValueError("the key must be printable ASCII and not empty")
-        return SecretStr(text)
-
-    @field_validator("base_url")
-    @classmethod
-    def _a_safe_base_url(cls, url: str) -> str:
-        return check_base_url(url)
-
-    @field_validator("account")
-    @classmethod
-    def _a_plain_name(cls, name: str) -> str:
-        if not ACCOUNT_PATTERN.fullmatch(name):
-            raise ValueError("an account name is 1 to 64 of A-Z a-z 0-9 _ -")
-        return name
-
-    @field_validator("reference_roots")
-    @classmethod
-    def _roots_that_can_be_read(cls, text: str) -> str:
-        Roots.parse(text)
-        return text
-
-    @field_validator("private_hosts")
-    @classmethod
-    def _hosts_that_can_be_read(cls, text: str) -> str:
-        parse_private_hosts(text)
-        return text
-
-    @field_validator("webhook_url")
-    @classmethod
-    def _a_safe_webhook_url(cls, url: str) -> str:
-        return check_base_url(url, what="webhook URL") if url.strip() else ""
-
-    @field_validator("webhook_secret")
-    @classmethod
-    def _a_secret_that_is_one(cls, secret: SecretStr) -> SecretStr:
-        return check_webhook_secret(secret) if secret.get_secret_value().strip() else SecretStr("")
-
-    @field_validator("webhook_listen")
-    @classmethod
-    def _a_place_to_listen(cls, text: str) -> str:
-        if text.strip():
-            host_and_port(text)
-        return text.strip()
+    private_hosts: Annotated[str, AfterValidator(_readable_by(parse_private_hosts))] = ""
+    webhook_url: Annotated[str, AfterValidator(check_webhook_url)] = ""
+    webhook_secret: Annotated[SecretStr, AfterValidator(check_webhook_secret)] = SecretStr("")
+    webhook_listen: Annotated[str, AfterValidator(_readable_by(host_and_port))] = ""
 
     @model_validator(mode="after")
     def _webhooks_have_a_secret(self) -> AccountSettings:
@@ -235,7 +206,7 @@ def webhook_secret_from_environment(environ: Mapping[str, str] | None = None) ->
     """
     text = (os.environ if environ is None else environ).get(ENVIRONMENT["webhook_secret"], "")
     try:
-        return check_webhook_secret(SecretStr(text))
+        return check_webhook_secret(SecretStr(text.strip() or "-"))
     except ValueError as error:
         raise SetupError(
             f"EACHLABS_WEBHOOK_SECRET: {error}, the same as the workers'. `python -c 'import secrets; "

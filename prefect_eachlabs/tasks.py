@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from functools import wraps
-from typing import Any, Literal, ParamSpec, TypeVar, cast
+from typing import Any, Literal, ParamSpec, TypeVar
 from uuid import uuid4
 
 from prefect import Task
@@ -24,7 +23,7 @@ from prefect.logging import get_run_logger
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, alone, arun, beside_the_loop, on_the_loop, run
+from prefect_eachlabs.engine.doors import Plan, alone, awaited_door, beside_the_loop, blocking_door, on_the_loop
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.images.formats import check_formats
@@ -61,14 +60,14 @@ def shortened(text: str, most: int = 48) -> str:
     return line if len(line) <= most else line[: most - 1] + "…"
 
 
-def _named(verb: str) -> Callable[..., str]:
+def _named(verb: str) -> Callable[[dict[str, Any]], str]:
     """Names a task run for its item, so that a person finds it in the UI."""
 
     def run_name(parameters: dict[str, Any]) -> str:
-        prediction = parameters.get("prediction") or parameters.get("finished")
-        if isinstance(prediction, Prediction):
-            return f"{verb} {shortened(prediction.item_id or prediction.id)}"
-        about = parameters.get("item_id") or prediction or parameters.get("prompt") or parameters.get("model")
+        about = parameters.get("prediction") or parameters.get("finished")
+        if isinstance(about, Prediction):
+            return f"{verb} {shortened(about.item_id or about.id)}"
+        about = parameters.get("item_id") or about or parameters.get("prompt") or parameters.get("model")
         return f"{verb} {shortened(str(about))}"
 
     return run_name
@@ -102,10 +101,6 @@ def _api_task(verb: str) -> dict[str, Any]:
     }
 
 
-def _named_for_its_batch(parameters: dict[str, Any]) -> str:
-    return f"batch {shortened(parameters.get('batch_id') or 'of rows')}"
-
-
 _TASKS = {
     name: _api_task(verb)
     for name, verb in {
@@ -118,41 +113,27 @@ _TASKS = {
     }.items()
 }
 # No retries: what may be repeated is repeated row by row, and the rows may be read only once.
-_TASKS["generate-rows"] |= {"retries": 0, "task_run_name": _named_for_its_batch}
+_TASKS["generate-rows"] |= {
+    "retries": 0,
+    "task_run_name": lambda parameters: f"batch {shortened(parameters.get('batch_id') or 'of rows')}",
+}
 TAGS = frozenset[str]().union(*(facts["tags"] for facts in _TASKS.values()))
 """Of all tasks: what an operator may limit."""
 
 
+def _raised(error: EachlabsError) -> None:
+    raise alone(error) from None
+
+
 def sync_task(name: str, kind: type[Task[Any, Any]] = Task) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
     """Makes a plan the task of that name: the door that blocks."""
-
-    def decorate(plan: Callable[P, Plan[T]]) -> Task[P, T]:
-        @wraps(plan)
-        def door(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return run(plan(*args, **kwargs))
-            except EachlabsError as error:
-                raise alone(error) from None
-
-        return kind(door, name=name, **_TASKS[name])
-
-    return decorate
+    return lambda plan: kind(blocking_door(plan, _raised), name=name, **_TASKS[name])
 
 
 def async_task(blocking: Task[P, T]) -> Task[P, Coroutine[Any, Any, T]]:
     """The same task's door for async flows, to be awaited."""
-    plan = cast(Callable[P, Plan[T]], blocking.fn.__wrapped__)  # type: ignore[attr-defined]  # by functools.wraps
-
-    @wraps(plan)
-    async def door(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await arun(plan(*args, **kwargs))
-        except EachlabsError as error:
-            raise alone(error) from None
-
-    door.__name__ = door.__qualname__ = f"a{plan.__name__}"
     kind: type[Task[Any, Any]] = type(blocking)
-    return kind(door, name=blocking.name, **_TASKS[blocking.name])
+    return kind(awaited_door(blocking.fn, _raised), name=blocking.name, **_TASKS[blocking.name])
 
 
 def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]:

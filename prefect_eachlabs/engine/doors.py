@@ -14,13 +14,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Generator
-from typing import Any, NamedTuple, TypeVar
+from functools import wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar, cast
 
 from prefect_eachlabs.engine.runtime import Gateway
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.net import redaction
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -46,9 +48,9 @@ def beside_the_loop(work: Callable[[], T]) -> Plan[T]:
     return done
 
 
-def either(blocking: Callable[[], T], awaiting: Callable[[], Awaitable[T]]) -> Plan[T]:
+def either(blocking: Callable[P, T], awaiting: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> Plan[T]:
     """A call of a library that has two doors itself."""
-    done: T = yield Step(blocking, awaiting)
+    done: T = yield Step(lambda: blocking(*args, **kwargs), lambda: awaiting(*args, **kwargs))
     return done
 
 
@@ -82,6 +84,38 @@ async def arun(plan: Plan[T]) -> T:
     except StopIteration as end:
         found: T = end.value
         return found
+
+
+Failed = Callable[[EachlabsError], Any]
+"""What comes of an error of this package: it is raised, or returns what the caller gets instead."""
+
+
+def blocking_door(plan: Callable[P, Plan[T]], failed: Failed) -> Callable[P, T]:
+    """The plan for callers that may block."""
+
+    @wraps(plan)
+    def door(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return run(plan(*args, **kwargs))
+        except EachlabsError as error:
+            return cast(T, failed(error))
+
+    return door
+
+
+def awaited_door(blocking: Callable[P, Any], failed: Failed) -> Callable[P, Coroutine[Any, Any, Any]]:
+    """The plan of a `blocking_door` for callers that await; its name has an `a` in front."""
+    plan: Callable[P, Plan[Any]] = blocking.__wrapped__  # type: ignore[attr-defined]  # by functools.wraps
+
+    @wraps(plan)
+    async def door(*args: P.args, **kwargs: P.kwargs) -> Any:
+        try:
+            return await arun(plan(*args, **kwargs))
+        except EachlabsError as error:
+            return failed(error)
+
+    door.__name__ = door.__qualname__ = f"a{plan.__name__}"
+    return door
 
 
 def alone(error: EachlabsError) -> EachlabsError:

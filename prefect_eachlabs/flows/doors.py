@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
-from functools import wraps
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import Flow, Task
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Failed
 
-from prefect_eachlabs.engine.doors import Plan, alone, arun, either, run
+from prefect_eachlabs.engine.doors import Plan, alone, awaited_door, blocking_door, either
 from prefect_eachlabs.errors import EachlabsError
 
 P = ParamSpec("P")
@@ -29,38 +28,19 @@ def sync_flow(
 ) -> Callable[[Callable[P, Plan[T]]], Flow[P, T]]:
     """Makes a plan the flow of that name: the one that is deployed, and that sync code calls."""
 
-    def decorate(plan: Callable[P, Plan[T]]) -> Flow[P, T]:
-        @wraps(plan)
-        def door(*args: P.args, **kwargs: P.kwargs) -> T:
-            try:
-                return run(plan(*args, **kwargs))
-            except EachlabsError as error:
-                return cast(T, _failed(error))
-
-        return _kept_as_json(Flow(_typed(door, plan), name=name, description=description, flow_run_name=flow_run_name))
-
-    return decorate
+    facts: dict[str, Any] = {"name": name, "description": description, "flow_run_name": flow_run_name}
+    return lambda plan: _kept_as_json(Flow(_typed(blocking_door(plan, _failed)), **facts))
 
 
 def async_flow(blocking: Flow[P, T]) -> Flow[P, Coroutine[Any, Any, T]]:
     """The same flow for async callers, to be awaited."""
-    plan = cast(Callable[P, Plan[T]], blocking.fn.__wrapped__)  # type: ignore[attr-defined]  # by functools.wraps
-
-    @wraps(plan)
-    async def door(*args: P.args, **kwargs: P.kwargs) -> T:
-        try:
-            return await arun(plan(*args, **kwargs))
-        except EachlabsError as error:
-            return cast(T, _failed(error))
-
-    door.__name__ = door.__qualname__ = f"a{plan.__name__}"
-    facts: dict[str, Any] = {"description": blocking.description, "flow_run_name": blocking.flow_run_name}
-    return _kept_as_json(Flow(_typed(door, plan), name=blocking.name, **facts))
+    facts = {name: getattr(blocking, name) for name in ("name", "description", "flow_run_name")}
+    return _kept_as_json(Flow(_typed(awaited_door(blocking.fn, _failed)), **facts))
 
 
-def _typed(door: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
+def _typed(door: Callable[P, T]) -> Callable[P, T]:
     """With the plan's types themselves: Prefect would look for their names where the door is written."""
-    signature = inspect.signature(plan, eval_str=True)
+    signature = inspect.signature(inspect.unwrap(door), eval_str=True)
     door.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
     door.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]  # what inspect reads, and Prefect
     return door
@@ -68,7 +48,7 @@ def _typed(door: Callable[P, T], plan: Callable[P, Any]) -> Callable[P, T]:
 
 def both(blocking: Task[P, T], awaiting: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Plan[T]:
     """A task, through its door for whoever calls the flow."""
-    return either(lambda: blocking(*args, **kwargs), lambda: awaiting(*args, **kwargs))
+    return either(blocking, awaiting, *args, **kwargs)
 
 
 def _failed(error: EachlabsError) -> State[Any]:
