@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,18 +38,10 @@ MOST_KEY_CHARACTERS = 512
 """Prefect's own bound."""
 _NOT_IN_KEYS = re.compile(r"[^\w/.~:+=,;!$()*@-]")
 BATCH_FACTS = (
-    "batch_id",
-    "items",
-    "stored",
-    "reused",
-    "failed",
-    "ambiguous",
-    "skipped",
-    "cost_usd",
-    "pictures_cost_usd",
-    "report_uri",
-    "index_uri",
+    *("batch_id", "items", "stored", "reused", "failed", "ambiguous", "skipped"),
+    *("cost_usd", "pictures_cost_usd", "report_uri", "index_uri"),
 )
+PICTURE_FACTS = ("item_id", "prediction_id", "model", "uri", "cost_usd", "predict_time_seconds")
 
 
 def picture_stored(image: StoredImage, references: Iterable[str] = ()) -> None:
@@ -60,16 +52,9 @@ def picture_stored(image: StoredImage, references: Iterable[str] = ()) -> None:
         references: Names of the reference pictures that it was made from.
     """
     if not image.reused:
-        facts = {
-            "item_id": image.item_id,
-            "prediction_id": image.prediction_id,
-            "model": image.model,
-            "uri": image.uri,
-            "cost_usd": image.cost_usd,
-            "predict_time_seconds": image.predict_time_seconds,
-        }
-        _send(STORED, f"eachlabs.picture.{image.item_id}", image.item_id, "picture", facts)
-        _materialized(image.uri, image.item_id, references, {"uri": None, **facts})
+        facts = {name: getattr(image, name) for name in PICTURE_FACTS}
+        _send(STORED, "picture", image.item_id, facts)
+        _materialized(image.uri, image.item_id, references, {**facts, "uri": None})
 
 
 def rows_failed(batch_id: str, rows: str, count: int, kinds: Counter[str]) -> None:
@@ -87,7 +72,7 @@ def rows_failed(batch_id: str, rows: str, count: int, kinds: Counter[str]) -> No
     if failed:
         share = {"eachlabs.failures": "most" if 2 * failed >= count else "some"}
         facts = {"batch_id": batch_id, "rows": rows, "count": count, "failed": failed, "kinds": dict(kinds)}
-        _send(ROWS_FAILED, f"eachlabs.batch.{batch_id}", batch_id, "batch", facts, share)
+        _send(ROWS_FAILED, "batch", batch_id, facts, share)
 
 
 def batch_finished(result: Mapping[str, Any], sources: Iterable[str] = ()) -> None:
@@ -100,38 +85,31 @@ def batch_finished(result: Mapping[str, Any], sources: Iterable[str] = ()) -> No
     facts = {name: result[name] for name in BATCH_FACTS if name in result}
     batch_id = str(facts.get("batch_id") or "batch")
     kinds: Counter[str] = sum(map(Counter, result.get("failures_by_kind", {}).values()), Counter())
-    told = [
-        (BUDGET_REACHED, kinds["budget"]),
-        (BALANCE_EMPTY, kinds[InsufficientBalance.default_kind]),
-        (BATCH_FINISHED, True),
-    ]
-    for event, has_happened in told:
-        if has_happened:
-            _send(event, f"eachlabs.batch.{batch_id}", batch_id, "batch", facts)
+    kept_from = {BUDGET_REACHED: kinds["budget"], BALANCE_EMPTY: kinds[InsufficientBalance.default_kind]}
+    for event in (*(event for event, count in kept_from.items() if count), BATCH_FINISHED):
+        _send(event, "batch", batch_id, facts)
     if facts.get("stored") and "report_uri" in facts:
         folder = str(facts["report_uri"]).rpartition(f"/batches/{batch_id}/")[0]
         _materialized(f"{folder}/batches/{batch_id}", batch_id, sources, facts)
 
 
-def _materialized(uri: str, name: str, upstream: Iterable[str], payload: Mapping[str, Any]) -> None:
+def _materialized(uri: str, name: str, upstream: Iterable[str], facts: Mapping[str, Any]) -> None:
     """Prefect's own events of an asset: what it was made from was used, and it was made.
 
     A server keeps them as events; where assets have pages (Prefect Cloud), they show as such.
     """
-    if TaskRunContext.get() is None and FlowRunContext.get() is None:
-        return
     sources = dict.fromkeys(key for one in upstream if (key := asset_key(one)) is not None)
-    key = asset_key(uri)
-    try:
-        made = AssetContext(
-            downstream_assets={Asset(key=str(key), properties=AssetProperties(name=name))},
+    key = str(asset_key(uri))
+
+    def emit() -> None:
+        AssetContext(
+            downstream_assets={Asset(key=key, properties=AssetProperties(name=name))},
             direct_asset_dependencies={Asset(key=source) for source in list(sources)[:MOST_SOURCES]},
             materialized_by="prefect-eachlabs",
-            materialization_metadata={str(key): {n: value for n, value in payload.items() if value is not None}},
-        )
-        made.emit_events(Completed())
-    except Exception as error:
-        logger.warning("The asset %s could not be told: %s: %s", name, type(error).__name__, str(error)[:200])
+            materialization_metadata={key: _without_none(facts)},
+        ).emit_events(Completed())
+
+    _tell(f"asset {name}", emit)
 
 
 def asset_key(name: str) -> str | None:
@@ -150,24 +128,24 @@ def asset_key(name: str) -> str | None:
     return f"{parts.scheme}://{parts.netloc}{_NOT_IN_KEYS.sub('-', parts.path)}"[:MOST_KEY_CHARACTERS]
 
 
-def _send(
-    event: str,
-    resource_id: str,
-    name: str,
-    role: str,
-    payload: Mapping[str, Any],
-    labels: Mapping[str, str] | None = None,
-) -> None:
-    if TaskRunContext.get() is None and FlowRunContext.get() is None:
-        return  # called through `.fn`: nobody runs it, and nobody listens
+def _send(event: str, kind: str, name: str, facts: Mapping[str, Any], labels: Mapping[str, str] | None = None) -> None:
     resource = {
-        "prefect.resource.id": resource_id,
+        "prefect.resource.id": f"eachlabs.{kind}.{name}",
         "prefect.resource.name": name,
-        "eachlabs.kind": role,
+        "eachlabs.kind": kind,
         **(labels or {}),
     }
-    told = {key: value for key, value in payload.items() if value is not None}
+    _tell(f"event {event}", lambda: emit_event(event, resource=resource, payload=_without_none(facts)))
+
+
+def _without_none(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def _tell(what: str, emit: Callable[[], object]) -> None:
+    if TaskRunContext.get() is None and FlowRunContext.get() is None:
+        return  # called through `.fn`: nobody runs it, and nobody listens
     try:
-        emit_event(event, resource={**resource, **(labels or {})}, payload=told)
+        emit()
     except Exception as error:
-        logger.warning("The event %s could not be sent: %s: %s", event, type(error).__name__, str(error)[:200])
+        logger.warning("The %s could not be sent: %s: %s", what, type(error).__name__, str(error)[:200])

@@ -239,9 +239,13 @@ def settings_from_environment(environ: Mapping[str, str] | None = None, **given:
     try:
         return AccountSettings(**values)
     except ValidationError as error:
-        faults = "; ".join(
-            f"{ENVIRONMENT.get(str(fault['loc'][0]), fault['loc'][0]) if fault['loc'] else 'settings'}: "
-            + fault["msg"].removeprefix("Value error, ")
-            for fault in error.errors(include_input=False, include_url=False)
-        )
+        faults = faults_in(error, lambda field: ENVIRONMENT.get(field, field or "settings"))
         raise SetupError(f"A setting is out of bounds: {faults}. Nothing was bought.") from None
+
+
+def faults_in(error: ValidationError, name_of: Callable[[str], str] = lambda field: field or "block") -> str:
+    """What pydantic refuses, a field after the other; no value, which may be a secret."""
+    return "; ".join(
+        f"{name_of(str(fault['loc'][0]) if fault['loc'] else '')}: {fault['msg'].removeprefix('Value error, ')}"
+        for fault in error.errors(include_input=False, include_url=False)
+    )

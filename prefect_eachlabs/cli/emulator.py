@@ -93,16 +93,14 @@ def emulator(
         raise SetupError(f"The emulator needs {error.name}: pip install 'prefect-eachlabs[demo]'.") from error
     from pydantic import ValidationError
 
+    from prefect_eachlabs.settings import faults_in
+
     given = {name: value for name, value in vars(flags).items() if value is not None}
     unlimited = {name: None for name in ("requests_per_minute", "max_in_flight") if given.get(name) == "none"}
     try:
         options = EmulatorOptions(strict_models=not given.pop("any_model"), **{**given, **unlimited})
     except ValidationError as error:
-        faults = "; ".join(
-            f"{_flag(fault['loc'])}: {fault['msg'].removeprefix('Value error, ')}"
-            for fault in error.errors(include_input=False, include_url=False)
-        )
-        raise BadInput(f"The emulator cannot be set up so: {faults}.") from None
+        raise BadInput(f"The emulator cannot be set up so: {faults_in(error, _flag)}.") from None
     if verbose:
         log_requests("prefect_eachlabs.testing.emulator")
     try:
@@ -126,9 +124,8 @@ def _kinds() -> str:
 emulator.__doc__ = f"{str(emulator.__doc__).rstrip()}\n{_kinds()}"
 
 
-def _flag(location: tuple[int | str, ...]) -> str:
-    field = str(location[0]) if location else "fault"
-    return {"faults": "--fault", "api_keys": "--api-key"}.get(field, f"--{field.replace('_', '-')}")
+def _flag(field: str) -> str:
+    return {"faults": "--fault", "api_keys": "--api-key", "": "--fault"}.get(field, f"--{field.replace('_', '-')}")
 
 
 def _say(line: str) -> None:

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from prefect.blocks.core import Block
 
 WORK_POOL = "eachlabs"
-SAID_OF_POOLS = {
-    "closed": " now: whoever could start a run could choose its command and environment, and so run any code on the "
-    "workers. Deployments that set job variables are refused in this pool: give them one of their own.",
-    "open": ": whoever may start a run runs any code on the workers. It cannot be closed while its template sets env: "
-    "move that into the workers' own environment, take it out under Work Pools → eachlabs → Edit, and run this again.",
-}
-SAID_OF_AUTOMATIONS = {
-    "made": ", which ends runs whose machine died",
-    "none": ": PREFECT_FLOWS_HEARTBEAT_FREQUENCY says that runs send no heartbeats, so nobody can tell which are dead",
+SAID_MORE = {
+    "work pool closed": " now: whoever could start a run could choose its command and environment, and so run any code "
+    "on the workers. Deployments that set job variables are refused in this pool: give them one of their own.",
+    "work pool open": ": whoever may start a run runs any code on the workers. It cannot be closed while its template "
+    "sets env: move that into the workers' own environment, take it out under Work Pools → eachlabs → Edit, and run "
+    "this again.",
+    "automation made": ", which ends runs whose machine died",
+    "automation none": ": PREFECT_FLOWS_HEARTBEAT_FREQUENCY says that runs send no heartbeats, so nobody can tell "
+    "which are dead",
 }
 
 
@@ -72,7 +72,7 @@ def setup(
     place = Destination.parse(destination) if destination else None
     settings = account_for_the_server()
     with server_errors(), get_client(sync_client=True) as client:
-        pool = make_work_pool()
+        pool = {WORK_POOL: make_work_pool()}
         limits = asyncio.run(limits_admin.apply(settings))
         blocks = make_blocks(os.environ, block, place)
         automations = {automation.DEAD_RUNS: automation.make(client)}
@@ -82,24 +82,19 @@ def setup(
 
             deployed = deployments.deploy(client, block)
     if in_json:
-        told = {
-            "work_pool": {WORK_POOL: pool},
-            "limits": as_json(limits),
-            "blocks": blocks,
-            "automations": automations,
-            "deployments": deployed,
-        }
-        print(json.dumps(told), flush=True)
+        told = {"work_pool": pool, "limits": as_json(limits), "blocks": blocks}
+        print(json.dumps({**told, "automations": automations, "deployments": deployed}), flush=True)
         return 0
-    print(f"work pool {WORK_POOL}: {pool}{SAID_OF_POOLS.get(pool, '')}")
-    for status in limits:
-        print(f"limit {status.name}: {status.limit if status.setting is not None else 'none wanted'}")
-    for name, done in blocks.items():
-        print(f"block {name}: {done}")
-    for name, done in automations.items():
-        print(f"automation {name}: {done}{SAID_OF_AUTOMATIONS.get(done, '')}")
-    for name, done in deployed.items():
-        print(f"deployment {name}: {done}")
+    numbers = {one.name: str(one.limit if one.setting is not None else "none wanted") for one in limits}
+    for what, done in {
+        "work pool": pool,
+        "limit": numbers,
+        "block": blocks,
+        "automation": automations,
+        "deployment": deployed,
+    }.items():
+        for name, state in done.items():
+            print(f"{what} {name}: {state}{SAID_MORE.get(f'{what} {state}', '')}")
     first = "" if deploy else "prefect-eachlabs setup --deploy makes the deployments; "
     print(
         f"Next: {first}prefect worker start --pool {WORK_POOL} on each machine; prefect-eachlabs doctor says what is "
@@ -164,19 +159,18 @@ def make_work_pool() -> str:
             except ObjectAlreadyExists:  # made by another process at this moment
                 return "there"
             return "made"
-    if pool.type != "process":
-        raise SetupError(
-            f"The server's work pool {WORK_POOL!r} is of type {pool.type!r}, and this project's is of processes: "
-            "rename or delete it, or name your own pool in deployments/prefect.yaml."
-        )
-    if not openings(pool.base_job_template):
-        return "there"
-    template = closed(pool.base_job_template)
-    if template is None:
-        return "open"
-    with get_client(sync_client=True) as client:
+        if pool.type != "process":
+            raise SetupError(
+                f"The server's work pool {WORK_POOL!r} is of type {pool.type!r}, and this project's is of processes: "
+                "rename or delete it, or name your own pool in deployments/prefect.yaml."
+            )
+        if not openings(pool.base_job_template):
+            return "there"
+        template = closed(pool.base_job_template)
+        if template is None:
+            return "open"
         client.update_work_pool(WORK_POOL, WorkPoolUpdate(base_job_template=template))
-    return "closed"
+        return "closed"
 
 
 def make_blocks(environ: Mapping[str, str], name: str, place: Any) -> dict[str, str]:
@@ -199,35 +193,30 @@ def make_blocks(environ: Mapping[str, str], name: str, place: Any) -> dict[str, 
 
 def credentials_given(environ: Mapping[str, str]) -> dict[str, Any] | None:
     """The fields of `EachlabsCredentials` that the environment gives; None without a key."""
+    from prefect_eachlabs.blocks import EachlabsCredentials
     from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment
 
     if not environ.get(ENVIRONMENT["api_key"], "").strip():
         return None
     settings = settings_from_environment(environ)
-    given: dict[str, Any] = {"api_key": settings.api_key}
-    for field in (
-        *("base_url", "auth_scheme", "account", "requests_per_minute", "max_in_flight"),
-        *("webhook_url", "webhook_secret"),
-    ):
-        if environ.get(ENVIRONMENT[field], "").strip():
-            value = getattr(settings, field)
-            given[field] = 0 if value is None else value
-    return given
+    named = [field for field in EachlabsCredentials.model_fields if environ.get(ENVIRONMENT[field], "").strip()]
+    return {field: 0 if (value := getattr(settings, field)) is None else value for field in named}
 
 
 def destination_given(environ: Mapping[str, str], place: Any) -> dict[str, Any] | None:
     """The fields of `S3Destination` that the flag and the environment give; None without a destination."""
     if place is None:
         return None
-    given = {"bucket": place.bucket, "prefix": place.prefix}
     region = environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION")
-    endpoint = environ.get("AWS_ENDPOINT_URL_S3")
-    return {**given, **({"region": region} if region else {}), **({"endpoint_url": endpoint} if endpoint else {})}
+    of_aws = {"region": region, "endpoint_url": environ.get("AWS_ENDPOINT_URL_S3")}
+    return {"bucket": place.bucket, "prefix": place.prefix} | {name: text for name, text in of_aws.items() if text}
 
 
 def save(kind: type[Block], name: str, given: Mapping[str, Any]) -> str:
     """`made`, `updated` or `there`: fields that are not given keep what a person has put into them."""
     from pydantic import ValidationError
+
+    from prefect_eachlabs.settings import faults_in
 
     try:
         found = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
@@ -239,10 +228,7 @@ def save(kind: type[Block], name: str, given: Mapping[str, Any]) -> str:
     try:
         block = kind(**{**before, **given})
     except ValidationError as error:
-        faults = "; ".join(
-            f"{fault['loc'][0] if fault['loc'] else 'block'}: {fault['msg']}"
-            for fault in error.errors(include_input=False, include_url=False)
-        )
-        raise SetupError(f"The block {kind.get_block_type_slug()}/{name} cannot be made: {faults}.") from None
+        slug = kind.get_block_type_slug()
+        raise SetupError(f"The block {slug}/{name} cannot be made: {faults_in(error)}.") from None
     block.save(name, overwrite=True)
     return "updated" if before else "made"
