@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime, timedelta, timezone
 from functools import partial
+from typing import Any, TypeVar
 
 from prefect_eachlabs.api.client import ExecutionsPage
-from prefect_eachlabs.audit.report import IN_WORDS, RECORDED, AuditReport, Kind, Named
+from prefect_eachlabs.audit.report import RECORDED, AuditReport, Kind, Named
 from prefect_eachlabs.audit.scratch import Lost, Scratch
 from prefect_eachlabs.batch.outcomes import money
 from prefect_eachlabs.batch.worker import on_disk
@@ -23,7 +24,7 @@ from prefect_eachlabs.errors import BadInput, EachlabsError, Rejected, StoreFail
 from prefect_eachlabs.ledger.costs import correct_cost, lacks_cost
 from prefect_eachlabs.ledger.evidence import fit, newest
 from prefect_eachlabs.ledger.records import Record, RecordState, VersionedRecord
-from prefect_eachlabs.models import Destination, Prediction, PredictionStatus
+from prefect_eachlabs.models import Destination, PredictionStatus
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -45,6 +46,7 @@ MOST_SUSPECTS = 10_000
 MOST_STRAYS = 1_000
 DEAREST = 10
 
+T = TypeVar("T")
 Show = Callable[[str], None]
 Place = tuple[Destination, "S3Access | None"]
 
@@ -105,9 +107,11 @@ class Auditor:
     # ------------------------------------------------------------------------------------------------ the bill
 
     async def _walk(self) -> None:
-        offset = without_news = 0
+        client, offset, without_news = self._account.client, 0, 0
         while True:
-            page = await retry_while_retryable(partial(self._page, offset))
+            page = await self._asked(
+                partial(client.executions_page, limit=PAGE_ROWS, offset=offset, since=self._since, until=self._until)
+            )
             if offset == 0:
                 self._begin_window(page)
             new = self._scratch.add_bill(
@@ -125,15 +129,12 @@ class Auditor:
             if without_news == PAGES_WITHOUT_NEWS:
                 raise Unanswered("The API's list of executions has no end: it shows the same rows again and again.")
 
-    async def _page(self, offset: int) -> ExecutionsPage:
-        request = await self._account.limiter.take_request(question=True)
-        self._requests += 1
-        try:
-            return await self._account.client.executions_page(
-                limit=PAGE_ROWS, offset=offset, since=self._since, until=self._until
-            )
-        finally:
-            request.done()
+    async def _asked(self, question: Callable[[], Awaitable[T]]) -> T:
+        async def counted() -> T:
+            self._requests += 1
+            return await question()
+
+        return await retry_while_retryable(lambda: self._account.limiter.asked(counted))
 
     def _begin_window(self, page: ExecutionsPage) -> None:
         """The window's ends by the API's clock, as its first answer tells it."""
@@ -173,11 +174,8 @@ class Auditor:
 
     def _is_of_the_window(self, date: datetime, age_seconds: float) -> bool:
         """Whether an object may be about the window: it is written after the execution that it is about."""
-        if self._since is None:
-            return True
-        loop_seconds = timedelta(seconds=asyncio.get_running_loop().time())
-        ahead = datetime.fromtimestamp(0, timezone.utc) + self._api_ahead + loop_seconds - date
-        return date - timedelta(seconds=age_seconds) + ahead >= self._since - READ_BACK
+        written_at = date - timedelta(seconds=age_seconds) + self._ahead_of(date)
+        return self._since is None or written_at >= self._since - READ_BACK
 
     async def _read(self, books: Books, item_id: str) -> None:
         try:
@@ -189,7 +187,8 @@ class Auditor:
             return
         record = held.record
         for prediction_id in record.also_bought:
-            self._name_superfluous(books, record, prediction_id)
+            said = f"bought beside {record.prediction_id}, and not cancelled in time; its picture is not stored"
+            self._name(books, record, prediction_id, Kind.ONE_TOO_MANY, said)
         for prediction_id in record.earlier:
             self._name(books, record, prediction_id, Kind.REPLACED, "an earlier purchase of this item")
         for prediction_id in record.adopted_among:
@@ -209,28 +208,29 @@ class Auditor:
             self._scratch.add_name(record.model, row.model or "")
         if row.kind in RECORDED[:3] and (row.item_id, row.destination) != (record.item_id, _place(books)):
             said = f"item {row.item_id} of {row.destination} names it too: one of both lacks its own picture"
-            self._find(Kind.NAMED_TWICE, books, record.item_id, prediction_id, row.cost_usd, said)
+            self._find(Kind.NAMED_TWICE, books, record.item_id, prediction_id, cost_usd=row.cost_usd, said=said)
         # A failure may be listed as a success.
         is_paid = row.is_paid and not (row.cost_usd == 0 and record.state is RecordState.FAILED and record.ended_free)
-        kind, said = await self._kind_of(books, held, prediction_id, is_paid=is_paid, status=row.status)
+        is_open = row.status is PredictionStatus.PENDING
+        kind, said = await self._kind_of(books, held, prediction_id, is_paid=is_paid, is_open=is_open)
         self._name(books, record, prediction_id, kind, said)
         if lacks_cost(held, row.cost_usd):
             await self._correct(books, held, prediction_id, row.cost_usd)
 
     async def _kind_of(
-        self, books: Books, held: VersionedRecord, prediction_id: str, *, is_paid: bool, status: PredictionStatus
+        self, books: Books, held: VersionedRecord, prediction_id: str, *, is_paid: bool, is_open: bool
     ) -> tuple[Kind, str]:
         record, place = held.record, _place(books)
         if record.state is RecordState.STORED:
             if await self._has_pictures(books, record):
                 return Kind.STORED, ""
-            if not is_paid and status is not PredictionStatus.PENDING:
+            if not is_paid and not is_open:
                 return Kind.ENDED, ""
             return Kind.NOT_STORED, (
                 f"its picture is gone from the bucket: {_store_again(prediction_id, place)} while the vendor keeps it, "
                 "for a day; later, run its item again with --rebuy-missing"
             )
-        if status is PredictionStatus.PENDING:
+        if is_open:
             return Kind.IN_FLIGHT, ""
         if not is_paid:
             return Kind.ENDED, ""
@@ -268,17 +268,13 @@ class Auditor:
         latest = min(self._ends_at - MARGIN, self._walked_at - settling) if self._until else self._walked_at - settling
         if self._begins_at + MARGIN < created_at < latest:
             said = "the vendor's list does not show it: look in the dashboard whether it was billed"
-            self._find(Kind.NOT_LISTED, books, record.item_id, prediction_id, record.cost_usd, said)
-
-    def _name_superfluous(self, books: Books, record: Record, prediction_id: str) -> None:
-        row = self._scratch.billed(prediction_id)
-        kind = Kind.ONE_TOO_MANY if row is not None and row.is_paid else Kind.ENDED
-        said = f"bought beside {record.prediction_id}, and not cancelled in time; its picture is not stored"
-        self._name(books, record, prediction_id, kind, said if kind is Kind.ONE_TOO_MANY else "")
+            self._find(Kind.NOT_LISTED, books, record.item_id, prediction_id, cost_usd=record.cost_usd, said=said)
 
     def _name(self, books: Books, record: Record, prediction_id: str, kind: Kind, said: str) -> None:
-        if kind is Kind.REPLACED and (row := self._scratch.billed(prediction_id)) is not None and not row.is_paid:
-            kind, said = Kind.ENDED, ""
+        if kind in (Kind.REPLACED, Kind.ONE_TOO_MANY):
+            row = self._scratch.billed(prediction_id)
+            if row is not None and not row.is_paid:
+                kind, said = Kind.ENDED, ""
         self._scratch.name(
             prediction_id,
             kind,
@@ -295,9 +291,13 @@ class Auditor:
         item_id = held.record.item_id
         try:
             if await correct_cost(books.ledger, held, prediction_id, cost_usd) is not None:
-                self._find(Kind.CORRECTED, books, item_id, prediction_id, cost_usd, f"its record said {before}")
+                self._find(
+                    Kind.CORRECTED, books, item_id, prediction_id, cost_usd=cost_usd, said=f"its record said {before}"
+                )
         except EachlabsError as error:
-            self._find(Kind.NOT_CORRECTED, books, item_id, prediction_id, cost_usd, f"it says {before}: {error}")
+            self._find(
+                Kind.NOT_CORRECTED, books, item_id, prediction_id, cost_usd=cost_usd, said=f"it says {before}: {error}"
+            )
 
     async def _look_at_stray(self, books: Books, key: str, item_id: str) -> None:
         """A picture of which there is no record: it may say itself what it is."""
@@ -360,40 +360,25 @@ class Auditor:
                 return
             asked += 1
             self._show(f"{asked} executions that a lost order may have bought")
-            prediction = await retry_while_retryable(partial(self._ask, prediction_id))
+            try:
+                prediction = await self._asked(partial(self._account.client.get, prediction_id))
+            except Rejected:  # another organization's, or too old
+                continue
             for lost in orders:
-                if prediction is not None and fit(prediction.input or {}, lost.input) is not None:
+                if fit(prediction.input or {}, lost.input) is not None:
                     place, item_id = lost.destination, lost.item_id
                     self._scratch.name(prediction_id, lost.kind, destination=place, item_id=item_id, said=lost.said)
                     self._scratch.find_lost(lost)
                     break
 
-    async def _ask(self, prediction_id: str) -> Prediction | None:
-        request = await self._account.limiter.take_request(question=True)
-        self._requests += 1
-        try:
-            return await self._account.client.get(prediction_id)
-        except Rejected:  # another organization's, or too old
-            return None
-        finally:
-            request.done()
-
     # --------------------------------------------------------------------------------------------- the report
 
-    def _find(
-        self,
-        kind: Kind,
-        books: Books,
-        item_id: str,
-        prediction_id: str | None = None,
-        cost_usd: float | None = None,
-        said: str = "",
-    ) -> None:
-        self._scratch.find(kind, Named(prediction_id, item_id, _place(books), cost_usd=cost_usd, said=said))
+    def _find(self, kind: Kind, books: Books, item_id: str, prediction_id: str | None = None, **facts: Any) -> None:
+        self._scratch.find(kind, Named(prediction_id, item_id, _place(books), **facts))
 
     def _report(self, destinations: list[str]) -> AuditReport:
         executions, billed_usd, unsettled = self._scratch.sums()
-        findings = {kind: self._scratch.finding(kind) for kind in IN_WORDS}
+        findings = {kind: self._scratch.finding(kind) for kind in Kind}
         return AuditReport(
             destinations=destinations,
             since=self._since,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from prefect_eachlabs.audit.report import IN_WORDS, NAMED, ON_THE_BILL, OPEN, AuditReport, Spent
+from prefect_eachlabs.audit.report import NAMED, ON_THE_BILL, OPEN, AuditReport, Spent
 from prefect_eachlabs.batch.pages import page_template
 
 MOST_SHOWN = 1_000
@@ -21,9 +21,9 @@ def audit_page(report: AuditReport) -> str:
     """The page, whole."""
     return page_template("audit", "audit.html.j2").render(
         report=report,
-        bill=[(IN_WORDS[kind], report[kind]) for kind in ON_THE_BILL if report[kind].count],
-        open=[(IN_WORDS[kind], found) for kind, found in report.open],
-        others=[(IN_WORDS[kind], report[kind]) for kind in NAMED if kind not in OPEN and report[kind].named],
+        bill=report.of(ON_THE_BILL),
+        open=report.of(OPEN),
+        others=report.of([kind for kind in NAMED if kind not in OPEN]),
         most=MOST_SHOWN,
         charts=[
             ("cost a day", chart([(one.name, one.usd) for one in report.by_day])),

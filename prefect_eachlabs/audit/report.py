@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -15,46 +15,35 @@ MOST_NAMED = 10_000
 
 
 class Kind(str, Enum):
-    """What an execution of the bill, or a record, comes to. Each execution is of one kind."""
+    """What an execution of the bill, or a record, comes to, and that in words. Each execution is of one kind."""
 
-    STORED = "stored"
-    IN_FLIGHT = "in_flight"
-    NOT_STORED = "not_stored"
-    ONE_TOO_MANY = "one_too_many"
-    REPLACED = "replaced"
-    ENDED = "ended"
-    WITHOUT_RECORD = "without_record"
-    UNKNOWN_ORDERS = "unknown_orders"
-    FOREIGN = "foreign"
+    words: str
+
+    def __new__(cls, value: str, words: str = "") -> Kind:
+        kind = str.__new__(cls, value)
+        kind._value_, kind.words = value, words
+        return kind
+
+    STORED = "stored", "paid and stored"
+    IN_FLIGHT = "in_flight", "in flight, or being stored"
+    NOT_STORED = "not_stored", "paid and not stored"
+    ONE_TOO_MANY = "one_too_many", "paid one too many"
+    REPLACED = "replaced", "replaced, or bought again on purpose"
+    ENDED = "ended", "failed or cancelled, at no cost"
+    WITHOUT_RECORD = "without_record", "paid, and a picture without a record"
+    UNKNOWN_ORDERS = "unknown_orders", "orders that may be ours and lost"
+    FOREIGN = "foreign", "of other tools or destinations"
     # Of records alone: nothing in the bill is theirs, or it is counted above.
-    AMBIGUOUS = "ambiguous"
-    NOT_LISTED = "not_listed"
-    NAMED_TWICE = "named_twice"
-    UNREADABLE = "unreadable"
-    STRAYS = "strays"
-    CORRECTED = "corrected"
-    NOT_CORRECTED = "not_corrected"
+    AMBIGUOUS = "ambiguous", "orders that nobody can tell about"
+    NOT_LISTED = "not_listed", "recorded and not on the bill"
+    NAMED_TWICE = "named_twice", "named by two records"
+    UNREADABLE = "unreadable", "records that cannot be read"
+    STRAYS = "strays", "pictures without a record that name no execution of the bill"
+    CORRECTED = "corrected", "costs settled late, now in their records"
+    NOT_CORRECTED = "not_corrected", "costs that could not be written into their records"
 
 
-IN_WORDS = {
-    Kind.STORED: "paid and stored",
-    Kind.IN_FLIGHT: "in flight, or being stored",
-    Kind.NOT_STORED: "paid and not stored",
-    Kind.ONE_TOO_MANY: "paid one too many",
-    Kind.REPLACED: "replaced, or bought again on purpose",
-    Kind.ENDED: "failed or cancelled, at no cost",
-    Kind.WITHOUT_RECORD: "paid, and a picture without a record",
-    Kind.UNKNOWN_ORDERS: "orders that may be ours and lost",
-    Kind.FOREIGN: "of other tools or destinations",
-    Kind.AMBIGUOUS: "orders that nobody can tell about",
-    Kind.NOT_LISTED: "recorded and not on the bill",
-    Kind.NAMED_TWICE: "named by two records",
-    Kind.UNREADABLE: "records that cannot be read",
-    Kind.STRAYS: "pictures without a record that name no execution of the bill",
-    Kind.CORRECTED: "costs settled late, now in their records",
-    Kind.NOT_CORRECTED: "costs that could not be written into their records",
-}
-ON_THE_BILL = tuple(IN_WORDS)[:9]
+ON_THE_BILL = tuple(Kind)[:9]
 """They add up to it."""
 RECORDED = ON_THE_BILL[:6]
 """What records name."""
@@ -166,12 +155,11 @@ class AuditReport:
     @property
     def is_accounted_for(self) -> bool:
         """Whether every cent of these destinations is: nothing is paid and not stored, and nothing is in doubt."""
-        return not any(self[kind].count for kind in OPEN)
+        return not self.of(OPEN)
 
-    @property
-    def open(self) -> Iterator[tuple[Kind, Finding]]:
-        """What a person has to see to."""
-        return ((kind, self[kind]) for kind in OPEN if self[kind].count)
+    def of(self, kinds: Sequence[Kind]) -> list[tuple[Kind, Finding]]:
+        """Those of these kinds that there are."""
+        return [(kind, self[kind]) for kind in kinds if self[kind].count]
 
     @property
     def window(self) -> str:
@@ -185,7 +173,7 @@ class AuditReport:
         said += "accounted for by records"
         if self.is_accounted_for:
             return f"{said}; every cent of these destinations is accounted for."
-        return f"{said}; open: " + ", ".join(f"{found.count:,} {IN_WORDS[kind]}" for kind, found in self.open) + "."
+        return f"{said}; open: " + ", ".join(f"{found.count:,} {kind.words}" for kind, found in self.of(OPEN)) + "."
 
     def as_json(self, *, most: int = MOST_NAMED) -> dict[str, Any]:
         """What `--json` prints; of each finding at most so many are named."""

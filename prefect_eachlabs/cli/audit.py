@@ -89,27 +89,25 @@ def _write(path: Path, report: AuditReport) -> None:
 
 def _as_text(report: AuditReport) -> str:
     from prefect_eachlabs.audit.pages import text_bar
-    from prefect_eachlabs.audit.report import IN_WORDS, ON_THE_BILL, Kind
+    from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, Kind
 
     lines = [f"{', '.join(report.destinations)}: {report.window}", ""]
-    for kind in ON_THE_BILL:
-        if report[kind].count:
-            lines.append(f"  {IN_WORDS[kind]:<38}{report[kind].count:>9,}  ${report[kind].usd:>12,.4f}")
+    for kind, found in report.of(ON_THE_BILL):
+        lines.append(f"  {kind.words:<38}{found.count:>9,}  ${found.usd:>12,.4f}")
     lines.append(f"  {'billed to the account':<38}{report.executions:>9,}  ${report.billed_usd:>12,.4f}")
     if report.unsettled:
         lines.append(f"The vendor has not told yet what {report.unsettled:,} of them cost.")
     if len(report.by_day) > 1:
         lines += ["", *(f"  {day.name}  ${day.usd:>10,.4f}  {text_bar(day, report.by_day)}" for day in report.by_day)]
-    for kind, found in report.open:
-        lines += ["", f"{found.count:,} {IN_WORDS[kind]}:"]
+    for kind, found in report.of(OPEN):
+        lines += ["", f"{found.count:,} {kind.words}:"]
         for one in found.named[:SHOWN]:
             facts = [one.item_id, one.prediction_id, None if not one.cost_usd else f"${one.cost_usd:.4f}"]
             lines.append(f"  {', '.join(fact for fact in facts if fact)}: {one.said}")
         if found.count > SHOWN:
             lines.append(f"  and {found.count - SHOWN:,} more: --json names them, --page shows them")
-    noted = (Kind.STRAYS, Kind.CORRECTED, Kind.NOT_CORRECTED)
-    lines += [f"\n{report[kind].count:,} {IN_WORDS[kind]}." for kind in noted if report[kind].count]
-    word = (
-        "Every cent of these destinations is accounted for." if report.is_accounted_for else "Not all is accounted for."
-    )
+    noted = report.of((Kind.STRAYS, Kind.CORRECTED, Kind.NOT_CORRECTED))
+    lines += [f"\n{found.count:,} {kind.words}." for kind, found in noted]
+    all_is_said = report.is_accounted_for
+    word = "Every cent of these destinations is accounted for." if all_is_said else "Not all is accounted for."
     return "\n".join([*lines, "", word])

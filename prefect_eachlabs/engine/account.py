@@ -210,11 +210,7 @@ class Account:
 
     async def ask_once(self, prediction_id: str) -> Prediction:
         """What GET says now; takes a request slot."""
-        request = await self.limiter.take_request(question=True)
-        try:
-            return await self.client.get(prediction_id)
-        finally:
-            request.done()
+        return await self.limiter.asked(lambda: self.client.get(prediction_id))
 
     async def _ask_to_cancel(self, prediction_id: str) -> None:
         for attempt in range(3):

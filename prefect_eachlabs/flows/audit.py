@@ -11,7 +11,7 @@ from prefect.states import Completed, Failed
 from prefect_eachlabs.artifacts import escaped, show_markdown, table
 from prefect_eachlabs.audit.auditor import Auditor, moment_of
 from prefect_eachlabs.audit.pages import text_bar
-from prefect_eachlabs.audit.report import IN_WORDS, ON_THE_BILL, AuditReport, Spent
+from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, AuditReport, Spent
 from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
@@ -67,8 +67,8 @@ aaudit_bill = async_flow(audit_bill)
 
 def audit_markdown(report: AuditReport) -> str:
     """The bill, what is open and what to do about it, and what was spent on what."""
-    bill = [(IN_WORDS[kind], report[kind]) for kind in ON_THE_BILL if report[kind].count]
-    rows = [(escaped(what), f"{found.count:,}", f"{found.usd:,.4f}") for what, found in bill]
+    bill = report.of(ON_THE_BILL)
+    rows = [(escaped(kind.words), f"{found.count:,}", f"{found.usd:,.4f}") for kind, found in bill]
     rows.append(("<b>billed to the account</b>", f"{report.executions:,}", f"<b>{report.billed_usd:,.4f}</b>"))
     blocks = [
         f"<p>{escaped(', '.join(report.destinations))}<br>{escaped(report.window)}</p>",
@@ -77,20 +77,16 @@ def audit_markdown(report: AuditReport) -> str:
     ]
     if report.unsettled:
         blocks.append(f"<p>The vendor has not told yet what {report.unsettled:,} of them cost.</p>")
-    for kind, found in report.open:
+    for kind, found in report.of(OPEN):
         shown = f", the first {MOST_SHOWN}" if found.count > MOST_SHOWN else ""
-        blocks.append(f"<h2>{found.count:,} {escaped(IN_WORDS[kind])}{shown}</h2>")
+        blocks.append(f"<h2>{found.count:,} {escaped(kind.words)}{shown}</h2>")
         entries = [
             (escaped(one.item_id), escaped(one.prediction_id), _usd(one.cost_usd), escaped(one.said, 600))
             for one in found.named[:MOST_SHOWN]
         ]
         blocks.append(table(entries, head=("item", "prediction", "USD", "what is the matter, and what to do")))
-    for what, spent in (
-        ("day", report.by_day),
-        ("model", report.by_model),
-        ("destination", report.by_destination),
-    ):
-        if spent:
+    for what in ("day", "model", "destination"):
+        if spent := getattr(report, f"by_{what}"):
             blocks.append(table(_bars(spent), head=(f"USD by {what}", "", "USD", "pictures", "USD a picture")))
     if report.dearest:
         dearest = [(_usd(one.usd), one.day, escaped(one.model, 120), escaped(one.uri)) for one in report.dearest]

@@ -10,6 +10,8 @@ import asyncio
 import logging
 import math
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from prefect_eachlabs.limits.breaker import CircuitBreaker
 from prefect_eachlabs.limits.window import Kind, LocalSlots, SlidingWindow, Slot, SlotSource
@@ -17,6 +19,7 @@ from prefect_eachlabs.limits.window import Kind, LocalSlots, SlidingWindow, Slot
 __all__ = ["CircuitBreaker", "Kind", "LocalSlots", "RateLimiter", "SlidingWindow", "Slot", "SlotSource"]
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 STANDS_STILL_AFTER_SECONDS = 5.0
 """Who waits for longer, for slots that others hold, says so."""
@@ -109,6 +112,14 @@ class RateLimiter:
             question: It is about a prediction that exists; goes before creates.
         """
         return await self._take(Kind.REQUESTS, self._questions if question else self._creates)
+
+    async def asked(self, question: Callable[[], Awaitable[T]]) -> T:
+        """The answer to a question (a GET), in a request slot of its own."""
+        request = await self.take_request(question=True)
+        try:
+            return await question()
+        finally:
+            request.done()
 
     async def _take(self, kind: Kind, line: _Queue) -> Slot:
         if not self._waiting(kind):
