@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from prefect_eachlabs.errors import EachlabsError
@@ -91,7 +92,7 @@ class LateCosts:
         waiting = self._limiter.in_flight_waiting or self._limiter.requests_waiting
         if untold.row is None and self._poller.is_idle and not waiting:
             try:
-                await asyncio.wait_for(self._ask_once(untold), AT_THE_END_SECONDS)
+                await asyncio.wait_for(self._ask(most_pages=1), AT_THE_END_SECONDS)
             except (asyncio.TimeoutError, EachlabsError) as error:
                 logger.info("What prediction %s cost is not known yet (%s).", end.id, type(error).__name__)
         row = untold.row
@@ -99,11 +100,6 @@ class LateCosts:
             return end
         self._untold.pop(end.id, None)  # whoever stores it writes it down
         return end.model_copy(update={"cost_usd": row.cost_usd, "predict_time_seconds": row.run_time_seconds})
-
-    async def _ask_once(self, untold: _Untold) -> None:
-        async with self._asking:
-            if untold.row is None:
-                await self._ask(most_pages=1)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -114,10 +110,7 @@ class LateCosts:
                 if now - untold.since > GIVEN_UP_SECONDS:
                     del self._untold[untold.end.id]
             try:
-                if self._is_time(now):
-                    async with self._asking:
-                        await self._ask(most_pages=MOST_PAGES)
-                await self._note_what_is_told()
+                await self._look(most_pages=MOST_PAGES if self._is_time(now) else 0)
             except EachlabsError as error:
                 logger.info("Costs are not known yet (%s).", error)
 
@@ -130,32 +123,30 @@ class LateCosts:
 
     async def _ask(self, *, most_pages: int) -> None:
         """Pages of the list until all that is open was seen."""
-        self._asked_at = asyncio.get_running_loop().time()
-        late_seconds: list[float] = []
-        not_seen = {one for one, untold in self._untold.items() if untold.row is None}
-        for page in range(most_pages):
-            slot = await self._limiter.take_request(question=True)
-            try:
-                rows = await self._lister.executions(limit=PAGE_ROWS, offset=page * PAGE_ROWS)
-            finally:
-                slot.done()
-            for row in rows:
-                not_seen.discard(row.id)
-                untold = self._untold.get(row.id)
-                if untold is None or untold.row is not None:
-                    continue
-                if row.cost_usd:  # 0 until the vendor has settled it
-                    untold.row = row
-                    if row.run_time_seconds:
-                        self._poller.learn_duration(untold.end.model, row.run_time_seconds)
-                        late_seconds.append(untold.age_seconds - row.run_time_seconds)
-            if not not_seen or len(rows) < PAGE_ROWS:
-                break
-        self._heard(late_seconds)
+        async with self._asking:
+            late_seconds: list[float] = []
+            not_seen = {one for one, untold in self._untold.items() if untold.row is None}
+            for page in range(most_pages if not_seen else 0):
+                self._asked_at = asyncio.get_running_loop().time()
+                offset = page * PAGE_ROWS
+                rows = await self._limiter.asked(partial(self._lister.executions, limit=PAGE_ROWS, offset=offset))
+                for row in rows:
+                    untold = self._untold.get(row.id)
+                    # The cost is 0 until the vendor has settled it.
+                    if row.id in not_seen and untold is not None and row.cost_usd:
+                        untold.row = row
+                        if row.run_time_seconds:
+                            self._poller.learn_duration(untold.end.model, row.run_time_seconds)
+                            late_seconds.append(untold.age_seconds - row.run_time_seconds)
+                    not_seen.discard(row.id)
+                if not not_seen or len(rows) < PAGE_ROWS:
+                    break
+            self._heard(late_seconds)
 
-    async def _note_what_is_told(self) -> None:
-        told = [untold for untold in self._untold.values() if untold.row is not None]
-        for untold in told:
+    async def _look(self, *, most_pages: int) -> None:
+        """Asks, and writes down what is told."""
+        await self._ask(most_pages=most_pages)
+        for untold in list(self._untold.values()):
             if untold.row is not None and await self._note(untold.row):
                 self._untold.pop(untold.end.id, None)
 
@@ -164,11 +155,5 @@ class LateCosts:
         if self._runner is not None:
             self._runner.cancel()
             await asyncio.gather(self._runner, return_exceptions=True)
-        if self._untold:
-            with suppress(asyncio.TimeoutError, EachlabsError):
-                await asyncio.wait_for(self._look_once_more(), AT_THE_END_SECONDS)
-
-    async def _look_once_more(self) -> None:
-        if any(untold.row is None for untold in self._untold.values()):
-            await self._ask(most_pages=1)
-        await self._note_what_is_told()
+        with suppress(asyncio.TimeoutError, EachlabsError):
+            await asyncio.wait_for(self._look(most_pages=1), AT_THE_END_SECONDS)

@@ -18,7 +18,7 @@ import uvicorn
 
 from prefect_eachlabs.settings import host_and_port
 from prefect_eachlabs.webhooks.calls import MAX_BODY_BYTES, Call
-from prefect_eachlabs.webhooks.webhooks import Verdict
+from prefect_eachlabs.webhooks.webhooks import Take, Verdict, Way
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ BODY_WITHIN_SECONDS = 5.0
 CONNECTIONS_AT_A_TIME = 200
 _STATUS = {Verdict.REFUSED: 401, Verdict.UNREADABLE: 400, Verdict.CONTRADICTS: 409}
 
-Take = Callable[[Call], Verdict]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -149,7 +148,7 @@ class _Listener:
 _listeners: dict[tuple[int, str], _Listener] = {}
 
 
-def listen_at(place: str) -> Callable[[Take], Awaitable[Callable[[], Awaitable[None]]]]:
+def listen_at(place: str) -> Way:
     """The way in through `HOST:PORT` of this process.
 
     Raises:

@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect_eachlabs.errors import without_query
 from prefect_eachlabs.limits.prefect_leases import context_without_retries
 from prefect_eachlabs.webhooks.calls import Call, call_in, handed_on, secret_of
-from prefect_eachlabs.webhooks.webhooks import Verdict
+from prefect_eachlabs.webhooks.webhooks import Take, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,6 @@ EVENTS_AT_ONCE = 50
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 30.0
 READY_WITHIN_SECONDS = 10.0
-
-Take = Callable[[Call], Verdict]
 
 
 def has_server() -> bool:

@@ -51,7 +51,8 @@ class Verdict(str, Enum):
     """Its secret is one order's and its prediction another's: it changes nothing."""
 
 
-Way = Callable[[Callable[[Call], Verdict]], Awaitable[Callable[[], Awaitable[None]]]]
+Take = Callable[[Call], Verdict]
+Way = Callable[[Take], Awaitable[Callable[[], Awaitable[None]]]]
 """Opens a way in: calls are handed to the function given; what it returns closes the way."""
 
 
