@@ -196,19 +196,17 @@ class S3Destination(Block):
         secret, token = self.secret_access_key, self.session_token
         if self.aws_credentials_block:
             found, has_keys = access_of_block(self.aws_credentials_block)
-            return replace(
-                found,
-                endpoint_url=_endpoint(self.endpoint_url or found.endpoint_url or "", has_keys=has_keys),
-                region=self.region or found.region,
-                kms_key_id=self.kms_key_id or None,
-                storage_class=self.storage_class or None,
+        else:
+            has_keys = bool(self.access_key_id)
+            found = S3Access(
+                access_key_id=self.access_key_id or None,
+                secret_access_key=secret.get_secret_value() if secret else None,
+                session_token=token.get_secret_value() if token else None,
             )
-        return S3Access(
-            endpoint_url=_endpoint(self.endpoint_url, has_keys=bool(self.access_key_id)),
-            region=self.region or None,
-            access_key_id=self.access_key_id or None,
-            secret_access_key=secret.get_secret_value() if secret else None,
-            session_token=token.get_secret_value() if token else None,
+        return replace(
+            found,
+            endpoint_url=_endpoint(self.endpoint_url or found.endpoint_url or "", has_keys=has_keys),
+            region=self.region or found.region,
             kms_key_id=self.kms_key_id or None,
             storage_class=self.storage_class or None,
         )

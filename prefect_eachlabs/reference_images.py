@@ -216,10 +216,10 @@ class Roots:
         return cls(tuple(folders), tuple(prefixes))
 
     @classmethod
-    def from_environment(cls, environ: Mapping[str, str] | None = None) -> Roots:
+    def from_environment(cls) -> Roots:
         """As the setting says; what is wrong there is reported where the account is made."""
         try:
-            return cls.parse((os.environ if environ is None else environ).get(ROOTS_VARIABLE, ""))
+            return cls.parse(os.environ.get(ROOTS_VARIABLE, ""))
         except ValueError:
             return cls()
 
@@ -246,8 +246,13 @@ class Roots:
                 raise
             except (OSError, ValueError):  # unreadable, or no file
                 continue
-        shown = _shown(os.fspath(name))
-        raise BadInput(f"image_url: {shown} is not an http(s) URL, an s3://bucket/key, {self._advice}")
+        advice = "or a file that can be read."
+        if not self.anywhere:
+            advice = (
+                f"or a file in a folder that {ROOTS_VARIABLE} names on the machine that runs this. In Python, give "
+            )
+            advice += "the picture's bytes."
+        raise BadInput(f"image_url: {_shown(os.fspath(name))} is not an http(s) URL, an s3://bucket/key, {advice}")
 
     def stream(self, path: Path) -> BinaryIO:
         """A file that may be taken, opened. Blocks.
@@ -308,15 +313,6 @@ class Roots:
             except (OSError, ValueError, RuntimeError):  # not there; a null byte; a ring of links
                 continue
 
-    @property
-    def _advice(self) -> str:
-        if self.anywhere:
-            return "or a file that can be read."
-        return (
-            f"or a file in a folder that {ROOTS_VARIABLE} names on the machine that runs this. In Python, give the "
-            "picture's bytes."
-        )
-
 
 def opened(image_url: object, roots: Roots) -> object:
     """What people have, as items take it: paths and bytes become a `Picture`, everything else stays. Blocks.
@@ -326,11 +322,8 @@ def opened(image_url: object, roots: Roots) -> object:
     """
     if isinstance(image_url, (bytes, bytearray, memoryview)):
         return Picture.of_bytes(bytes(image_url))
-    if isinstance(image_url, os.PathLike):
-        return roots.open(image_url)
-    if isinstance(image_url, str) and image_url.strip() and not _SCHEME.match(image_url):
-        return roots.open(image_url)
-    return image_url
+    is_name = isinstance(image_url, str) and image_url.strip() and not _SCHEME.match(image_url)
+    return roots.open(image_url) if is_name or isinstance(image_url, os.PathLike) else image_url  # type: ignore[arg-type]  # as was just asked
 
 
 def _place(opened: int, path: Path) -> Path:
@@ -344,14 +337,10 @@ def _place(opened: int, path: Path) -> Path:
 @lru_cache(maxsize=10_000)
 def _digest(roots: Roots, path: Path, mtime_ns: int, size_bytes: int, inode: int) -> str:
     """Read once, however many rows of a table name the file."""
-    with roots.stream(path) as file:
-        return _sha256_of(file)
-
-
-def _sha256_of(file: BinaryIO) -> str:
     digest = hashlib.sha256()
-    while block := file.read(_BLOCK_BYTES):
-        digest.update(block)
+    with roots.stream(path) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
     return digest.hexdigest()
 
 

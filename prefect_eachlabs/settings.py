@@ -183,13 +183,13 @@ ENVIRONMENT = {field: f"EACHLABS_{field.upper()}" for field in AccountSettings.m
 """Field of `AccountSettings` → environment variable."""
 
 
-def destination_from_environment(environ: Mapping[str, str] | None = None) -> str:
+def destination_from_environment() -> str:
     """Where pictures and records go when a call names no destination: `EACHLABS_DESTINATION`.
 
     Raises:
         SetupError: It is not set. Without a destination there is no record, and nothing is bought without one.
     """
-    text = (os.environ if environ is None else environ).get(DESTINATION_VARIABLE, "").strip()
+    text = os.environ.get(DESTINATION_VARIABLE, "").strip()
     if not text:
         raise SetupError(
             "No destination: name one (destination='s3://bucket/prefix', --to s3://bucket/prefix) or set "
@@ -198,13 +198,13 @@ def destination_from_environment(environ: Mapping[str, str] | None = None) -> st
     return text
 
 
-def webhook_secret_from_environment(environ: Mapping[str, str] | None = None) -> SecretStr:
+def webhook_secret_from_environment() -> SecretStr:
     """`EACHLABS_WEBHOOK_SECRET` alone, for a receiver that knows nothing else of the account.
 
     Raises:
         SetupError: It is not set, or too short.
     """
-    text = (os.environ if environ is None else environ).get(ENVIRONMENT["webhook_secret"], "")
+    text = os.environ.get(ENVIRONMENT["webhook_secret"], "")
     try:
         return check_webhook_secret(SecretStr(text.strip() or "-"))
     except ValueError as error:

@@ -259,8 +259,7 @@ def await_result(
         NotYetSafe: It succeeded and has no picture yet, which may still come: run again.
         PredictionTimedOut: Not ended by its deadline. It is paid for if it still ends: run again, it is stored then.
     """
-    if isinstance(prediction, str) and parse_prediction_id(prediction) is None:
-        raise BadInput("prediction: must be a Prediction or its id, as create_prediction returned it.")
+    _id_of(prediction)
     if deadline_seconds is not None and not deadline_seconds > 0:
         raise BadInput(f"deadline_seconds: {deadline_seconds} must be greater than 0.")
     gateway = gateway_of(credentials)
@@ -303,14 +302,6 @@ acancel_prediction = async_task(cancel_prediction)
 """`cancel_prediction` for async flows: awaited. Free."""
 
 
-def _place_of(finished: Prediction, gateway: Gateway) -> tuple[Destination, S3Access | None]:
-    """Where the prediction was bought, by the way in that it was bought by; else the environment's destination."""
-    bought = gateway.engine.account.bought_here(finished.id)
-    if bought is not None:
-        return bought.books.ledger.destination, bought.books.ledger.access
-    return where(finished.destination)
-
-
 @sync_task("store-image")
 def store_image(
     finished: Prediction,
@@ -345,7 +336,11 @@ def store_image(
     """
     allowed = check_formats(formats)
     gateway = gateway_of(credentials)
-    place, access = _place_of(finished, gateway) if destination is None else where(destination)
+    bought = gateway.engine.account.bought_here(finished.id)
+    if destination is None and bought is not None:  # there, by the way in that it was bought by
+        place, access = bought.books.ledger.destination, bought.books.ledger.access
+    else:
+        place, access = where(finished.destination if destination is None else destination)
     image = yield from on_the_loop(gateway, gateway.engine.store(finished, place, access=access, formats=allowed))
     return (yield from _stored(gateway, image, place, access, finished.input, with_artifact=with_artifact))
 

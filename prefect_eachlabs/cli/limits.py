@@ -15,6 +15,7 @@ from prefect_eachlabs.errors import BadInput
 if TYPE_CHECKING:
     from prefect_eachlabs.limits.admin import LimitStatus, TagLimit
 
+TAKEN_AWAY = "`prefect-eachlabs limits apply --tag NAME=` takes it away"
 LONG = ("eachlabs", "eachlabs-generate")
 """Tags that a task run may have for hours."""
 
@@ -62,7 +63,8 @@ def limits(
         for status in statuses:
             print(_as_line(status, action))
         for one in of_tags:
-            print(f"tag {one.tag}: {one.in_use} of {one.limit} task runs{_after(problem_of(one))}")
+            problem = f"; {said}: {TAKEN_AWAY}" if (said := problem_of(one)) else ""
+            print(f"tag {one.tag}: {one.in_use} of {one.limit} task runs{problem}")
         if action == "show":
             print(f"tags without a limit: {', '.join(sorted(our_tags() - {one.tag for one in of_tags})) or 'none'}")
     return 0
@@ -92,10 +94,6 @@ def problem_of(one: TagLimit) -> str:
     if one.limit == 1 and one.tag in LONG:
         return "a batch of rows holds it until its end, and whatever else has the tag waits"
     return ""
-
-
-def _after(problem: str) -> str:
-    return f"; {problem}: `prefect-eachlabs limits apply --tag NAME=` takes it away" if problem else ""
 
 
 def as_json(statuses: Sequence[LimitStatus]) -> list[dict[str, object]]:

@@ -79,9 +79,12 @@ def parse(words: Sequence[str]) -> Callable[[], int | None]:
     """
     name = words[0] if words else ""
     if name in ("--help", "-h"):
-        return _print_help
+        listed = "\n".join(f"  {name:<10}  {summary}" for name, summary in COMMANDS.items())
+        return partial(print, HELP.format(commands=listed), end="")
     if name == "--version":
-        return _print_version
+        from importlib.metadata import version  # noqa: PLC0415 - slow, and looked up only when it is asked for
+
+        return partial(print, f"prefect-eachlabs {version('prefect-eachlabs')}")
     if name not in COMMANDS:
         from difflib import get_close_matches  # noqa: PLC0415 - for those who mistype
 
@@ -106,16 +109,6 @@ def exit_status(error: EachlabsError) -> int:
     """2 for what a person must set right before anything can work, 1 for what befell an item."""
     set_up_wrong = isinstance(error, (BadInput, SetupError)) and not isinstance(error, ItemConflict)
     return SET_UP_WRONG if set_up_wrong else ITEM_FAILED
-
-
-def _print_help() -> None:
-    print(HELP.format(commands="\n".join(f"  {name:<10}  {summary}" for name, summary in COMMANDS.items())), end="")
-
-
-def _print_version() -> None:
-    from importlib.metadata import version  # noqa: PLC0415 - slow, and looked up only when it is asked for
-
-    print(f"prefect-eachlabs {version('prefect-eachlabs')}")
 
 
 def _report(error: EachlabsError, *, in_json: bool) -> int:

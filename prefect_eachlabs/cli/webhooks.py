@@ -9,15 +9,10 @@ import contextlib
 import logging
 import signal
 import sys
-from collections import Counter
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from prefect_eachlabs.cli.options import flag
 from prefect_eachlabs.errors import SetupError
-
-if TYPE_CHECKING:
-    from prefect_eachlabs.webhooks.calls import Call
-    from prefect_eachlabs.webhooks.webhooks import Verdict
 
 HANDED_ON_WITHIN_SECONDS = 5.0
 
@@ -53,17 +48,10 @@ def webhooks(
         socket = listening(host, port)
     except (OSError, OverflowError) as error:
         raise SetupError(f"Cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
-    counts: Counter[str] = Counter()
+    hand_on = HandOn(secret.get_secret_value())
 
     async def serve() -> None:
-        hand_on = HandOn(secret.get_secret_value())
-
-        def take(call: Call) -> Verdict:
-            verdict = hand_on.take(call)
-            counts[verdict.value] += 1
-            return verdict
-
-        server = server_of(take)
+        server = server_of(hand_on.take)
         emitting = asyncio.ensure_future(hand_on.run())
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(NotImplementedError):  # Windows: Ctrl-C ends it all the same
@@ -77,5 +65,6 @@ def webhooks(
 
     with contextlib.closing(socket), contextlib.suppress(KeyboardInterrupt):
         asyncio.run(serve())
-    print(", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or "no calls", file=sys.stderr)
+    counts = sorted((verdict.value, count) for verdict, count in hand_on.counts.items())
+    print(", ".join(f"{count} {what}" for what, count in counts) or "no calls", file=sys.stderr)
     return 0

@@ -21,13 +21,9 @@ def openings(template: dict[str, Any]) -> list[str]:
     """The job variables that reach the process, by name; none where the pool is closed."""
     configuration = template.get("job_configuration", {})
     found = {one.name for one in find_placeholders(configuration) if one.type is PlaceholderType.STANDARD}
-    return sorted(found | ({"env"} if _sets_env(template) else set()))
-
-
-def _sets_env(template: dict[str, Any]) -> bool:
-    """Whether it has an `env` of its own, written out or a variable's default: Prefect merges a run's into either."""
+    # Prefect merges a run's `env` into that of the template, be it written out or a variable's default.
     default = template.get("variables", {}).get("properties", {}).get("env", {}).get("default")
-    return bool(default) or isinstance(template.get("job_configuration", {}).get("env"), dict)
+    return sorted(found | ({"env"} if default or isinstance(configuration.get("env"), dict) else set()))
 
 
 def closed(template: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,7 +10,6 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from prefect_eachlabs.batch.outcomes import BatchResult
-from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
 from prefect_eachlabs.batch.tables import Columns, base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
@@ -126,15 +125,17 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         on_ambiguous=on_ambiguous,
         shard=one_of(shard),
     )
-    destination = (
-        destination.strip() if isinstance(destination, str) else destination
-    ) or destination_from_environment()
+    if isinstance(destination, str):
+        destination = destination.strip()
+    destination = destination or destination_from_environment()
     columns = Columns(prompt_column or None, id_column or None, delimiter or None)
     work = Work(
         str(source).strip(), destination, batch_id or None, model, version or None, credentials or None, columns
     )
     if dry_run:
-        return cast(BatchResult, _planned((yield from work.planned(options))))
+        plan = yield from work.planned(options)
+        counts = f"{plan.new} new, {plan.reused} there, {plan.failed} that cannot be bought"
+        return cast(BatchResult, Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json()))
     if shards == 1:
         return cast(BatchResult, _state((yield from work.bought(options, chunk_size=chunk_size)), fail_above))
     if budget_usd is not None:
@@ -159,11 +160,6 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
 
 agenerate_batch = async_flow(generate_batch)
 """`generate_batch` for async callers: awaited. **Costs money** once a row."""
-
-
-def _planned(plan: BatchPlan) -> State[Any]:
-    counts = f"{plan.new} new, {plan.reused} there, {plan.failed} that cannot be bought"
-    return Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json())
 
 
 def _state(result: BatchResult, fail_above: float) -> State[Any]:

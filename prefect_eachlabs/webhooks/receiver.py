@@ -122,27 +122,19 @@ class _Listener:
 
     def __init__(self, place: str) -> None:
         self._socket = listening(*host_and_port(place))
-        self._takers: list[Take] = []
+        self.takers: list[Take] = []
         self._server = server_of(self._take)
         self._serving = asyncio.ensure_future(self._server.serve(sockets=[self._socket]))
 
     def _take(self, call: Call) -> Verdict:
-        verdicts = [take(call) for take in self._takers]
+        verdicts = [take(call) for take in self.takers]
         return next((one for one in verdicts if one is not Verdict.REFUSED), Verdict.REFUSED)
 
-    def add(self, take: Take) -> None:
-        self._takers.append(take)
-
-    async def remove(self, take: Take) -> bool:
-        """Whether nobody receives here any more: then it has ended."""
-        self._takers.remove(take)
-        if self._takers:
-            return False
+    async def aclose(self) -> None:
         self._server.should_exit = True
         await asyncio.wait({self._serving}, timeout=5)
         self._serving.cancel()
         self._socket.close()
-        return True
 
 
 _listeners: dict[tuple[int, str], _Listener] = {}
@@ -160,11 +152,13 @@ def listen_at(place: str) -> Way:
         if key not in _listeners:
             _listeners[key] = _Listener(place)
         listener = _listeners[key]
-        listener.add(take)
+        listener.takers.append(take)
 
         async def close() -> None:
-            if await listener.remove(take):
-                _listeners.pop(key, None)
+            listener.takers.remove(take)
+            if not listener.takers:
+                del _listeners[key]
+                await listener.aclose()
 
         return close
 

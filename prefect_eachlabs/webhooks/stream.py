@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -50,10 +51,16 @@ class HandOn:
     def __init__(self, master: str) -> None:
         self._master = master
         self._waiting: asyncio.Queue[dict[str, Any]] = asyncio.Queue(MOST_WAITING)
+        self.counts: Counter[Verdict] = Counter()
         self.where = without_query(PREFECT_API_URL.value() or "(no PREFECT_API_URL)")
 
     def take(self, call: Call) -> Verdict:
         """Raises BlockingIOError when too many wait already."""
+        verdict = self._judge(call)
+        self.counts[verdict] += 1
+        return verdict
+
+    def _judge(self, call: Call) -> Verdict:
         secret = secret_of(self._master, call.write_id or "")
         if not call.is_proven_by(secret) or call.write_id is None:
             return Verdict.REFUSED
