@@ -52,7 +52,6 @@ class Billed(NamedTuple):
     status: PredictionStatus
     cost_usd: float
     model: str | None
-    created_at: str | None
     kind: Kind
     item_id: str | None
     destination: str | None
@@ -105,13 +104,13 @@ class Scratch:
         return self._db.execute("SELECT 1 FROM bill LIMIT 1").fetchone() is not None
 
     def billed(self, prediction_id: str) -> Billed | None:
-        query = "SELECT status, cost_usd, model, created_at, rank, item_id, destination FROM bill WHERE id = ?"
+        query = "SELECT status, cost_usd, model, rank, item_id, destination FROM bill WHERE id = ?"
         found = self._db.execute(query, (prediction_id,)).fetchone()
         if found is None:
             return None
-        status, cost_usd, model, created_at, rank, item_id, destination = found
+        status, cost_usd, model, rank, item_id, destination = found
         kind = ON_THE_BILL[FOREIGN if rank is None else rank]
-        return Billed(PredictionStatus(status), cost_usd, model, created_at, kind, item_id, destination)
+        return Billed(PredictionStatus(status), cost_usd, model, kind, item_id, destination)
 
     def name(
         self,

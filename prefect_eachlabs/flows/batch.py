@@ -14,24 +14,15 @@ from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
 from prefect_eachlabs.batch.tables import Columns, base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
+from prefect_eachlabs.flows import form
 from prefect_eachlabs.flows.doors import async_flow, sync_flow
-from prefect_eachlabs.flows.form import (
-    Account,
-    Formats,
-    Model,
-    OnAmbiguous,
-    Table,
-    Target,
-    Version,
-    advanced,
-    field,
-    name_of,
-)
 from prefect_eachlabs.flows.shards import MOST_SHARDS, end_shares, one_of, start_shares
 from prefect_eachlabs.models import DEFAULT_MODEL
 from prefect_eachlabs.rows import CHUNK_SIZE, MOST_DAYS, MOST_IN_A_CHUNK, Work, options_of
 from prefect_eachlabs.settings import destination_from_environment
 from prefect_eachlabs.tasks import run_id, shortened
+
+BATCH_ID = f"^({BATCH_ID_PATTERN.pattern})?$"
 
 
 def _named_for_its_batch() -> str:
@@ -51,30 +42,30 @@ def _named_for_its_batch() -> str:
     flow_run_name=_named_for_its_batch,
 )
 def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
-    source: Table,
-    destination: Target = None,
-    budget_usd: Annotated[float | None, field("Budget in USD", exclusiveMinimum=0)] = None,
-    dry_run: Annotated[bool, field("Dry run")] = False,
-    model: Model = DEFAULT_MODEL,
-    formats: Formats = None,
-    batch_id: Annotated[str | None, field("Name of the report", pattern=f"^({BATCH_ID_PATTERN.pattern})?$")] = None,
-    fail_above: Annotated[float, field("Rows that may fail", minimum=0)] = 0.0,
-    retry_failed: Annotated[bool, field("Buy again what failed for good")] = False,
-    credentials: Account = None,
-    version: Version = None,
-    shards: Annotated[int, advanced("workers at once", minimum=1, maximum=MOST_SHARDS)] = 1,
+    source: form.Table,
+    destination: form.Target = None,
+    budget_usd: Annotated[float | None, form.field("Budget in USD", exclusiveMinimum=0)] = None,
+    dry_run: Annotated[bool, form.field("Dry run")] = False,
+    model: form.Model = DEFAULT_MODEL,
+    formats: form.Formats = None,
+    batch_id: Annotated[str | None, form.field("Name of the report", pattern=BATCH_ID)] = None,
+    fail_above: Annotated[float, form.field("Rows that may fail", minimum=0)] = 0.0,
+    retry_failed: Annotated[bool, form.field("Buy again what failed for good")] = False,
+    credentials: form.Account = None,
+    version: form.Version = None,
+    shards: Annotated[int, form.advanced("workers at once", minimum=1, maximum=MOST_SHARDS)] = 1,
     presigned_days: Annotated[
-        float | None, advanced("days that links last", exclusiveMinimum=0, maximum=MOST_DAYS)
+        float | None, form.advanced("days that links last", exclusiveMinimum=0, maximum=MOST_DAYS)
     ] = None,
-    replace: Annotated[bool, advanced("buy although a name stands for another input")] = False,
-    rebuy_missing: Annotated[bool, advanced("buy again what is gone from the bucket")] = False,
-    retry_ambiguous: Annotated[bool, advanced("buy once more what is ambiguous")] = False,
-    on_ambiguous: OnAmbiguous = "settle",
-    chunk_size: Annotated[int, advanced("rows to a task run", minimum=1, maximum=MOST_IN_A_CHUNK)] = CHUNK_SIZE,
-    shard: Annotated[str, advanced("share of a batch", pattern="^([1-9][0-9]?/[1-9][0-9]?)?$")] = "",
-    prompt_column: Annotated[str | None, advanced("column of prompts")] = None,
-    id_column: Annotated[str | None, advanced("column of names")] = None,
-    delimiter: Annotated[str | None, advanced("separator of a CSV")] = None,
+    replace: Annotated[bool, form.advanced("buy although a name stands for another input")] = False,
+    rebuy_missing: Annotated[bool, form.advanced("buy again what is gone from the bucket")] = False,
+    retry_ambiguous: Annotated[bool, form.advanced("buy once more what is ambiguous")] = False,
+    on_ambiguous: form.OnAmbiguous = "settle",
+    chunk_size: Annotated[int, form.advanced("rows to a task run", minimum=1, maximum=MOST_IN_A_CHUNK)] = CHUNK_SIZE,
+    shard: Annotated[str, form.advanced("share of a batch", pattern="^([1-9][0-9]?/[1-9][0-9]?)?$")] = "",
+    prompt_column: Annotated[str | None, form.advanced("column of prompts")] = None,
+    id_column: Annotated[str | None, form.advanced("column of names")] = None,
+    delimiter: Annotated[str | None, form.advanced("separator of a CSV")] = None,
 ) -> Plan[BatchResult]:
     """A table of prompts becomes PNGs in S3 and a report; run it again and it goes on. **Costs money** once a row.
 
@@ -141,7 +132,7 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     if budget_usd is not None:
         raise BadInput("shards: a budget is kept by one worker: give shards=1 with budget_usd, or no budget.")
     # Every share has the same, whatever its own worker's environment says.
-    same = {"destination": name_of(destination), "credentials": name_of(credentials)}
+    same = {"destination": form.name_of(destination), "credentials": form.name_of(credentials)}
     parameters = {**flow_run.parameters, **same}
     others = yield from beside_the_loop(lambda: start_shares(shards, parameters))
     is_done = False

@@ -7,31 +7,13 @@ from typing import Annotated, Any
 
 from prefect.runtime import flow_run
 
+from prefect_eachlabs import tasks
 from prefect_eachlabs.engine.doors import Plan
 from prefect_eachlabs.errors import BadInput
+from prefect_eachlabs.flows import form
 from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
-from prefect_eachlabs.flows.form import (
-    Account,
-    Formats,
-    ItemId,
-    Model,
-    Prompt,
-    ReferencePicture,
-    Target,
-    Version,
-    advanced,
-)
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage
-from prefect_eachlabs.tasks import (
-    aawait_result,
-    acreate_prediction,
-    astore_image,
-    await_result,
-    create_prediction,
-    shortened,
-    store_image,
-)
 
 __all__ = ["agenerate_image", "generate_image"]
 
@@ -56,22 +38,22 @@ def json_fields(text: str) -> dict[str, Any] | None:
 def named_for_its_item() -> str:
     """Names a flow run for what it makes, so that a person finds it in the UI."""
     parameters = flow_run.parameters
-    return shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
+    return tasks.shortened(str(parameters.get("item_id") or parameters.get("prompt") or "picture"))
 
 
 @sync_flow(
     "generate-image", description="One prompt becomes one PNG in S3, bought once.", flow_run_name=named_for_its_item
 )
 def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
-    prompt: Prompt,
-    destination: Target = None,
-    image_url: ReferencePicture = None,
-    item_id: ItemId = None,
-    model: Model = DEFAULT_MODEL,
-    formats: Formats = None,
-    credentials: Account = None,
-    version: Version = None,
-    input_json: Annotated[str, advanced("further input, as JSON")] = "",
+    prompt: form.Prompt,
+    destination: form.Target = None,
+    image_url: form.ReferencePicture = None,
+    item_id: form.ItemId = None,
+    model: form.Model = DEFAULT_MODEL,
+    formats: form.Formats = None,
+    credentials: form.Account = None,
+    version: form.Version = None,
+    input_json: Annotated[str, form.advanced("further input, as JSON")] = "",
 ) -> Plan[StoredImage]:
     """One prompt becomes one PNG in S3: create, await and store as three visible task runs. **Costs money** once.
 
@@ -93,26 +75,23 @@ def generate_image(  # noqa: PLR0917 - the UI's form has no keywords
     Returns:
         Where the picture is.
     """
-    fields = json_fields(input_json)
+    account = credentials or None
     prediction = yield from both(
-        create_prediction,
-        acreate_prediction,
+        tasks.create_prediction,
+        tasks.acreate_prediction,
         prompt,
         image_url=image_url or None,
         model=model,
         version=version or None,
-        input=fields,
+        input=json_fields(input_json),
         item_id=item_id or None,
         formats=check_formats(formats or None),
         destination=destination,
-        credentials=credentials or None,
+        credentials=account,
     )
-    finished = yield from both(await_result, aawait_result, prediction, credentials=credentials or None)
-    return (
-        yield from both(
-            store_image, astore_image, finished, destination, credentials=credentials or None, with_artifact=True
-        )
-    )
+    finished = yield from both(tasks.await_result, tasks.aawait_result, prediction, credentials=account)
+    store, astore = tasks.store_image, tasks.astore_image
+    return (yield from both(store, astore, finished, destination, credentials=account, with_artifact=True))
 
 
 agenerate_image = async_flow(generate_image)
