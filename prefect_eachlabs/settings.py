@@ -21,6 +21,10 @@ DEFAULT_BASE_URL = "https://api.eachlabs.ai"
 DESTINATION_VARIABLE = "EACHLABS_DESTINATION"
 MOST_REQUESTS_PER_MINUTE, MOST_IN_FLIGHT = 100_000, 10_000
 SHORTEST_WEBHOOK_SECRET_CHARACTERS = 16
+NEEDED_SECRET = (
+    "EACHLABS_WEBHOOK_SECRET, without which nobody's call can be believed: "
+    "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
+)
 
 
 def check_base_url(url: str, *, what: str = "base URL") -> str:
@@ -152,10 +156,7 @@ class AccountSettings(BaseModel):
     @model_validator(mode="after")
     def _webhooks_have_a_secret(self) -> AccountSettings:
         if self.webhook_url and not self.webhook_secret:
-            raise ValueError(
-                "EACHLABS_WEBHOOK_URL needs EACHLABS_WEBHOOK_SECRET, without which nobody's call can be believed: "
-                "python -c 'import secrets; print(secrets.token_urlsafe(32))' makes one"
-            )
+            raise ValueError(f"EACHLABS_WEBHOOK_URL needs {NEEDED_SECRET}")
         return self
 
     @property
@@ -196,22 +197,6 @@ def destination_from_environment() -> str:
             f"{DESTINATION_VARIABLE}. Its record is what keeps a picture from being bought twice. Nothing was bought."
         )
     return text
-
-
-def webhook_secret_from_environment() -> SecretStr:
-    """`EACHLABS_WEBHOOK_SECRET` alone, for a receiver that knows nothing else of the account.
-
-    Raises:
-        SetupError: It is not set, or too short.
-    """
-    text = os.environ.get(ENVIRONMENT["webhook_secret"], "")
-    try:
-        return check_webhook_secret(SecretStr(text.strip() or "-"))
-    except ValueError as error:
-        raise SetupError(
-            f"EACHLABS_WEBHOOK_SECRET: {error}, the same as the workers'. `python -c 'import secrets; "
-            "print(secrets.token_urlsafe(32))'` makes one."
-        ) from None
 
 
 def settings_from_environment(environ: Mapping[str, str] | None = None, **given: Any) -> AccountSettings:

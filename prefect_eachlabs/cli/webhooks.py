@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Annotated, Literal
 
-from prefect_eachlabs.cli.options import flag
+from prefect_eachlabs.cli.options import account_for_the_server, flag
 from prefect_eachlabs.errors import SetupError
 
 HANDED_ON_WITHIN_SECONDS = 5.0
@@ -37,11 +37,13 @@ def webhooks(
       prefect-eachlabs webhooks serve --port 8800
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    from prefect_eachlabs.settings import webhook_secret_from_environment
+    from prefect_eachlabs.settings import NEEDED_SECRET
     from prefect_eachlabs.webhooks.receiver import listening, server_of
     from prefect_eachlabs.webhooks.stream import HandOn, has_server
 
-    secret = webhook_secret_from_environment()
+    secret = account_for_the_server().webhook_secret
+    if not secret:
+        raise SetupError(f"Set {NEEDED_SECRET}. All workers have the same.")
     if not has_server():
         raise SetupError("No Prefect server is configured, to hand calls on to: set PREFECT_API_URL.")
     try:
