@@ -40,6 +40,7 @@ LOOKED_BACK = timedelta(days=1)
 """An order without a trace was sent at most so long before the one that was made in its place."""
 LISTED_FOR = timedelta(days=89)
 """The vendor's list goes back 90 days."""
+EARLIEST = datetime.min.replace(tzinfo=timezone.utc)
 MOST_ASKED_ABOUT = 200
 """Executions whose input is asked for, a request each: those that a lost order may have bought."""
 MOST_SUSPECTS = 10_000
@@ -114,16 +115,13 @@ class Auditor:
             )
             if offset == 0:
                 self._begin_window(page)
-            new = self._scratch.add_bill(
-                row
-                for row in page.rows
-                if row.created_at is None
-                or ((self._since is None or row.created_at >= self._since) and row.created_at <= self._ends_at)
-            )
+            begins_at = self._since or EARLIEST
+            rows = (row for row in page.rows if row.created_at is None or begins_at <= row.created_at <= self._ends_at)
+            new = self._scratch.add_bill(rows)
             offset += page.row_count
             self._show(f"{offset:,} executions")
             latest = newest(page.rows)
-            if page.is_last(offset) or (self._since is not None and latest is not None and latest < self._since):
+            if page.is_last(offset) or (latest is not None and latest < begins_at):
                 return
             without_news = 0 if new else without_news + 1
             if without_news == PAGES_WITHOUT_NEWS:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from prefect_eachlabs.cli.generate import source_of_places
+from prefect_eachlabs.cli.generate import account_gateway
 from prefect_eachlabs.cli.options import InJson, destination_of, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 
@@ -51,7 +51,6 @@ def audit(
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.audit.auditor import Auditor, moment_of
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 
     places = [destination_of(one) for one in destinations or (None,)]
     window = (moment_of(since, "--since"), moment_of(until, "--until"))
@@ -62,16 +61,15 @@ def audit(
             print(f"\r{text:<{WIDTH}}", end="", file=sys.stderr, flush=True)
 
     try:
-        gateway = gateway_for(make_source=source_of_places())
-        auditor = Auditor(gateway.engine.account, since=window[0], until=window[1], show=show)
-        report = gateway.call(auditor.audit([(place, None) for place in dict.fromkeys(places)]))
+        with account_gateway() as gateway:
+            auditor = Auditor(gateway.engine.account, since=window[0], until=window[1], show=show)
+            report = gateway.call(auditor.audit([(place, None) for place in dict.fromkeys(places)]))
     except EachlabsError as error:
         if isinstance(error, (BadInput, SetupError)):
             raise
         raise SetupError(f"The audit could not look: {error.message}") from error
     finally:
         show("\r")
-        close_gateways()
     if page is not None:
         _write(page, report)
     print(json.dumps(report.as_json()) if in_json else _as_text(report), flush=True)

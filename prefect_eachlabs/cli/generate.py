@@ -8,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
@@ -114,6 +115,17 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
     image = call(source_of_places(), work, came_of)
     # An attempt after the one that bought finds what is there, and it was bought all the same.
     return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
+
+
+@contextmanager
+def account_gateway() -> Iterator[Gateway]:
+    """The gateway of the environment's account, closed in the end."""
+    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+
+    try:
+        yield gateway_for(make_source=source_of_places())
+    finally:
+        close_gateways()
 
 
 def source_of_places() -> MakeSource | None:

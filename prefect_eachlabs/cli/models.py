@@ -12,7 +12,7 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from prefect_eachlabs.cli.generate import source_of_places
+from prefect_eachlabs.cli.generate import account_gateway
 from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
@@ -61,12 +61,10 @@ def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
     """The catalogue's answer; in the account's places where there is a key, without one otherwise."""
     from prefect_eachlabs.api.catalogue import Catalogue
     from prefect_eachlabs.api.client import EachlabsClient
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
     from prefect_eachlabs.settings import ENVIRONMENT
 
     if os.environ.get(ENVIRONMENT["api_key"], "").strip():
-        try:
-            gateway = gateway_for(make_source=source_of_places())
+        with account_gateway() as gateway:
             account = gateway.engine.account
 
             async def asked() -> T:
@@ -74,8 +72,6 @@ def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
                 return await retry_while_retryable(lambda: question(account.catalogue))
 
             return gateway.call(asked())
-        finally:
-            close_gateways()
 
     async def ask() -> T:
         client = EachlabsClient(account_for_the_server(), anonymous=True)

@@ -1,7 +1,5 @@
 """`prefect-eachlabs settle`: the janitor. What runs left behind is found out, and what was paid for is stored."""
 
-# ruff: noqa: PLC0415 - what is heavy is imported when the command runs, so that help and refusals answer at once
-
 from __future__ import annotations
 
 import dataclasses
@@ -11,7 +9,7 @@ import sys
 from typing import Annotated
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import source_of_places
+from prefect_eachlabs.cli.generate import account_gateway
 from prefect_eachlabs.cli.options import InJson, destination_of, flag
 
 
@@ -37,14 +35,9 @@ def settle(
       prefect-eachlabs settle s3://acme/daily
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
-
     place = destination_of(destination)
-    try:
-        gateway = gateway_for(make_source=source_of_places())
+    with account_gateway() as gateway:
         report = gateway.call(gateway.engine.settle(place, run_id=uuid4().hex))
-    finally:
-        close_gateways()
     if in_json:
         print(json.dumps({"destination": str(place), **dataclasses.asdict(report)}), flush=True)
     else:
