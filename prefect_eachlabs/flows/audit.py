@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, cast
-
-from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from typing import Annotated, Any
 
 from prefect_eachlabs.artifacts import escaped, show_markdown, table
 from prefect_eachlabs.audit.auditor import Auditor, moment_of
@@ -15,7 +12,7 @@ from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, AuditReport, Spent
 from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.form import Account, field
 
 __all__ = ["aaudit_bill", "audit_bill"]
@@ -53,12 +50,8 @@ def audit_bill(
     report = yield from on_the_loop(gateway, auditor.audit(places))
     yield from show_markdown(audit_markdown(report), key="eachlabs-audit", description="The bill accounted for")
     said = f"{report.window}: {report.in_words()}"
-    state: State[Any] = (
-        Completed(message=said, data=report.as_json(most=MOST_SHOWN))
-        if report.is_accounted_for
-        else Failed(message=said, data=OutcomeUnknown(said))
-    )
-    return cast(dict[str, Any], state)
+    error = None if report.is_accounted_for else OutcomeUnknown(said)
+    return ended(said, report.as_json(most=MOST_SHOWN), error)
 
 
 aaudit_bill = async_flow(audit_bill)

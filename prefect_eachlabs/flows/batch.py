@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
-from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
-from prefect.states import Completed, Failed
 
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
@@ -15,7 +13,7 @@ from prefect_eachlabs.batch.tables import Columns, base_name
 from prefect_eachlabs.engine.doors import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.flows import form
-from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.shards import MOST_SHARDS, end_shares, one_of, start_shares
 from prefect_eachlabs.models import DEFAULT_MODEL
 from prefect_eachlabs.rows import CHUNK_SIZE, MOST_DAYS, MOST_IN_A_CHUNK, Work, options_of
@@ -126,9 +124,9 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
     if dry_run:
         plan = yield from work.planned(options)
         counts = f"{plan.new} new, {plan.reused} there, {plan.failed} that cannot be bought"
-        return cast(BatchResult, Completed(message=f"Nothing was bought: {counts}.", data=plan.as_json()))
+        return ended(f"Nothing was bought: {counts}.", cast(BatchResult, plan.as_json()))
     if shards == 1:
-        return cast(BatchResult, _state((yield from work.bought(options, chunk_size=chunk_size)), fail_above))
+        return _ended((yield from work.bought(options, chunk_size=chunk_size)), fail_above)
     if budget_usd is not None:
         raise BadInput("shards: a budget is kept by one worker: give shards=1 with budget_usd, or no budget.")
     # Every share has the same, whatever its own worker's environment says.
@@ -146,16 +144,14 @@ def generate_batch(  # noqa: PLR0917 - the UI's form has no keywords
         is_done = True
     finally:
         yield from beside_the_loop(lambda: end_shares(others, also_running=not is_done))
-    return cast(BatchResult, _state(result, fail_above))
+    return _ended(result, fail_above)
 
 
 agenerate_batch = async_flow(generate_batch)
 """`generate_batch` for async callers: awaited. **Costs money** once a row."""
 
 
-def _state(result: BatchResult, fail_above: float) -> State[Any]:
+def _ended(result: BatchResult, fail_above: float) -> BatchResult:
     """Completed, or Failed when more rows than allowed have no picture; the message has the reasons by kind."""
     message = result.in_words()
-    if result.exceeds(fail_above):
-        return Failed(message=message, data=BatchIncomplete(message, result=result))
-    return Completed(message=message, data=result)
+    return ended(message, result, BatchIncomplete(message, result=result) if result.exceeds(fail_above) else None)

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Coroutine
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from prefect import Flow, Task
 from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 
 from prefect_eachlabs.engine.doors import Plan, alone, awaited_door, blocking_door, either
 from prefect_eachlabs.errors import EachlabsError
@@ -49,6 +49,11 @@ def _typed(door: Callable[P, T]) -> Callable[P, T]:
 def both(blocking: Task[P, T], awaiting: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Plan[T]:
     """A task, through its door for whoever calls the flow."""
     return either(blocking, awaiting, *args, **kwargs)
+
+
+def ended(message: str, data: T, error: EachlabsError | None = None) -> T:
+    """A flow's own end: Completed with what callers get, or Failed with what they are raised."""
+    return cast(T, Failed(message=message, data=error) if error else Completed(message=message, data=data))
 
 
 def _failed(error: EachlabsError) -> State[Any]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, cast
-
-from prefect.client.schemas.objects import State
-from prefect.states import Completed, Failed
+from typing import Any
 
 from prefect_eachlabs.artifacts import settle_markdown, show_markdown
 from prefect_eachlabs.blocks import gateway_of, where
-from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.flows.doors import async_flow, sync_flow
+from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.form import Account, Target
 from prefect_eachlabs.tasks import run_id
 
@@ -40,19 +36,13 @@ def settle_leftovers(destination: Target = None, credentials: Account = None) ->
     report = yield from on_the_loop(gateway, gateway.engine.settle(place, run_id=run_id(), access=access))
     markdown = settle_markdown(str(place), report)
     yield from show_markdown(markdown, key="eachlabs-settle", description="What runs left behind")
-    return cast(dict[str, Any], _state(report))
-
-
-asettle_leftovers = async_flow(settle_leftovers)
-"""`settle_leftovers` for async callers: awaited."""
-
-
-def _state(report: SettleReport) -> State[dict[str, Any]]:
     said = report.in_words()
     reasons = [f"{item}: {problem}" for item, problem in sorted(report.problems.items())]
     if reasons:
         more = f" (and {len(reasons) - SHOWN_REASONS} more in the artifact)" if len(reasons) > SHOWN_REASONS else ""
         said += " " + " · ".join(reasons[:SHOWN_REASONS]) + more
-    if report.ambiguous:
-        return Failed(message=said, data=OutcomeUnknown(said))
-    return Completed(message=said, data=asdict(report))
+    return ended(said, asdict(report), OutcomeUnknown(said) if report.ambiguous else None)
+
+
+asettle_leftovers = async_flow(settle_leftovers)
+"""`settle_leftovers` for async callers: awaited."""
