@@ -18,7 +18,7 @@ import uvicorn
 
 from prefect_eachlabs.settings import host_and_port
 from prefect_eachlabs.webhooks.calls import MAX_BODY_BYTES, Call
-from prefect_eachlabs.webhooks.webhooks import Take, Verdict, Way
+from prefect_eachlabs.webhooks.webhooks import Close, Take, Verdict, Way
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def listen_at(place: str) -> Way:
         OSError: On opening: the port is taken, or the host is not ours.
     """
 
-    async def way(take: Take) -> Callable[[], Awaitable[None]]:
+    async def way(take: Take) -> Close:
         key = (id(asyncio.get_running_loop()), place)
         if key not in _listeners:
             _listeners[key] = _Listener(place)

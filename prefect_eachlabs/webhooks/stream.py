@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prefect.client.orchestration import get_client
@@ -22,7 +21,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect_eachlabs.errors import without_query
 from prefect_eachlabs.limits.prefect_leases import context_without_retries
 from prefect_eachlabs.webhooks.calls import Call, call_in, handed_on, secret_of
-from prefect_eachlabs.webhooks.webhooks import Take, Verdict
+from prefect_eachlabs.webhooks.webhooks import Close, Take, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +109,7 @@ def event_of(payload: dict[str, Any]) -> dict[str, Any]:
     return Event(event=CALLED, resource=resource, payload=payload).model_dump(mode="json")
 
 
-async def listen_to_events(take: Take) -> Callable[[], Awaitable[None]]:
+async def listen_to_events(take: Take) -> Close:
     """The way in through the Prefect server's event stream.
 
     A server that does not let us listen within 10 s is tried on in the background.

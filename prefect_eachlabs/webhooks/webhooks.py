@@ -52,7 +52,8 @@ class Verdict(str, Enum):
 
 
 Take = Callable[[Call], Verdict]
-Way = Callable[[Take], Awaitable[Callable[[], Awaitable[None]]]]
+Close = Callable[[], Awaitable[None]]
+Way = Callable[[Take], Awaitable[Close]]
 """Opens a way in: calls are handed to the function given; what it returns closes the way."""
 
 
@@ -70,8 +71,7 @@ class Webhooks:
         redaction.hide(self._master)  # it may be a block's
         self._poller = poller
         self._way = way
-        self._close_way: Callable[[], Awaitable[None]] | None = None
-        self._opening: asyncio.Task[None] | None = None
+        self._opening: asyncio.Task[Close | None] | None = None
         self._orders: OrderedDict[str, str | None] = OrderedDict()
         """write_id → the prediction that it bought; None: that is not known (yet)."""
         self._bought_at: OrderedDict[str, float] = OrderedDict()
@@ -124,14 +124,14 @@ class Webhooks:
             return False
         if self._opening is None:
             self._opening = asyncio.ensure_future(self._open(self._way))
-        await asyncio.shield(self._opening)
-        return self._close_way is not None
+        return await asyncio.shield(self._opening) is not None
 
-    async def _open(self, way: Way) -> None:
+    async def _open(self, way: Way) -> Close | None:
         try:
-            self._close_way = await way(self.take)
+            return await way(self.take)
         except (OSError, EachlabsError) as error:
             logger.warning("The vendor's calls cannot come in here (%s); ends are asked for.", error)
+            return None
 
     def bought(self, write_ids: Iterable[str], prediction: Prediction) -> None:
         """One of these orders bought this prediction, which is watched by now."""
@@ -269,12 +269,12 @@ class Webhooks:
 
     async def aclose(self) -> None:
         """Closes the way in."""
-        if self._opening is not None:
-            self._opening.cancel()
-            await asyncio.gather(self._opening, return_exceptions=True)
-        if self._close_way is not None:
-            close, self._close_way = self._close_way, None
-            await close()
+        opening, self._opening = self._opening, None
+        if opening is not None:
+            opening.cancel()
+            (close,) = await asyncio.gather(opening, return_exceptions=True)
+            if callable(close):
+                await close()
 
 
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> None:
