@@ -32,7 +32,7 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.redaction import shown, visible
 from prefect_eachlabs.net.urls import has_odd_host
-from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_s3_name
+from prefect_eachlabs.reference_images import BUCKET_PATTERN, REFERENCE_FIELDS, Picture, parse_date, parse_s3_name
 
 logger = logging.getLogger(__name__)
 
@@ -358,7 +358,7 @@ def parse_webhooks(rows: Iterable[object]) -> tuple[ListedWebhook, ...]:
         if isinstance(row, Mapping) and isinstance(url := row.get("url"), str) and len(url) <= MAX_URL_CHARACTERS:
             found = parse_prediction_id(row.get("execution_id"))
             if found is not None:
-                listed.append(ListedWebhook(found, url, _time(row.get("created_at"))))
+                listed.append(ListedWebhook(found, url, parse_date(row.get("created_at"))))
     return tuple(listed)
 
 
@@ -377,17 +377,6 @@ class Execution(BaseModel):
     output_urls: tuple[str, ...] = ()
 
 
-def _time(value: object) -> datetime | None:
-    if not isinstance(value, str):
-        return None
-    try:
-        parsed = datetime.fromisoformat(re.sub(r"(\.\d{1,6})\d*", r"\1", value.strip()).replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    # Dates are reckoned with: beyond these years that ends in an OverflowError.
-    return parsed if parsed.tzinfo and 1970 <= parsed.year < 9000 else None
-
-
 def parse_executions(answer: object) -> tuple[Execution, ...]:
     """The rows of a page, newest first as sent; rows without a usable id are left out."""
     rows = answer.get("executions") if isinstance(answer, Mapping) else answer
@@ -403,7 +392,7 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
                     status_word=visible(str(word)[:80]) if word is not None else "",
                     cost_usd=_number(row.get("execution_cost")),
                     run_time_seconds=_number(row.get("run_time")),
-                    created_at=_time(row.get("created_at")),
+                    created_at=parse_date(row.get("created_at")),
                     output_urls=collect_urls(row.get("output")) if parse_failure(row.get("output")) is None else (),
                 )
             )

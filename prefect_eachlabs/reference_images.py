@@ -150,14 +150,14 @@ class UploadSlot:
 
 
 def parse_date(text: object) -> datetime | None:
-    """An RFC 3339 date; None when it is none."""
+    """An RFC 3339 date of another's; None when it is none. Beyond these years reckoning ends in an OverflowError."""
     try:
         # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
         six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", str(text).strip())
         date = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", six_digits))
     except ValueError:
         return None
-    return date if date.tzinfo is not None else None
+    return date if date.tzinfo is not None and 1970 <= date.year < 9000 else None
 
 
 def names_in(input: Mapping[str, object]) -> list[str]:
