@@ -54,7 +54,7 @@ def picture_stored(image: StoredImage, references: Iterable[str] = ()) -> None:
     if not image.reused:
         facts = {name: getattr(image, name) for name in PICTURE_FACTS}
         _send(STORED, "picture", image.item_id, facts)
-        _materialized(image.uri, image.item_id, references, {**facts, "uri": None})
+        _materialized(image.uri, image.item_id, references, facts)
 
 
 def rows_failed(batch_id: str, rows: str, count: int, kinds: Counter[str]) -> None:
