@@ -34,9 +34,9 @@ test-all: test-slow test-ui  ## the slow tests: processes killed, browser, worke
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 	$(BIN)/python -m pytest -m slow -n 4 --dist worksteal --ignore=tests/ui
 
-# A file keeps to one process, which has a server, workers and a browser of its own.
+# A file keeps to one process, which has a server, workers and a browser of its own. They wait more than they work.
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
-	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m slow tests/ui -n 3 --dist loadfile
 
 check: $(STAMP)  ## lint, format, types, who imports whom, and the workflows
 	$(BIN)/ruff check .

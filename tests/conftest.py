@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import ipaddress
 import os
 import shutil
 import signal
 import socket
+import ssl
 import sys
 import tempfile
 import threading
@@ -57,6 +59,9 @@ os.environ.update(
     }
 )
 (_SCRATCH / "prefect").mkdir()
+
+# Making one takes 30 ms, and each of thousands of HTTP clients, Prefect's too, makes its own.
+ssl.create_default_context = functools.cache(ssl.create_default_context)
 
 # A script that starts the tests in the background makes them, and all that they start, deaf to Ctrl-C.
 if threading.current_thread() is threading.main_thread():

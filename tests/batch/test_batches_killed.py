@@ -1,4 +1,4 @@
-"""The whole path at size: 600 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
+"""The whole path at size: 300 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FAULTS = (
     "prediction:fail_moderation=0.01",
     "picture:truncated=0.01",
 )
-ROWS = 600
-KILLED_AT = (150, 350)
+ROWS = 300
+KILLED_AT = (75, 175)
 BUCKET = "killed-batches"
 DEADLINE_SECONDS = 600
 

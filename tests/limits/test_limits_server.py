@@ -239,35 +239,24 @@ def test_slots_lost_in_a_restart_are_named_and_reset(
     asyncio.run(story())
 
 
-def test_with_the_server_stopped_who_waits_says_so_and_goes_on_when_it_answers(
+def test_with_the_server_stopped_who_ends_ends_and_who_waits_says_so_and_goes_on_when_it_answers(
     server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
 
     async def story() -> None:
-        source = shared(settings)
+        source, ending = shared(settings), shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
         limiter = RateLimiter(source)
         await asyncio.wait_for(limiter.take_in_flight(), 20)
+        (await asyncio.wait_for(RateLimiter(ending).take_in_flight(), 20)).done()
         server.stop()
+        await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
         waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
         await until(lambda: "gives no usable answer" in caplog.text, 20)
         assert not any(slot.done() for slot in waiting)
         server.start()
         await until(lambda: all(slot.done() for slot in waiting), 20)
         await asyncio.wait_for(source.close(), 5)
-
-    asyncio.run(story())
-
-
-def test_with_the_server_stopped_a_process_ends_all_the_same(server: PrefectServer, settings: AccountSettings) -> None:
-    async def story() -> None:
-        source = shared(settings)
-        (await asyncio.wait_for(RateLimiter(source).take_in_flight(), 20)).done()
-        server.stop()
-        try:
-            await asyncio.wait_for(source.close(), 8)
-        finally:
-            server.start()
 
     asyncio.run(story())
 

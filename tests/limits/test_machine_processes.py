@@ -48,10 +48,10 @@ def start(url: str, state: Path, callers: int) -> subprocess.Popen[str]:
 
 
 def test_processes_killed_stopped_and_started_again_are_never_over(tmp_path: Path) -> None:
-    """Three minutes: SIGKILL, SIGINT, SIGSTOP and SIGCONT, with one or two beside each other all the time."""
+    """Longer than a window: SIGKILL, SIGINT, SIGSTOP and SIGCONT, with one or two beside each other all the time."""
     rng = random.Random(20261122)
     with EmulatorServer(EmulatorOptions(pictures="plain")) as emulator, children() as started:
-        until = time.monotonic() + 180
+        until = time.monotonic() + 100
         steps = [signal.SIGKILL, signal.SIGINT, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
         step = 0
         while time.monotonic() < until:
@@ -70,4 +70,4 @@ def test_processes_killed_stopped_and_started_again_are_never_over(tmp_path: Pat
     assert tallies["rejected_429"] == 0
     assert tallies["worst_window"] <= 60
     assert tallies["worst_in_flight"] <= 10
-    assert tallies["succeeded"] >= 25
+    assert tallies["succeeded"] >= 12

@@ -97,7 +97,7 @@ def test_killed_twice_at_random_boundaries_it_is_bought_once_and_stored_once(see
 @pytest.mark.slow
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
 def test_killed_at_any_two_boundaries_it_is_bought_once_and_stored_once(boundary: tuple[int, str]) -> None:
-    for second_at in range(1, MOST_BOUNDARIES_OF_A_TAKEOVER, 1 if boundary[0] in (6, 10, 12, 13) else 7):
+    for second_at in range(1, MOST_BOUNDARIES_OF_A_TAKEOVER, 3 if boundary[0] in (6, 10, 12, 13) else 7):
         killed_twice(boundary[0], second_at)
 
 

@@ -1,6 +1,7 @@
-"""The same with real processes, real buckets over HTTP and real signals: SIGKILL and SIGSTOP at every boundary.
+"""The same with real processes, real buckets over HTTP and real signals: SIGKILL and SIGSTOP at every kind of boundary.
 
-Each against two stores: moto's S3, and SeaweedFS, which is a distributed store with conditional writes of its own.
+Each against two stores: moto's S3, and SeaweedFS, which is a distributed store with conditional writes of its own. All
+boundaries are test_one_item.py's, in virtual time.
 """
 
 from __future__ import annotations
@@ -177,20 +178,36 @@ def scene(emulator: EmulatorServer, s3: Store, request: pytest.FixtureRequest) -
     made.end()
 
 
+STRUCK_AT = [
+    BOUNDARIES.index(name) + 1
+    for name in (
+        "before S3 PUT kit/records/item-1.json claimed post",
+        "after S3 PUT kit/records/item-1.json claimed post",
+        "before POST /v1/prediction",
+        "after POST /v1/prediction",
+        "after S3 PUT kit/records/item-1.json created",
+        "after DOWNLOAD /files/ID.png",
+        "after S3 PUT kit/images/item-1.png",
+        "after S3 PUT kit/records/item-1.json stored",
+    )
+]
+"""One of each kind: nothing written, claimed, ordered or not, noted, downloaded, stored, and all of it."""
+
+
 def one_for_each_boundary() -> list[dict[str, str]]:
-    return [{"item_id": f"item-{at}", "prompt": f"killed at {at}"} for at in range(1, len(BOUNDARIES) + 1)]
+    return [{"item_id": f"item-{at}", "prompt": f"killed at {at}"} for at in STRUCK_AT]
 
 
-def test_killed_by_sigkill_at_any_boundary_and_run_again_each_is_bought_once(scene: Scene) -> None:
+def test_killed_by_sigkill_at_each_kind_of_boundary_and_run_again_each_is_bought_once(scene: Scene) -> None:
     items = one_for_each_boundary()
 
-    def kill(at: int) -> int:
-        child = scene.start([items[at - 1]], strike_at=at, strike_with="kill")
+    def kill(item: dict[str, str], at: int) -> int:
+        child = scene.start([item], strike_at=at, strike_with="kill")
         child.communicate(timeout=180)
         return child.returncode
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        codes = list(pool.map(kill, range(1, len(items) + 1)))
+        codes = list(pool.map(kill, items, STRUCK_AT))
     assert codes == [-signal.SIGKILL] * len(items)
     said = scene.obtain(items)
     assert not [line for line in said if "error" in line]
@@ -204,14 +221,13 @@ def wait_until_stopped(child: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs waitid to see that a process is stopped")
-def test_stopped_at_any_boundary_while_another_takes_over_and_continued_each_is_bought_once(scene: Scene) -> None:
+def test_stopped_at_each_kind_of_boundary_while_another_takes_over_each_is_bought_once(scene: Scene) -> None:
     """Stopped right before its POST, the one case that the promise leaves open, it reports what it bought too many."""
     items = one_for_each_boundary()
     children = []
-    for at in range(1, len(items) + 1):
-        child = scene.start([items[at - 1]], strike_at=at, strike_with="stop")
-        children.append(child)
-        if at % AT_A_TIME == 0:
+    for item, at in zip(items, STRUCK_AT, strict=True):
+        children.append(scene.start([item], strike_at=at, strike_with="stop"))
+        if len(children) % AT_A_TIME == 0:
             for started in children[-AT_A_TIME:]:
                 wait_until_stopped(started)
     try:
@@ -226,7 +242,7 @@ def test_stopped_at_any_boundary_while_another_takes_over_and_continued_each_is_
         assert "error" not in line, line
         assert line["prediction_id"] == prediction_ids[item["item_id"]]
     scene.check(items, may_be_too_many=1)
-    assert len(scene.record(items[BEFORE_THE_POST - 1]).also_bought) == 1
+    assert len(scene.record(items[STRUCK_AT.index(BEFORE_THE_POST)]).also_bought) == 1
 
 
 def test_two_processes_racing_for_the_same_fifty_items_buy_each_once(scene: Scene) -> None:
@@ -280,6 +296,7 @@ STAGES: dict[str, Callable[[Scene], bool]] = {
 }
 
 
+@pytest.mark.parametrize("s3", ["moto"], indirect=True)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_batch_that_is_interrupted_at_any_stage_is_finished_by_the_next(
     scene: Scene, stage: str, tmp_path: Path

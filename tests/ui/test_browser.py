@@ -68,7 +68,8 @@ WIDER = """() => [...document.querySelectorAll("table")].map(one => {
 
 def photograph(page: Any, name: str, folder: Path) -> None:
     """Into docs/ when asked to, else where tests put their things."""
-    page.wait_for_timeout(1_500)  # what moves comes to rest
+    if PHOTOGRAPHS:
+        page.wait_for_timeout(1_500)  # what moves comes to rest
     in_docs = ROOT / "docs" / f"ui-{name}.png"
     page.screenshot(path=str(in_docs if PHOTOGRAPHS and in_docs.exists() else folder / in_docs.name))
 

@@ -14,11 +14,11 @@ from tests.ui.stage import BEAT_SECONDS, until
 pytestmark = pytest.mark.slow
 
 BATCH = "generate-batch/generate-batch"
-ROWS = 60
+ROWS = 40
 
 
 @pytest.mark.parametrize("what", ["loses its power", "is killed alone"])
-def test_sixty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_server_restarts(
+def test_forty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_server_restarts(
     studio: Studio, what: str
 ) -> None:
     """The worker is that of the run that writes the report."""
