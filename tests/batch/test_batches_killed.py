@@ -29,7 +29,7 @@ FAULTS = (
     "picture:truncated=0.01",
 )
 ROWS = 300
-KILLED_AT = (75, 175)
+KILLED_AT = (40, 100)
 BUCKET = "killed-batches"
 DEADLINE_SECONDS = 600
 
