@@ -49,6 +49,7 @@ SOURCE = f"s3://{BUCKET}/tables/{BATCH}.csv"
 DEPLOYMENT = "generate-batch/generate-batch"
 LOOK_SECONDS = 5.0
 SHOWN_EVERY_SECONDS = 60.0
+OURS = ("the first run", "the share's run", "worker 1", "worker 2")
 ENDS = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 DATABASE_SIZE = "select pg_database_size('postgres')"
 LARGEST_TABLES = (
@@ -102,9 +103,13 @@ class Figures:
     load: list[str] = field(default_factory=list)
 
     @property
+    def commands(self) -> dict[str, Command]:
+        named = {"dry run": self.dry_run, "run again": self.again, "audit": self.audit}
+        return {name: one for name, one in named.items() if one is not None}
+
+    @property
     def peaks_mb(self) -> dict[str, float]:
-        commands = {"dry run": self.dry_run, "run again": self.again, "audit": self.audit}
-        return {**self.peak_mb, **{name: one.peak_mb for name, one in commands.items() if one is not None}}
+        return {**self.peak_mb, **{name: one.peak_mb for name, one in self.commands.items()}}
 
 
 def say(text: str) -> None:
@@ -486,20 +491,16 @@ def section(figures: Figures, beside: Figures | None) -> str:
     told = figures.report
     rows = figures.rows
     requests = sum(figures.s3.values())
-    heads = ("process", f"peak at {rows:,} rows", *([f"at {beside.rows:,}", "more"] if beside else []), "CPU a picture")
-    lines = []
-    for name, peak_mb in figures.peak_mb.items():
-        was = (
-            [f"{beside.peak_mb.get(name, 0):.0f} MB", f"{peak_mb - beside.peak_mb.get(name, 0):+.0f}"] if beside else []
-        )
-        milliseconds = figures.cpu_seconds.get(name, 0.0) * 1_000 / rows
-        lines.append([name, f"{peak_mb:.0f} MB", *was, f"{milliseconds:.1f} ms"])
-    for name, one in (("dry run", dry_run), ("run again", again), ("audit", audit)):
-        before: Command | None = (
-            getattr(beside, name.replace("run again", "again").replace(" ", "_")) if beside else None
-        )
-        was = [f"{before.peak_mb:.0f} MB", f"{one.peak_mb - before.peak_mb:+.0f}"] if before else []
-        lines.append([name, f"{one.peak_mb:.0f} MB", *was, ""])
+    heads = ["process", f"peak at {rows:,} rows", "CPU a picture"]
+    lines = [
+        [name, f"{peak_mb:.0f} MB", f"{figures.cpu_seconds.get(name, 0.0) * 1_000 / rows:.1f} ms"]
+        for name, peak_mb in figures.peak_mb.items()
+    ]
+    lines += [[name, f"{one.peak_mb:.0f} MB", ""] for name, one in figures.commands.items()]
+    if beside is not None:
+        heads[2:2] = [f"at {beside.rows:,}", "more"]
+        for line in lines:
+            line[2:2] = [f"{beside.peaks_mb[line[0]]:.0f} MB", f"{more_mb(figures, beside, line[0]):+.0f} MB"]
     by_kind = ", ".join(
         f"{name} {count / rows:.2f}" for name, count in sorted(figures.s3.items(), key=lambda one: -one[1])[:6]
     )
@@ -523,7 +524,7 @@ def section(figures: Figures, beside: Figures | None) -> str:
         ),
         "dry run": (f"{duration(dry_run.seconds)} for {dry_run.answer['items']:,} rows", ""),
         "run again": (
-            f"{again.seconds:.1f} s, {sum(again.api.values())} requests to the API, {sum(again.s3.values()):,} to S3",
+            f"{duration(again.seconds)}; {sum(again.api.values())} requests to the API, {sum(again.s3.values())} to S3",
             "60 s, 0 to the API",
         ),
         "audit": (
@@ -553,9 +554,12 @@ def section(figures: Figures, beside: Figures | None) -> str:
 def _compared(figures: Figures, beside: Figures | None) -> str:
     if beside is None:
         return "."
-    ours = ("the first run", "the share's run", "worker 1", "worker 2")
-    most = max(figures.peak_mb.get(name, 0) - beside.peak_mb.get(name, 0) for name in ours)
-    return f"; of ours the most that one has more than at {beside.rows:,} rows: {most:+.0f} MB (wanted: 60 at most)."
+    most_mb = max(more_mb(figures, beside, name) for name in (*OURS, *figures.commands))
+    return f"; of ours one has **{most_mb:.0f} MB** more than at {beside.rows:,} rows at most (wanted: 60)."
+
+
+def more_mb(figures: Figures, beside: Figures, name: str) -> float:
+    return figures.peaks_mb[name] - beside.peaks_mb[name]
 
 
 def duration(seconds: float) -> str:
