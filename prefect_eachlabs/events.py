@@ -120,9 +120,10 @@ def asset_key(name: str) -> str | None:
     >>> asset_key("s3://acme/tables/spring 26.csv")
     's3://acme/tables/spring-26.csv'
     """
-    if has_odd_host(name):
+    try:
+        parts = urlsplit("" if has_odd_host(name) else name)
+    except ValueError:
         return None
-    parts = urlsplit(name)
     if parts.scheme not in ("s3", "https", "http") or not parts.netloc or "@" in parts.netloc:
         return None
     return f"{parts.scheme}://{parts.netloc}{_NOT_IN_KEYS.sub('-', parts.path)}"[:MOST_KEY_CHARACTERS]

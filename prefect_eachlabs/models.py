@@ -50,7 +50,7 @@ MOST_WORD_CHARACTERS = 40
 _MAX_NESTING = 8
 _MAX_URLS = 64
 _MAX_VALUES = 10_000
-"""An output of a megabyte may hold hundreds of thousands; no picture has so many."""
+"""An answer of a megabyte may hold hundreds of thousands; its outputs have not so many, a page's together neither."""
 
 
 class PredictionStatus(str, Enum):
@@ -157,8 +157,11 @@ def _text(value: object) -> str | None:
 
 def parse_failure(output: object, logs: object = None) -> Failure | None:
     """The error envelope in `output`, else in `logs`; None when neither holds one."""
-    for place in (output, logs):
-        opened = _unwrap_json(place)
+    return _failure_in(_unwrap_json(output), _unwrap_json(logs))
+
+
+def _failure_in(*places: object) -> Failure | None:
+    for opened in places:
         if not isinstance(opened, Mapping):
             continue
         if "error_code" in opened or "error_message" in opened:
@@ -177,15 +180,17 @@ def parse_failure(output: object, logs: object = None) -> Failure | None:
 
 def collect_urls(output: object) -> tuple[str, ...]:
     """The http(s) URLs in an output of any documented shape, in order, each once, at most 64."""
+    return _urls_in(_unwrap_json(output), iter(range(_MAX_VALUES)))
+
+
+def _urls_in(opened: object, turns: Iterator[int]) -> tuple[str, ...]:
+    """The URLs in an opened output; each value that is looked at takes one of the `turns` that are left."""
     found: dict[str, None] = {}
-    left = _MAX_VALUES
 
     def walk(value: object, depth: int) -> None:
-        nonlocal left
-        left -= 1
-        if depth > _MAX_NESTING or len(found) >= _MAX_URLS or left < 0:
+        if depth > _MAX_NESTING or len(found) >= _MAX_URLS or next(turns, None) is None:
             return
-        value = _unwrap_json(value)
+        value = _unwrap_json(value) if depth else value
         if isinstance(value, str):
             text = value.strip()
             if is_http_url(text):
@@ -199,7 +204,7 @@ def collect_urls(output: object) -> tuple[str, ...]:
             for inner in value[:_MAX_VALUES]:
                 walk(inner, depth + 1)
 
-    walk(output, 0)
+    walk(opened, 0)
     return tuple(found)
 
 
@@ -314,7 +319,8 @@ def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Predic
     output = answer.get("output")
     metrics = answer.get("metrics")
     metrics = metrics if isinstance(metrics, Mapping) else {}
-    failure = parse_failure(output, answer.get("logs"))
+    opened = _unwrap_json(output)  # once: it may be a megabyte
+    failure = _failure_in(opened, _unwrap_json(answer.get("logs")))
     if status is PredictionStatus.FAILED and failure is None:
         said = next((t for n in ("error", "error_message", "logs", "message") if (t := _text(answer.get(n)))), None)
         failure = Failure(message=said or (_text(output) or ""))
@@ -326,8 +332,8 @@ def parse_prediction(answer: Mapping[str, Any], *, prediction_id: str) -> Predic
         model=_text(answer.get("model")),
         version=_text(answer.get("version")),
         input=dict(echo) if isinstance(echo, Mapping) else None,
-        output_urls=() if failure is not None and status.ended else collect_urls(output),
-        may_have_several=isinstance(_unwrap_json(output), (list, Mapping)),
+        output_urls=() if failure is not None and status.ended else _urls_in(opened, iter(range(_MAX_VALUES))),
+        may_have_several=isinstance(opened, (list, Mapping)),
         failure=failure if status.ended else None,
         predict_time_seconds=_number(metrics.get("predict_time")),
         cost_usd=_number(metrics.get("cost")),
@@ -381,8 +387,10 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
     """The rows of a page, newest first as sent; rows without a usable id are left out."""
     rows = answer.get("executions") if isinstance(answer, Mapping) else answer
     executions = []
+    turns = iter(range(_MAX_VALUES))
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
+            output = _unwrap_json(row.get("output"))
             word = row.get("status")
             executions.append(
                 Execution(
@@ -393,7 +401,7 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
                     cost_usd=_number(row.get("execution_cost")),
                     run_time_seconds=_number(row.get("run_time")),
                     created_at=parse_date(row.get("created_at")),
-                    output_urls=collect_urls(row.get("output")) if parse_failure(row.get("output")) is None else (),
+                    output_urls=_urls_in(output, turns) if _failure_in(output) is None else (),
                 )
             )
     return tuple(executions)

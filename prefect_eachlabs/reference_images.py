@@ -153,7 +153,7 @@ def parse_date(text: object) -> datetime | None:
     """An RFC 3339 date of another's; None when it is none. Beyond these years reckoning ends in an OverflowError."""
     try:
         # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
-        six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", str(text).strip())
+        six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", str(text).strip()[:64])
         date = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", six_digits))
     except ValueError:
         return None

@@ -166,8 +166,14 @@ class AccountSettings(BaseModel):
 
     @property
     def api_host(self) -> str:
-        """The host of `base_url`, as a request names it."""
-        return httpx.URL(self.base_url).raw_host.decode("ascii")
+        """The host of `base_url`, as a request names it, where it is loopback or this machine's environment names it.
+
+        Empty otherwise: beside it pictures may be of this network, which neither a block's host nor the vendor's own
+        opens by what its DNS says at one moment or another.
+        """
+        host = httpx.URL(self.base_url).raw_host.decode("ascii")
+        named = os.environ.get(ENVIRONMENT["base_url"], "").strip().rstrip("/")
+        return host if is_loopback(host) or DEFAULT_BASE_URL != named == self.base_url else ""
 
     @property
     def post_given_up_after_seconds(self) -> float:

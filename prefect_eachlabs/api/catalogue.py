@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, Protocol
 
 from prefect_eachlabs.api.asked_once import Once
@@ -75,7 +76,7 @@ class Model:
         found, title, output_type = (text[:200] if isinstance(text, str) else "" for text in said)
         return cls(found or slug, title or found or slug, output_type, dict(schema) if usable and schema else None)
 
-    @property
+    @cached_property
     def properties(self) -> dict[str, Mapping[str, Any]]:
         """Field → its schema."""
         properties = (self.request_schema or {}).get("properties", {})
@@ -87,7 +88,7 @@ class Model:
         required = (self.request_schema or {}).get("required")
         return tuple(map(str, required)) if isinstance(required, list) else ()
 
-    @property
+    @cached_property
     def reference_field(self) -> ReferenceField | None:
         """Where the reference picture goes; None: it takes none, or nobody says."""
         known = [name for name in REFERENCE_FIELDS if name in self.properties]

@@ -51,6 +51,7 @@ from prefect_eachlabs.models import (
 from prefect_eachlabs.net import redaction, safe_json
 from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
 from prefect_eachlabs.net.pools import pools
+from prefect_eachlabs.net.public_get import NoCookies
 from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import DEFAULT_BASE_URL, AccountSettings
@@ -135,10 +136,12 @@ class Answer:
     def date(self) -> datetime | None:
         """When the API answered, by its own clock (`Date`)."""
         try:
-            sent_at = parsedate_to_datetime(self.headers["date"]) if "date" in self.headers else None
-        except (TypeError, ValueError, IndexError, OverflowError):
+            sent_at = parsedate_to_datetime(self.headers["date"])
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError):
             return None
-        return sent_at.replace(tzinfo=timezone.utc) if sent_at is not None and sent_at.tzinfo is None else sent_at
+        if not 1970 <= sent_at.year < 9000:
+            return None  # it is reckoned with, which ends in an OverflowError
+        return sent_at.replace(tzinfo=timezone.utc) if sent_at.tzinfo is None else sent_at
 
     def retry_after_seconds(self) -> float | None:
         """Counted from the answer's own `Date`, so that our clock's error does not matter."""
@@ -218,6 +221,7 @@ class EachlabsClient:
             ),
             limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
             follow_redirects=False,
+            cookies=NoCookies(),
             transport=transport or pools(connections, trust_env=trust_env),
             trust_env=trust_env,
         )

@@ -281,7 +281,7 @@ class References:
             return f"its place is said to be at {refused}; EACHLABS_PRIVATE_HOSTS could allow it", False
         except (asyncio.TimeoutError, httpx.TimeoutException):
             return "time-out", True
-        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
             return type(error).__name__, True
         if answer.is_success:
             return "", False

@@ -58,7 +58,7 @@ def _worded(fault: Any, schema: Mapping[str, Any]) -> Iterator[str]:
     path = ".".join(["input", *map(str, fault.absolute_path)])
     if fault.validator == "required" and isinstance(fault.instance, Mapping):
         missing = [name for name in fault.validator_value if name not in fault.instance]
-        yield from (f"{path}.{name}: missing" for name in missing if f"'{name}'" in fault.message)
+        yield from (f"{path}.{str(name)[:60]}: missing" for name in missing if f"'{name}'" in fault.message)
     elif fault.validator == "additionalProperties" and not fault.absolute_path:
         known = schema.get("properties", {})
         unknown = [name for name in fault.instance if name not in known]

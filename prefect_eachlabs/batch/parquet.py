@@ -15,7 +15,10 @@ from typing import Any, BinaryIO
 from prefect_eachlabs.confined import Answer, ConfinedProcess, JobFailed, Read
 
 ROWS_AT_A_TIME = 200
-MOST_BYTES_AT_A_TIME = 4 * 1024 * 1024
+UNPACKED_AT_A_TIME = 10
+"""As Python's values a row may be a hundred times as large as in Arrow."""
+MOST_BYTES_AT_A_TIME = 1024 * 1024
+"""Of JSON, which may be twenty times as large in memory."""
 BUFFER_BYTES = 1024 * 1024
 """A column is read in pieces of this size, instead of as a whole."""
 SECONDS = 60.0
@@ -162,7 +165,8 @@ class ParquetReader(Reader):
                 in_microseconds = column.cast(self._arrow.timestamp("us", column.type.tz), safe=False)
                 batch = batch.set_column(number, batch.schema.names[number], in_microseconds)
         try:
-            rows = [self._as_json(values) for values in batch.to_pylist()]
+            some = (batch.slice(start, UNPACKED_AT_A_TIME) for start in range(0, batch.num_rows, UNPACKED_AT_A_TIME))
+            rows = [self._as_json(values) for rows in some for values in rows.to_pylist()]
         except MemoryError:
             raise
         except Exception:  # dates beyond the year 9999, time zones nobody knows, text that is not UTF-8

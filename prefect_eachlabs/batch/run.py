@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 WINDOW_WITHOUT_LIMIT = 200
 WINDOW_BEYOND_THE_LIMIT = 30
 """So many items more than may be in flight are in progress: downloading, uploading, or about to buy."""
+MOST_BYTES_IN_PROGRESS = 2_000_000
+"""Of their inputs as JSON, a byte of which may take 20 in memory (`[[],[],...]`): fewer items where they are large."""
 TICK_SECONDS = 1.0
 INTERRUPT_SECONDS = 20.0
 """So long a cancelled row may take to cancel its prediction and to see its end (Prefect kills a run after 30 s)."""
@@ -195,7 +197,8 @@ class Batch:
         """Reference pictures that its pictures were made from, the first of them."""
         self.gallery: list[tuple[Outcome, str]] = []
         """Pictures from all over the batch, each with its thumbnail's data URL; once the report is written."""
-        self._obtaining: set[asyncio.Task[Any]] = set()
+        self._obtaining: dict[asyncio.Task[Any], int] = {}
+        """Rows in progress, and how large the input of each is."""
         self._timed_out: list[tuple[Wanted, Outcome]] = []
         """Rows whose deadline has passed, told at the end: whoever sees their predictions' ends stores them."""
         self._said_past_deadline = 0
@@ -260,9 +263,11 @@ class Batch:
                 wanted = await self._next_wanted()
                 if wanted is None:
                     break
+                while self._obtaining and sum(self._obtaining.values()) + wanted.size_bytes > MOST_BYTES_IN_PROGRESS:
+                    await asyncio.wait(self._obtaining, return_when=asyncio.FIRST_COMPLETED)
                 task = asyncio.ensure_future(self._obtain(wanted))
-                self._obtaining.add(task)
-                task.add_done_callback(self._obtaining.discard)
+                self._obtaining[task] = wanted.size_bytes
+                task.add_done_callback(self._obtaining.pop)
                 task.add_done_callback(lambda _: free.release())
                 if chunks is not None:
                     chunks.add(wanted, task)

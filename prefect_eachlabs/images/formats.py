@@ -274,10 +274,12 @@ class MediaReader:
     async def feed_in_turns(self, data: bytes) -> None:
         """`feed` on the event loop, which has its turn in between: 4 kB of a PNG may stand for 4 MB of picture."""
         at = 0
-        while at < len(data):
+        while True:
             begin, at = at, at + self._turn_bytes
             self.feed(data[begin:at])
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # for nothing, too: of what is encoded many pieces may come to nothing
+            if at >= len(data):
+                return
 
     @property
     def _turn_bytes(self) -> int:

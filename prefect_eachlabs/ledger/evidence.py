@@ -10,6 +10,7 @@ import html
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -118,7 +119,9 @@ def _is_near(said: Any, ours: Any) -> bool:
 def _bare_text(value: Any) -> str:
     """Letters and digits alone, unescaped: what escaping, cutting and tidying leave as it is."""
     text = f"{value:g}" if isinstance(value, float) else str(value)[:MOST_COMPARED_CHARACTERS]
-    return "".join(character for character in html.unescape(html.unescape(text)).casefold() if character.isalnum())
+    with suppress(ValueError):  # at a number of more digits than Python takes for one
+        text = html.unescape(html.unescape(text))
+    return "".join(character for character in text.casefold() if character.isalnum())
 
 
 # --------------------------------------------------------------------------------------- what is looked at

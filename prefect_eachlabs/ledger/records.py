@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from prefect_eachlabs.errors import BadInput, OutputMissing, PictureMissing, SetupError, StoreFailed
 from prefect_eachlabs.models import Destination, Item, Prediction, parse_prediction_id
+from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -326,6 +327,8 @@ class Ledger:
                 bought is not None and parse_prediction_id(bought) is None
             ):
                 raise ValueError("its prediction_id is no prediction's id")
+            if any(visible(uri) != uri for uri in (record.uri or "", *record.more_uris)):
+                raise ValueError("a uri of it holds signs that move terminals")
         except (ValidationError, ValueError) as error:
             reason = "it has no valid JSON of the schema" if isinstance(error, ValidationError) else str(error)
             raise StoreFailed(

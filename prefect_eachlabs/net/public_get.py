@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http.cookiejar import CookieJar
 
 import httpx
 
@@ -12,6 +12,16 @@ from prefect_eachlabs.net import redaction
 from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard
 
 MAX_REDIRECTS = 5
+
+
+class NoCookies(CookieJar):
+    """Takes no cookie from anybody and sends none: an answer may set thousands, to be read and sent ever after."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Nothing."""
+
+    def add_cookie_header(self, request: object) -> None:
+        """Nothing."""
 
 
 class LeadsNowhere(Exception):
@@ -58,8 +68,7 @@ class PublicWeb:
                 timeout=self._timeout,
                 follow_redirects=False,
                 headers={"Accept": self._accept, "Accept-Encoding": "identity", "User-Agent": "prefect-eachlabs"},
-                # A jar that takes no cookie from anybody.
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+                cookies=NoCookies(),
             )
         return self._client
 

@@ -261,6 +261,8 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         if "%" in host and ":" not in host:
             # A proxy may decode what was checked as it stands; only the zone of an IPv6 address is written so.
             raise HostRefused(f"{host}, a host that is written in an odd way")
+        if (request.url.port or 0) > 65_535:
+            raise httpx.ConnectError("there is no such port")
         others = self._way_out or self._proxy_for(request.url.scheme, host)
         if others is None:
             return await self._sent(request)

@@ -32,7 +32,7 @@ def names_several(input: Mapping[str, Any] | None) -> bool:
         try:
             if input and float(input.get(name) or 0) > 1:
                 return True
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             continue
     return False
 

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 SLOT_KEPT_SECONDS = 3600.0
 """A slot in flight is not kept for longer for an end that nobody has seen."""
 ENDS_REMEMBERED = 10_000
+KEPT_INPUT_CHARACTERS = 2_000
+"""A larger input, which may take twenty times as much in memory, is not kept: whoever has it brings it along."""
 UNKNOWN_ID_GRACE_SECONDS = 30.0
 """A prediction may be invisible right after its creation: a 404 counts only after so long."""
 FIRST_END_SECONDS = 0.2
@@ -109,6 +111,8 @@ class Poller:
         future = _without_noise(loop.create_future())
         end = self.end_of(prediction.id) or (prediction if prediction.status.ended else None)
         if end is not None:
+            if end.input is None and prediction.input is not None:
+                end = end.model_copy(update={"input": prediction.input})
             self._remember(end)
             if slot is not None:
                 slot.done()
@@ -439,7 +443,8 @@ class Poller:
     def _remember(self, end: Prediction) -> None:
         if _lacks_its_output(end):
             return  # whoever asks later may be told more
-        self._ends[end.id] = end
+        is_large = len(str(end.input)) > KEPT_INPUT_CHARACTERS
+        self._ends[end.id] = end.model_copy(update={"input": None}) if is_large else end
         if len(self._ends) > ENDS_REMEMBERED:
             self._ends.popitem(last=False)
 

@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Iterator, MutableMapping
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_eachlabs.settings import host_and_port
 from prefect_eachlabs.webhooks.calls import MAX_BODY_BYTES, Call
@@ -24,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 BODY_WITHIN_SECONDS = 5.0
 CONNECTIONS_AT_A_TIME = 200
+CONNECTION_SECONDS = 10.0
+"""For one request, its head included: whoever sends that slowly, or not at all, would keep its connection for ever."""
 _STATUS = {Verdict.REFUSED: 401, Verdict.UNREADABLE: 400, Verdict.CONTRADICTS: 409}
 
 Scope = MutableMapping[str, Any]
@@ -82,8 +85,24 @@ async def _body(receive: Receive) -> bytes | None:
 async def _answer(send: Send, status: int, said: str) -> None:
     body = json.dumps({"status": said}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+class _Connection(H11Protocol):
+    """One caller's. Who comes when there are too many takes the oldest one's place: strangers keep nobody out."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._ends = self.loop.call_later(CONNECTION_SECONDS, transport.abort)
+        others = [one for one in self.connections if isinstance(one, _Connection) and not one.transport.is_closing()]
+        if len(others) > CONNECTIONS_AT_A_TIME:
+            min(others, key=lambda one: one._ends.when()).transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._ends.cancel()
+        super().connection_lost(exc)
 
 
 class _Server(uvicorn.Server):
@@ -98,13 +117,12 @@ def server_of(take: Take) -> uvicorn.Server:
     """A server that hands calls to `take`, logs none and leaves signals alone; `serve(sockets=[...])` runs it."""
     config = uvicorn.Config(
         receiver_app(take),
+        http=_Connection,
         lifespan="off",
         ws="none",
         log_config=None,
         access_log=False,
         server_header=False,
-        limit_concurrency=CONNECTIONS_AT_A_TIME,
-        timeout_keep_alive=5,
         timeout_graceful_shutdown=2,
         h11_max_incomplete_event_size=16 * 1024,
     )

@@ -31,6 +31,8 @@ T = TypeVar("T")
 REMEMBERED = 10_000
 MOST_TRIED = 2_000
 """So many orders' secrets are tried for a call that names none."""
+MOST_HASHED_BYTES = 64 * 1024 * 1024
+"""And so much is hashed for it, which takes a tenth of a second: its body comes from anybody, once for each secret."""
 MISSED_IN_A_ROW = 2
 LATE_SECONDS = 5.0
 """A call that comes so long after the end was seen, or happened, is of no use: asking is faster."""
@@ -200,7 +202,8 @@ class Webhooks:
         if call.write_id is not None:
             return call.write_id if call.is_proven_by(secret_of(self._master, call.write_id)) else None
         waiting = [*self._expected, *(one for one, bought in self._orders.items() if self._is_waited_for(bought))]
-        return next((one for one in waiting[-MOST_TRIED:] if call.is_proven_by(secret_of(self._master, one))), None)
+        most = min(MOST_TRIED, MOST_HASHED_BYTES // max(len(call.body), 1))
+        return next((one for one in waiting[-most:] if call.is_proven_by(secret_of(self._master, one))), None)
 
     def _is_waited_for(self, prediction_id: str | None) -> bool:
         return prediction_id is None or self._poller.is_watched(prediction_id)

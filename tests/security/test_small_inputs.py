@@ -165,6 +165,10 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
         "parquet",
         lambda: table(pyarrow.array([[None] * 50_000_000], pyarrow.list_(pyarrow.int8()))),
     ),
+    "a Parquet file of 1,000 rows of 9,000 lists": (
+        "parquet",
+        lambda: table(pyarrow.array([[[]] * 9_000] * 1_000, pyarrow.list_(pyarrow.list_(pyarrow.int8())))),
+    ),
     "a workbook with a text of 300 MB": (
         "xlsx",
         lambda: workbook(texts=TEXTS.replace(b"a fox", b"x" * 300_000_000)),
@@ -279,6 +283,16 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
     "an answer of 19,000 executions": (
         "answer",
         lambda: json.dumps([{"id": str(n), "status": "success", "slug": "m"} for n in range(19_000)]).encode(),
+    ),
+    "an answer of 1,000 executions of texts": (
+        "answer",
+        lambda: json.dumps(
+            [{"id": str(n), "output": ["{"] * 240} for n in range(1_000)], separators=(",", ":")
+        ).encode(),
+    ),
+    "an answer of one text of lists": (
+        "answer",
+        lambda: json.dumps({"status": "success", "output": "[" + "[]," * 320_000 + "[]]"}).encode(),
     ),
     "an answer of a URL of 900 kB": (
         "answer",
