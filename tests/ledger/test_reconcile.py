@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from prefect_eachlabs.errors import StoreFailed
 from prefect_eachlabs.ledger.adoption import take_adoption_marker
@@ -26,8 +29,10 @@ from prefect_eachlabs.ledger.evidence import (
     may_share_an_echo,
     normalised,
 )
+from prefect_eachlabs.ledger.reconcile import READS_AT_A_TIME, Reconciler
 from prefect_eachlabs.ledger.records import Intent, Ledger, RecordState, VersionedRecord, amended, new_record
 from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus
+from prefect_eachlabs.settings import AccountSettings
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
 
@@ -407,3 +412,25 @@ def test_a_claim_that_is_settled_here_is_no_other_claim() -> None:
     assert look([], known(5, item_id="mine", run_id="run-9", **claim)).unsettled == []
     assert len(look([], known(5, item_id="mine", run_id="run-8", **claim)).unsettled) == 1
     assert 2 * CLOCK_MARGIN.total_seconds() < READ_BACK_SECONDS, "records of all candidates are read"
+
+
+def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
+    """So much may a batch without limits have bought since the claim that is to be settled."""
+
+    async def story() -> None:
+        tasks = asked = 0
+
+        async def counted(*_: str) -> None:
+            nonlocal tasks, asked
+            asked += 1
+            tasks = max(tasks, len(asyncio.all_tasks()))
+
+        ledger = Ledger(MemoryStore(on_operation=counted, latency_seconds=0.01), Destination(bucket="b", prefix="p"))
+        nobody: Any = SimpleNamespace(named_listeners=[])
+        settings = AccountSettings(api_key=SecretStr("k"))
+        reconciler = Reconciler(nobody, nobody, ledger, settings, known=dict, webhooks=nobody)
+        await reconciler._read_each([f"item-{number}" for number in range(10_000)], nobody)
+        assert asked == 2 * 10_000
+        assert tasks <= READS_AT_A_TIME + 2
+
+    run(story())
