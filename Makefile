@@ -7,7 +7,7 @@ STAMP := .venv/.installed
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-slow test-ui check dist format bench soak fuzz docs constraints clean
+.PHONY: help install demo demo-ui test test-all test-slow test-ui check dist format bench soak fuzz docs constraints clean
 
 help:  ## list the commands
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -24,6 +24,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## pictures from the emulator into a local S3, through a real flow; they end in ./demo-output
 	@$(BIN)/prefect-eachlabs demo
+
+demo-ui: $(STAMP)  ## the Prefect UI with a worker, a picture, a batch of ten and forms, until Ctrl-C
+	@$(BIN)/prefect-eachlabs demo --ui
 
 test: $(STAMP)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadgroup --no-loadscope-reorder

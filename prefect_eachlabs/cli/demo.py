@@ -5,27 +5,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import queue
+import re
 import sys
 import threading
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from cyclopts import validators
 
 from prefect_eachlabs.cli import demo_stage
 from prefect_eachlabs.cli.options import flag, positive
-from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.errors import BadInput, SetupError
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.models import StoredImage
+    from prefect_eachlabs.batch.outcomes import BatchResult
     from prefect_eachlabs.storage.s3_client import S3Access
 
-SHEET = "contact-sheet.png"
+BATCH = "demo"
+REPORT = ("index.html", "contact-sheet.png", "report.json", "report.jsonl")
+PICTURES = 6
 
 PROMPTS = {
     "lighthouse": "A lighthouse on a basalt cliff at dawn, long exposure, mist over a violet sea",
@@ -49,66 +51,62 @@ For real ones, two environment variables say which API is asked:
   EACHLABS_BASE_URL   leave it unset: then it is the real API (the demo had set it to the emulator)
 With AWS credentials as boto3 finds them (AWS_PROFILE, AWS_ACCESS_KEY_ID ...) and a bucket of yours:
   prefect-eachlabs generate "a red fox in the snow, watercolour" --to s3://your-bucket/prefix
+In the browser, in the Prefect UI: prefect-eachlabs demo --ui
 """
-
-
-@dataclass
-class Played:
-    """How each flow run ended, by item id, and what the bucket held afterwards."""
-
-    images: dict[str, StoredImage] = field(default_factory=dict)
-    errors: dict[str, BaseException] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    tallies: dict[str, Any] = field(default_factory=dict)
-
-
-class Progress(logging.Handler):
-    """Says how far each picture has come, a line a step; reads it in Prefect's log lines about task runs."""
-
-    _AFTER: ClassVar = {"create": "being made", "await": "being stored"}
-    """A task of the flow, by the first word of its run's name → where the picture stands once it has completed."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self._begun_at = time.monotonic()
-
-    def moved(self, item_id: str, stage: str) -> None:
-        print(f"{time.monotonic() - self._begun_at:6.1f} s  {item_id:<16} {stage}", flush=True)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        verb, _, item_id = str(getattr(record, "task_run_name", "")).partition(" ")
-        if verb in self._AFTER and record.getMessage().startswith("Finished in state Completed"):
-            self.moved(item_id, self._AFTER[verb])
 
 
 def demo(
     *,
-    output: Annotated[Path, flag("folder for the pictures (demo-output)")] = Path("demo-output"),
-    pictures: Annotated[int, flag("1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = 6,
+    ui: Annotated[bool, flag("the Prefect UI instead, with a picture, a batch and forms, until Ctrl-C")] = False,
+    output: Annotated[Path | None, flag("folder for the pictures (demo-output)")] = None,
+    pictures: Annotated[int | None, flag("1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = None,
+    port: Annotated[int | None, flag("of the Prefect UI (a free one); only with --ui")] = None,
     service_seconds: Annotated[float, flag("the emulator's time a picture (5)", validator=positive)] = 5.0,
 ) -> NoReturn:
-    """Pictures from the emulator into a local S3, through a real flow; nothing to set up."""
-    demo_stage.refuse_a_used_process()
-    begun_at = time.monotonic()
-    folder = _folder(output)
+    """Pictures from the emulator into a local S3, through a real flow; nothing to set up.
+
+    They end in the folder, with the report's page: open its index.html.
+
+    With --ui, Prefect's server, a worker and the deployments of `setup --deploy` are
+    there to click through, and end with it.
+    """
+    clock = demo_stage.Clock()
+    demo_stage.refuse_what_cannot_work()
+    if ui and (output or pictures):
+        raise BadInput(
+            "--ui shows its pictures in the Prefect UI: --output and --pictures are for the demo without it."
+        )
+    if port is not None and not ui:
+        raise BadInput("--port is that of the Prefect UI: give --ui, too.")
     numbered = {f"{number:02d}-{name}": prompt for number, (name, prompt) in enumerate(PROMPTS.items(), 1)}
-    prompts = dict(list(numbered.items())[:pictures])
+    folder = Path() if ui else _folder(output or Path("demo-output"))
+    status = 0
     try:
         with demo_stage.Interrupts() as interrupts:
-            played = _play(prompts, service_seconds, interrupts)
+            clock.say("starting an emulator of the API, a local S3, and Prefect's server, which takes some 10 s")
+            if ui:
+                from prefect_eachlabs.cli.demo_ui import show
+
+                first, *others = numbered.items()
+                show(
+                    first,
+                    dict(others[:10]),
+                    port=port or 0,
+                    service_seconds=service_seconds,
+                    interrupts=interrupts,
+                    clock=clock,
+                )
+                print("All of it has ended.")
+            else:
+                prompts = dict(list(numbered.items())[: pictures or PICTURES])
+                status = _buy(prompts, set(numbered), folder, service_seconds, interrupts, clock)
     except KeyboardInterrupt:
         print("Interrupted. The demo and all that it started have ended.", file=sys.stderr)
         demo_stage.leave(130)
-    # Only what an earlier demo may have left: the folder may hold files of the user's own.
-    for item_id in numbered:
-        (folder / f"{item_id}.png").unlink(missing_ok=True)
-    for item_id, picture in played.pictures.items():
-        (folder / f"{item_id}.png").write_bytes(picture)
-    (folder / SHEET).write_bytes(_sheet(played, prompts))
-    print(f"\n{_table(played, prompts)}\n")
-    print(f"Pictures and contact sheet: {folder}")
-    print(f"{_tallies(played.tallies)} All of it took {time.monotonic() - begun_at:.0f} s.\n\n{CLOSING}", end="")
-    demo_stage.leave(0 if set(played.pictures) == set(played.images) == set(prompts) else 1)
+    except SetupError as error:
+        print(f"prefect-eachlabs: {error}", file=sys.stderr)
+        demo_stage.leave(2)
+    demo_stage.leave(status)
 
 
 def _folder(path: Path) -> Path:
@@ -119,91 +117,104 @@ def _folder(path: Path) -> Path:
     return path.resolve()
 
 
-def _play(prompts: Mapping[str, str], service_seconds: float, interrupts: demo_stage.Interrupts) -> Played:
-    """Everything that needs the servers; when it comes back, or is interrupted, they are gone."""
-    played = Played()
-    with demo_stage.folder_of_its_own() as folder:
+def _buy(
+    prompts: Mapping[str, str],
+    every_name: set[str],
+    output: Path,
+    service_seconds: float,
+    interrupts: demo_stage.Interrupts,
+    clock: demo_stage.Clock,
+) -> int:
+    """The pictures in the folder, and what became of them on the terminal; the exit status."""
+    with demo_stage.folder_of_its_own(interrupts) as folder:
         demo_stage.replace_environment(folder)
-        print("Starting Prefect's embedded server, an emulator of the API and a local S3 ...", flush=True)
         with demo_stage.Stage(interrupts, service_seconds=service_seconds) as stage:
-            _run_flows(prompts, played, interrupts)
-            played.pictures = asyncio.run(_fetch(stage.s3.access))
-            played.tallies = stage.emulator.tallies()
-    return played
+            clock.say(f"they are there; {len(prompts)} prompts are on their way, some {service_seconds:g} s each")
+            result = _run_flow(prompts, interrupts, clock)
+            files = asyncio.run(_fetch(stage.s3.access))
+            tallies = stage.emulator.tallies()
+    # Only what an earlier demo may have left: the folder may hold files of the user's own.
+    for name in (*REPORT, *(f"{item_id}.png" for item_id in every_name)):
+        (output / name).unlink(missing_ok=True)
+    for name, data in files.items():
+        (output / name).write_bytes(data)
+    print(f"\n{_table(files['report.jsonl'])}\n\nPictures, and a page of them: {output / 'index.html'}")
+    print(f"{_tallies(tallies)} All of it took {clock.seconds:.0f} s.\n\n{CLOSING}", end="")
+    return 0 if result.is_complete and {f"{item_id}.png" for item_id in prompts} <= set(files) else 1
 
 
-def _run_flows(prompts: Mapping[str, str], played: Played, interrupts: demo_stage.Interrupts) -> None:
-    """One run of the flow `generate_image` for each prompt, all at once; their slots are the account's."""
-    from prefect_eachlabs.flows.image import generate_image
+def _run_flow(prompts: Mapping[str, str], interrupts: demo_stage.Interrupts, clock: demo_stage.Clock) -> BatchResult:
+    """One run of a flow over the prompts, in a thread: an interrupted demo does not wait for it."""
+    from prefect import flow
 
-    progress = Progress()
-    logging.getLogger("prefect.task_runs").addHandler(progress)
-    ended: queue.Queue[tuple[str, StoredImage | BaseException]] = queue.Queue()
+    from prefect_eachlabs import generate_rows
 
-    def run_flow(item_id: str, prompt: str) -> None:
+    logging.getLogger("prefect.task_runs").addHandler(Progress(list(prompts), clock))
+    rows = [{"id": item_id, "prompt": prompt} for item_id, prompt in prompts.items()]
+
+    @flow(name=BATCH)
+    def pictures() -> BatchResult:
+        return generate_rows(rows, destination=f"s3://{demo_stage.BUCKET}", chunk_size=1)
+
+    ended: Future[BatchResult] = Future()
+
+    def work() -> None:
         try:
-            ended.put((item_id, generate_image(prompt, f"s3://{demo_stage.BUCKET}", item_id=item_id)))
+            ended.set_result(pictures())
         except BaseException as error:
-            ended.put((item_id, error))
+            ended.set_exception(error)
 
-    for item_id, prompt in prompts.items():
-        # Daemons: an interrupted demo does not wait for them.
-        threading.Thread(target=run_flow, args=(item_id, prompt), name=f"demo-{item_id}", daemon=True).start()
-    while len(played.images) + len(played.errors) < len(prompts):
+    threading.Thread(target=work, name="demo", daemon=True).start()
+    while not ended.done():
         interrupts.check()
-        try:
-            item_id, end = ended.get(timeout=0.2)
-        except queue.Empty:
-            continue
-        if isinstance(end, BaseException):
-            played.errors[item_id] = end
-            progress.moved(item_id, "failed")
-        else:
-            played.images[item_id] = end
-            progress.moved(item_id, "stored")
+        wait([ended], timeout=0.2)
+    return ended.result()
+
+
+class Progress(logging.Handler):
+    """Says what became of each row, read in Prefect's log lines about the task runs of rows."""
+
+    def __init__(self, item_ids: list[str], clock: demo_stage.Clock) -> None:
+        super().__init__(logging.INFO)
+        self._item_ids, self._clock = item_ids, clock
+
+    def emit(self, record: logging.LogRecord) -> None:
+        row = re.fullmatch(r"rows (\d+) to \1", str(getattr(record, "task_run_name", "")))
+        end = re.fullmatch(r"1 (\w+)", record.getMessage())
+        if row and end:
+            self._clock.say(f"{self._item_ids[int(row[1]) - 1]:<16} {end[1]}")
 
 
 async def _fetch(access: S3Access) -> dict[str, bytes]:
-    """What the bucket holds under images/, by item id."""
+    """Pictures and report by their names in one folder."""
     from prefect_eachlabs.storage.s3 import S3Store
 
     store = S3Store(demo_stage.BUCKET, access)
-    pictures = {}
-    async for listed in store.list("images/"):
-        found = await store.get(listed.key)
+    keys = [listed.key async for listed in store.list("images/")] + [f"batches/{BATCH}/{name}" for name in REPORT]
+    files = {}
+    for key in keys:
+        found = await store.get(key)
         if found is not None:
-            pictures[Path(listed.key).stem] = found.body
-    return pictures
+            files[key.rpartition("/")[2]] = found.body
+    # In the bucket the pictures lie two folders above the page.
+    files["index.html"] = files["index.html"].replace(b'"../../images/', b'"')
+    return files
 
 
-def _facts(image: StoredImage) -> tuple[str, str, str]:
-    """Size, seconds and cost, as a person reads them."""
-    seconds = "" if image.predict_time_seconds is None else f"{image.predict_time_seconds:.1f} s"
-    cost = "" if image.cost_usd is None else f"${image.cost_usd:.3f}"
-    return image.size.removesuffix(" px"), seconds, cost
-
-
-def _sheet(played: Played, prompts: Mapping[str, str]) -> bytes:
-    from prefect_eachlabs.batch.sheet import contact_sheet, frame
-
-    frames = []
-    for item_id, prompt in prompts.items():
-        facts = ", ".join(filter(None, _facts(played.images[item_id]))) if item_id in played.images else "failed"
-        frames.append(frame(played.pictures.get(item_id), prompt, item_id, facts))
-    return contact_sheet(
-        frames, f"s3://{demo_stage.BUCKET} after {len(prompts)} runs of generate-image; drawn by the emulator"
+def _table(report: bytes) -> str:
+    """What became of each row, a line each."""
+    rows = [("item", "S3 URI", "px", "time", "cost"), *map(_facts, map(json.loads, report.splitlines()))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def _table(played: Played, prompts: Mapping[str, str]) -> str:
-    """What was stored, a row each; on what failed, one line each."""
-    rows = [("item", "S3 URI", "px", "time", "cost")]
-    for item_id in prompts:
-        if item_id in played.images:
-            rows.append((item_id, played.images[item_id].uri, *_facts(played.images[item_id])))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-    return "\n".join([*lines, *(f"{item_id} failed: {error}" for item_id, error in played.errors.items())])
+def _facts(row: Mapping[str, Any]) -> tuple[str, ...]:
+    if not row.get("uri"):
+        return str(row["item_id"]), f"{row['state']}: {(row.get('error') or {}).get('message', '')}", "", "", ""
+    time, cost = (row.get(name) or 0.0 for name in ("predict_time_seconds", "cost_usd"))
+    return row["item_id"], row["uri"], f"{row['width_px']} x {row['height_px']}", f"{time:.1f} s", f"${cost:.3f}"
 
 
 def _tallies(tallies: Mapping[str, Any]) -> str:

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -33,8 +35,11 @@ _FOREIGN = ("AWS_", "BOTO", "EACHLABS_", "PREFECT_")
 _PROXIES = frozenset({"ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY"})
 
 
-def refuse_a_used_process() -> None:
-    """Raises SetupError when Prefect is imported already: it would go on with the settings it has read."""
+def refuse_what_cannot_work() -> None:
+    """Raises SetupError when a library is missing, or Prefect has read its settings in this process already."""
+    for library in ("PIL", "moto", "flask", "flask_cors"):
+        if importlib.util.find_spec(library) is None:
+            raise SetupError(f"The demo needs {library}: pip install 'prefect-eachlabs[demo]'.")
     if "prefect" in sys.modules:
         raise SetupError("The demo needs a process of its own: run `prefect-eachlabs demo` in a shell.")
 
@@ -65,7 +70,7 @@ def replace_environment(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def folder_of_its_own() -> Iterator[Path]:
+def folder_of_its_own(interrupts: Interrupts) -> Iterator[Path]:
     """A temporary folder as the working directory: Prefect reads `.env` and `prefect.toml` of the one it is in."""
     before = Path.cwd()
     folder = Path(tempfile.mkdtemp(prefix="prefect-eachlabs-demo-"))
@@ -73,8 +78,9 @@ def folder_of_its_own() -> Iterator[Path]:
     try:
         yield folder
     finally:
-        os.chdir(before)
-        shutil.rmtree(folder, ignore_errors=True)
+        with interrupts.held_back():
+            os.chdir(before)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def leave(status: int) -> NoReturn:
@@ -88,10 +94,25 @@ def leave(status: int) -> NoReturn:
     os._exit(status)
 
 
+class Clock:
+    """Says what happens, a line each, with the seconds since it began."""
+
+    def __init__(self) -> None:
+        self._begun_at = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._begun_at
+
+    def say(self, text: str) -> None:
+        print(f"{self.seconds:6.1f} s  {text}", flush=True)
+
+
 class Interrupts:
     """Ctrl-C, SIGTERM and a closed terminal: each ends the demo as KeyboardInterrupt, with all that it started.
 
     Raising alone is not enough: raised while a library is imported, it can be swallowed there (seen with Prefect's).
+    Only the first is raised, so that a second one does not disturb the cleaning up.
     """
 
     _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
@@ -110,8 +131,8 @@ class Interrupts:
             signal.signal(number, handler)
 
     def _interrupt(self, *_: Any) -> None:
-        self._seen = True
-        if not self._held:
+        is_first, self._seen = not self._seen, True
+        if is_first and not self._held:
             raise KeyboardInterrupt
 
     def check(self) -> None:
@@ -122,11 +143,11 @@ class Interrupts:
     @contextlib.contextmanager
     def held_back(self) -> Iterator[None]:
         """What comes meanwhile does not disturb: for cleaning up."""
-        self._held = True
+        before, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = before
 
 
 class Stage:
@@ -135,26 +156,28 @@ class Stage:
     Args:
         interrupts: They end it at any moment.
         service_seconds: The emulator's time for a picture.
+        prefect: Prefect's server, to be started and stopped; the embedded one when None.
     """
 
     emulator: EmulatorServer
     s3: LocalS3
 
-    def __init__(self, interrupts: Interrupts, *, service_seconds: float) -> None:
+    def __init__(self, interrupts: Interrupts, *, service_seconds: float, prefect: Any = None) -> None:
         self._interrupts = interrupts
         self._service_seconds = service_seconds
-        self._prefect: Any = None
+        self._prefect = prefect
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Stage:
         """Starts all three.
 
         Raises:
-            SetupError: The extra `demo` is not installed, or Prefect's server did not start.
+            SetupError: Prefect's server did not start.
         """
-        from prefect.server.api.server import SubprocessASGIServer
+        if self._prefect is None:
+            from prefect.server.api.server import SubprocessASGIServer
 
-        self._prefect = SubprocessASGIServer()
+            self._prefect = SubprocessASGIServer()
         # Prefect's server is a process of its own, and takes its time: meanwhile this one loads what it needs.
         others: Future[None] = Future()
         threading.Thread(target=self._start_others, args=(others,), name="demo-starts", daemon=True).start()
@@ -181,11 +204,7 @@ class Stage:
             )
             self.s3 = self._open.enter_context(LocalS3(buckets=[BUCKET]))
             os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
-            import PIL  # noqa: F401 - is it here?
-
-            import prefect_eachlabs.flows.image  # noqa: F401 - loaded, not used here
-        except ImportError as error:
-            started.set_exception(SetupError(f"The demo needs {error.name}: pip install 'prefect-eachlabs[demo]'."))
+            import prefect_eachlabs.rows  # noqa: F401 - loaded, not used here
         except BaseException as error:
             started.set_exception(error)
         else:

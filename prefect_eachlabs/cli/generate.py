@@ -66,6 +66,8 @@ def generate(
         input=dict(map(named_value, input)),
     )
     destination = flags.destination()
+    if sys.stderr.isatty() and not flags.in_json:
+        print(f"{item.model} is asked for it; that takes some seconds ...", file=sys.stderr, flush=True)
     try:
         image = _generate(item, destination, flags)
     except EachlabsError as error:

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import httpx
 import pytest
 from PIL import Image
 
-from prefect_eachlabs.cli import demo, demo_stage
+from prefect_eachlabs.cli import demo, demo_stage, demo_ui
 from prefect_eachlabs.cli.demo import Progress
 from prefect_eachlabs.cli.main import main
-from prefect_eachlabs.models import Item, StoredImage
-
-PROMPTS = {"01-lighthouse": "A lighthouse", "02-fox": "A fox"}
+from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.models import Item
 
 # ---------------------------------------------------------------------------------------------- as a whole
 
@@ -64,11 +67,38 @@ def running_demo(folder: Path, environ: Mapping[str, str], *words: str) -> Itera
         start_new_session=True,
     )
     try:
-        with running:
-            yield running
+        yield running
     finally:
+        if running.poll() is None:  # a test has failed: what is in sessions of its own is ended by the demo alone
+            running.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.communicate(timeout=30)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(running.pid, signal.SIGKILL)
+        with running:
+            pass
+
+
+def line_with(running: subprocess.Popen[str], text: str) -> str:
+    """The next line that has it."""
+    assert running.stdout is not None
+    lines = []
+    for line in running.stdout:
+        lines.append(line)
+        if text in line:
+            return line
+    raise AssertionError(f"it has not said {text!r}: {''.join(lines)}")
+
+
+def of_the_same_folder(folder: Path) -> list[str]:
+    """The processes whose home it is: the demo, and all that it has started, in whatever session."""
+    home = f"HOME={folder / 'home'}".encode()
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if home in (process / "environ").read_bytes().split(b"\0"):
+                found.append(f"{process.name} {(process / 'cmdline').read_bytes()!r}")
+    return found
 
 
 def is_there(group: subprocess.Popen[str]) -> bool:
@@ -82,9 +112,10 @@ def is_there(group: subprocess.Popen[str]) -> bool:
 
 def assert_nothing_is_left(running: subprocess.Popen[str], folder: Path) -> None:
     give_up_at = time.monotonic() + 10  # what has ended is there until init has asked for its status
-    while is_there(running) and time.monotonic() < give_up_at:
+    while (is_there(running) or of_the_same_folder(folder)) and time.monotonic() < give_up_at:
         time.sleep(0.05)
     assert not is_there(running)
+    assert of_the_same_folder(folder) == []
     assert [path.name for path in (folder / "tmp").iterdir() if "prefect-eachlabs" in path.name] == []
     assert not (folder / "home" / ".prefect").exists()
 
@@ -108,7 +139,10 @@ def test_the_demo_ends_with_pictures_whatever_the_user_has_set_up_and_can_be_run
         rows = re.findall(r"s3://demo/images/(\S+)\.png +512 x 512 +\d\.\d s +\$0\.039", said)
         assert rows == [f"{number:02d}-{name}" for number, name in enumerate(list(demo.PROMPTS)[:pictures], 1)]
         pngs = {f"{row}.png" for row in rows} | {"contact-sheet.png"}
-        assert {path.name for path in output.iterdir()} == pngs | {"of-the-user.png"}
+        report = {"index.html", "report.json", "report.jsonl"}
+        assert {path.name for path in output.iterdir()} == pngs | report | {"of-the-user.png"}
+        linked = set(re.findall(r'(?:href|src)="(?!data:)([^"]+)"', (output / "index.html").read_text()))
+        assert linked == pngs | report - {"index.html"}
         for name in pngs:
             with Image.open(output / name) as picture:
                 picture.load()
@@ -117,22 +151,54 @@ def test_the_demo_ends_with_pictures_whatever_the_user_has_set_up_and_can_be_run
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("interrupt", "at"),
-    [(os.kill, "Starting"), (os.killpg, "being made")],
-    ids=["while it starts", "from a terminal, with pictures in flight"],
+    ("words", "interrupt", "at"),
+    [
+        ((), os.kill, "starting"),
+        ((), os.killpg, "on their way"),
+        (("--ui",), os.kill, "are there"),
+        (("--ui",), os.killpg, "running"),
+    ],
+    ids=["while it starts", "from a terminal, in flight", "--ui while it sets up", "--ui from a terminal, with runs"],
 )
 def test_an_interrupted_demo_leaves_nothing_behind(
-    interrupt: Callable[[int, int], None], at: str, tmp_path: Path, hostile: Mapping[str, str]
+    words: tuple[str, ...],
+    interrupt: Callable[[int, int], None],
+    at: str,
+    tmp_path: Path,
+    hostile: Mapping[str, str],
 ) -> None:
-    with running_demo(tmp_path, hostile, "--service-seconds", "60") as running:
-        assert running.stdout is not None
-        for line in running.stdout:
-            if at in line:
-                break
-        interrupt(running.pid, signal.SIGINT)
+    with running_demo(tmp_path, hostile, "--service-seconds", "60", *words) as running:
+        assert at in line_with(running, at)
+        for _ in range(2):
+            interrupt(running.pid, signal.SIGINT)
         said = running.communicate(timeout=120)[0]
     assert running.returncode == 130, said
     assert "Interrupted." in said
+    assert "Traceback" not in said
+    assert_nothing_is_left(running, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_demo_with_prefects_pages_has_runs_to_look_at_until_ctrl_c(
+    tmp_path: Path, hostile: Mapping[str, str]
+) -> None:
+    with running_demo(tmp_path, hostile, "--ui", "--service-seconds", "1") as running:
+        api = line_with(running, "Look at it: ").split()[-1] + "/api"
+        runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
+        assert {run["name"]: run["state"]["type"] for run in runs} == {
+            "01-lighthouse": "COMPLETED",
+            "batch ten": "COMPLETED",
+        }
+        artifacts = httpx.post(f"{api}/artifacts/latest/filter", json={}).json()
+        (report,) = [one for one in artifacts if one["key"] == "eachlabs-batch-ten"]
+        assert report["data"].count('src="data:image/') == 10
+        form = httpx.get(f"{api}/deployments/name/generate-batch/generate-batch").json()
+        assert form["parameters"]["source"] == demo_ui.TABLE
+        assert len(of_the_same_folder(tmp_path)) > 2
+        running.send_signal(signal.SIGINT)
+        said = running.communicate(timeout=60)[0]
+    assert running.returncode == 0, said
+    assert said.endswith("All of it has ended.\n")
     assert "Traceback" not in said
     assert_nothing_is_left(running, tmp_path)
 
@@ -189,35 +255,86 @@ def test_a_second_interrupt_does_not_disturb_the_cleaning_up() -> None:
         signal.raise_signal(signal.SIGTERM)
 
 
+def test_an_interrupt_during_the_cleaning_up_is_not_raised_and_the_folder_goes(tmp_path: Path) -> None:
+    with demo_stage.Interrupts() as interrupts:
+        with contextlib.suppress(KeyboardInterrupt), demo_stage.folder_of_its_own(interrupts) as folder:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            finally:
+                signal.raise_signal(signal.SIGINT)
+        assert not folder.exists()
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ui", "--output", "x"], "--output and --pictures are for the demo without it"),
+        (["--ui", "--pictures", "3"], "--output and --pictures are for the demo without it"),
+        (["--port", "4200"], "give --ui, too"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "prefect", raising=False)
+    assert main(["demo", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_or_none_is_refused_in_one_sentence() -> None:
+    said = r"^--port \d+: Address already in use\. Choose another"
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SetupError, match=said):
+        demo_ui.free_port(taken.getsockname()[1])
+    with pytest.raises(SetupError, match=r"^--port 99999: .* Choose another"):
+        demo_ui.free_port(99_999)
+    assert demo_ui.free_port(0) > 0
+
+
+def test_a_missing_extra_is_said_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "moto" else sys)
+    assert main(["demo", "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "prefect-eachlabs: The demo needs moto: pip install 'prefect-eachlabs[demo]'."
+    ]
+
+
 def told(progress: Progress, task_run_name: str, message: str) -> None:
     progress.handle(logging.makeLogRecord({"task_run_name": task_run_name, "levelno": logging.INFO, "msg": message}))
 
 
-def test_progress_follows_prefects_task_runs_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
-    progress = Progress()
-    told(progress, "create 01-lighthouse", "Created task run")
-    told(progress, "create 01-lighthouse", "Finished in state Completed()")
-    told(progress, "create 02-fox", "Finished in state Failed()")
-    told(progress, "await 01-lighthouse", "Finished in state Completed()")
-    progress.moved("01-lighthouse", "stored")
-    steps = [line.split(" s  ")[1].split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
-    assert steps == [["01-lighthouse", stage] for stage in ("being made", "being stored", "stored")]
+def test_progress_follows_the_task_runs_of_rows_line_by_line(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(["01-lighthouse", "02-fox"], demo_stage.Clock())
+    told(progress, "rows 2 to 2", "Created task run")
+    told(progress, "rows 2 to 2", "1 stored")
+    told(progress, "rows 2 to 2", "Finished in state Completed('1 stored')")
+    told(progress, "generate-rows", "1 stored")
+    told(progress, "rows 1 to 1", "1 failed")
+    steps = [line.split(" s  ")[1].split() for line in capsys.readouterr().out.splitlines()]
+    assert steps == [["02-fox", "stored"], ["01-lighthouse", "failed"]]
 
 
-def test_what_failed_is_said_in_one_line_and_stays_empty_on_the_sheet() -> None:
-    image = StoredImage(
-        item_id="01-lighthouse",
-        prediction_id="p1",
-        uri="s3://demo/images/01-lighthouse.png",
-        sha256="0" * 64,
-        size_bytes=1,
-        width_px=512,
-        height_px=512,
-        cost_usd=0.039,
-        predict_time_seconds=5.04,
-    )
-    played = demo.Played(images={"01-lighthouse": image}, errors={"02-fox": RuntimeError("[bold] the model said no")})
-    table = demo._table(played, PROMPTS)
-    assert "s3://demo/images/01-lighthouse.png  512 x 512  5.0 s  $0.039" in table
-    assert "02-fox failed: [bold] the model said no" in table
-    assert demo._sheet(played, PROMPTS).startswith(b"\x89PNG")
+def test_the_table_has_a_line_for_each_row() -> None:
+    there = {
+        "item_id": "01-lighthouse",
+        "state": "stored",
+        "uri": "s3://demo/images/01-lighthouse.png",
+        "width_px": 512,
+        "height_px": 512,
+        "cost_usd": 0.039,
+        "predict_time_seconds": 5.04,
+    }
+    failed = {"item_id": "02-fox", "state": "failed", "uri": None, "error": {"message": "[bold] the model said no"}}
+    head, first, second = demo._table("\n".join(map(json.dumps, (there, failed))).encode()).splitlines()
+    assert head.split() == ["item", "S3", "URI", "px", "time", "cost"]
+    assert first.split("  ")[0] == "01-lighthouse"
+    assert [word for word in first.split("  ") if word][1:] == [
+        "s3://demo/images/01-lighthouse.png",
+        "512 x 512",
+        "5.0 s",
+        "$0.039",
+    ]
+    assert second.split() == ["02-fox", "failed:", "[bold]", "the", "model", "said", "no"]
