@@ -165,10 +165,6 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
         "parquet",
         lambda: table(pyarrow.array([[None] * 50_000_000], pyarrow.list_(pyarrow.int8()))),
     ),
-    "a Parquet file of 1,000 rows of 9,000 lists": (
-        "parquet",
-        lambda: table(pyarrow.array([[[]] * 9_000] * 1_000, pyarrow.list_(pyarrow.list_(pyarrow.int8())))),
-    ),
     "a workbook with a text of 300 MB": (
         "xlsx",
         lambda: workbook(texts=TEXTS.replace(b"a fox", b"x" * 300_000_000)),
