@@ -29,8 +29,15 @@ def test_the_first_flow_runs(studio: Studio) -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
+def test_the_flow_in_three_steps_runs(studio: Studio) -> None:
+    flow = names_of(EXAMPLES[0] + EXAMPLES[1], "README-1.py")["sketch"]
+    assert flow("a red fox in the snow, ink", studio.destination).startswith(studio.destination)
+    assert studio.billed == 1
+
+
+@pytest.mark.usefixtures("prefect_server")
 def test_the_flow_over_rows_runs(studio: Studio) -> None:
-    flow = names_of(EXAMPLES[1], "README-2.py")["product_pictures"]
+    flow = names_of(EXAMPLES[2], "README-2.py")["product_pictures"]
     assert flow(studio.destination) == [f"{studio.destination}/images/{name}.png" for name in ("mug", "lamp")]
 
 
