@@ -72,7 +72,8 @@ SHORTEST_PAUSE_SECONDS = 0.001
 UNKNOWN_ID_GRACE_SECONDS = 30.0
 """A prediction that is listed may be invisible right after its creation; later a 404 means that it is not ours."""
 PAGE_ROWS = 100
-MOST_PAGES = 100
+MOST_PAGES = 1_000
+"""A hundred thousand executions: so many may come after a machine's death before others settle what it had claimed."""
 READS_AT_A_TIME = 16
 REMEMBERED = 10_000
 MOST_RIVALS_ASKED = 20

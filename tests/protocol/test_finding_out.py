@@ -59,6 +59,17 @@ def test_a_list_that_is_late_is_asked_again_until_it_must_show_it() -> None:
     play(story)
 
 
+def test_an_order_is_found_below_ten_thousand_that_came_after_it() -> None:
+    async def story() -> None:
+        world = World()
+        await lost(world, A)
+        others_buy(world, C, 10_500)
+        await world.process().obtain(A)
+        world.check([A])
+
+    play(story)
+
+
 def test_of_a_list_without_an_end_nobody_can_tell(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reconcile, "MOST_PAGES", 3)
 
