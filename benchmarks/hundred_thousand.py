@@ -101,6 +101,8 @@ class Figures:
     again: Command | None = None
     audit: Command | None = None
     load: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What happened besides, told below the figures."""
 
     @property
     def commands(self) -> dict[str, Command]:
@@ -312,7 +314,7 @@ class Stage:
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.monotonic() - began
-        if process.returncode != 0:
+        if process.returncode not in (0, 1):  # 1: it says itself what is missing
             raise Trouble(
                 f"{shlex.join(words)} ended with {process.returncode}: {said.read_text()[-2_000:]}\n"
                 f"{(self.folder / 'errors.txt').read_text()[-2_000:]}"
@@ -427,7 +429,7 @@ def buy(stage: Stage, figures: Figures) -> None:
             break
     figures.seconds, figures.state = time.monotonic() - began, run["state"]["type"]
     say(f"{figures.state} after {figures.seconds:.0f} s: {run['state']['message']}")
-    if figures.state != "COMPLETED":
+    if figures.state not in ("COMPLETED", "FAILED"):  # Failed: rows without a picture, which the report names
         raise Trouble(f"the batch ended as {figures.state}: {run['state']['message']}")
     figures.api, figures.s3 = more(api, stage.api()), more(s3, stage.s3.counts())
     figures.peak_mb, figures.cpu_seconds = stage.watch.peak_mb, stage.watch.cpu_seconds
@@ -454,9 +456,6 @@ def look_at_the_report(stage: Stage, figures: Figures) -> None:
     figures.report = json.loads(stage.s3.body(f"{place}/report.json"))
     lines = stage.s3.body(f"{place}/report.jsonl")
     figures.report_bytes = len(lines)
-    states = Counter(json.loads(line)["state"] for line in lines.splitlines())
-    if states["stored"] + states["reused"] != figures.rows:
-        raise Trouble(f"the report has {dict(states)} of {figures.rows} rows")
     page = stage.folder / "index.html"
     page.write_bytes(stage.s3.body(f"{place}/index.html"))
     figures.page_mb = page.stat().st_size / 2**20
@@ -487,11 +486,12 @@ def opened(page: Path, screenshot: Path) -> dict[str, float]:
 
 def section(figures: Figures, beside: Figures | None) -> str:
     told = figures.report
+    there = told["stored"] + told["reused"]
     rows = figures.rows
     requests = sum(figures.s3.values())
-    heads = ["process", f"peak at {rows:,} rows", "CPU a picture"]
+    heads, measured = ["process", f"peak at {rows:,} rows", "CPU a row"], figures.cpu_seconds
     lines = [
-        [name, f"{peak_mb:.0f} MB", f"{figures.cpu_seconds.get(name, 0.0) * 1_000 / rows:.1f} ms"]
+        [name, f"{peak_mb:.0f} MB", f"{figures.cpu_seconds[name] * 1_000 / rows:.1f} ms" if name in measured else ""]
         for name, peak_mb in figures.peak_mb.items()
     ]
     lines += [[name, f"{one.peak_mb:.0f} MB", ""] for name, one in figures.commands.items()]
@@ -505,7 +505,7 @@ def section(figures: Figures, beside: Figures | None) -> str:
     tables = ", ".join(f"`{name}` {size:.0f} MB" for name, size in figures.tables_mb.items())
     facts = {
         "time": (f"{duration(figures.seconds)}, {rows / figures.seconds:.1f} pictures a second", ""),
-        "rows with their picture": (f"{told['stored'] + told['reused']:,} of {told['items']:,}", "all"),
+        "rows with their picture": (f"{there:,} of {told['items']:,}", "all"),
         "predictions billed": (f"{figures.billed:,}, {figures.billed_too_often:,} of them twice", f"{rows:,}, 0"),
         "S3 requests a picture": (f"{requests / rows:.2f} ({by_kind})", ""),
         "task runs": (f"{figures.task_runs:,}, with {figures.artifacts:,} artifacts", "one a chunk"),
@@ -519,6 +519,9 @@ def section(figures: Figures, beside: Figures | None) -> str:
             "",
         ),
     }
+    if there < rows:
+        kinds = {kind: count for state in told["failures_by_kind"].values() for kind, count in state.items()}
+        facts["without one"] = (", ".join(f"{count} {kind}" for kind, count in kinds.items()), "")
     if (one := figures.dry_run) is not None:
         facts["dry run"] = (f"{duration(one.seconds)} for {one.answer['items']:,} rows", "")
     if (one := figures.again) is not None:
@@ -538,10 +541,11 @@ def section(figures: Figures, beside: Figures | None) -> str:
         "its power: worker and run were killed with SIGKILL. The first run went through the whole table in the end "
         "and finished that share, by itself.",
         f"- Command: `{figures.command}`.\n- Load average (1, 5, 15 min) at the beginning: {figures.load[0]}; at the "
-        f"end: {figures.load[-1]}. The machine had other work, too: of the times the CPU a picture says more.",
+        f"end: {figures.load[-1]}. The machine had other work, too: of the times the CPU says more.",
         report.table(("what", "measured", "wanted"), [(name, *said) for name, said in facts.items()]),
         report.table(heads, lines),
         f"Of Prefect's server and of PostgreSQL it is all their processes together{_compared(figures, beside)}",
+        *figures.notes,
     )
 
 
