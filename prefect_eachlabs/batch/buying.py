@@ -93,7 +93,11 @@ class EngineBuyer:
         return self._engine.slots_past_deadline
 
     async def cost_of(self, prediction_id: str) -> float | None:
-        prediction = await self._account.ask_once(prediction_id)
+        request = await self._account.limiter.take_request(question=True)
+        try:
+            prediction = await self._account.client.get(prediction_id)
+        finally:
+            request.done()
         if prediction.status in (PredictionStatus.FAILED, PredictionStatus.CANCELLED):
             return 0.0
         return prediction.cost_usd or None
@@ -103,10 +107,11 @@ class EngineBuyer:
         return [row.cost_usd for row in rows if row.cost_usd and row.model == model]
 
     async def executions(self, offset: int, *, model: str | None = None) -> tuple[Execution, ...]:
-        executions = self._account.client.executions
-        return await self._account.limiter.asked(
-            lambda: executions(limit=EXECUTIONS_A_PAGE, offset=offset, model=model)
-        )
+        request = await self._account.limiter.take_request(question=True)
+        try:
+            return await self._account.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset, model=model)
+        finally:
+            request.done()
 
 
 class Buying:

@@ -200,8 +200,9 @@ class Account:
         except (Unanswered, NotSent, Throttled) as error:
             # Its answer may be all that was lost: only GET tells.
             logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
-        future = self.poller.watch(Prediction(id=prediction_id), slot=None)
+        self.poller.watch(Prediction(id=prediction_id), slot=None)
         self.poller.hurry(prediction_id)
+        future = self.poller.watch(Prediction(id=prediction_id), slot=None)
         with suppress(asyncio.TimeoutError):
             return await asyncio.wait_for(asyncio.shield(future), timeout=CLEAN_UP_SECONDS)
         return await self.ask_once(prediction_id)
@@ -212,14 +213,17 @@ class Account:
 
     async def _ask_to_cancel(self, prediction_id: str) -> None:
         for attempt in range(3):
+            request = await self.limiter.take_request(question=True)
             try:
-                await self.limiter.asked(lambda: self.client.cancel(prediction_id))
+                await self.client.cancel(prediction_id)
                 return
             except (Unanswered, NotSent, Throttled) as error:
                 if attempt == 2:
                     raise
                 logger.info("Cancelling prediction %s: %s", prediction_id, error)
                 await asyncio.sleep(0.5)
+            finally:
+                request.done()
 
     def clean_up(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Work that goes on although whoever began it is cancelled once more; awaited through `asyncio.shield`."""

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from prefect_eachlabs.engine.account import Account, Books, named
+from prefect_eachlabs.engine.account import Account, Books
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
@@ -70,96 +70,109 @@ class SettleReport:
         return said
 
 
-async def settle(
-    account: Account, destination: Destination, *, run_id: str, access: S3Access | None = None
-) -> SettleReport:
-    """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
+class Cleanup:
+    """Goes through a destination's records, on a schedule or when somebody asks."""
 
-    Every record is read once after each change, whatever it seems to be from outside. A small object,
-    `PREFIX/settled.json`, keeps until when that was done and what was left open, so that the next look reads what
-    has changed since, and what was open, and lists the rest.
+    def __init__(self, account: Account) -> None:
+        self._account = account
 
-    Args:
-        account: Whose predictions they are.
-        destination: Where the records are.
-        run_id: Names this run in the records it takes over.
-        access: How to get into the bucket.
+    async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
+        """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
 
-    Raises:
-        SetupError: The bucket or the key is missing or refused.
-        StoreFailed: The bucket did not answer.
-    """
-    books = account.books(destination, access)
-    ledger = books.ledger
-    memory = await _Memory.read(ledger)
-    report = SettleReport()
-    old_seconds = account.settings.claim_seconds + account.settings.deadline_seconds
-    turns = asyncio.Semaphore(AT_A_TIME)
-    began: datetime | None = None
-    suspects: list[str] = []
-    left: set[str] = set()
-    prefix = ledger.destination.key("records/")
-    async for listed in ledger.store.list(prefix):
-        began = began or listed.date
-        if listed.key.endswith(".json"):
+        Every record is read once after each change, whatever it seems to be from outside. A small object,
+        `PREFIX/settled.json`, keeps until when that was done and what was left open, so that the next look reads what
+        has changed since, and what was open, and lists the rest.
+
+        Args:
+            destination: Where the records are.
+            run_id: Names this run in the records it takes over.
+            access: How to get into the bucket.
+
+        Raises:
+            SetupError: The bucket or the key is missing or refused.
+            StoreFailed: The bucket did not answer.
+        """
+        books = self._account.books(destination, access)
+        memory = await _Memory.read(books.ledger)
+        report = SettleReport()
+        old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
+        turns = asyncio.Semaphore(AT_A_TIME)
+        left: set[str] = set()
+
+        async def one(item_id: str) -> None:
+            try:
+                async with turns:
+                    held = await books.ledger.read(item_id)
+            except StoreFailed as error:  # of this record alone: the listing was answered
+                report.pending += 1
+                report.problems[visible(item_id)] = str(error)
+                left.add(item_id)
+                return
+            if held is None or held.record.state not in UNSETTLED:
+                return
+            if held.age_seconds <= old_seconds:
+                left.add(item_id)
+                report.too_young += 1
+                report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
+                return
+            report.looked_at += 1
+            outcome, problem = await self._settle_one(books, held, run_id)
+            setattr(report, outcome, getattr(report, outcome) + 1)
+            if problem:
+                report.problems[visible(item_id)] = problem
+                left.add(item_id)
+
+        began, suspects = await self._suspects(books.ledger, memory, report)
+        await asyncio.gather(*map(one, suspects))
+        if began is not None:
+            await memory.write(books.ledger, began, left)
+        return report
+
+    async def _suspects(
+        self, ledger: Ledger, memory: _Memory, report: SettleReport
+    ) -> tuple[datetime | None, list[str]]:
+        """When this look began, by the bucket's clock, and the items whose records must be read."""
+        began: datetime | None = None
+        suspects = []
+        prefix = ledger.destination.key("records/")
+        async for listed in ledger.store.list(prefix):
+            began = began or listed.date
+            if not listed.key.endswith(".json"):
+                continue
             report.records += 1
             item_id = listed.key[len(prefix) : -len(".json")]
             looked_at = memory.looked_at
             if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
                 suspects.append(item_id)
+        return began, suspects
 
-    async def look_at(item_id: str) -> None:
+    async def _settle_one(self, books: Books, held: VersionedRecord, run_id: str) -> tuple[str, str]:
+        """The report's field to count it under, and what a person should know."""
+        item = item_of(held.record)
+        job = Job(run_id)
         try:
-            async with turns:
-                held = await ledger.read(item_id)
-        except StoreFailed as error:  # of this record alone: the listing was answered
-            report.pending += 1
-            report.problems[visible(item_id)] = str(error)
-            left.add(item_id)
-            return
-        if held is None or held.record.state not in UNSETTLED:
-            return
-        if held.age_seconds <= old_seconds:
-            left.add(item_id)
-            report.too_young += 1
-            report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
-            return
-        report.looked_at += 1
-        outcome, problem = await _settle_one(account, books, held, run_id)
-        setattr(report, outcome, getattr(report, outcome) + 1)
-        if problem:
-            report.problems[visible(item_id)] = problem
-            left.add(item_id)
-
-    await asyncio.gather(*map(look_at, suspects))
-    if began is not None:
-        await memory.write(ledger, began, left)
-    return report
-
-
-async def _settle_one(account: Account, books: Books, held: VersionedRecord, run_id: str) -> tuple[str, str]:
-    """The report's field to count it under, and what a person should know."""
-    ledger, images = books.ledger, account.image_store
-    try:
-        if held.record.state is not RecordState.CREATED:
-            options, job = PurchaseOptions(run_id=run_id), Job(run_id)
-            held = await account.purchaser.settle_only(
-                item_of(held.record), ledger, books.reconciler, held, options, job
-            )
             if held.record.state is not RecordState.CREATED:
-                return "nothing_bought", ""
-        if await images.recover(ledger, held) is not None:
-            return "stored", ""
-        prediction = named(held, books)
-        end = await account.end_within(account.poller.watch(prediction, slot=None), prediction, None)
-        done = await images.finish(ledger, held, end, fresh=False)
-        return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
-    except SetupError:
-        raise
-    except Overtaken:
-        return "pending", "Another run works on it."
-    except EachlabsError as error:
-        return ("ambiguous" if error.kind == "outcome unknown" else "pending"), str(error)
+                options = PurchaseOptions(run_id=run_id)
+                held = await self._account.purchaser.settle_only(
+                    item, books.ledger, books.reconciler, held, options, job
+                )
+                if held.record.state is not RecordState.CREATED:
+                    return "nothing_bought", ""
+            recovered = await self._account.image_store.recover(books.ledger, held)
+            if recovered is not None:
+                return "stored", ""
+            prediction = held.record.prediction()
+            assert prediction is not None, "a created record names its prediction"
+            future = self._account.poller.watch(prediction, slot=None)
+            end = await self._account.end_within(future, prediction, None)
+            done = await self._account.image_store.finish(books.ledger, held, end, fresh=False)
+            return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
+        except SetupError:
+            raise
+        except Overtaken:
+            return "pending", "Another run works on it."
+        except EachlabsError as error:
+            return ("ambiguous" if error.kind == "outcome unknown" else "pending"), str(error)
 
 
 def item_of(record: Record) -> Item:

@@ -12,9 +12,8 @@ from typing import Any
 import httpx
 
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.engine import cleanup
 from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Account, Books, StoreFor, named
-from prefect_eachlabs.engine.cleanup import SettleReport
+from prefect_eachlabs.engine.cleanup import Cleanup, SettleReport
 from prefect_eachlabs.errors import (
     BadInput,
     DownloadFailed,
@@ -526,8 +525,8 @@ class Engine:
         return await self.account.cancel(prediction_id)
 
     async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
-        """Settles what other runs have left in a bucket, and buys nothing; see `cleanup.settle`."""
-        return await cleanup.settle(self.account, destination, run_id=run_id, access=access)
+        """Settles what other runs have left in a bucket, and buys nothing; see `Cleanup.settle`."""
+        return await Cleanup(self.account).settle(destination, run_id=run_id, access=access)
 
     async def aclose(self) -> None:
         """Ends cleanly: jobs are interrupted where they may be, connections closed, leased slots given back."""

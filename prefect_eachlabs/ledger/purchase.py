@@ -651,7 +651,11 @@ class Purchaser:
         )
         current = await self._note_one_too_many(ledger, current, prediction)
         try:
-            await self._limiter.asked(lambda: self._client.cancel(prediction.id))
+            request = await self._limiter.take_request(question=True)
+            try:
+                await self._client.cancel(prediction.id)
+            finally:
+                request.done()
         except EachlabsError as error:
             logger.warning("Prediction %s could not be cancelled: %s", prediction.id, error)
         if current.record.fingerprint != item.fingerprint:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
-from functools import partial
 from typing import TypeVar
 
 from prefect_eachlabs.api.client import EachlabsClient, ExecutionsPage
@@ -520,7 +519,11 @@ class Reconciler:
         listed: dict[str, str | None] = {}
         offset = 0
         for _ in range(MOST_PAGES_OF_WEBHOOKS):
-            rows, count = await self._limiter.asked(partial(self._client.webhooks, limit=PAGE_ROWS, offset=offset))
+            request = await self._limiter.take_request(question=True)
+            try:
+                rows, count = await self._client.webhooks(limit=PAGE_ROWS, offset=offset)
+            finally:
+                request.done()
             listed.update((row.execution_id, write_id_in(row.url)) for row in rows)
             offset += count
             dates = [row.created_at for row in rows if row.created_at is not None]
