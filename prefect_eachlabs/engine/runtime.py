@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import concurrent.futures
 import logging
 import os
 import threading
@@ -90,48 +89,74 @@ class _Handed(Generic[T]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         self._loop = loop
+        self._ended = threading.Event()
+        self._listener: Callable[[], None] | None = None
+        self._lock = threading.Lock()
         self._task: asyncio.Task[T] | None = None
-        # Never cancelled itself: what is cancelled may clean up, and has ended only then.
-        self._ended = asyncio.run_coroutine_threadsafe(self._run(work), loop)
+        loop.call_soon_threadsafe(self._start, work)
 
-    async def _run(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        self._task = asyncio.ensure_future(work)
-        await asyncio.wait({self._task})
-        return self._task
+    def _start(self, work: Coroutine[Any, Any, T]) -> None:
+        self._task = self._loop.create_task(work)
+        self._task.add_done_callback(self._end)
+
+    def _end(self, _: asyncio.Task[T]) -> None:
+        with self._lock:
+            self._ended.set()
+            listener = self._listener
+        if listener is not None:
+            listener()
 
     def _cancel(self) -> None:
         if self._task is not None:
             self._task.cancel()
 
+    def _result(self) -> T:
+        assert self._task is not None
+        if self._task.cancelled():
+            raise asyncio.CancelledError
+        error = self._task.exception()
+        if error is not None:
+            # The traceback grows each time an exception object is raised; it is raised once.
+            raise error
+        return self._task.result()
+
     def wait(self, clean_up_seconds: float) -> T:
         try:
-            task = self._ended.result()
+            self._ended.wait()
         except BaseException as interrupt:
             try:
                 self._loop.call_soon_threadsafe(self._cancel)
                 if clean_up_seconds and isinstance(interrupt, KeyboardInterrupt):
                     logger.warning("Interrupted: what is in flight is being cancelled. Ctrl-C again ends it at once.")
-                _, late = concurrent.futures.wait({self._ended}, clean_up_seconds)
+                has_ended = self._ended.wait(clean_up_seconds)
             except KeyboardInterrupt as again:
                 raise CutShort from again
-            if late and isinstance(interrupt, KeyboardInterrupt):
+            if not has_ended and isinstance(interrupt, KeyboardInterrupt):
                 raise CutShort from interrupt
             raise
-        return task.result()
+        return self._result()
 
     async def wait_async(self) -> T:
-        ended = asyncio.wrap_future(self._ended)
+        here = asyncio.get_running_loop()
+        ended = asyncio.Event()
+
+        def tell() -> None:
+            # The caller's loop may be closed by now; then nobody waits.
+            if not here.is_closed():
+                here.call_soon_threadsafe(ended.set)
+
+        with self._lock:
+            self._listener = tell
+            if self._ended.is_set():
+                ended.set()
         try:
-            await asyncio.wait({ended})
+            await ended.wait()
         except asyncio.CancelledError:
             self._loop.call_soon_threadsafe(self._cancel)
-            clean_up = asyncio.ensure_future(asyncio.wait({ended}, timeout=INTERRUPTED_SECONDS))
-            try:
-                await asyncio.wait({clean_up})
-            finally:
-                ended.cancel()  # its loop may be closed by the time that the work ends
+            clean_up = asyncio.ensure_future(asyncio.wait_for(ended.wait(), INTERRUPTED_SECONDS))
+            await asyncio.wait({clean_up})
             raise
-        return ended.result().result()
+        return self._result()
 
 
 class Gateway:
