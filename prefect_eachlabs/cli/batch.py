@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import limiter_maker
+from prefect_eachlabs.cli.generate import source_of_places
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
 
@@ -142,7 +142,7 @@ def _run(
         return Interrupted(text, {**result.as_json(), **numbers})
 
     try:
-        answer = call(limiter_maker(), work, came_of)
+        answer = call(source_of_places(), work, came_of)
         return answer, batch.first_not_there if batch else ()
     finally:
         worker.close()

@@ -18,7 +18,7 @@ from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import Gateway, MakeLimiter
+    from prefect_eachlabs.engine.runtime import Gateway, MakeSource
     from prefect_eachlabs.models import Destination, Item, StoredImage
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -114,7 +114,7 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
         again = " Run the same again, and it goes on from there."
         return Interrupted(text + again, {"item_id": item.item_id, "prediction_id": next(iter(ends), None), **numbers})
 
-    image = call(limiter_maker(), work, came_of)
+    image = call(source_of_places(), work, came_of)
     # An attempt after the one that bought finds what is there, and it was bought all the same.
     return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
 
@@ -125,18 +125,18 @@ def account_gateway() -> Iterator[Gateway]:
     from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 
     try:
-        yield gateway_for(make_limiter=limiter_maker())
+        yield gateway_for(make_source=source_of_places())
     finally:
         close_gateways()
 
 
-def limiter_maker() -> MakeLimiter | None:
-    """Who counts the slots: the Prefect server's limits where one may be configured, else this machine's."""
+def source_of_places() -> MakeSource | None:
+    """Where places come from: the Prefect server's limits where one may be configured, else this machine's."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None
-    from prefect_eachlabs.limits.prefect_leases import limiter_for
+    from prefect_eachlabs.limits.prefect_leases import lot_source_for
 
-    return limiter_for
+    return lot_source_for
 
 
 def may_have_prefect_server(environ: Mapping[str, str], folder: Path) -> bool:

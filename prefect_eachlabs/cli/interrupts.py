@@ -13,7 +13,7 @@ from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.engine.runtime import CutShort, close_gateways, gateway_for
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import Gateway, MakeLimiter
+    from prefect_eachlabs.engine.runtime import Gateway, MakeSource
 
 T = TypeVar("T")
 
@@ -38,14 +38,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def call(
-    make_limiter: MakeLimiter | None,
+    make_source: MakeSource | None,
     work: Callable[[Gateway], Coroutine[Any, Any, T]],
     came_of: Callable[[Gateway], Interrupted],
 ) -> T:
     """Runs the work on the account's gateway, which is closed in the end.
 
     Args:
-        make_limiter: Who counts the account's slots.
+        make_source: Where the account's slots come from.
         work: What is to be done.
         came_of: What a Ctrl-C has come to, when what was in flight has been cleaned up.
 
@@ -57,7 +57,7 @@ def call(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     is_left = False
     try:
-        gateway = gateway_for(make_limiter=make_limiter)
+        gateway = gateway_for(make_source=make_source)
         try:
             return gateway.call(work(gateway), clean_up_seconds=CLEAN_UP_SECONDS)
         except CutShort as error:

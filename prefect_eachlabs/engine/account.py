@@ -24,7 +24,7 @@ from prefect_eachlabs.ledger.costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Reconciler
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
-from prefect_eachlabs.limits.limiter import RateLimiter
+from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
 from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.polling.poller import Poller
@@ -83,7 +83,7 @@ class Account:
     def __init__(
         self,
         settings: AccountSettings,
-        limiter: RateLimiter,
+        source: SlotSource,
         store_for: StoreFor,
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
@@ -92,7 +92,7 @@ class Account:
         way: Way | None = None,
     ) -> None:
         self.settings = settings
-        self.limiter = limiter
+        self.limiter = RateLimiter(source)
         self.client = client or EachlabsClient(settings)
         self.poller = Poller(self.client, self.limiter)
         self.webhooks = Webhooks(settings, self.poller, way)
@@ -112,6 +112,7 @@ class Account:
         self.image_store = ImageStore(
             downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
         )
+        self._source = source
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}
         self._bought: OrderedDict[str, Bought] = OrderedDict()
@@ -285,7 +286,7 @@ class Account:
         await self.references.aclose()
         await self.client.aclose()
         await self.image_store.aclose()
-        await self.limiter.close()
+        await self._source.close()
 
 
 def named(held: VersionedRecord, books: Books) -> Prediction:

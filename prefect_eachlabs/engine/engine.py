@@ -41,7 +41,7 @@ from prefect_eachlabs.ledger.records import (
     new_record,
 )
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Rules, Step
-from prefect_eachlabs.limits.limiter import RateLimiter
+from prefect_eachlabs.limits.limiter import SlotSource
 from prefect_eachlabs.models import (
     ITEM_ID_PATTERN,
     Destination,
@@ -85,7 +85,7 @@ class Engine:
 
     Args:
         settings: The account.
-        limiter: Gives out the slots of the account; closed with the engine.
+        source: Where the slots of the account come from.
         store_for: Opens the bucket of a destination.
         client: Speaks to the API; replaced in tests.
         downloader: Fetches pictures; replaced in tests.
@@ -96,7 +96,7 @@ class Engine:
     def __init__(
         self,
         settings: AccountSettings,
-        limiter: RateLimiter,
+        source: SlotSource,
         store_for: StoreFor,
         *,
         client: EachlabsClient | None = None,
@@ -105,7 +105,7 @@ class Engine:
         way: Way | None = None,
     ) -> None:
         self.settings = settings
-        self.account = Account(settings, limiter, store_for, client, downloader, outside, way=way)
+        self.account = Account(settings, source, store_for, client, downloader, outside, way=way)
         self._running: dict[_Key, Running] = {}
         self._late: dict[asyncio.Task[None], str] = {}
         """Who waits for an end past its deadline → the prediction."""

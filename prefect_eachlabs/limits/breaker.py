@@ -58,7 +58,7 @@ class CircuitBreaker:
         loop = asyncio.get_running_loop()
         refusal = self._refusal
         async with self._line:
-            while self._refusal is refusal and self._pause_seconds() > 0:
+            while self.paused and self._refusal is refusal and loop.time() < self._until:
                 self._changed.clear()
                 timer = loop.call_at(self._until, self._changed.set)
                 try:
@@ -69,10 +69,6 @@ class CircuitBreaker:
                 raise copy.copy(self._refusal)
             if self.paused:
                 self._trying, self._until = True, loop.time() + TRIAL_GIVEN_UP_AFTER_SECONDS
-
-    def _pause_seconds(self) -> float:
-        """Until somebody may try."""
-        return self._until - asyncio.get_running_loop().time() if self.paused else 0.0
 
     def passed(self) -> None:
         """The POST was not throttled (accepted, or refused for another reason): open for all."""

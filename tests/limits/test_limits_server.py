@@ -22,9 +22,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.limits import admin as limits_admin
-from prefect_eachlabs.limits.leases import Denied, Granted, Kind, LeaseGone
-from prefect_eachlabs.limits.limiter import RateLimiter
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases
+from prefect_eachlabs.limits.shared import Denied, Granted, LeaseGone, LimitMissing, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 
 pytestmark = pytest.mark.slow
@@ -100,8 +100,8 @@ async def opened(settings: AccountSettings) -> AsyncIterator[PrefectLeases]:
         await leases.close()
 
 
-def shared(settings: AccountSettings) -> RateLimiter:
-    return RateLimiter(settings, PrefectLeases(settings.account))
+def shared(settings: AccountSettings) -> SharedSlots:
+    return SharedSlots(settings, PrefectLeases(settings.account))
 
 
 async def until(happens: Callable[[], bool], within_seconds: float) -> None:
@@ -130,16 +130,19 @@ def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: 
 def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
-            assert await leases.taken(Kind.REQUESTS) == 0
-            granted = await leases.lease(Kind.REQUESTS, 3, 60)
+            assert await leases.ensure(Kind.REQUESTS, 60) == 60
+            assert await leases.ensure(Kind.REQUESTS, 30) == 60
+            granted = await leases.lease(Kind.REQUESTS, 3)
             await leases.renew(granted.lease_id)
-            assert (granted.limit, await leases.taken(Kind.REQUESTS)) == (60, 3)
+            count = await leases.count(Kind.REQUESTS)
+            assert count is not None
+            assert (count.limit, count.active_slots) == (60, 3)
             (requests, _) = await limits_admin.show(settings)
             assert requests.in_use == 3
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 58, 60)
+                await leases.lease(Kind.REQUESTS, 58)
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 61, 61)
+                await leases.lease(Kind.REQUESTS, 61)
             for lease_id in (granted.lease_id, granted.lease_id):
                 await leases.release(lease_id)
             (requests, _) = await limits_admin.show(settings)
@@ -150,12 +153,14 @@ def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) ->
     asyncio.run(story())
 
 
-def test_a_limit_nobody_made_is_made_once_and_counts_from_the_first_lease(settings: AccountSettings) -> None:
+def test_a_limit_nobody_made_grants_nothing(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
-            assert (await leases.lease(Kind.REQUESTS, 3, 60)).limit == 60
-            assert (await leases.lease(Kind.REQUESTS, 3, 30)).limit == 60
-            assert await leases.taken(Kind.REQUESTS) == 6
+            with pytest.raises(LimitMissing):
+                await leases.lease(Kind.REQUESTS, 3)
+            await leases.ensure(Kind.REQUESTS, 60)
+            with pytest.raises(LimitMissing):
+                await leases.lease(Kind.IN_FLIGHT, 1)
 
     asyncio.run(story())
 
@@ -164,19 +169,21 @@ def test_processes_that_start_at_the_same_moment_make_one_limit(settings: Accoun
     async def story() -> None:
         async def one() -> Granted:
             async with opened(settings) as leases:
-                return await leases.lease(Kind.IN_FLIGHT, 2, 10)
+                await leases.ensure(Kind.IN_FLIGHT, 10)
+                return await leases.lease(Kind.IN_FLIGHT, 2)
 
         await asyncio.gather(*(one() for _ in range(5)))
         async with opened(settings) as leases:
             with pytest.raises(Denied):
-                await leases.lease(Kind.IN_FLIGHT, 1, 10)
+                await leases.lease(Kind.IN_FLIGHT, 1)
 
     asyncio.run(story())
 
 
 def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: AccountSettings) -> None:
     async def story() -> None:
-        first, second = shared(settings), shared(settings)
+        sources = [shared(settings), shared(settings)]
+        first, second = (RateLimiter(source) for source in sources)
         taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
         waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
         more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
@@ -190,19 +197,20 @@ def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: A
         for slot in (*waiting, *more):
             slot.cancel()
         await asyncio.gather(*waiting, *more, return_exceptions=True)
-        for limiter in (first, second):
-            await limiter.close()
+        for source in sources:
+            await source.close()
 
     asyncio.run(story())
 
 
 def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSettings) -> None:
     async def story() -> None:
-        limiter = shared(settings)
+        source = shared(settings)
+        limiter = RateLimiter(source)
         taken = await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
         for slot in taken[3:]:  # their ends were seen, of cancels say
             slot.done()
-        await asyncio.wait_for(limiter.close(), 5)
+        await asyncio.wait_for(source.close(), 5)
         (_, status) = await limits_admin.show(settings)
         assert status.in_use == 3
 
@@ -216,14 +224,16 @@ def test_slots_lost_in_a_restart_are_named_and_reset(
 
     async def story() -> None:
         first, second = shared(settings), shared(settings)
-        await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(7))), 20)
+        limiter = RateLimiter(first)
+        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(7))), 20)
         server.stop()
         server.start()
         await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 40)
         await first.close()  # the account's processes have ended
         (_, status) = await limits_admin.reset(settings)
         assert status.in_use >= 7
-        await asyncio.wait_for(asyncio.gather(*(second.take_in_flight() for _ in range(10))), 20)
+        limiter = RateLimiter(second)
+        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
         await second.close()
 
     asyncio.run(story())
@@ -235,9 +245,10 @@ def test_with_the_server_stopped_who_ends_ends_and_who_waits_says_so_and_goes_on
     caplog.set_level(logging.WARNING)
 
     async def story() -> None:
-        limiter, ending = shared(settings), shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
+        source, ending = shared(settings), shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
+        limiter = RateLimiter(source)
         await asyncio.wait_for(limiter.take_in_flight(), 20)
-        (await asyncio.wait_for(ending.take_in_flight(), 20)).done()
+        (await asyncio.wait_for(RateLimiter(ending).take_in_flight(), 20)).done()
         server.stop()
         await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
         waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
@@ -245,7 +256,7 @@ def test_with_the_server_stopped_who_ends_ends_and_who_waits_says_so_and_goes_on
         assert not any(slot.done() for slot in waiting)
         server.start()
         await until(lambda: all(slot.done() for slot in waiting), 20)
-        await asyncio.wait_for(limiter.close(), 5)
+        await asyncio.wait_for(source.close(), 5)
 
     asyncio.run(story())
 
