@@ -130,12 +130,12 @@ def test_a_row_without_a_picture_fails_the_run_with_the_reasons_by_kind(studio: 
     assert ended(source, studio, fail_above=1).is_failed()
 
 
-def test_a_wrong_key_stops_the_run_at_the_first_item(studio: Studio, tmp_path: Path) -> None:
+def test_a_wrong_key_stops_the_run_with_the_orders_that_were_on_their_way(studio: Studio, tmp_path: Path) -> None:
     studio.api.set_faults("create:error,status=401")
     state = ended(table(tmp_path, foxes(50)), studio, fail_above=1_000)
     assert state.is_failed()
     assert "does not accept the key" in str(state.message)
-    assert sum(row["method"] == "POST" for row in studio.api.journal()) == 1
+    assert 1 <= sum(row["method"] == "POST" for row in studio.api.journal()) <= 10
 
 
 def test_a_missing_bucket_fails_the_run_before_anything_is_bought(studio: Studio, tmp_path: Path) -> None:

