@@ -29,7 +29,7 @@ demo-ui: $(STAMP)  ## the Prefect UI with a worker, a picture, a batch of ten an
 	@$(BIN)/prefect-eachlabs demo --ui
 
 test: $(STAMP)  ## the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 # One after the other: side by side on two cores, what they wait for comes later than they wait.
 test-all: test-slow test-ui  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import ipaddress
 import os
+import re
 import shutil
 import signal
 import socket
@@ -79,23 +80,29 @@ def pytest_unconfigure() -> None:
 # ------------------------------------------------- which process of several runs what
 
 
-@pytest.hookimpl(tryfirst=True)
+@functools.cache
+def _group_of(file: str) -> str:
+    """A file keeps to one process, and what needs the Prefect server to two: starting one takes 20 s of CPU."""
+    if not re.search(r"\bprefect_server\b", (ROOT / file).read_text(encoding="utf-8")):
+        return file
+    return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """For `--dist loadfile`; xdist's own groups are lost on pytest 9.2, which has no `_nodeid` to write them into."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class LoadGroupsOfFiles(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(super()._split_scope(nodeid))
+
+    return LoadGroupsOfFiles(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup`, a file keeps to one process, and what needs the Prefect server to two of them.
-
-    A server takes 20 s of CPU to start. What needs it takes longest, so it comes first; files keep their order.
-    """
-
-    def group_of(item: pytest.Item) -> str:
-        file = item.nodeid.partition("::")[0]
-        if "prefect_server" not in getattr(item, "fixturenames", ()):
-            return file
-        return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
-
-    groups = {item: group_of(item) for item in items}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not groups[item].startswith("server"))
+    """What needs the server takes longest, so it comes first; files keep their order."""
+    items.sort(key=lambda item: not _group_of(item.nodeid.partition("::")[0]).startswith("server"))
 
 
 # ---------------------------------------------------------------------- network
