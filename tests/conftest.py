@@ -50,7 +50,7 @@ os.environ.update(
         "PREFECT_CLI_COLORS": "false",
         "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
         # The embedded server runs its migrations first: up to 20 s on a busy machine, and the default waits 20 s.
-        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+        "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "300",
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
         "AWS_DEFAULT_REGION": "us-east-1",

@@ -42,7 +42,7 @@ def prefect_server() -> Iterator[None]:
     """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own."""
     from prefect.testing.utilities import prefect_test_harness  # two seconds that most tests need not pay
 
-    with prefect_test_harness(server_startup_timeout=120):
+    with prefect_test_harness(server_startup_timeout=300):
         yield
 
 
