@@ -39,7 +39,7 @@ test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 
 # A file keeps to one process, which has a server, workers and a browser of its own. They wait more than they work.
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
-	$(BIN)/python -m pytest -m slow tests/ui -n 3 --dist loadfile
+	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
 
 check: $(STAMP)  ## lint, format, types, who imports whom, and the workflows
 	$(BIN)/ruff check .
