@@ -69,18 +69,26 @@ def replace_environment(folder: Path) -> None:
     )
 
 
+FOLDER_REMOVALS = 5
+"""A thread that the demo leaves behind may write into the folder while it is removed."""
+
+
 @contextlib.contextmanager
 def folder_of_its_own(interrupts: Interrupts) -> Iterator[Path]:
     """A temporary folder as the working directory: Prefect reads `.env` and `prefect.toml` of the one it is in."""
     before = Path.cwd()
-    folder = Path(tempfile.mkdtemp(prefix="prefect-eachlabs-demo-"))
-    os.chdir(folder)
+    folder: Path | None = None
     try:
+        with interrupts.held_back():
+            folder = Path(tempfile.mkdtemp(prefix="prefect-eachlabs-demo-"))
+            os.chdir(folder)
         yield folder
     finally:
         with interrupts.held_back():
             os.chdir(before)
-            shutil.rmtree(folder, ignore_errors=True)
+            for _ in range(FOLDER_REMOVALS):
+                if folder is not None and folder.exists():
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def leave(status: int) -> NoReturn:

@@ -80,7 +80,7 @@ async def killed_at_the_write(studio: Studio, server: PostgreSQL, folder: Path) 
         )
 
     try:
-        for _ in range(1_200):
+        for _ in range(3_000):
             if await waits():
                 break
             assert process.is_running, process.tail()
