@@ -169,10 +169,11 @@ def batch_artifact(studio: Studio) -> str:
 def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
     ui: str, base: str, studio: Studio, batch_artifact: str, page: Any, tmp_path: Path
 ) -> None:
+    from playwright.sync_api import expect
+
     page.goto(f"{studio.stage.ui}{base}/artifacts/artifact/{batch_artifact}")
     gallery = page.locator('img[src^="data:image/webp"]')
-    gallery.first.wait_for()
-    assert gallery.count() == 5
+    expect(gallery).to_have_count(5, timeout=60_000)  # V2 draws the page once more in between
     assert gallery.first.evaluate("image => image.complete && image.naturalWidth >= 100")
     page.get_by_text("an indecent *figure*").first.wait_for()
     photograph(page, f"{ui}-batch", tmp_path)
