@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import re
+import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -208,11 +209,14 @@ def _urls_in(opened: object, turns: Iterator[int]) -> tuple[str, ...]:
     return tuple(found)
 
 
+_BLANK = re.compile(r"[\s\x00-\x1f]")
+
+
 def is_http_url(text: str) -> bool:
     """Whether the text is an absolute http(s) URL with a host and no white space."""
     if len(text) > MAX_URL_CHARACTERS or not text.lower().startswith(("http://", "https://")):
         return False
-    if any(c.isspace() or ord(c) < 32 for c in text) or has_odd_host(text):
+    if _BLANK.search(text) or has_odd_host(text):
         return False
     try:
         parts = urlsplit(text)
@@ -368,14 +372,16 @@ def parse_webhooks(rows: Iterable[object]) -> tuple[ListedWebhook, ...]:
     return tuple(listed)
 
 
-class Execution(BaseModel):
-    """One row of GET /v1/executions: every key of the organization, no input, one output at most."""
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """One row of GET /v1/executions: every key of the organization, no input, one output at most.
 
-    model_config = ConfigDict(frozen=True)
+    A walk keeps a hundred thousand of them, so they are small.
+    """
 
     id: str
-    model: str | None = None
     status: PredictionStatus
+    model: str | None = None
     status_word: str = ""
     cost_usd: float | None = None
     run_time_seconds: float | None = None
@@ -395,9 +401,9 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
             executions.append(
                 Execution(
                     id=found,
-                    model=_text(row.get("model")),
+                    model=None if (model := _text(row.get("model"))) is None else sys.intern(model),
                     status=parse_status(word),
-                    status_word=visible(str(word)[:80]) if word is not None else "",
+                    status_word=sys.intern(visible(str(word)[:80])) if word is not None else "",
                     cost_usd=_number(row.get("execution_cost")),
                     run_time_seconds=_number(row.get("run_time")),
                     created_at=parse_date(row.get("created_at")),

@@ -130,13 +130,14 @@ class History:
         """What is known of a row without asking for it, and whether that is news to the last report."""
         item = wanted.item
         if earlier is not None and earlier.outcome.fingerprint == item.fingerprint:
-            was = replace(earlier.outcome, row=wanted.line, table_row=wanted.number, labels=item.labels)
+            was = earlier.outcome
+            state: RowState | None = None
             if was.state in THERE and earlier.has_picture:
                 state = RowState.STORED if was_stored_by(was, self._budget.ours) else RowState.REUSED
-                return replace(was, state=state), False
-            failed_for_good = was.state is RowState.FAILED and was.final and not self._retry_failed
-            if failed_for_good and not earlier.has_picture:
-                return was, False
+            elif was.state is RowState.FAILED and was.final and not self._retry_failed and not earlier.has_picture:
+                state = RowState.FAILED
+            if state is not None:
+                return replace(was, row=wanted.line, table_row=wanted.number, labels=item.labels, state=state), False
         if self._budget.stopped is not None:
             return not_there(wanted, self._budget.stopped), True
         if earlier is not None and was_stored_by(earlier.outcome, self._budget.ours):

@@ -184,14 +184,14 @@ class BatchFolder:
     def _load(self, told: ListedObject, scratch: Scratch, earlier: EarlierRuns) -> None:
         bad = 0
         with self.files.open(told.key) as stream:
-            several: list[Outcome] = []
+            several: list[tuple[Outcome, bytes]] = []
             for line in stream:
                 outcome = Outcome.from_line(line)
                 if outcome is None:
                     bad += 1
                     continue
                 earlier.add(outcome)
-                several.append(outcome)
+                several.append((outcome, line))
                 if len(several) == LOADED_AT_A_TIME:
                     scratch.remember(several, told_at=told.modified_at)
                     several.clear()

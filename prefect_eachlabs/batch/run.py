@@ -479,9 +479,10 @@ class Batch:
         self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"
         self._ended_at = datetime.now(timezone.utc)
         await self.folder.worker(self.scratch.flush)
-        await self._writer.see_pictures(may_read=not self.is_interrupted)
+        is_news = self._news > 0 or not self._has_sheet
+        await self._writer.see_pictures(may_read=is_news and not self.is_interrupted)
         self.gallery = self._writer.gallery(MOST_IN_GALLERY)
-        if not self.is_interrupted and self._has_every_row and (self._news or not self._has_sheet):
+        if not self.is_interrupted and self._has_every_row and is_news:
             self._has_sheet = await self._writer.write_sheet() or self._has_sheet
         home = self._home
         await retry_while_retryable(lambda: self._writer.write_page(self.options.presigned_seconds, home=home))

@@ -115,9 +115,9 @@ class Source:
     def rows(self) -> Iterator[Wanted | BadRow]:
         """Every row, in order; reads as it goes, and blocks."""
         for number, row in enumerate(self.table.rows(), start=1):
-            read = row if isinstance(row, BadRow) else self._wanted(row)
             # Excel shows its rows' numbers, so nobody counts without them.
-            yield replace(read, number=row.line if isinstance(self.table, TypedTable) else number)
+            counted = row.line if isinstance(self.table, TypedTable) else number
+            yield replace(row, number=counted) if isinstance(row, BadRow) else self._wanted(row, counted)
 
     def fraction_read(self) -> float:
         return self.table.fraction_read()
@@ -125,7 +125,7 @@ class Source:
     def close(self) -> None:
         self.table.close()
 
-    def _wanted(self, row: Cells) -> Wanted | BadRow:
+    def _wanted(self, row: Cells, number: int) -> Wanted | BadRow:
         values = {name: value for name, value in row.values.items() if not _is_missing(value)}
         prompt = values.pop(self._prompt, None)
         item_id, image_url, model, version = (_plain(values.pop(name, None)) for name in (self._id, *KNOWN_COLUMNS))
@@ -151,10 +151,10 @@ class Source:
                 raise BadInput(f"The row is larger than {MAX_ROW_BYTES // 1024} KiB.")
         except BadInput as error:
             shown = _showable(prompt)[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
-            return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown)
+            return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown, number)
         except RecursionError:
-            return BadRow(row.line, "a value is nested too deeply")
-        return Wanted(row.line, item, item_id is not None, size_bytes=size_bytes)
+            return BadRow(row.line, "a value is nested too deeply", number=number)
+        return Wanted(row.line, item, item_id is not None, number, size_bytes)
 
     def _reference(self, image_url: Any) -> object:
         if isinstance(image_url, bytes):

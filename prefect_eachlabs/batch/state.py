@@ -55,17 +55,17 @@ class Scratch:
 
     # What earlier runs left.
 
-    def remember(self, outcomes: Iterable[Outcome], *, told_at: datetime) -> None:
-        """Rows of an earlier report of that time; a later one of the same item takes the place of the former."""
+    def remember(self, told: Iterable[tuple[Outcome, bytes]], *, told_at: datetime) -> None:
+        """Rows of an earlier report of that time and their lines; a later one of an item takes the former's place."""
         self._db.executemany(
             "INSERT OR REPLACE INTO earlier (item_id, state, bought_by, model, cost_usd, told_at, line) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 (
                     *(one.item_id, one.state.value, one.bought_by, one.model or "", one.cost_usd or None),
-                    *(told_at.timestamp(), one.to_line()),
+                    *(told_at.timestamp(), line),
                 )
-                for one in outcomes
+                for one, line in told
                 if one.item_id and one.fingerprint  # a row that was none says nothing of the item whose id it has
             ),
         )

@@ -399,6 +399,7 @@ class Reconciler:
         loop = asyncio.get_running_loop()
         rows: dict[str, Execution] = {}
         offset = 0
+        latest: datetime | None = None
         ahead: tuple[timedelta, timedelta] | None = None
         back = timedelta(seconds=oldest_seconds + WALKED_BACK_SECONDS)
         for _ in range(MOST_PAGES):
@@ -414,8 +415,10 @@ class Reconciler:
             rows.update((row.id, row) for row in page.rows)
             if page.is_last(offset):
                 return Listing(tuple(rows.values()), has_end=True, ahead_of_bucket=ahead)
-            on_page, of_all = newest(page.rows), newest(rows.values())
-            if on_page is not None and of_all is not None and on_page < of_all - back:
+            if (on_page := newest(page.rows)) is None:
+                continue
+            latest = on_page if latest is None else max(latest, on_page)
+            if on_page < latest - back:
                 return Listing(tuple(rows.values()), has_end=False, ahead_of_bucket=ahead)
         return Listing(tuple(rows.values()), is_whole=False, has_end=False, ahead_of_bucket=ahead)
 

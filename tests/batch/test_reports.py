@@ -333,6 +333,10 @@ def test_all_thumbnails_together_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
         page = shop.store.objects["p/batches/spring/index.html"].body.decode()
         assert 0 < len(thumbs_on(page)) < 30
         assert page.count("<img") == 30, "the rest shows where the page lies beside its pictures"
+        before = len(shop.store.operations)
+        await run(shop, source_of(prompts(30)), run_id="run-2")
+        asked = [key for name, key in shop.store.operations[before:] if name == "get" and "images/" in key]
+        assert not asked, "nothing is new: no picture is read for the page"
 
     virtual_time.run(story())
 
