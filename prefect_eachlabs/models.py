@@ -394,6 +394,8 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
     rows = answer.get("executions") if isinstance(answer, Mapping) else answer
     executions = []
     turns = iter(range(_MAX_VALUES))
+    # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.
+    text = functools.cache(lambda said: sys.intern(_text(said) or ""))
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
             output = _unwrap_json(row.get("output"))
@@ -401,7 +403,7 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
             executions.append(
                 Execution(
                     id=found,
-                    model=None if (model := _text(row.get("model"))) is None else sys.intern(model),
+                    model=text(model) if isinstance(model := row.get("model"), str) else _text(model),
                     status=parse_status(word),
                     status_word=sys.intern(visible(str(word)[:80])) if word is not None else "",
                     cost_usd=_number(row.get("execution_cost")),
