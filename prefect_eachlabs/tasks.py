@@ -338,7 +338,7 @@ def store_image(
     gateway = gateway_of(credentials)
     bought = gateway.engine.account.bought_here(finished.id)
     if destination is None and bought is not None:  # there, by the way in that it was bought by
-        place, access = bought.books.ledger.destination, bought.books.ledger.access
+        place, access = bought.ledger.destination, bought.ledger.access
     else:
         place, access = where(finished.destination if destination is None else destination)
     image = yield from on_the_loop(gateway, gateway.engine.store(finished, place, access=access, formats=allowed))

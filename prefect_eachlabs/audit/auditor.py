@@ -14,15 +14,15 @@ from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any, TypeVar
 
-from prefect_eachlabs.api.client import ExecutionsPage
 from prefect_eachlabs.audit.report import RECORDED, AuditReport, Kind, Named
 from prefect_eachlabs.audit.scratch import Lost, Scratch
 from prefect_eachlabs.batch.outcomes import money
 from prefect_eachlabs.batch.worker import on_disk
-from prefect_eachlabs.engine.account import Account, Books
+from prefect_eachlabs.engine.account import Account
 from prefect_eachlabs.errors import BadInput, EachlabsError, Rejected, StoreFailed, Unanswered
 from prefect_eachlabs.ledger.costs import correct_cost, lacks_cost
 from prefect_eachlabs.ledger.evidence import fit, newest
+from prefect_eachlabs.ledger.reconcile import Books
 from prefect_eachlabs.ledger.records import Record, RecordState, VersionedRecord
 from prefect_eachlabs.models import Destination, PredictionStatus
 from prefect_eachlabs.retry import retry_while_retryable
@@ -114,7 +114,12 @@ class Auditor:
                 partial(client.executions_page, limit=PAGE_ROWS, offset=offset, since=self._since, until=self._until)
             )
             if offset == 0:
-                self._begin_window(page)
+                # The window's ends by the API's clock, as its first answer tells it.
+                now = page.date or newest(page.rows) or datetime.now(timezone.utc)
+                self._api_ahead = timedelta(seconds=now.timestamp() - asyncio.get_running_loop().time())
+                self._walked_at = now
+                self._ends_at = min(self._until or now, now) + timedelta(seconds=1)  # a `Date` has whole seconds
+                self._begins_at = self._since or now - LISTED_FOR
             begins_at = self._since or EARLIEST
             rows = (row for row in page.rows if row.created_at is None or begins_at <= row.created_at <= self._ends_at)
             new = self._scratch.add_bill(rows)
@@ -133,14 +138,6 @@ class Auditor:
             return await question()
 
         return await retry_while_retryable(lambda: self._account.limiter.asked(counted))
-
-    def _begin_window(self, page: ExecutionsPage) -> None:
-        """The window's ends by the API's clock, as its first answer tells it."""
-        now = page.date or newest(page.rows) or datetime.now(timezone.utc)
-        self._api_ahead = timedelta(seconds=now.timestamp() - asyncio.get_running_loop().time())
-        self._walked_at = now
-        self._ends_at = min(self._until or now, now) + timedelta(seconds=1)  # a `Date` has whole seconds
-        self._begins_at = self._since or now - LISTED_FOR
 
     # -------------------------------------------------------------------------------------------- the records
 
@@ -286,16 +283,13 @@ class Auditor:
     async def _correct(self, books: Books, held: VersionedRecord, prediction_id: str, cost_usd: float) -> None:
         """The only change that an audit makes."""
         before = "no cost" if not held.record.cost_usd else f"${held.record.cost_usd:.6g}"
-        item_id = held.record.item_id
+        kind, said = Kind.CORRECTED, f"its record said {before}"
         try:
-            if await correct_cost(books.ledger, held, prediction_id, cost_usd) is not None:
-                self._find(
-                    Kind.CORRECTED, books, item_id, prediction_id, cost_usd=cost_usd, said=f"its record said {before}"
-                )
+            if await correct_cost(books.ledger, held, prediction_id, cost_usd) is None:
+                return
         except EachlabsError as error:
-            self._find(
-                Kind.NOT_CORRECTED, books, item_id, prediction_id, cost_usd=cost_usd, said=f"it says {before}: {error}"
-            )
+            kind, said = Kind.NOT_CORRECTED, f"it says {before}: {error}"
+        self._find(kind, books, held.record.item_id, prediction_id, cost_usd=cost_usd, said=said)
 
     async def _look_at_stray(self, books: Books, key: str, item_id: str) -> None:
         """A picture of which there is no record: it may say itself what it is."""

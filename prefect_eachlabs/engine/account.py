@@ -22,8 +22,8 @@ from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import ImageStore
 from prefect_eachlabs.ledger.costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
-from prefect_eachlabs.ledger.reconcile import Reconciler
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
+from prefect_eachlabs.ledger.reconcile import Books, Reconciler
+from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, amended
 from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
 from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
@@ -49,19 +49,11 @@ StoreFor = Callable[[Destination, "S3Access | None"], ObjectStore]
 
 
 @dataclass
-class Books:
-    """A destination's ledger, and who settles it."""
-
-    ledger: Ledger
-    reconciler: Reconciler
-
-
-@dataclass
 class Bought:
     """What this process remembers of a prediction that it bought."""
 
     at: float
-    books: Books
+    ledger: Ledger
     item_id: str
     run_id: str
 
@@ -139,10 +131,10 @@ class Account:
         now = asyncio.get_running_loop().time()
         return {prediction_id: now - bought.at for prediction_id, bought in self._bought.items()}
 
-    def remember(self, job: Job, books: Books, item_id: str) -> None:
+    def remember(self, job: Job) -> None:
         if job.prediction_id is not None and job.prediction_id not in self._bought:
             now = asyncio.get_running_loop().time()
-            self._bought[job.prediction_id] = Bought(now, books, item_id, job.run_id)
+            self._bought[job.prediction_id] = Bought(now, job.ledger, job.item.item_id, job.run_id)
             while len(self._bought) > REMEMBERED_PURCHASES:
                 self._bought.popitem(last=False)
 
@@ -186,24 +178,26 @@ class Account:
     async def _note_cost(self, row: Execution) -> bool:
         """Writes down what a picture cost that was stored before that was told; whether that is done with."""
         bought = self._bought.get(row.id)
-        held = None if bought is None else await bought.books.ledger.read(bought.item_id)
+        held = None if bought is None else await bought.ledger.read(bought.item_id)
         if bought is None or held is None or not row.cost_usd:
             return True
         if held.record.prediction_id == row.id and held.record.state is RecordState.CREATED:
             return False
-        await correct_cost(bought.books.ledger, held, row.id, row.cost_usd)
+        await correct_cost(bought.ledger, held, row.id, row.cost_usd)
         return True
 
     async def cancel(self, prediction_id: str) -> Prediction:
         """Asks the API to cancel, best effort, and returns what GET says then (it may have succeeded). Free."""
-        try:
-            await self._ask_to_cancel(prediction_id)
-        except (Unanswered, NotSent, Throttled) as error:
-            # Its answer may be all that was lost: only GET tells.
-            logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
-        self.poller.watch(Prediction(id=prediction_id), slot=None)
-        self.poller.hurry(prediction_id)
+        for pause_seconds in (0.5, 0.5, 0.0):
+            try:
+                await self.limiter.asked(lambda: self.client.cancel(prediction_id))
+                break
+            except (Unanswered, NotSent, Throttled) as error:
+                # Its answer may be all that was lost: only GET tells.
+                logger.warning("Cancelling prediction %s was not confirmed: %s", prediction_id, error)
+            await asyncio.sleep(pause_seconds)
         future = self.poller.watch(Prediction(id=prediction_id), slot=None)
+        self.poller.hurry(prediction_id)
         with suppress(asyncio.TimeoutError):
             return await asyncio.wait_for(asyncio.shield(future), timeout=CLEAN_UP_SECONDS)
         return await self.ask_once(prediction_id)
@@ -212,20 +206,6 @@ class Account:
         """What GET says now; takes a request slot."""
         return await self.limiter.asked(lambda: self.client.get(prediction_id))
 
-    async def _ask_to_cancel(self, prediction_id: str) -> None:
-        for attempt in range(3):
-            request = await self.limiter.take_request(question=True)
-            try:
-                await self.client.cancel(prediction_id)
-                return
-            except (Unanswered, NotSent, Throttled) as error:
-                if attempt == 2:
-                    raise
-                logger.info("Cancelling prediction %s: %s", prediction_id, error)
-                await asyncio.sleep(0.5)
-            finally:
-                request.done()
-
     def clean_up(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Work that goes on although whoever began it is cancelled once more; awaited through `asyncio.shield`."""
         task = asyncio.ensure_future(work)
@@ -233,14 +213,14 @@ class Account:
         task.add_done_callback(self._clean_ups.discard)
         return task
 
-    async def interrupt(self, task: asyncio.Task[Any], job: Job, books: Books, item_id: str) -> None:
+    async def interrupt(self, task: asyncio.Task[Any], job: Job) -> None:
         """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""
         await job.until_it_may_be_interrupted()
         if not task.done():
             task.cancel()
             await asyncio.wait({task})
         if job.prediction_id is not None:
-            self.remember(job, books, item_id)
+            self.remember(job)
             await self.cancel_and_note(job.prediction_id, self._bought[job.prediction_id])
 
     async def cancel_and_note(self, prediction_id: str, bought: Bought) -> None:
@@ -251,7 +231,7 @@ class Account:
         if prediction_id in self.interruptions or self._waiting[prediction_id]:
             return
         try:
-            ledger = bought.books.ledger
+            ledger = bought.ledger
             held = await ledger.read(bought.item_id)
             if (
                 held is None
@@ -287,10 +267,3 @@ class Account:
         await self.client.aclose()
         await self.image_store.aclose()
         await self._source.close()
-
-
-def named(held: VersionedRecord, books: Books) -> Prediction:
-    """The prediction that a record names, with where the record is."""
-    prediction = held.record.prediction()
-    assert prediction is not None, "a created or stored record names its prediction"
-    return prediction.model_copy(update={"destination": str(books.ledger.destination)})

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
-from prefect_eachlabs.engine.account import Account, Books
+from prefect_eachlabs.engine.account import Account
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
@@ -116,7 +116,8 @@ class Cleanup:
                 report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
                 return
             report.looked_at += 1
-            outcome, problem = await self._settle_one(books, held, run_id)
+            options = PurchaseOptions(run_id=run_id)
+            outcome, problem = await self._settle_one(Job(item_of(held.record), books, options), held)
             setattr(report, outcome, getattr(report, outcome) + 1)
             if problem:
                 report.problems[visible(item_id)] = problem
@@ -146,26 +147,20 @@ class Cleanup:
                 suspects.append(item_id)
         return began, suspects
 
-    async def _settle_one(self, books: Books, held: VersionedRecord, run_id: str) -> tuple[str, str]:
+    async def _settle_one(self, job: Job, held: VersionedRecord) -> tuple[str, str]:
         """The report's field to count it under, and what a person should know."""
-        item = item_of(held.record)
-        job = Job(run_id)
         try:
             if held.record.state is not RecordState.CREATED:
-                options = PurchaseOptions(run_id=run_id)
-                held = await self._account.purchaser.settle_only(
-                    item, books.ledger, books.reconciler, held, options, job
-                )
+                held = await self._account.purchaser.settle_only(job, held)
                 if held.record.state is not RecordState.CREATED:
                     return "nothing_bought", ""
-            recovered = await self._account.image_store.recover(books.ledger, held)
-            if recovered is not None:
+            if await self._account.image_store.recover(job.ledger, held) is not None:
                 return "stored", ""
             prediction = held.record.prediction()
             assert prediction is not None, "a created record names its prediction"
             future = self._account.poller.watch(prediction, slot=None)
             end = await self._account.end_within(future, prediction, None)
-            done = await self._account.image_store.finish(books.ledger, held, end, fresh=False)
+            done = await self._account.image_store.finish(job.ledger, held, end, fresh=False)
             return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
         except SetupError:
             raise
@@ -177,15 +172,8 @@ class Cleanup:
 
 def item_of(record: Record) -> Item:
     """The item that a record is about."""
-    return Item(
-        item_id=record.item_id,
-        model=record.model,
-        version=record.version,
-        input=record.input,
-        fingerprint=record.fingerprint,
-        labels=record.labels,
-        sample=record.sample,
-    )
+    names = ("item_id", "model", "version", "input", "fingerprint", "labels", "sample")
+    return Item(**{name: getattr(record, name) for name in names})
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ of the program and raises `SystemExit` out of whatever wrote the line: a thread 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,17 +20,11 @@ def outlive_their_readers() -> None:
     rich_console: Any = sys.modules.get("rich.console")
     if rich_console is None:
         return
-    for handler in _handlers():
+    loggers = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    for handler in itertools.chain.from_iterable(logger.handlers for logger in (logging.root, *loggers)):
         console = getattr(handler, "console", None)
         if isinstance(console, rich_console.Console):
             console.on_broken_pipe = partial(_into_nothing, console)
-
-
-def _handlers() -> Iterator[logging.Handler]:
-    yield from logging.root.handlers
-    for logger in list(logging.root.manager.loggerDict.values()):
-        if isinstance(logger, logging.Logger):
-            yield from logger.handlers
 
 
 def _into_nothing(console: Any) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
 
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Account, Books, StoreFor, named
+from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Account, StoreFor
 from prefect_eachlabs.engine.cleanup import Cleanup, SettleReport
 from prefect_eachlabs.errors import (
     BadInput,
@@ -87,9 +87,7 @@ class Engine:
         settings: The account.
         source: Where the slots of the account come from.
         store_for: Opens the bucket of a destination.
-        client: Speaks to the API; replaced in tests.
-        downloader: Fetches pictures; replaced in tests.
-        outside: Carries looks at reference pictures and their uploads; replaced in tests.
+        client, downloader, outside: Reach the API, pictures' hosts, and those of reference pictures; replaced in tests.
         way: How the vendor's calls come in; None: they do not.
     """
 
@@ -152,29 +150,26 @@ class Engine:
         Raises:
             EachlabsError: As `errors.py` draws them; each says what to do next.
         """
-        books = self.account.books(destination, access)
-        options = options.begun()
-        key = (id(books), item.item_id, item.fingerprint)
+        job = Job(item, self.account.books(destination, access), options.begun())
+        key = (id(job.books), item.item_id, item.fingerprint)
         while (running := self._running.get(key)) is not None and running.interrupted is not None:
             # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
             await running.interrupted.wait()
         if running is None or running.task.done():
-            running = self._begin(key, item, books, options)
+            running = self._begin(key, job)
         running.callers += 1
         try:
             return await asyncio.shield(running.task)
         except asyncio.CancelledError:
             # A job that is done was ended by `aclose`, or has come to its end in this very moment.
             if running.callers == 1 and not running.task.done():
-                await self._interrupt(key, running, books, item.item_id)
+                await self._interrupt(key, running)
             raise
         finally:
             running.callers -= 1
 
-    def _begin(self, key: _Key, item: Item, books: Books, options: PurchaseOptions) -> Running:
-        job = Job(options.run_id)
-        running = Running(job, asyncio.ensure_future(self._obtain(item, books, options, job)))
-        self._running[key] = running
+    def _begin(self, key: _Key, job: Job) -> Running:
+        running = self._running[key] = Running(job, asyncio.ensure_future(self._obtain(job)))
 
         def ended(_: asyncio.Task[StoredImage]) -> None:
             if running.interrupted is None:
@@ -187,7 +182,7 @@ class Engine:
         if self._running.get(key) is running:
             del self._running[key]
 
-    async def _interrupt(self, key: _Key, running: Running, books: Books, item_id: str) -> None:
+    async def _interrupt(self, key: _Key, running: Running) -> None:
         interrupted = running.interrupted = asyncio.Event()
 
         def ended(_: object) -> None:
@@ -195,35 +190,35 @@ class Engine:
             self._left_lost += running.job.is_lost and running.job.prediction_id is None
             interrupted.set()
 
-        work = self.account.clean_up(self.account.interrupt(running.task, running.job, books, item_id))
+        work = self.account.clean_up(self.account.interrupt(running.task, running.job))
         work.add_done_callback(ended)
         await asyncio.shield(work)
 
-    async def _obtain(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> StoredImage:
+    async def _obtain(self, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""
+        item, options = job.item, job.options
         allowed = options
         rules = Rules(item, options, claim_seconds=self.settings.claim_seconds)
         # A store that ignores conditions would lose the record that is there.
-        presumed_new = options.presume_new and books.ledger.is_proven
+        presumed_new = options.presume_new and job.ledger.is_proven
         while True:
-            step, held = (
-                (Step.BUY, None) if presumed_new else await self._next_step(rules, books, item.item_id, allowed)
-            )
+            held, bought = await self._ordered(job, rules, allowed, presumed_new=presumed_new)
             presumed_new = False
+            if held.record.state is RecordState.STORED:
+                if not options.rebuy_missing and await self.account.image_store.find(job.ledger, held.record) is None:
+                    raise PictureMissing(
+                        f"{held.record.uri} was stored and is gone from the bucket. Restore it, or buy it again on "
+                        "purpose (--rebuy-missing, rebuy_missing=True).",
+                        item_id=item.item_id,
+                        prediction_id=held.record.prediction_id,
+                    )
+                return stored_image(held.record, reused=True)
             try:
-                if step is Step.REUSE and held is not None and await self._is_there(books.ledger, held, options):
-                    return stored_image(held.record, reused=True)
-                if step is Step.FINISH and held is not None:
-                    recovered = await self.account.image_store.recover(books.ledger, held, formats=options.formats)
+                if not bought:
+                    recovered = await self.account.image_store.recover(job.ledger, held, formats=options.formats)
                     if recovered is not None:
                         return stored_image(recovered.record, reused=True)
-                    bought = False
-                else:
-                    held = await self._buy(item, books, held, allowed, job)
-                    bought = True
-                    if held.record.state is not RecordState.CREATED:
-                        continue
-                done, end = await self._finish(books, held, options, fresh=bought)
+                done, end = await self._finish(job, held, fresh=bought)
             except Overtaken:
                 continue
             if done.record.state is RecordState.STORED:
@@ -242,53 +237,47 @@ class Engine:
                     f"The item stands as {done.record.state.value}.", item_id=item.item_id, prediction_id=end.id
                 )
 
-    async def _next_step(
-        self, rules: Rules, books: Books, item_id: str, allowed: PurchaseOptions
-    ) -> tuple[Step, VersionedRecord | None]:
-        """What the record asks for, once it is not another run's turn any more."""
+    async def _ordered(
+        self, job: Job, rules: Rules, allowed: PurchaseOptions, *, presumed_new: bool = False
+    ) -> tuple[VersionedRecord, bool]:
+        """The record once it is created or stored, and whether that was bought just now. **Costs money.**"""
+        ledger, item_id = job.ledger, job.item.item_id
         while True:
-            held = await books.ledger.read(item_id)
-            step = rules.next_step(held, allowed)
-            if step is not Step.LOOK_AGAIN:
-                return step, held
-            await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self.settings.claim_seconds / 4))
+            held = None if presumed_new else await ledger.read(item_id)
+            step = Step.BUY if presumed_new else rules.next_step(held, allowed)
+            presumed_new = False
+            if step is Step.LOOK_AGAIN:  # it is another run's turn
+                await asyncio.sleep(min(LOOK_AGAIN_SECONDS, self.settings.claim_seconds / 4))
+                continue
+            if held is not None and (step is Step.FINISH or (step is Step.REUSE and not job.options.rebuy_missing)):
+                return held, False
+            if held is not None and step is Step.REUSE and await self.account.image_store.find(ledger, held.record):
+                return held, False
+            try:
+                held = await self.account.purchaser.buy(
+                    job,
+                    held,
+                    check_place=lambda settled: self.account.image_store.check_place(
+                        ledger, item_id, settled, job.options.formats
+                    ),
+                )
+            except Overtaken:
+                continue
+            self.account.remember(job)
+            if held.record.state is RecordState.CREATED:
+                return held, True
 
-    async def _buy(
-        self, item: Item, books: Books, held: VersionedRecord | None, allowed: PurchaseOptions, job: Job
-    ) -> VersionedRecord:
-        async def check_place(settled: VersionedRecord | None) -> None:
-            await self.account.image_store.check_place(books.ledger, item.item_id, settled, allowed.formats)
-
-        held = await self.account.purchaser.buy(
-            item, books.ledger, books.reconciler, held, allowed, job, check_place=check_place
-        )
-        self.account.remember(job, books, item.item_id)
-        return held
-
-    async def _is_there(self, ledger: Ledger, held: VersionedRecord, options: PurchaseOptions) -> bool:
-        """Whether a stored picture still is in the bucket; False: it is to be bought again, on purpose."""
-        if await self.account.image_store.find(ledger, held.record) is not None:
-            return True
-        if options.rebuy_missing:
-            return False
-        raise PictureMissing(
-            f"{held.record.uri} was stored and is gone from the bucket. Restore it, or buy it again on purpose "
-            "(--rebuy-missing, rebuy_missing=True).",
-            item_id=held.record.item_id,
-            prediction_id=held.record.prediction_id,
-        )
-
-    async def _finish(
-        self, books: Books, held: VersionedRecord, options: PurchaseOptions, *, fresh: bool
-    ) -> tuple[VersionedRecord, Prediction]:
+    async def _finish(self, job: Job, held: VersionedRecord, *, fresh: bool) -> tuple[VersionedRecord, Prediction]:
         """Waits for the record's prediction and stores it; when its deadline passes, goes on in the background."""
         prediction = held.record.prediction()
         assert prediction is not None, "a created record names its prediction"
         future = self.account.poller.watch(prediction, slot=None)
         try:
-            end = await self.account.end_within(future, prediction, options.deadline_seconds)
+            end = await self.account.end_within(future, prediction, job.options.deadline_seconds)
         except PredictionTimedOut:
-            self._keep(self._finish_late(books, held, future, options), prediction.id)
+            task = asyncio.ensure_future(self._finish_late(job, held, future))
+            self._late[task] = prediction.id
+            task.add_done_callback(self._late.pop)
             raise
         except Rejected as error:
             if error.status_code != 404:
@@ -307,40 +296,33 @@ class Engine:
                 item_id=held.record.item_id,
                 prediction_id=prediction.id,
             )
-            return await self._picture_is_gone(books, held, options, prediction, lost)
+            return await self._picture_is_gone(job, held, prediction, lost)
         try:
-            done = await self.account.image_store.finish(books.ledger, held, end, fresh=fresh, formats=options.formats)
-            return done, end
+            formats = job.options.formats
+            return await self.account.image_store.finish(job.ledger, held, end, fresh=fresh, formats=formats), end
         except DownloadFailed as error:
             if not is_gone(error) or held.age_seconds < MAY_BE_GONE_AFTER_SECONDS:
                 raise
-            return await self._picture_is_gone(books, held, options, end, error)
+            return await self._picture_is_gone(job, held, end, error)
 
     async def _picture_is_gone(
-        self, books: Books, held: VersionedRecord, options: PurchaseOptions, end: Prediction, error: EachlabsError
+        self, job: Job, held: VersionedRecord, end: Prediction, error: EachlabsError
     ) -> tuple[VersionedRecord, Prediction]:
         """Writes down that a picture cannot be had any more, when it may be bought again; else raises the error."""
-        if not options.rebuy_missing:
+        if not job.options.rebuy_missing:
             raise error
         said = RecordError(kind=PictureMissing.default_kind, message=error.message)
         gone = amended(held.record, state=RecordState.FAILED, error=said)
-        return await books.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
+        return await job.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
 
-    async def _finish_late(
-        self, books: Books, held: VersionedRecord, future: asyncio.Future[Prediction], options: PurchaseOptions
-    ) -> None:
+    async def _finish_late(self, job: Job, held: VersionedRecord, future: asyncio.Future[Prediction]) -> None:
         """It is paid for: as long as the process lives, it is stored when it ends."""
         try:
             end = await asyncio.shield(future)
-            await self.account.image_store.finish(books.ledger, held, end, fresh=False, formats=options.formats)
+            await self.account.image_store.finish(job.ledger, held, end, fresh=False, formats=job.options.formats)
             logger.info("Item %s: its prediction ended after its deadline and is stored.", held.record.item_id)
         except (EachlabsError, Overtaken) as error:
             logger.warning("Item %s: %s", held.record.item_id, error)
-
-    def _keep(self, work: Coroutine[Any, Any, None], prediction_id: str) -> None:
-        task = asyncio.ensure_future(work)
-        self._late[task] = prediction_id
-        task.add_done_callback(self._late.pop)
 
     async def create(
         self,
@@ -351,32 +333,25 @@ class Engine:
         access: S3Access | None = None,
     ) -> Prediction:
         """Buys the item's prediction, or finds the one its record names. **Costs money.**"""
-        books = self.account.books(destination, access)
-        options = options.begun()
-        job = Job(options.run_id)
-        task = asyncio.ensure_future(self._create(item, books, options, job))
+        job = Job(item, self.account.books(destination, access), options.begun())
+        rules = Rules(item, job.options, claim_seconds=self.settings.claim_seconds)
+        task = asyncio.ensure_future(self._ordered(job, rules, job.options))
         try:
-            return await asyncio.shield(task)
+            held, _ = await asyncio.shield(task)
         except asyncio.CancelledError:
-            await asyncio.shield(self.account.clean_up(self.account.interrupt(task, job, books, item.item_id)))
+            await asyncio.shield(self.account.clean_up(self.account.interrupt(task, job)))
             raise
-
-    async def _create(self, item: Item, books: Books, options: PurchaseOptions, job: Job) -> Prediction:
-        rules = Rules(item, options, claim_seconds=self.settings.claim_seconds)
-        while True:
-            step, held = await self._next_step(rules, books, item.item_id, options)
-            if step is Step.REUSE and held is not None:
-                there = await self.account.image_store.find(books.ledger, held.record) is not None
-                if there or not options.rebuy_missing:
-                    return _stored_prediction(held, books)
-            if step is Step.FINISH and held is not None:
-                return named(held, books)
-            try:
-                held = await self._buy(item, books, held, options, job)
-            except Overtaken:
-                continue
-            if held.record.state is RecordState.CREATED:
-                return named(held, books)
+        prediction = held.record.prediction()
+        assert prediction is not None, "a created or stored record names its prediction"
+        said: dict[str, Any] = {"destination": str(destination)}
+        if held.record.state is RecordState.STORED:  # as if it had just been awaited
+            said |= {
+                "status": PredictionStatus.SUCCEEDED,
+                "status_word": "stored",
+                "output_urls": (held.record.uri or "",),
+                "cost_usd": held.record.cost_usd,
+            }
+        return prediction.model_copy(update=said)
 
     async def wait(
         self, prediction: Prediction | str, *, deadline_seconds: float | None = None, run_id: str = ""
@@ -410,7 +385,7 @@ class Engine:
         except EachlabsError:
             # Nobody will store it, so its record is closed here.
             if bought is not None:
-                await self._note_end(bought.books.ledger, bought.item_id, end)
+                await self._note_end(bought.ledger, bought.item_id, end)
             elif end.destination is not None and end.item_id is not None:
                 await self._note_end(self.account.books(Destination.parse(end.destination)).ledger, end.item_id, end)
             raise
@@ -539,17 +514,6 @@ class Engine:
             late.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.account.aclose()
-
-
-def _stored_prediction(held: VersionedRecord, books: Books) -> Prediction:
-    """A prediction whose picture is in the bucket, as if it had just been awaited."""
-    stored = {
-        "status": PredictionStatus.SUCCEEDED,
-        "status_word": "stored",
-        "output_urls": (held.record.uri or "",),
-        "cost_usd": held.record.cost_usd,
-    }
-    return named(held, books).model_copy(update=stored)
 
 
 def item_id_of(prediction: Prediction) -> str:

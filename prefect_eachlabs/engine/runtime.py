@@ -13,6 +13,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
 from prefect_eachlabs.engine import consoles
@@ -89,22 +90,14 @@ class _Handed(Generic[T]):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, T]) -> None:
         self._loop = loop
-        self._ended = threading.Event()
-        self._listener: Callable[[], None] | None = None
-        self._lock = threading.Lock()
+        self._ended: Future[None] = Future()
+        self._ended.set_running_or_notify_cancel()  # whoever waits cannot cancel it
         self._task: asyncio.Task[T] | None = None
         loop.call_soon_threadsafe(self._start, work)
 
     def _start(self, work: Coroutine[Any, Any, T]) -> None:
         self._task = self._loop.create_task(work)
-        self._task.add_done_callback(self._end)
-
-    def _end(self, _: asyncio.Task[T]) -> None:
-        with self._lock:
-            self._ended.set()
-            listener = self._listener
-        if listener is not None:
-            listener()
+        self._task.add_done_callback(lambda _: self._ended.set_result(None))
 
     def _cancel(self) -> None:
         if self._task is not None:
@@ -112,49 +105,34 @@ class _Handed(Generic[T]):
 
     def _result(self) -> T:
         assert self._task is not None
-        if self._task.cancelled():
-            raise asyncio.CancelledError
-        error = self._task.exception()
-        if error is not None:
-            # The traceback grows each time an exception object is raised; it is raised once.
-            raise error
         return self._task.result()
 
     def wait(self, clean_up_seconds: float) -> T:
         try:
-            self._ended.wait()
+            self._ended.result()
         except BaseException as interrupt:
             try:
                 self._loop.call_soon_threadsafe(self._cancel)
                 if clean_up_seconds and isinstance(interrupt, KeyboardInterrupt):
                     logger.warning("Interrupted: what is in flight is being cancelled. Ctrl-C again ends it at once.")
-                has_ended = self._ended.wait(clean_up_seconds)
+                wait({self._ended}, clean_up_seconds)
             except KeyboardInterrupt as again:
                 raise CutShort from again
-            if not has_ended and isinstance(interrupt, KeyboardInterrupt):
+            if not self._ended.done() and isinstance(interrupt, KeyboardInterrupt):
                 raise CutShort from interrupt
             raise
         return self._result()
 
     async def wait_async(self) -> T:
-        here = asyncio.get_running_loop()
-        ended = asyncio.Event()
-
-        def tell() -> None:
-            # The caller's loop may be closed by now; then nobody waits.
-            if not here.is_closed():
-                here.call_soon_threadsafe(ended.set)
-
-        with self._lock:
-            self._listener = tell
-            if self._ended.is_set():
-                ended.set()
+        ended = asyncio.wrap_future(self._ended)
         try:
-            await ended.wait()
+            await asyncio.shield(ended)
         except asyncio.CancelledError:
             self._loop.call_soon_threadsafe(self._cancel)
-            clean_up = asyncio.ensure_future(asyncio.wait_for(ended.wait(), INTERRUPTED_SECONDS))
-            await asyncio.wait({clean_up})
+            try:
+                await asyncio.wait({ended}, timeout=INTERRUPTED_SECONDS)
+            finally:
+                ended.cancel()  # nobody waits any more, and the caller's loop may be closed when it ends
             raise
         return self._result()
 
@@ -178,8 +156,8 @@ class Gateway:
 
         async def make() -> tuple[Engine, SlotSource]:
             source = make_source(settings)
-            engine = Engine(settings, source, store_for or open_store, downloader=downloader, way=way_in(settings))
-            return engine, source
+            store = store_for or (lambda destination, access: S3Store(destination.bucket, access))
+            return Engine(settings, source, store, downloader=downloader, way=way_in(settings)), source
 
         self.engine, self._source = thread.call(make())
 
@@ -225,11 +203,6 @@ def way_in(settings: AccountSettings) -> Way | None:
         "PREFECT_API_URL to hear of them from `prefect-eachlabs webhooks serve`. Ends are asked for."
     )
     return None
-
-
-def open_store(destination: Destination, access: S3Access | None) -> ObjectStore:
-    """The destination's bucket through boto3."""
-    return S3Store(destination.bucket, access)
 
 
 class _Process:

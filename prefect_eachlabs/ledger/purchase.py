@@ -20,7 +20,7 @@ from datetime import datetime, timedelta, timezone
 
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.api.references import Prepared, References, prepare_input, recorded
+from prefect_eachlabs.api.references import References, prepare_input, recorded
 from prefect_eachlabs.api.waking import asleep_seconds
 from prefect_eachlabs.errors import (
     EachlabsError,
@@ -31,13 +31,12 @@ from prefect_eachlabs.errors import (
     OutcomeUnknown,
     Rejected,
     SetupError,
-    Skipped,
     StoreFailed,
     Throttled,
 )
 from prefect_eachlabs.ledger.adoption import marker_key, order_of, take_adoption_marker
 from prefect_eachlabs.ledger.evidence import Span
-from prefect_eachlabs.ledger.reconcile import Reconciler, Settled, nobody_can_tell
+from prefect_eachlabs.ledger.reconcile import Books, Settled, nobody_can_tell
 from prefect_eachlabs.ledger.records import (
     Intent,
     Ledger,
@@ -50,7 +49,7 @@ from prefect_eachlabs.ledger.records import (
     amended,
     new_record,
 )
-from prefect_eachlabs.ledger.rules import Budget, PurchaseOptions
+from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Callback, Item, Prediction
 from prefect_eachlabs.polling.poller import Poller
@@ -97,23 +96,33 @@ class _Posted:
 
 @dataclass
 class Job:
-    """One item's way through the gateway: what it holds, and whether it may be interrupted right now."""
+    """One item's way through the gateway: what is wanted and allowed, what it holds, and whether it may be interrupted
+    right now.
+    """
 
-    run_id: str
+    item: Item
+    books: Books
+    options: PurchaseOptions
     slot: Slot | None = None
     """The slot in flight it holds; None before, and after the watcher has taken it over."""
     prediction_id: str | None = None
     """What this job has bought (or adopted), once it is known."""
     is_lost: bool = False
     """Its order got no answer, and what it has bought is not settled yet."""
-    budget: Budget | None = None
-    """Told of every order of this job, whatever becomes of it."""
     may_be_interrupted: asyncio.Event = field(default_factory=asyncio.Event)
     _lent: Slot | None = None
     _lent_until: asyncio.TimerHandle | None = None
 
     def __post_init__(self) -> None:
         self.may_be_interrupted.set()
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.books.ledger
+
+    @property
+    def run_id(self) -> str:
+        return self.options.run_id
 
     @contextmanager
     def critical(self) -> Iterator[None]:
@@ -130,9 +139,10 @@ class Job:
             # Between the event and this task's turn the next critical section may have begun.
             await self.may_be_interrupted.wait()
 
-    def ordered(self, item: Item, prediction_id: str | None) -> None:
-        if self.budget is not None:
-            self.budget.ordered(item, prediction_id)
+    def ordered(self, prediction_id: str | None) -> None:
+        """Tells the budget, whatever becomes of the order."""
+        if self.options.budget is not None:
+            self.options.budget.ordered(self.item, prediction_id)
 
     def give_back_slot(self) -> None:
         if self.slot is not None:
@@ -191,24 +201,16 @@ class Purchaser:
 
     async def buy(
         self,
-        item: Item,
-        ledger: Ledger,
-        reconciler: Reconciler,
-        replacing: VersionedRecord | None,
-        options: PurchaseOptions,
         job: Job,
+        replacing: VersionedRecord | None,
         *,
         check_place: Callable[[VersionedRecord | None], Awaitable[None]],
     ) -> VersionedRecord:
-        """Buys the item under its record and returns the record that names a prediction. **Costs money.**
+        """Buys the job's item under its record and returns the record that names a prediction. **Costs money.**
 
         Args:
-            item: What is wanted.
-            ledger: Where its record is.
-            reconciler: Finds out about lost answers there.
+            job: What is wanted, where its record is and what may be done; not to be interrupted in between.
             replacing: The record that this purchase replaces, just read; None: there is none.
-            options: What may be done.
-            job: Whose slot in flight it is, and who may not interrupt the purchase.
             check_place: Looks, before anything is ordered, at where the picture goes; raises ItemConflict.
 
         Raises:
@@ -216,95 +218,63 @@ class Purchaser:
             NotSent, Throttled, InsufficientBalance, Rejected, StoreFailed, SetupError: Nothing was bought.
             OutcomeUnknown: Nobody can tell whether it was bought; it stands as ambiguous and is not repeated.
         """
-        record = self._first_claim(item, replacing, options)
-        job.budget = options.budget
+        record = self._first_claim(job, replacing)
+        place_is_checked = False
         await self._webhooks.open()
         try:
             if replacing is not None and replacing.record.may_have_bought_unseen:
-                replacing, record = await self._settle_what_is_there(item, ledger, reconciler, replacing, options, job)
-            if record.state is not RecordState.CREATED:
-                try:
-                    await check_place(replacing)
-                except EachlabsError:
-                    await self._give_back_settled(ledger, replacing, record)
-                    raise
+                replacing, record = await self._settle_what_is_there(job, replacing)
             while record.state is not RecordState.CREATED:
                 record = amended(record, intent=Intent.POST, unsettled_since=None, ordered_by=None, error=None)
                 try:
-                    prepared = await prepare_input(
-                        self._catalogue,
-                        self._references,
-                        item,
-                        ledger.destination,
-                        ledger.access,
-                        anywhere=options.any_reference,
-                    )
-                    await self._client.check_api(self._limiter)
-                    request = await self._take_approved_slots(item, options, job)
-                    sent = await self._sent(prepared, request)
+                    if not place_is_checked:
+                        await check_place(replacing)
+                        place_is_checked = True
+                    sent, request = await self._input_and_slots(job)
                 except EachlabsError:
-                    await self._give_back_settled(ledger, replacing, record)
+                    await self._give_back_settled(job, replacing, record)
                     raise
                 with job.critical():
-                    posted = await self._claim_and_post(sent, ledger, record, replacing, request, job)
+                    posted = await self._claim_and_post(job, sent, record, replacing, request)
                 if posted.lost is not None:
-                    settled = await self._after_a_lost_answer(item, ledger, reconciler, posted, options, job)
+                    settled = await self._after_a_lost_answer(job, posted.held, posted.lost)
                     replacing = settled.held
                     if replacing.record.state is RecordState.CREATED:
                         break
-                    record = await self._may_order_again(ledger, settled, options)
+                    record = await self._may_order_again(job, settled)
                 elif posted.is_unused:
                     replacing = posted.held  # throttled, or without slots
                 elif (
                     posted.held.record.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS)
-                    or posted.held.record.fingerprint != item.fingerprint
+                    or posted.held.record.fingerprint != job.item.fingerprint
                 ):
                     # Ours was found by another, and a further order or another input stands there since: look again.
                     raise Overtaken(posted.held)
                 else:
                     created = posted.held.record
                     if created.possible_loss is not None and created.prediction_id is not None:
-                        reconciler.prove(item.item_id, created.prediction_id)
+                        job.books.reconciler.prove(job.item.item_id, created.prediction_id)
                     return posted.held
             assert replacing is not None
-            self._adopt(item, replacing, job)
+            self._adopt(job, replacing)
             return replacing
         finally:
             job.give_back_slot()
 
-    async def _settle_what_is_there(
-        self,
-        item: Item,
-        ledger: Ledger,
-        reconciler: Reconciler,
-        held: VersionedRecord,
-        options: PurchaseOptions,
-        job: Job,
-    ) -> tuple[VersionedRecord, Record]:
+    async def _settle_what_is_there(self, job: Job, held: VersionedRecord) -> tuple[VersionedRecord, Record]:
         """What an earlier order has come to, and the record that may be written next: created, or a claim."""
-        word = _may_be_overruled(held, options)
-        if held.record.fingerprint == item.fingerprint:
-            claim = self._first_claim(item, held, options)
-            settled = await self._settle(ledger, reconciler, held, claim, job, abandoned=True)
-            return settled.held, await self._may_order_again(ledger, settled, options, word=word)
+        is_same = held.record.fingerprint == job.item.fingerprint
+        word = _may_be_overruled(held, job.options)
         # What is replaced may have bought as well: that stays on the books.
-        claim = amended(held.record, run_id=options.run_id, epoch=held.record.epoch + 1)
-        settled = await self._settle(ledger, reconciler, held, claim, job, abandoned=True)
-        old = await self._may_order_again(ledger, settled, options, word=word)
-        record = self._first_claim(item, settled.held, options)
-        record.statements = old.statements
-        record.replaced_runs = _replaced_runs(held.record)
-        return settled.held, record
+        other = amended(held.record, run_id=job.run_id, epoch=held.record.epoch + 1)
+        settled = await self._settle(job, held, self._first_claim(job, held) if is_same else other, abandoned=True)
+        record = await self._may_order_again(job, settled, word=word)
+        if is_same:
+            return settled.held, record
+        first = self._first_claim(job, settled.held)
+        return settled.held, amended(first, statements=record.statements, replaced_runs=_replaced_runs(held.record))
 
-    async def settle_only(
-        self,
-        item: Item,
-        ledger: Ledger,
-        reconciler: Reconciler,
-        held: VersionedRecord,
-        options: PurchaseOptions,
-        job: Job,
-    ) -> VersionedRecord:
+    async def settle_only(self, job: Job, held: VersionedRecord) -> VersionedRecord:
         """What a dead claim has bought, without buying: a created record, or an idle claim. Costs requests alone.
 
         Raises:
@@ -313,12 +283,11 @@ class Purchaser:
         """
         if not held.record.may_have_bought_unseen:
             return held
-        record = self._first_claim(item, held, options)
-        settled = await self._settle(ledger, reconciler, held, record, job, abandoned=True)
+        settled = await self._settle(job, held, self._first_claim(job, held), abandoned=True)
         if settled.held.record.state is RecordState.CREATED:
             return settled.held
-        idle = await self._may_order_again(ledger, settled, options)
-        return await ledger.write(amended(idle, intent=Intent.IDLE, unsettled_since=None), replacing=settled.held)
+        idle = amended(await self._may_order_again(job, settled), intent=Intent.IDLE, unsettled_since=None)
+        return await job.ledger.write(idle, replacing=settled.held)
 
     async def _take_slots(self, job: Job) -> Slot:
         """A slot in flight, which the job keeps, and then one for the request."""
@@ -339,44 +308,47 @@ class Purchaser:
             # The account was throttled while we waited for the slot: only a trial may post now.
             request.unused()
 
-    async def _take_approved_slots(self, item: Item, options: PurchaseOptions, job: Job) -> Slot:
-        """Both slots, when whoever holds the budget agrees before they are waited for and still does afterwards."""
-        if options.budget is None:
-            return await self._take_slots(job)
-        await options.budget.approve(item)
+    async def _input_and_slots(self, job: Job) -> tuple[Item, Slot]:
+        """The item as it is sent now, with fresh URLs of its reference pictures, and the slot for that request.
+
+        Whoever holds the budget agrees before the slots are waited for and once more afterwards.
+        """
+        ledger, budget = job.ledger, job.options.budget
+        prepared = await prepare_input(
+            self._catalogue,
+            self._references,
+            job.item,
+            ledger.destination,
+            ledger.access,
+            anywhere=job.options.any_reference,
+        )
+        await self._client.check_api(self._limiter)
+        if budget is not None:
+            await budget.approve(job.item)
         request = await self._take_slots(job)
         try:
-            options.budget.check(item)
-        except Skipped:
-            request.unused()
-            self._limiter.breaker.left()
-            raise
-        return request
-
-    async def _sent(self, prepared: Prepared, request: Slot) -> Item:
-        """The item as it is sent now, with fresh URLs of its reference pictures."""
-        try:
-            return await prepared()
+            if budget is not None:
+                budget.check(job.item)
+            return await prepared(), request
         except BaseException:
             request.unused()
             self._limiter.breaker.left()
             raise
 
-    async def _give_back_settled(self, ledger: Ledger, held: VersionedRecord | None, record: Record) -> None:
+    async def _give_back_settled(self, job: Job, held: VersionedRecord | None, record: Record) -> None:
         """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
         if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == record.run_id:
             free = record if record.fingerprint == held.record.fingerprint else held.record
             with suppress(Overtaken, StoreFailed):
-                await ledger.write(amended(free, intent=Intent.IDLE, unsettled_since=None), replacing=held)
+                await job.ledger.write(amended(free, intent=Intent.IDLE, unsettled_since=None), replacing=held)
 
-    def _first_claim(self, item: Item, replacing: VersionedRecord | None, options: PurchaseOptions) -> Record:
-        record = new_record(item, run_id=options.run_id)
-        if options.formats is not None:
-            record.formats = list(options.formats)
+    def _first_claim(self, job: Job, replacing: VersionedRecord | None) -> Record:
+        record = new_record(job.item, run_id=job.run_id)
+        record.formats = list(job.options.formats or ())
         if replacing is None:
             return record
         old = replacing.record
-        is_same = old.fingerprint == item.fingerprint
+        is_same = old.fingerprint == job.item.fingerprint
         if is_same and old.state in (RecordState.CLAIMED, RecordState.AMBIGUOUS):
             # The purchase that was begun goes on.
             record.orders_without_trace = old.orders_without_trace
@@ -400,9 +372,9 @@ class Purchaser:
         )
 
     async def _claim_and_post(
-        self, item: Item, ledger: Ledger, record: Record, replacing: VersionedRecord | None, request: Slot, job: Job
+        self, job: Job, item: Item, record: Record, replacing: VersionedRecord | None, request: Slot
     ) -> _Posted:
-        posted = False
+        ledger, posted = job.ledger, False
         try:
             record = amended(record, sent_input=recorded(item))
             earlier = record.ordered_as[-MOST_ORDERS_NAMED:]
@@ -432,10 +404,14 @@ class Purchaser:
                 request.unused()
                 self._limiter.breaker.left()
         try:
-            prediction = await self._post(item, request, job, callback)
+            prediction = await self._post(job, item, request, callback)
         except Throttled as error:
             claim = await self._give_back(ledger, claim)
-            self._fail_without_balance(error)
+            breaker = self._limiter.breaker
+            if isinstance(error, InsufficientBalance) and breaker.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE:
+                # 402 that stays is not waited for, by nobody: somebody must top up.
+                breaker.refuse(error)
+                raise
             return _Posted(claim, is_unused=True)
         except (NotSent, SetupError):
             await self._give_back(ledger, claim)
@@ -445,18 +421,19 @@ class Purchaser:
                 await self._give_back(ledger, claim)  # the set-up is wrong, not the item
                 raise
             error = await self._explained(item, error)
-            await self._note_refusal(ledger, claim, error)
+            said = RecordError(kind=error.kind, message=error.message, code=error.code)
+            await self._note(ledger, claim, amended(claim.record, state=RecordState.FAILED, intent=None, error=said))
             raise error from None
         except OutcomeUnknown as error:
             return _Posted(claim, error)
         self._webhooks.bought([name], prediction)
-        return await self._note_created(item, ledger, claim, prediction, claim_sent_at)
+        return await self._note_created(job, claim, prediction, claim_sent_at)
 
     def _now(self) -> float:
         """The loop's time, and what it does not know of because the machine was asleep."""
         return asyncio.get_running_loop().time() + asleep_seconds()
 
-    async def _post(self, item: Item, request: Slot, job: Job, callback: Callback | None) -> Prediction:
+    async def _post(self, job: Job, item: Item, request: Slot, callback: Callback | None) -> Prediction:
         """One POST in its slots; the gate learns how it went, the watcher takes over what was created."""
         breaker = self._limiter.breaker
         try:
@@ -473,17 +450,14 @@ class Purchaser:
             request.done()
             breaker.passed()
             if isinstance(error, OutcomeUnknown):
-                job.ordered(item, None)
+                job.ordered(None)
             raise
-        except asyncio.CancelledError:
+        except BaseException as error:
             request.done()
             breaker.left()
-            job.ordered(item, None)
-            raise
-        except Exception as error:
-            request.done()
-            breaker.left()
-            job.ordered(item, None)
+            job.ordered(None)
+            if not isinstance(error, Exception):  # a cancel
+                raise
             raise OutcomeUnknown(
                 f"The order ended in an unexpected {type(error).__name__}: it may have been billed.",
                 item_id=item.item_id,
@@ -491,24 +465,17 @@ class Purchaser:
         request.done()
         breaker.passed()
         job.prediction_id = prediction.id
-        job.ordered(item, prediction.id)
+        job.ordered(prediction.id)
         slot, job.slot = job.slot, None
         self._poller.watch(prediction, slot=slot)
         return prediction
 
-    def _fail_without_balance(self, error: Throttled) -> None:
-        """402 that stays is not waited for, by nobody: somebody must top up."""
-        breaker = self._limiter.breaker
-        if isinstance(error, InsufficientBalance) and breaker.consecutive_throttles >= REFUSALS_FOR_WANT_OF_BALANCE:
-            breaker.refuse(error)
-            raise error
-
-    def _adopt(self, item: Item, found: VersionedRecord, job: Job) -> None:
+    def _adopt(self, job: Job, found: VersionedRecord) -> None:
         """What settling found is in flight, perhaps: the slot that its POST took is its own, if it is still ours."""
         prediction = found.record.prediction()
         if prediction is not None:
             if found.record.bought_by == job.run_id:
-                job.ordered(item, prediction.id)
+                job.ordered(prediction.id)
             job.prediction_id = prediction.id
             self._poller.watch(prediction, slot=job.slot_of_what_was_found())
             self._webhooks.bought(found.record.ordered_as, prediction)
@@ -538,18 +505,18 @@ class Purchaser:
             code=refusal.code,
         )
 
-    async def _note_refusal(self, ledger: Ledger, claim: VersionedRecord, error: Rejected) -> None:
-        said = RecordError(kind=error.kind, message=error.message, code=error.code)
+    async def _note(self, ledger: Ledger, held: VersionedRecord, end: Record) -> None:
+        """Writes down how a purchase has ended that created nothing, as far as is known. Best effort."""
         try:
-            refused = amended(claim.record, state=RecordState.FAILED, intent=None, error=said)
-            await ledger.write(refused, replacing=claim)
+            await ledger.write(end, replacing=held)
         except (Overtaken, StoreFailed, SetupError):
-            logger.warning("Item %s: the API's refusal could not be written down.", claim.record.item_id)
+            logger.warning("Item %s: it could not be noted as %s.", end.item_id, end.state.value)
 
     async def _note_created(
-        self, item: Item, ledger: Ledger, claim: VersionedRecord, prediction: Prediction, claim_sent_at: float
+        self, job: Job, claim: VersionedRecord, prediction: Prediction, claim_sent_at: float
     ) -> _Posted:
         """Writes the prediction's id down, as long as the process lives; it is paid for."""
+        item, ledger = job.item, job.ledger
         dead_at = claim_sent_at + self._settings.claim_seconds
         safe_until = dead_at - self._settings.freeze_margin_seconds
         base: VersionedRecord | None = claim
@@ -561,14 +528,14 @@ class Purchaser:
             if not marked and self._now() > safe_until:
                 # The claim may be dead by now, and whoever settles for another item with the same input may adopt
                 # this prediction: so it is adopted first, which is exclusive.
-                if (lost := await self._adopted_by_another(item, ledger, claim, prediction)) is not None:
+                if (lost := await self._adopted_by_another(ledger, claim, prediction)) is not None:
                     return lost
                 marked = True
             written = await ledger.write(created, replacing=base)
             if not marked and self._now() > dead_at:
                 base = written
                 # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
-                if (lost := await self._adopted_by_another(item, ledger, written, prediction)) is not None:
+                if (lost := await self._adopted_by_another(ledger, written, prediction)) is not None:
                     return lost
             return _Posted(written)
 
@@ -602,14 +569,15 @@ class Purchaser:
                     return _Posted(await self._one_too_many(item, ledger, current, prediction))
 
     async def _adopted_by_another(
-        self, item: Item, ledger: Ledger, held: VersionedRecord, prediction: Prediction
+        self, ledger: Ledger, held: VersionedRecord, prediction: Prediction
     ) -> _Posted | None:
         """Makes sure that no other item has adopted our prediction; if one has, our order counts as lost.
 
         What the other's own order bought, if anything, is ours to find.
         """
-        holder = await take_adoption_marker(ledger, prediction.id, item.item_id)
-        if holder == item.item_id:
+        item_id = held.record.item_id
+        holder = await take_adoption_marker(ledger, prediction.id, item_id)
+        if holder == item_id:
             return None
         marker = await ledger.store.get(marker_key(ledger, prediction.id))
         claim = amended(
@@ -623,7 +591,7 @@ class Purchaser:
         held = await ledger.write(claim, replacing=held)
         error = OutcomeUnknown(
             f"Prediction {prediction.id} came late and was adopted by item {holder}, which has the same input.",
-            item_id=item.item_id,
+            item_id=item_id,
         )
         return _Posted(held, error)
 
@@ -651,11 +619,7 @@ class Purchaser:
         )
         current = await self._note_one_too_many(ledger, current, prediction)
         try:
-            request = await self._limiter.take_request(question=True)
-            try:
-                await self._client.cancel(prediction.id)
-            finally:
-                request.done()
+            await self._limiter.asked(lambda: self._client.cancel(prediction.id))
         except EachlabsError as error:
             logger.warning("Prediction %s could not be cancelled: %s", prediction.id, error)
         if current.record.fingerprint != item.fingerprint:
@@ -684,17 +648,9 @@ class Purchaser:
                     return overtaken.current or current
                 current = overtaken.current
 
-    async def _after_a_lost_answer(
-        self,
-        item: Item,
-        ledger: Ledger,
-        reconciler: Reconciler,
-        posted: _Posted,
-        options: PurchaseOptions,
-        job: Job,
-    ) -> Settled:
+    async def _after_a_lost_answer(self, job: Job, claim: VersionedRecord, lost: OutcomeUnknown) -> Settled:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""
-        assert posted.lost is not None
+        item, ledger = job.item, job.ledger
         job.is_lost = True
         job.lend_slot(self._poller.likely_seconds(item.model) or LOST_SLOT_SECONDS)
         held = await until_it_succeeds(
@@ -702,18 +658,18 @@ class Purchaser:
             errors=(StoreFailed,),
             what=f"Item {item.item_id}: its record cannot be read",
         )
-        if held is None or held.etag != posted.held.etag:
+        if held is None or held.etag != claim.etag:
             # Our claim was dead, and somebody else's may be live: that one decides.
             raise Overtaken(held)
-        logger.warning("Item %s: %s", item.item_id, posted.lost.message)
+        logger.warning("Item %s: %s", item.item_id, lost.message)
         for name in held.record.ordered_as:
             self._lost[name] = ledger, item.item_id
         while len(self._lost) > MOST_LOST_REMEMBERED:
             self._lost.popitem(last=False)
-        if options.on_ambiguous == "fail":
-            await self._note_ambiguous(ledger, held, held.record, posted.lost)
-            raise posted.lost
-        settled = await self._settle(ledger, reconciler, held, held.record, job, abandoned=False)
+        if job.options.on_ambiguous == "fail":
+            await self._note_ambiguous(ledger, held, held.record, lost)
+            raise lost
+        settled = await self._settle(job, held, held.record, abandoned=False)
         job.is_lost = False
         return settled
 
@@ -747,9 +703,7 @@ class Purchaser:
         except EachlabsError as error:
             logger.warning("Item %s: a late prediction could not be noted (%s).", item_id, error)
 
-    async def _may_order_again(
-        self, ledger: Ledger, settled: Settled, options: PurchaseOptions, *, word: bool = False
-    ) -> Record:
+    async def _may_order_again(self, job: Job, settled: Settled, *, word: bool = False) -> Record:
         """The record of the one further order that may follow when settling has found nothing.
 
         Args:
@@ -761,7 +715,7 @@ class Purchaser:
         held, record, doubt = settled.held, settled.held.record, settled.doubt
         if record.state is RecordState.CREATED:
             return record
-        if doubt is None and options.on_ambiguous == "fail":
+        if doubt is None and job.options.on_ambiguous == "fail":
             doubt = OutcomeUnknown(
                 "An earlier order of this item got no answer, and no trace of it was found: it was probably not "
                 "billed. It is not repeated (on_ambiguous=fail); run it with on_ambiguous=settle to buy it.",
@@ -771,11 +725,16 @@ class Purchaser:
             count = min(record.orders_without_trace, MOST_ORDERS_WITHOUT_TRACE) + 1
             record = amended(record, orders_without_trace=count)
             if count <= MOST_ORDERS_WITHOUT_TRACE:
-                return amended(record, possible_loss=_possible_loss(record)) if settled.unproven else record
+                if not settled.unproven:
+                    return record
+                since = f" of {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC" if record.unsettled_since else ""
+                loss = f"The order{since} got no answer, and the API's list of executions was empty: it may have been "
+                loss += "billed. It was not, if the prediction that was bought after it is listed."
+                return amended(record, possible_loss=loss)
             doubt = nobody_can_tell(record, f"{count} orders of this item got no answer and left no trace")
         if word:
             said = Statement(
-                run_id=options.run_id,
+                run_id=job.run_id,
                 said_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
                 unsettled_since=record.unsettled_since,
                 unsettled=doubt.message,
@@ -784,7 +743,7 @@ class Purchaser:
             return amended(
                 record, orders_without_trace=MOST_ORDERS_WITHOUT_TRACE, statements=[*record.statements, said]
             )
-        await self._note_ambiguous(ledger, held, record, doubt)
+        await self._note_ambiguous(job.ledger, held, record, doubt)
         raise doubt
 
     async def _note_ambiguous(
@@ -793,21 +752,9 @@ class Purchaser:
         since = record.unsettled_since or held.modified_at
         said = RecordError(kind=error.kind, message=error.message)
         note = amended(record, state=RecordState.AMBIGUOUS, intent=None, unsettled_since=since, error=said)
-        try:
-            await ledger.write(note, replacing=held)
-        except (Overtaken, StoreFailed):
-            logger.warning("Item %s: it could not be noted as ambiguous; its claim says the same.", record.item_id)
+        await self._note(ledger, held, note)
 
-    async def _settle(
-        self,
-        ledger: Ledger,
-        reconciler: Reconciler,
-        held: VersionedRecord,
-        record: Record,
-        job: Job,
-        *,
-        abandoned: bool,
-    ) -> Settled:
+    async def _settle(self, job: Job, held: VersionedRecord, record: Record, *, abandoned: bool) -> Settled:
         """Takes the claim for settling and finds out: a created record, or our claim, under which nothing was bought.
 
         Args:
@@ -835,9 +782,9 @@ class Purchaser:
             ordered_by=None if held.record.bought_by == record.run_id else held.record.bought_by,
         )
         with job.critical():
-            mine = await ledger.write(settling, replacing=held)
+            mine = await job.ledger.write(settling, replacing=held)
         age_seconds = (held.read_at - since).total_seconds()
-        return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at, age_seconds=age_seconds)
+        return await job.books.reconciler.settle(mine, span=span, conclusive_at=conclusive_at, age_seconds=age_seconds)
 
 
 def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
@@ -857,11 +804,3 @@ def _replaced_runs(old: Record) -> list[str]:
     if not old.may_have_bought or not old.bought_by or old.bought_by in old.replaced_runs:
         return old.replaced_runs
     return [*old.replaced_runs, old.bought_by][-MOST_REPLACED_RUNS:]
-
-
-def _possible_loss(record: Record) -> str:
-    since = f" of {record.unsettled_since:%Y-%m-%d %H:%M:%S} UTC" if record.unsettled_since else ""
-    return (
-        f"The order{since} got no answer, and the API's list of executions was empty: it may have been billed. "
-        "It was not, if the prediction that was bought after it is listed."
-    )

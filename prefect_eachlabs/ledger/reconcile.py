@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import TypeVar
 
 from prefect_eachlabs.api.client import EachlabsClient, ExecutionsPage
@@ -274,25 +275,18 @@ class Reconciler:
             except (Unanswered, NotSent, Throttled, StoreFailed) as error:
                 logger.warning("Settling is held up (%s); trying on.", error)
                 pause_seconds = min(2 * pause_seconds, 30.0)
-                self._put_off(loop.time() + pause_seconds, error)
+                overdue = [entry for entry in self._waiting if loop.time() > entry.given_up_at]
+                self._doubt_all(overdue, f"what must be asked gets no answer ({error.message})", error)
+                for entry in self._waiting:
+                    entry.look_at = max(entry.look_at, loop.time() + pause_seconds)
             except (Rejected, KeyRefused) as error:
                 self._doubt_all(self._waiting, "the API has no listing of executions", error)
             except SetupError as error:
                 for entry in list(self._waiting):
                     self._end(entry, error)
-            except asyncio.CancelledError:
-                raise
             except Exception as error:
                 logger.exception("Settling failed.")
                 self._doubt_all(self._waiting, "settling failed", error)
-
-    def _put_off(self, until: float, error: EachlabsError) -> None:
-        """Looks again later; whoever has waited a deadline beyond what would have been conclusive is told so."""
-        now = asyncio.get_running_loop().time()
-        overdue = [entry for entry in self._waiting if now > entry.given_up_at]
-        self._doubt_all(overdue, f"what must be asked gets no answer ({error.message})", error)
-        for entry in self._waiting:
-            entry.look_at = max(entry.look_at, until)
 
     def _doubt_all(self, entries: Iterable[Unsettled], reason: str, cause: BaseException | None = None) -> None:
         for entry in list(entries):
@@ -424,12 +418,12 @@ class Reconciler:
 
     async def _page(self, offset: int) -> tuple[ExecutionsPage, float]:
         """A page, and the loop time when it was asked for."""
-        request = await self._limiter.take_request(question=True)
-        sent_at = asyncio.get_running_loop().time()
-        try:
+
+        async def page() -> tuple[ExecutionsPage, float]:
+            sent_at = asyncio.get_running_loop().time()
             return await self._client.executions_page(limit=PAGE_ROWS, offset=offset), sent_at
-        finally:
-            request.done()
+
+        return await self._limiter.asked(page)
 
     async def _read_records(self, evidence: Evidence) -> None:
         """Takes in what this process knows and what the young records say; of the older ones some, where need be."""
@@ -460,22 +454,20 @@ class Reconciler:
         async def some() -> None:
             for item_id in left:
                 held = await self._ledger.read(item_id)
-                if held is not None:
-                    self._take_in(held, evidence)
+                if held is None:
+                    continue
+                record, is_old = held.record, held.age_seconds > LISTED_AFTER_SECONDS
+                if record.ordered_as and record.state is RecordState.STORED and is_old:
+                    self._called_and_stored.add(record.prediction_id or "")
+                evidence.read(
+                    held,
+                    ours={entry.item_id: entry.record.run_id for entry in self._waiting},
+                    claim_seconds=self._settings.claim_seconds,
+                    settling_seconds=self._settings.settling_seconds,
+                    now=asyncio.get_running_loop().time(),
+                )
 
         await asyncio.gather(*(some() for _ in range(READS_AT_A_TIME)))
-
-    def _take_in(self, held: VersionedRecord, evidence: Evidence) -> None:
-        record = held.record
-        if record.ordered_as and record.state is RecordState.STORED and held.age_seconds > LISTED_AFTER_SECONDS:
-            self._called_and_stored.add(record.prediction_id or "")
-        evidence.read(
-            held,
-            ours={entry.item_id: entry.record.run_id for entry in self._waiting},
-            claim_seconds=self._settings.claim_seconds,
-            settling_seconds=self._settings.settling_seconds,
-            now=asyncio.get_running_loop().time(),
-        )
 
     # ------------------------------------------------------------------------------------------ webhooks
 
@@ -522,11 +514,7 @@ class Reconciler:
         listed: dict[str, str | None] = {}
         offset = 0
         for _ in range(MOST_PAGES_OF_WEBHOOKS):
-            request = await self._limiter.take_request(question=True)
-            try:
-                rows, count = await self._client.webhooks(limit=PAGE_ROWS, offset=offset)
-            finally:
-                request.done()
+            rows, count = await self._limiter.asked(partial(self._client.webhooks, limit=PAGE_ROWS, offset=offset))
             listed.update((row.execution_id, write_id_in(row.url)) for row in rows)
             offset += count
             dates = [row.created_at for row in rows if row.created_at is not None]
@@ -560,9 +548,8 @@ class Reconciler:
         now = asyncio.get_running_loop().time()
         if row.status.ended:
             since = _remember(self._ended_since, row.id, now)
-            if now - since >= LISTED_AFTER_SECONDS:
-                return True
-            look.again_at = max(look.again_at, since + LISTED_AFTER_SECONDS)
+            if now - since < LISTED_AFTER_SECONDS:
+                look.again_at = max(look.again_at, since + LISTED_AFTER_SECONDS)
             return True
         if now > entry.given_up_at:
             return False
@@ -602,17 +589,14 @@ class Reconciler:
     async def _echo(self, prediction_id: str, look: _Look) -> Prediction | None:
         """What the API says it was; None when it does not show it to us."""
         if prediction_id not in self._echoes:
-            request = await self._limiter.take_request(question=True)
             try:
-                prediction = await self._client.get(prediction_id)
+                prediction = await self._limiter.asked(lambda: self._client.get(prediction_id))
             except Rejected:
                 # The key is good for the list: what it is not good for is not ours, or too young to be seen.
                 now = asyncio.get_running_loop().time()
                 since = _remember(self._invisible_since, prediction_id, now)
                 look.again_at = max(look.again_at, since + UNKNOWN_ID_GRACE_SECONDS)
                 return None
-            finally:
-                request.done()
             look.asked = True
             if prediction.input is None:
                 return prediction
@@ -754,18 +738,13 @@ class Reconciler:
         for prediction_id, why in near:
             if prediction_id not in look.taken:
                 return f"prediction {prediction_id} may be what it bought ({why})"
-        if evidence.listing.rows and not await self._sees(look):
-            return "the API does not know the predictions that its own list shows"
-        return None
-
-    async def _sees(self, look: _Look) -> bool:
-        """Whether the list was seen to see: one of its rows is a prediction that is known."""
-        if look.asked or look.evidence.shows_what_is_known:
-            return True
-        for row in look.evidence.listing.rows[:MOST_SIGNS_ASKED]:
+        # The list is seen to see when one of its rows is a prediction that is known.
+        if not evidence.listing.rows or look.asked or evidence.shows_what_is_known:
+            return None
+        for row in evidence.listing.rows[:MOST_SIGNS_ASKED]:
             if await self._echo(row.id, look) is not None:
-                return True
-        return False
+                return None
+        return "the API does not know the predictions that its own list shows"
 
     # ------------------------------------------------------------------------------------------ proofs
 
@@ -788,7 +767,13 @@ class Reconciler:
             try:
                 page, _ = await self._page(0)
                 if any(row.id == prediction_id for row in page.rows):
-                    await self._note_proof(item_id)
+                    for _ in range(MOST_WRITES_OF_A_PROOF):
+                        held = await self._ledger.read(item_id)
+                        if held is None or held.record.possible_loss is None:
+                            break
+                        with suppress(Overtaken):
+                            await self._ledger.write(amended(held.record, possible_loss=None), replacing=held)
+                            break
                     return
             except EachlabsError as error:
                 logger.info("Whether prediction %s is listed is not known yet (%s).", prediction_id, error)
@@ -799,21 +784,20 @@ class Reconciler:
             prediction_id,
         )
 
-    async def _note_proof(self, item_id: str) -> None:
-        for _ in range(MOST_WRITES_OF_A_PROOF):
-            held = await self._ledger.read(item_id)
-            if held is None or held.record.possible_loss is None:
-                return
-            with suppress(Overtaken):
-                await self._ledger.write(amended(held.record, possible_loss=None), replacing=held)
-                return
-
     async def aclose(self) -> None:
         """Stops; the claims that wait stay as they are and are settled by the next run."""
         tasks = [task for task in (self._runner, self._heart, *self._proofs) if task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@dataclass(frozen=True)
+class Books:
+    """A destination's ledger, and who settles it."""
+
+    ledger: Ledger
+    reconciler: Reconciler
 
 
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:

@@ -178,7 +178,10 @@ def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions
         return Step.FINISH
     if record.state is RecordState.STORED:
         return Step.REUSE
-    if record.state is RecordState.FAILED and not _may_try_again(record, options):
+    is_gone = record.error is not None and record.error.kind == PictureMissing.default_kind
+    # A run may have died right before it bought again what it was asked to.
+    may_try_again = options.retry_failed or (options.rebuy_missing and is_gone)
+    if record.state is RecordState.FAILED and not may_try_again:
         said = record.error or RecordError(kind="error", message="the record gives no reason")
         failed = ContentRefused if said.kind == ContentRefused.default_kind else PredictionFailed
         raise failed(
@@ -189,9 +192,3 @@ def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions
             kind=said.kind,
         )
     return Step.BUY
-
-
-def _may_try_again(record: Record, options: PurchaseOptions) -> bool:
-    """Whether a failure is one that was asked to be bought again; a run may have died right before it did."""
-    is_gone = record.error is not None and record.error.kind == PictureMissing.default_kind
-    return options.retry_failed or (options.rebuy_missing and is_gone)

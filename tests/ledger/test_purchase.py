@@ -32,9 +32,14 @@ async def create(process: Process, item: Item = ITEM, **given: Any) -> Predictio
 # ---------------------------------------------------------------------- the critical section
 
 
+def a_job() -> Job:
+    books: Any = None
+    return Job(ITEM, books, options())
+
+
 def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:
     async def story() -> list[str]:
-        job, said = Job("run"), []
+        job, said = a_job(), []
 
         async def work() -> None:
             with job.critical():
@@ -57,7 +62,7 @@ def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> 
     """Between the end of the first and the turn of whoever waits for it, the second has begun."""
 
     async def story() -> int:
-        job, interrupted = Job("run"), 0
+        job, interrupted = a_job(), 0
 
         async def work() -> None:
             nonlocal interrupted
@@ -84,7 +89,7 @@ def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> 
 
 def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
     async def story() -> float:
-        await Job("run").until_it_may_be_interrupted()
+        await a_job().until_it_may_be_interrupted()
         return asyncio.get_running_loop().time()
 
     assert play(story) == 0
