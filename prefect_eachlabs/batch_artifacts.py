@@ -84,13 +84,7 @@ def chunk_markdown(outcomes: Sequence[Outcome]) -> str:
 def report_markdown(
     result: BatchResult, not_there: Sequence[Outcome], gallery: Sequence[tuple[Outcome, str]] = ()
 ) -> str:
-    """The totals, the first rows without a picture, and some of the pictures.
-
-    Args:
-        result: What the batch came to.
-        not_there: Rows without a picture.
-        gallery: Rows with one, and its thumbnail as a data URL.
-    """
+    """The totals, the first rows without a picture, and some of the pictures, each with its thumbnail's data URL."""
     names = ("stored", "reused", "failed", "ambiguous", "skipped")
     counts = [(name, f"{count:,}") for name in names if (count := getattr(result, name))]
     facts = [
@@ -119,14 +113,12 @@ def report_markdown(
     if gallery:
         there = result.stored + result.reused
         blocks.append(f"<h2>{'Pictures' if len(gallery) == there else f'{len(gallery)} of {there:,} pictures'}</h2>")
-        cells = [_cell(outcome, url) for outcome, url in gallery]
+        cells = []
+        for outcome, url in gallery:
+            cost = "" if outcome.cost_usd is None else f" · ${outcome.cost_usd:.4f}"
+            picture = f'<img width="{GALLERY_PX}" alt="{escaped(outcome.item_id, breaks="")}" src="{url}">'
+            prompt, name = escaped(outcome.prompt, 80, breaks=UNSEEN), escaped(outcome.item_id, 16)
+            cells.append(f"{picture}<br>{prompt}<br><small>{name}{cost}</small>")
         shown = table(cells[at : at + GALLERY_COLUMNS] for at in range(0, len(cells), GALLERY_COLUMNS))
         blocks.append(shown.replace("<td>", f'<td valign="top" width="{100 // GALLERY_COLUMNS}%">'))
     return "\n".join(blocks)
-
-
-def _cell(outcome: Outcome, url: str) -> str:
-    cost = "" if outcome.cost_usd is None else f" · ${outcome.cost_usd:.4f}"
-    name = escaped(outcome.item_id, 16)
-    picture = f'<img width="{GALLERY_PX}" alt="{escaped(outcome.item_id, breaks="")}" src="{url}">'
-    return f"{picture}<br>{escaped(outcome.prompt, 80, breaks=UNSEEN)}<br><small>{name}{cost}</small>"

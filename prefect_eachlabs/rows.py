@@ -207,7 +207,7 @@ def _bought(gateway: Gateway, batch: Batch, chunk_size: int) -> Plan[BatchResult
                 if time.monotonic() - shown_at >= NEWS_SECONDS:
                     shown_at = time.monotonic()
                     yield from shown.show((yield from on_the_loop(gateway, _progress(batch))))
-            result = yield from on_the_loop(gateway, _end_of(running))
+            result = running.result()
         except BaseException:
             yield from on_the_loop(gateway, _cancelled(begun))
             yield from chunk_runs.ended(INTERRUPTED_CHUNKS_SECONDS)
@@ -224,10 +224,6 @@ def _bought(gateway: Gateway, batch: Batch, chunk_size: int) -> Plan[BatchResult
 
 async def _progress(batch: Batch) -> Progress:
     return batch.progress()
-
-
-async def _end_of(running: asyncio.Task[T]) -> T:
-    return await running
 
 
 async def _cancelled(begun: Sequence[asyncio.Task[Any]]) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -158,22 +158,15 @@ class Budget:
         )
 
     @property
-    def _unpriced(self) -> list[_Price]:
-        """Of what was ordered and may have cost anything: nobody knows a price."""
-        prices = [self._prices[model] for model, count in self._set_aside.items() if count]
-        return [price for price in prices if price.expected_usd is None]
-
-    @property
     def untold(self) -> int:
         """Orders of this run whose cost the API has not told: lost ones, those in flight, those not settled yet."""
-        in_doubt = sum(order.is_sent and order.cost_usd is None for order in self._all_orders())
-        return self._stored_untold.total() + in_doubt
+        return self._stored_untold.total() + self._untold_orders().total()
 
     @property
     def untold_usd(self) -> float | None:
         """What those come to at their expected prices; None: nobody knows a price."""
         counts = Counter(self._stored_untold)
-        counts.update(order.model for order in self._all_orders() if order.is_sent and order.cost_usd is None)
+        counts.update(self._untold_orders())
         prices = {model: self._prices[model].expected_usd for model, count in counts.items() if count}
         if None in prices.values():
             return None
@@ -181,6 +174,10 @@ class Budget:
 
     def _all_orders(self) -> list[Order]:
         return [order for orders in self._orders.values() for order in orders]
+
+    def _untold_orders(self) -> Counter[str]:
+        """Model → orders in progress that were sent and whose cost is not told."""
+        return Counter(order.model for order in self._all_orders() if order.is_sent and order.cost_usd is None)
 
     def mean_usd(self, model: str) -> float | None:
         """What a picture of the model costs on average; None: nobody knows yet."""
@@ -314,7 +311,9 @@ class Budget:
             return False
         in_flight = any(self._orders.get(item_id) for item_id in self._in_progress - self._waiting - {item.item_id})
         expected_usd = price.expected_usd
-        unpriced = self._unpriced
+        # Of what was ordered and may have cost anything: nobody knows a price.
+        ordered = (self._prices[model] for model, count in self._set_aside.items() if count)
+        unpriced = [one for one in ordered if one.expected_usd is None]
         if in_flight and any(expected_usd is None or not one.is_kept_secret for one in unpriced):
             return False
         if unpriced and expected_usd is None:
@@ -378,7 +377,11 @@ class Budget:
             await self._end_of_learning(item, orders)
         ordered = list(orders)
         if image is not None:
-            self._forget_stored(item, image)
+            # Its picture is stored and its row on disk: what is told is counted, its own cost is asked for by row.
+            for order in ordered:
+                if order.cost_usd is not None or order.prediction_id == image.prediction_id:
+                    orders.remove(order)
+                    self._stored_untold[order.model] += order.cost_usd is None
         if not orders:
             self._orders.pop(item.item_id, None)
         self._in_progress.discard(item.item_id)
@@ -400,16 +403,6 @@ class Budget:
         if is_free and order.prediction_id is not None:
             self._tell(order, 0.0)
         return is_free
-
-    def _forget_stored(self, item: Item, image: StoredImage) -> None:
-        """Its picture is stored and its row on disk: what is told is counted, and its own cost is asked for by row."""
-        orders = self._orders[item.item_id]
-        for order in list(orders):
-            if order.cost_usd is not None:
-                orders.remove(order)
-            elif order.prediction_id == image.prediction_id:
-                orders.remove(order)
-                self._stored_untold[order.model] += 1
 
     async def _end_of_learning(self, item: Item, orders: Iterable[Order]) -> None:
         price = self._prices[item.model]
@@ -494,7 +487,3 @@ class Budget:
         except EachlabsError as error:
             logger.info("What %s costs could not be looked up: %s", model, error)
             return []
-
-    def costs_by_model(self) -> Mapping[str, ModelSpending]:
-        """What this run has bought, as far as its cost was told."""
-        return {model: spending for model, spending in sorted(self.by_model.items()) if spending.pictures}

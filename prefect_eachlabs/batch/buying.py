@@ -6,9 +6,10 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Collection, Sequence
-from typing import Protocol
+from functools import partial
+from typing import Any
 
-from prefect_eachlabs.batch.budget import Budget, Order, Prices
+from prefect_eachlabs.batch.budget import Budget, Order
 from prefect_eachlabs.batch.outcomes import Outcome, not_there, stored
 from prefect_eachlabs.batch.report import BatchFolder
 from prefect_eachlabs.batch.source import Wanted
@@ -26,7 +27,7 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.images.store import stored_image
 from prefect_eachlabs.ledger.records import Ledger, Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import DEFAULT_MODEL, Destination, Execution, Item, PredictionStatus, StoredImage
+from prefect_eachlabs.models import DEFAULT_MODEL, Execution, Item, PredictionStatus, StoredImage
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -42,37 +43,8 @@ INTERRUPTED = "interrupted"
 EXECUTIONS_A_PAGE = 100
 
 
-class Buyer(Prices, Protocol):
-    """Where pictures are bought: the engine, seen from here."""
-
-    async def check(self, items: Sequence[Item]) -> list[BadInput | None]:
-        """What the schema of their one model has against items."""
-        ...
-
-    async def generate_and_store(
-        self, item: Item, destination: Destination, *, options: PurchaseOptions, access: S3Access | None = None
-    ) -> StoredImage: ...
-
-    async def executions(self, offset: int) -> tuple[Execution, ...]: ...
-
-    async def note_cost(
-        self,
-        item_id: str,
-        prediction_id: str,
-        cost_usd: float,
-        destination: Destination,
-        *,
-        access: S3Access | None = None,
-    ) -> None: ...
-
-    @property
-    def slots_past_deadline(self) -> int: ...
-
-    async def cancel_late(self, run_id: str) -> None: ...
-
-
 class EngineBuyer:
-    """The real one; its questions take request slots as all others do."""
+    """Where pictures are bought: the engine, seen from here; its questions take request slots as all others do."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -82,6 +54,7 @@ class EngineBuyer:
         self.note_cost = engine.note_cost
 
     async def check(self, items: Sequence[Item]) -> list[BadInput | None]:
+        """What the schema of their one model has against items."""
         catalogue, model = self._account.catalogue, items[0].model
         if model != DEFAULT_MODEL and await catalogue.model(model) is None:
             why = await catalogue.why_refused(items[0])
@@ -93,11 +66,7 @@ class EngineBuyer:
         return self._engine.slots_past_deadline
 
     async def cost_of(self, prediction_id: str) -> float | None:
-        request = await self._account.limiter.take_request(question=True)
-        try:
-            prediction = await self._account.client.get(prediction_id)
-        finally:
-            request.done()
+        prediction = await self._account.ask_once(prediction_id)
         if prediction.status in (PredictionStatus.FAILED, PredictionStatus.CANCELLED):
             return 0.0
         return prediction.cost_usd or None
@@ -107,26 +76,15 @@ class EngineBuyer:
         return [row.cost_usd for row in rows if row.cost_usd and row.model == model]
 
     async def executions(self, offset: int, *, model: str | None = None) -> tuple[Execution, ...]:
-        request = await self._account.limiter.take_request(question=True)
-        try:
-            return await self._account.client.executions(limit=EXECUTIONS_A_PAGE, offset=offset, model=model)
-        finally:
-            request.done()
+        page = partial(self._account.client.executions, limit=EXECUTIONS_A_PAGE, offset=offset, model=model)
+        return await self._account.limiter.asked(page)
 
 
 class Buying:
-    """Obtains rows, several at a time.
-
-    Args:
-        buyer: Buys and stores a picture.
-        folder: Of the batch: its bucket is where pictures and records are.
-        access: How to get in there.
-        options: What may be done for an item; the budget among them.
-        budget: The same budget.
-    """
+    """Obtains rows, several at a time, into the bucket of the batch's folder."""
 
     def __init__(
-        self, buyer: Buyer, folder: BatchFolder, access: S3Access | None, options: PurchaseOptions, budget: Budget
+        self, buyer: EngineBuyer, folder: BatchFolder, access: S3Access | None, options: PurchaseOptions, budget: Budget
     ) -> None:
         self._buyer = buyer
         self._destination = folder.destination
@@ -153,12 +111,13 @@ class Buying:
             first_alone.set()
 
     async def _obtained(self, wanted: Wanted) -> Outcome:
-        began = asyncio.get_running_loop().time()
+        began, item = asyncio.get_running_loop().time(), wanted.item
         image: StoredImage | None = None
         error: EachlabsError | None = None
         try:
             self._budget.check()
-            image = await retry_while_retryable(lambda: self._buy(wanted.item), attempts=ATTEMPTS)
+            buy = partial(self._buyer.generate_and_store, options=self._options, access=self._access)
+            image = await retry_while_retryable(lambda: buy(item, self._destination), attempts=ATTEMPTS)
         except InsufficientBalance as caught:
             # The others that stood in line with it were not asked for either.
             error = caught if self.stopped_by is None else _not_tried(self.stopped_by)
@@ -167,11 +126,18 @@ class Buying:
             error = caught
             self._stop_where_going_on_is_vain(caught)
         except Exception as caught:
-            logger.exception("Row %d, item %s: unexpected.", wanted.line, wanted.item.item_id)
+            logger.exception("Row %d, item %s: unexpected.", wanted.line, item.item_id)
             error = EachlabsError(f"Unexpected {type(caught).__name__}: {str(caught)[:300]}", kind="unexpected")
         seconds = asyncio.get_running_loop().time() - began
-        self._learn_what_is_stored(wanted.item, image, error)
-        orders = await self._budget.ended(wanted.item, image, error)
+        if image is not None:
+            self._not_allowed[item.model] = 0
+        elif isinstance(error, FormatNotAllowed):
+            # A model all of whose pictures are of a format that is not allowed is not ordered any further.
+            self._not_allowed[item.model] += 1
+            if self._not_allowed[item.model] == NOT_ALLOWED_IN_A_ROW:
+                logger.error("No more pictures of %s are ordered: %s", item.model, error)
+                self._budget.refuse(item.model, _not_tried(error))
+        orders = await self._budget.ended(item, image, error)
         return self._outcome(wanted, image, error, orders, seconds)
 
     async def looked_at_again(self, wanted: Wanted, outcome: Outcome) -> Outcome:
@@ -181,13 +147,10 @@ class Buying:
         except EachlabsError as error:
             logger.info("Row %d: its record cannot be read: %s", wanted.line, error)
             return outcome
-        if (
-            held is None
-            or held.record.state is not RecordState.STORED
-            or held.record.fingerprint != wanted.item.fingerprint
-        ):
+        record = None if held is None else held.record
+        if record is None or record.state is not RecordState.STORED or record.fingerprint != wanted.item.fingerprint:
             return outcome
-        image = stored_image(held.record, reused=True)
+        image = stored_image(record, reused=True)
         orders = await self._budget.ended(wanted.item, image, None, may_ask=False)
         return self._outcome(wanted, image, None, orders, outcome.seconds)
 
@@ -219,29 +182,9 @@ class Buying:
             cost_usd = (cost_usd or None) if is_ours else image.cost_usd
             return stored(wanted, image, is_ours=is_ours, cost_usd=cost_usd, seconds=seconds)
         assert error is not None, "no picture without an error"
-        if not orders:
-            return not_there(wanted, error, seconds=seconds)
-        return not_there(
-            wanted,
-            error,
-            seconds=seconds,
-            bought_by=self._options.run_id,
-            prediction_id=orders[-1].prediction_id,
-            cost_usd=cost_usd,
-        )
-
-    async def _buy(self, item: Item) -> StoredImage:
-        return await self._buyer.generate_and_store(item, self._destination, options=self._options, access=self._access)
-
-    def _learn_what_is_stored(self, item: Item, image: StoredImage | None, error: EachlabsError | None) -> None:
-        """A model all of whose pictures are of a format that is not allowed is not ordered any further."""
-        if image is not None:
-            self._not_allowed[item.model] = 0
-        elif isinstance(error, FormatNotAllowed):
-            self._not_allowed[item.model] += 1
-            if self._not_allowed[item.model] == NOT_ALLOWED_IN_A_ROW:
-                logger.error("No more pictures of %s are ordered: %s", item.model, error)
-                self._budget.refuse(item.model, _not_tried(error))
+        bought: dict[str, Any] = {"bought_by": self._options.run_id, "cost_usd": cost_usd} if orders else {}
+        prediction_id = orders[-1].prediction_id if orders else None
+        return not_there(wanted, error, seconds=seconds, prediction_id=prediction_id, **bought)
 
     def _stop_where_going_on_is_vain(self, error: EachlabsError) -> None:
         """A wrong key, a missing bucket, an empty balance: the next item would meet the same."""
@@ -255,8 +198,9 @@ def _left_by(
     record: Record | None, item: Item, ours: Collection[str]
 ) -> tuple[StoredImage | None, EachlabsError | None]:
     """The picture of an interrupted row, or why it has none."""
+    nothing = Skipped("Interrupted: this run has bought nothing for it.", kind=INTERRUPTED)
     if record is None or record.fingerprint != item.fingerprint or record.bought_by not in ours:
-        return None, Skipped("Interrupted: this run has bought nothing for it.", kind=INTERRUPTED)
+        return None, nothing
     if record.state is RecordState.STORED:
         return stored_image(record, reused=False), None
     if record.state is RecordState.CANCELLED:
@@ -269,7 +213,7 @@ def _left_by(
     if record.may_have_bought_unseen:
         said = "Interrupted before its order was answered: it may be paid for. Run the same again to find out."
         return None, OutcomeUnknown(said, kind=INTERRUPTED)
-    return None, Skipped("Interrupted: this run has bought nothing for it.", kind=INTERRUPTED)
+    return None, nothing
 
 
 def _not_tried(why: EachlabsError) -> Skipped:

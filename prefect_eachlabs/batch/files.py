@@ -9,7 +9,7 @@ import errno
 import tempfile
 from contextlib import closing
 from pathlib import Path
-from typing import IO, Any, BinaryIO, Protocol, cast
+from typing import IO, Any, BinaryIO, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 
@@ -24,20 +24,8 @@ MOST_BYTES = 5 * 1024**3
 PIECE_BYTES = 1024 * 1024
 
 
-class Files(Protocol):
-    """Objects of one bucket that are too large for one piece of memory; every method blocks."""
-
-    def open(self, key: str) -> BinaryIO:
-        """Reads an object. Raises BadInput when there is none."""
-        ...
-
-    def upload(self, key: str, path: Path, *, content_type: str) -> None:
-        """Writes an object from a file of this machine."""
-        ...
-
-
 class S3Files:
-    """The real one, through boto3.
+    """Objects of one bucket that are too large for one piece of memory, through boto3; every method blocks.
 
     Args:
         bucket: The bucket's name.
@@ -49,6 +37,7 @@ class S3Files:
         self._access = access or S3Access()
 
     def open(self, key: str) -> BinaryIO:
+        """Reads an object. Raises BadInput when there is none."""
         # Python finds no folder for it, it says ENOENT, when the disk is full.
         with on_disk(errno.ENOENT):
             file = cast(BinaryIO, tempfile.TemporaryFile(prefix="eachlabs-"))  # noqa: SIM115 - the caller closes it
@@ -83,6 +72,7 @@ class S3Files:
                 raise self._explained(error, key) from error
 
     def upload(self, key: str, path: Path, *, content_type: str) -> None:
+        """Writes an object from a file of this machine."""
         more: dict[str, Any] = {}
         if self._access.kms_key_id:
             more = {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": self._access.kms_key_id}

@@ -81,7 +81,15 @@ def each(rows: Any) -> Iterator[Any]:
     elif hasattr(rows, "collect") and not isinstance(rows, Iterable):  # polars, not computed yet
         yield from each(rows.collect())
     elif hasattr(rows, "__arrow_c_stream__"):
-        yield from _of_arrow(rows)
+        try:
+            import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, slow to import
+        except ImportError:
+            raise SetupError(
+                f"rows: {type(rows).__name__} is read with pyarrow: pip install 'prefect-eachlabs[parquet]', or give "
+                "its rows as dicts."
+            ) from None
+        for batch in pyarrow.RecordBatchReader.from_stream(rows):
+            yield from batch.to_pylist()
     elif isinstance(rows, (Mapping, str, bytes, PurePath)) or not isinstance(rows, Iterable):
         hint = " A table in a file is what the flow generate_batch takes." if isinstance(rows, (str, PurePath)) else ""
         raise BadInput(f"rows: {type(rows).__name__} is not rows. Give a list of dicts, or a data frame.{hint}")
@@ -89,22 +97,18 @@ def each(rows: Any) -> Iterator[Any]:
         yield from rows
 
 
-def _of_arrow(rows: Any) -> Iterator[Any]:
-    try:
-        import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, and slow to import
-    except ImportError:
-        raise SetupError(
-            f"rows: {type(rows).__name__} is read with pyarrow: pip install 'prefect-eachlabs[parquet]', or give its "
-            "rows as dicts."
-        ) from None
-    for batch in pyarrow.RecordBatchReader.from_stream(rows):
-        yield from batch.to_pylist()
-
-
 def _written(row: Any) -> tuple[str, Iterable[str]]:
     """A row as a line of JSON, and its columns; what is wrong with it, as a text, where it cannot be one."""
     try:
-        values = {str(name): value for name, value in _as_mapping(row).items() if not _is_missing(value)}
+        if hasattr(row, "_asdict"):  # a named tuple, a row of SQLAlchemy
+            row = row._asdict()
+        elif not hasattr(row, "keys"):  # which a row of sqlite3 has, too
+            raise TypeError(f"it is {type(row).__name__}, and must be a mapping from column to value")
+        values = {
+            str(name): value
+            for name, value in dict(row).items()
+            if value is not None and type(value).__name__ not in MISSING_BY_NAME
+        }
         line = json.dumps(values, ensure_ascii=False, default=_said)
         line.encode()
         if len(line) > 2 * MAX_ROW_BYTES:
@@ -112,21 +116,6 @@ def _written(row: Any) -> tuple[str, Iterable[str]]:
         return line, values
     except (TypeError, ValueError, RecursionError) as error:
         return json.dumps(f"The row cannot be read: {str(error)[:200]}"), ()
-
-
-def _as_mapping(row: Any) -> Mapping[Any, Any]:
-    if isinstance(row, Mapping):
-        return row
-    if hasattr(row, "_asdict"):  # a named tuple, a row of SQLAlchemy
-        found: Mapping[Any, Any] = row._asdict()
-        return found
-    if hasattr(row, "keys"):  # a row of sqlite3
-        return dict(row)
-    raise TypeError(f"it is {type(row).__name__}, and must be a mapping from column to value")
-
-
-def _is_missing(value: object) -> bool:
-    return value is None or type(value).__name__ in MISSING_BY_NAME
 
 
 def _said(value: Any) -> Any:

@@ -28,25 +28,11 @@ CLOCKS = timedelta(seconds=5)
 
 
 class History:
-    """The last report and the pictures that are there.
+    """The last report and the pictures that are there; the budget learns prices, and what this run has spent before."""
 
-    Args:
-        folder: Where reports are.
-        scratch: Keeps what was learned.
-        budget: Learns prices, and what this very run has spent before.
-        retry_failed: Whether what failed for good is tried again.
-        bought_here: Runs whose purchases count as this one's.
-    """
-
-    def __init__(
-        self,
-        folder: BatchFolder,
-        scratch: Scratch,
-        budget: Budget,
-        *,
-        retry_failed: bool,
-    ) -> None:
+    def __init__(self, folder: BatchFolder, scratch: Scratch, budget: Budget, *, retry_failed: bool) -> None:
         self._folder = folder
+        self._ledger = Ledger(folder.store, folder.destination)
         self._scratch = scratch
         self._budget = budget
         self._retry_failed = retry_failed
@@ -90,9 +76,8 @@ class History:
                 await asyncio.gather(*map(self._resume_record, left[start : start + READ_AT_A_TIME]))
 
     async def _resume_record(self, item_id: str) -> None:
-        ledger = Ledger(self._folder.store, self._folder.destination)
         try:
-            held = await retry_while_retryable(lambda: ledger.read(item_id))
+            held = await retry_while_retryable(lambda: self._ledger.read(item_id))
         except StoreFailed as error:
             logger.warning("What was bought for item %s is not known: %s", item_id, error)
             return
@@ -153,27 +138,20 @@ class History:
         item = wanted.item
         if not await self._has_record(item.item_id):
             return None
-        ledger = Ledger(self._folder.store, self._folder.destination)
         try:
-            held = await retry_while_retryable(lambda: ledger.read(item.item_id))
+            held = await retry_while_retryable(lambda: self._ledger.read(item.item_id))
             step = next_step(held, item, options, claim_seconds=claim_seconds)
         except EachlabsError as error:
             return not_there(wanted, error)
         if held is None or step not in (Step.REUSE, Step.FINISH):
             return None
-        if step is Step.REUSE and not await self._is_stored(held.record):
+        key = self._folder.destination.key(f"images/{(held.record.uri or 'nowhere').rpartition('/')[2]}")
+        if step is Step.REUSE and await retry_while_retryable(lambda: self._folder.store.head(key)) is None:
             if options.rebuy_missing:
                 return None
             said = f"The picture {held.record.uri} is gone from the bucket; it is bought again with --rebuy-missing."
             return not_there(wanted, PictureMissing(said, item_id=item.item_id))
         return found(wanted, held.record.prediction_id, held.record.cost_usd)
-
-    async def _is_stored(self, record: Record) -> bool:
-        """Whether the picture that a record names still is in the bucket."""
-        if record.uri is None:
-            return False
-        key = self._folder.destination.key(f"images/{record.uri.rpartition('/')[2]}")
-        return await retry_while_retryable(lambda: self._folder.store.head(key)) is not None
 
     async def _has_record(self, item_id: str) -> bool:
         """Whether money may have been spent on an item; one listing answers for all of them."""

@@ -180,6 +180,12 @@ def _wanted(wanted: Wanted) -> dict[str, Any]:
     }
 
 
+_OF_THE_PICTURE = (
+    *("uri", "prediction_id", "bought_by", "sha256", "size_bytes"),
+    *("width_px", "height_px", "predict_time_seconds"),
+)
+
+
 def stored(
     wanted: Wanted, image: StoredImage, *, is_ours: bool, cost_usd: float | None, seconds: float | None
 ) -> Outcome:
@@ -187,16 +193,9 @@ def stored(
     return Outcome(
         **_wanted(wanted),
         state=RowState.STORED if is_ours else RowState.REUSED,
-        uri=image.uri,
-        prediction_id=image.prediction_id,
-        bought_by=image.bought_by,
-        sha256=image.sha256,
-        size_bytes=image.size_bytes,
-        width_px=image.width_px,
-        height_px=image.height_px,
         cost_usd=cost_usd,
         seconds=None if seconds is None else round(seconds, 3),
-        predict_time_seconds=image.predict_time_seconds,
+        **{name: getattr(image, name) for name in _OF_THE_PICTURE},
     )
 
 
@@ -254,17 +253,12 @@ class Totals:
 
     def add(self, outcome: Outcome) -> None:
         self.counts[outcome.state] += 1
-        if outcome.state in THERE:
-            self._add_picture(outcome)
-        else:
+        if outcome.state not in THERE:
             self.kinds[outcome.state][outcome.kind] += 1
-
-    def _add_picture(self, outcome: Outcome) -> None:
+            return
         self.pictures_cost_usd += outcome.cost_usd or 0.0
         self.without_cost += not outcome.cost_usd
-        if outcome.state is not RowState.STORED:
-            return
-        if outcome.seconds is not None:
+        if outcome.state is RowState.STORED and outcome.seconds is not None:
             heapq.heappush(self._slowest, (outcome.seconds, outcome.row, outcome.item_id or ""))
             if len(self._slowest) > SLOWEST:
                 heapq.heappop(self._slowest)
@@ -350,7 +344,7 @@ class RowResult(NamedTuple):
 
     @classmethod
     def of(cls, outcome: Outcome) -> RowResult:
-        error = None if outcome.error is None else f"{outcome.kind}: {outcome.error.get('message') or ''}"
+        error = None if outcome.error is None else outcome.why
         return cls(outcome.item_id, outcome.state.value, outcome.uri, outcome.cost_usd, error)
 
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any
 
-from prefect_eachlabs.confined import Answer, ConfinedProcess, JobFailed, Read
+from prefect_eachlabs.confined import Answer, JobFailed, Read
 
 ROWS_AT_A_TIME = 200
 UNPACKED_AT_A_TIME = 10
@@ -21,13 +21,8 @@ MOST_BYTES_AT_A_TIME = 1024 * 1024
 """Of JSON, which may be twenty times as large in memory."""
 BUFFER_BYTES = 1024 * 1024
 """A column is read in pieces of this size, instead of as a whole."""
-SECONDS = 60.0
-"""For opening the file, and for each 200 rows."""
 SHOWN_CHARACTERS = 200
 READER = "prefect_eachlabs.batch.parquet:ParquetReader"
-
-Row = dict[str, Any] | str | None
-"""A row's values by column, or what is wrong with it; None: it is empty."""
 
 
 class NotJson:
@@ -38,54 +33,6 @@ class NotJson:
 
     def __str__(self) -> str:
         return self._text
-
-
-class TypedFile:
-    """A file of typed rows: its columns, the number of its rows, and the rows as Python values.
-
-    Args:
-        stream: The file; read here, piece by piece, as the child asks for it.
-        reader: The job that reads it.
-        most_row_bytes: A row that is more than this as JSON is faulty.
-        process: Reads no other file meanwhile; one of its own when left out.
-
-    Raises:
-        JobFailed: It is not such a file; says why.
-        TooCostly: It needs too much memory or time.
-        NotInstalled: The reader's library is missing.
-    """
-
-    def __init__(
-        self, stream: BinaryIO, reader: str, *, most_row_bytes: int, process: ConfinedProcess | None = None
-    ) -> None:
-        self._stream = stream
-        self._process = process or ConfinedProcess(reader, idle_seconds=None)
-        size_bytes = stream.seek(0, os.SEEK_END)
-        try:
-            opened, _ = self._asked({"open": size_bytes, "most_row_bytes": most_row_bytes})
-        except BaseException:
-            if process is None:
-                self._process.close()
-            raise
-        self.columns: list[str] = opened["columns"]
-        self.count: int = opened["count"]
-        self.head_line: int = opened.get("head_line", 0)
-
-    def rows(self) -> Iterator[Row]:
-        """Every row, once. Raises as the constructor does."""
-        while (answer := self._asked({}))[0]["rows"]:
-            yield from json.loads(answer[1], object_hook=opened)
-
-    def _asked(self, arguments: dict[str, Any]) -> Answer:
-        return self._process.call(arguments, seconds=SECONDS, read=self._read)
-
-    def _read(self, offset: int, size: int) -> bytes:
-        self._stream.seek(offset)
-        return self._stream.read(size)
-
-    def close(self) -> None:
-        self._process.close()
-        self._stream.close()
 
 
 def opened(value: dict[str, Any]) -> Any:
@@ -100,12 +47,28 @@ def opened(value: dict[str, Any]) -> Any:
 # ------------------------------------------------------------------------------------------------ in the child
 
 
-class Reader:
-    """A job: opens a file, and gives its rows."""
+class Reader(ABC):
+    """A job: opens a file, and gives its rows, each as JSON: its values, what is wrong with it, or null."""
 
-    def __init__(self) -> None:
-        self._most_row_bytes = 0
-        self._rows: Iterator[str] | None = None
+    errors: tuple[type[Exception], ...] = (Exception,)
+    """What its library raises for a file that it cannot read."""
+    _most_row_bytes = 0
+    _rows: Iterator[str] | None = None
+
+    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
+        try:
+            if "open" in arguments:
+                self._most_row_bytes = arguments["most_row_bytes"]
+                return self._opened(Remote(arguments["open"], read)), b""
+            return self._next()
+        except (MemoryError, JobFailed):
+            raise
+        except self.errors as error:
+            raise JobFailed(f"{type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}") from error
+
+    @abstractmethod
+    def _opened(self, file: Remote) -> dict[str, Any]:
+        """Makes `_rows`; returns the `columns`, the `count` of the rows (0: not known) and the `head_line`."""
 
     def _next(self) -> Answer:
         if self._rows is None:
@@ -133,29 +96,19 @@ class ParquetReader(Reader):
     """Reads Parquet."""
 
     def __init__(self) -> None:
-        super().__init__()
         import pyarrow  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types, and slow to import
         from pyarrow import parquet  # noqa: PLC0415 - as above
 
         pyarrow.set_cpu_count(1)
         pyarrow.set_io_thread_count(1)
         self._arrow, self._parquet = pyarrow, parquet
+        self.errors = (pyarrow.ArrowException, OSError, ValueError)
 
-    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
-        try:
-            return self._opened(arguments, read) if "open" in arguments else self._next()
-        except MemoryError:
-            raise
-        except (self._arrow.ArrowException, OSError, ValueError) as error:
-            raise JobFailed(str(error)[:SHOWN_CHARACTERS]) from error
-
-    def _opened(self, arguments: dict[str, Any], read: Read) -> Answer:
-        stream = Remote(arguments["open"], read)
-        file = self._parquet.ParquetFile(stream, pre_buffer=False, buffer_size=BUFFER_BYTES)
-        self._most_row_bytes = arguments["most_row_bytes"]
-        batches = file.iter_batches(batch_size=ROWS_AT_A_TIME, use_threads=False)
+    def _opened(self, file: Remote) -> dict[str, Any]:
+        table = self._parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)
+        batches = table.iter_batches(batch_size=ROWS_AT_A_TIME, use_threads=False)
         self._rows = (row for batch in batches for row in self._written(batch))
-        return {"columns": list(file.schema_arrow.names), "count": file.metadata.num_rows}, b""
+        return {"columns": list(table.schema_arrow.names), "count": table.metadata.num_rows, "head_line": 0}
 
     def _written(self, batch: Any) -> list[str]:
         """Each row as JSON: its values, or what is wrong with them."""

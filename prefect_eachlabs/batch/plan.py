@@ -198,6 +198,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
     prices = {model: price for model in new if (price := batch.budget.price_of(model)) is not None}
     cost_usd = sum(count * prices[model].mean_usd for model, count in new.items() if model in prices)
     count = new.total()
+    limits = ((settings.requests_per_minute, "requests a minute"), (settings.max_in_flight, "in flight"))
     return Plan(
         batch_id=batch.folder.batch_id,
         items=totals.items + count,
@@ -208,7 +209,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         cost_usd=None if len(prices) < len(new) else money(cost_usd),
         seconds=estimated_seconds(count, settings, batch.history.mean_seconds),
         prices=prices,
-        limits=_limits(settings),
+        limits=" and ".join(f"{most} {what}" for most, what in limits if most is not None),
         bad_rows=tuple(bad),
     )
 
@@ -225,15 +226,6 @@ async def _several(batch: Batch, settings: AccountSettings) -> list[Wanted | Out
             outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
         several.append(outcome or row.row)
     return several
-
-
-def _limits(settings: AccountSettings) -> str:
-    said = []
-    if settings.requests_per_minute is not None:
-        said.append(f"{settings.requests_per_minute} requests a minute")
-    if settings.max_in_flight is not None:
-        said.append(f"{settings.max_in_flight} in flight")
-    return " and ".join(said)
 
 
 def estimated_seconds(count: int, settings: AccountSettings, prediction_seconds: float | None) -> float | None:

@@ -49,26 +49,20 @@ class Progress:
 
     def line(self) -> str:
         """`412 of ~1,632 (25%): 400 stored, 10 reused, 2 not there; 52.1 a minute, $15.60, 23 min left`."""
-        parts = [f"{self.per_minute:.1f} a minute", f"${self.cost_usd:,.2f}"]
-        if self.left_seconds is not None:
-            parts.append(f"{duration(self.left_seconds)} left")
-        parts += self._held()
         share = f" ({self.share:.0%})" if self.total else ""
         counts = f"{self.stored:,} stored, {self.reused:,} reused, {self.not_there:,} not there"
-        return f"{self._done_of_total()}{share}: {counts}; {', '.join(parts)}"
+        return f"{self._done_of_total()}{share}: {counts}; {self._pace(f'{self.per_minute:.1f}')}"
 
     def short_line(self) -> str:
         """`412 of ~1,632, 2 not there, 52 a minute, $15.60, 23 min left`: beside a bar there is room for that."""
-        parts = [self._done_of_total()]
-        if self.not_there:
-            parts.append(f"{self.not_there:,} not there")
-        parts += [f"{self.per_minute:.0f} a minute", f"${self.cost_usd:,.2f}"]
-        if self.left_seconds is not None:
-            parts.append(f"{duration(self.left_seconds)} left")
-        return ", ".join(parts + self._held())
+        not_there = f", {self.not_there:,} not there" if self.not_there else ""
+        return f"{self._done_of_total()}{not_there}, {self._pace(f'{self.per_minute:.0f}')}"
 
-    def _held(self) -> list[str]:
-        return [f"{self.past_deadline} slots held past the deadline"] if self.past_deadline else []
+    def _pace(self, per_minute: str) -> str:
+        said = f"{per_minute} a minute, ${self.cost_usd:,.2f}"
+        if self.left_seconds is not None:
+            said += f", {duration(self.left_seconds)} left"
+        return said + (f", {self.past_deadline} slots held past the deadline" if self.past_deadline else "")
 
     def _done_of_total(self) -> str:
         if self.total is None:

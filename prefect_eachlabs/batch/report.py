@@ -24,7 +24,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any, TypeVar
 
-from prefect_eachlabs.batch.files import Files
+from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import NOT_THERE, THERE, Outcome, RowState
 from prefect_eachlabs.batch.pages import MOST_FAILURES, MOST_PICTURES, index_page
 from prefect_eachlabs.batch.sheet import MOST_FRAMES, THUMBNAIL_PX, draw_sheet
@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCHEMA = "eachlabs-batch-report/1"
+JSON_LINES = "application/x-ndjson"
 RUN_SCHEMA = "eachlabs-batch-run/1"
 PART_ROWS = 1_000
 PART_BYTES = 4_000_000
@@ -117,18 +118,10 @@ class EarlierRuns:
 
 
 class BatchFolder:
-    """Where a batch's reports are.
-
-    Args:
-        store: The destination's bucket.
-        files: The same bucket, for what is too large for one piece.
-        destination: Bucket and prefix.
-        batch_id: Names the folder.
-        worker: Runs what blocks.
-    """
+    """Where a batch's reports are: in the destination's bucket, `files` for what is too large for one piece."""
 
     def __init__(
-        self, store: ObjectStore, files: Files, destination: Destination, batch_id: str, worker: Worker
+        self, store: ObjectStore, files: S3Files, destination: Destination, batch_id: str, worker: Worker
     ) -> None:
         self.store = store
         self.files = files
@@ -201,14 +194,7 @@ class BatchFolder:
 
 
 class ReportWriter:
-    """Writes a run's report as it goes.
-
-    Args:
-        folder: Where it goes.
-        run: The run's name.
-        scratch: Keeps every row until the end.
-        totals: Says what `report.json` holds now.
-    """
+    """Writes a run's report as it goes; `totals` says what `report.json` holds now."""
 
     def __init__(self, folder: BatchFolder, run: str, scratch: Scratch, totals: Callable[[], dict[str, Any]]) -> None:
         self._folder = folder
@@ -258,9 +244,8 @@ class ReportWriter:
                 return
             name = f"runs/{self._run}/part-{self._parts + 1:05d}.jsonl"
             try:
-                await self._folder.store.put(
-                    self._folder.key(name), b"".join(self._part[:count]), content_type=_JSON_LINES
-                )
+                part = b"".join(self._part[:count])
+                await self._folder.store.put(self._folder.key(name), part, content_type=JSON_LINES)
                 self._parts += 1
                 del self._part[:count]
                 await self.write_totals(f"runs/{self._run}/report.json")
@@ -308,27 +293,23 @@ class ReportWriter:
             for one in self._shown:
                 key = folder.destination.key(f"images/{one.file_name}")
                 links[one.item_id or ""] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
-        page = await folder.worker(self._page, self._totals(), links, end_at, home)
-        await folder.store.put(folder.key(f"{home}index.html"), page, content_type="text/html; charset=utf-8")
+        totals = self._totals()
 
-    def _page(
-        self,
-        totals: dict[str, Any],
-        links: dict[str, str],
-        end_at: datetime | None,
-        home: str,
-    ) -> bytes:
-        pieces = index_page(
-            totals,
-            pictures=self._shown,
-            not_there=self._outcomes(*NOT_THERE, most=MOST_FAILURES),
-            links=links,
-            links_end_at=end_at,
-            up="../" * (2 + home.count("/")),
-            thumbs=self._thumbs.urls if self._thumbs else {},
-            edge_px=edge_px(len(self._shown)),
-        )
-        return "".join(pieces).encode()
+        def page() -> bytes:
+            pieces = index_page(
+                totals,
+                pictures=self._shown,
+                not_there=self._outcomes(*NOT_THERE, most=MOST_FAILURES),
+                links=links,
+                links_end_at=end_at,
+                up="../" * (2 + home.count("/")),
+                thumbs=self._thumbs.urls if self._thumbs else {},
+                edge_px=edge_px(len(self._shown)),
+            )
+            return "".join(pieces).encode()
+
+        body = await folder.worker(page)
+        await folder.store.put(folder.key(f"{home}index.html"), body, content_type="text/html; charset=utf-8")
 
     def _outcomes(self, *states: RowState, most: int) -> Iterator[Outcome]:
         for line in self._scratch.lines(*states, most=most):
@@ -355,18 +336,12 @@ class ReportWriter:
         # Python finds no folder for it, it says ENOENT, when the disk is full.
         with on_disk(errno.ENOENT), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
             path = Path(scratch_folder) / "report.jsonl"
-            await self._folder.worker(_write_lines, path, self._scratch.lines())
-            for name in [*([f"runs/{self._run}/report.jsonl"] if is_whole else []), "report.jsonl"]:
-                await self._folder.worker(self._upload, name, path)
+
+            def write(*names: str) -> None:
+                with path.open("wb") as file:
+                    file.writelines(self._scratch.lines())
+                for name in names:
+                    self._folder.files.upload(self._folder.key(name), path, content_type=JSON_LINES)
+
+            await self._folder.worker(write, *([f"runs/{self._run}/report.jsonl"] if is_whole else []), "report.jsonl")
         await self.write_totals(f"runs/{self._run}/report.json", "report.json")
-
-    def _upload(self, name: str, path: Path) -> None:
-        self._folder.files.upload(self._folder.key(name), path, content_type=_JSON_LINES)
-
-
-_JSON_LINES = "application/x-ndjson"
-
-
-def _write_lines(path: Path, lines: Iterator[bytes]) -> None:
-    with path.open("wb") as file:
-        file.writelines(lines)

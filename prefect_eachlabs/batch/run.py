@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from prefect_eachlabs.batch.budget import Budget
-from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, INTERRUPTED, Buyer, Buying
+from prefect_eachlabs.batch.buying import EXECUTIONS_A_PAGE, INTERRUPTED, Buying, EngineBuyer
 from prefect_eachlabs.batch.history import READ_AT_A_TIME, History
 from prefect_eachlabs.batch.outcomes import (
     THERE,
@@ -28,7 +28,7 @@ from prefect_eachlabs.batch.outcomes import (
 )
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
 from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, run_name
-from prefect_eachlabs.batch.source import Row, Rows, Source, Wanted
+from prefect_eachlabs.batch.source import Rows, Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
@@ -152,21 +152,11 @@ class Chunks:
 
 
 class Batch:
-    """One run over a source, on one loop; made by `open_batch`, and run once.
-
-    Args:
-        buyer: Buys and stores a picture.
-        source: The rows.
-        folder: Where the report goes.
-        options: What this run may do.
-        worker: Runs what blocks.
-        access: How to reach the bucket.
-        show: Told the progress every `show_seconds`.
-    """
+    """One run over a source, on one loop; made by `open_batch`, and run once."""
 
     def __init__(
         self,
-        buyer: Buyer,
+        buyer: EngineBuyer,
         source: Source,
         folder: BatchFolder,
         options: BatchOptions,
@@ -284,23 +274,31 @@ class Batch:
         None at the end, and where the source cannot be read on: then what is in progress ends, and the result says why
         the rest is missing.
         """
-        while (row := await self._next_row()) is not None:
-            if not self._is_mine(row.row):
-                continue
+        number, shards = self.options.shard or (0, 1)
+        while self._stopped_by is None:
+            try:
+                row = await self.rows.next()
+            except EachlabsError as error:
+                logger.error("The source cannot be read on: %s", error)
+                self._stopped_by = error
+                break
+            if row is None:
+                break
             if isinstance(row.row, BadRow):
-                self._add(refused(row.row))
+                if shards == 1:  # rows that are no items are told by whoever goes through all of them
+                    self._add(refused(row.row))
+                continue
+            if shard_of(row.row.item.item_id, shards) != number:
                 continue
             outcome, is_news = await self.history.settled(row.row, row.earlier)
-            if outcome is None:
-                await self._begin_to_buy()
-                return row.row
-            self._add(outcome, is_news=is_news)
+            if outcome is not None:
+                self._add(outcome, is_news=is_news)
+                continue
+            if not self._has_begun_to_buy:
+                await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
+                self._has_begun_to_buy = True
+            return row.row
         return None
-
-    async def _begin_to_buy(self) -> None:
-        if not self._has_begun_to_buy:
-            await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
-            self._has_begun_to_buy = True
 
     async def refused_by_their_models(self, rows: Sequence[Wanted]) -> list[Outcome | None]:
         """Rows whose input their model's schema refuses; None: it takes that, or nobody has a schema. Free."""
@@ -315,23 +313,6 @@ class Batch:
                 continue
             refused |= {one.line: not_there(one, error) for one, error in zip(theirs, errors, strict=True) if error}
         return [refused.get(wanted.line) for wanted in rows]
-
-    def _is_mine(self, row: Wanted | BadRow) -> bool:
-        """Rows that are no items are told by whoever goes through all of them."""
-        if self.options.shard is None:
-            return True
-        number, shards = self.options.shard
-        return isinstance(row, Wanted) and shard_of(row.item.item_id, shards) == number
-
-    async def _next_row(self) -> Row | None:
-        if self._stopped_by is not None:
-            return None
-        try:
-            return await self.rows.next()
-        except EachlabsError as error:
-            logger.error("The source cannot be read on: %s", error)
-            self._stopped_by = error
-            return None
 
     async def _obtain(self, wanted: Wanted) -> Outcome:
         """The row's picture, safe in the bucket, or why not; of an interrupted run: what its record says."""
@@ -351,17 +332,15 @@ class Batch:
     async def _end_timed_out(self) -> None:
         """Adds the rows whose deadline had passed, as their records say now."""
         rows, self._timed_out = self._timed_out, []
-        for start in range(0, len(rows), READ_AT_A_TIME):
+
+        async def again(wanted: Wanted, outcome: Outcome) -> Outcome:
             assert self._buying is not None, "rows timed out"
-            outcomes = await asyncio.gather(
-                *(
-                    self._buying.interrupted(wanted)
-                    if self.is_interrupted
-                    else self._buying.looked_at_again(wanted, outcome)
-                    for wanted, outcome in rows[start : start + READ_AT_A_TIME]
-                )
-            )
-            for outcome in outcomes:
+            if self.is_interrupted:
+                return await self._buying.interrupted(wanted)
+            return await self._buying.looked_at_again(wanted, outcome)
+
+        for start in range(0, len(rows), READ_AT_A_TIME):
+            for outcome in await asyncio.gather(*(again(*row) for row in rows[start : start + READ_AT_A_TIME])):
                 self._add(outcome)
 
     async def _interrupt(self, seconds: float) -> None:
@@ -445,22 +424,15 @@ class Batch:
             rows = await self._buyer.executions(page * EXECUTIONS_A_PAGE)
             costs = {row.id: row.cost_usd for row in rows if row.cost_usd}
             told = await self.folder.worker(self.scratch.settle, costs)
-            await asyncio.gather(*map(self._note_cost, told))
-            for settled in told:
+            facts = [(one.item_id or "", one.prediction_id or "", one.cost_usd or 0.0) for one in told]
+            place, access = self.folder.destination, self._access
+            await asyncio.gather(*(self._buyer.note_cost(*fact, place, access=access) for fact in facts))
+            for settled, (item_id, prediction_id, cost_usd) in zip(told, facts, strict=True):
                 self.totals.cost_was_told(settled)
-                self.budget.told(
-                    settled.item_id or "", settled.model or "", settled.prediction_id or "", settled.cost_usd or 0.0
-                )
-                left -= 1
+                self.budget.told(item_id, settled.model or "", prediction_id, cost_usd)
+            left -= len(told)
             if not left or len(rows) < EXECUTIONS_A_PAGE:
                 return
-
-    async def _note_cost(self, settled: Outcome) -> None:
-        if settled.item_id and settled.prediction_id and settled.cost_usd:
-            place = self.folder.destination
-            await self._buyer.note_cost(
-                settled.item_id, settled.prediction_id, settled.cost_usd, place, access=self._access
-            )
 
     def _entries(self) -> RowResults:
         lines = map(Outcome.from_line, self.scratch.lines())
@@ -528,23 +500,20 @@ class Batch:
             await asyncio.sleep(min(TICK_SECONDS, self._show_seconds))
             now = loop.time()
             self._pace.see(now, self.totals.count(RowState.STORED))
-            self._say_past_deadline()
+            past_deadline, said = self._buyer.slots_past_deadline, self._said_past_deadline
+            self._said_past_deadline = past_deadline
+            if past_deadline > said:
+                logger.warning(
+                    "Slots in flight held by predictions past their deadlines: %d. The vendor counts them too; each "
+                    "comes back when its end is seen, or after an hour. Ctrl-C, or the run's cancel, cancels them.",
+                    past_deadline,
+                )
             if self._show is not None and now - shown_at >= self._show_seconds:
                 shown_at = now
                 self._show(self.progress())
             if now - part_at >= PART_SECONDS:
                 part_at = now
                 self._writer.begin_part()
-
-    def _say_past_deadline(self) -> None:
-        count = self._buyer.slots_past_deadline
-        if count > self._said_past_deadline:
-            logger.warning(
-                "Slots in flight held by predictions past their deadlines: %d. The vendor counts them too; each comes "
-                "back when its end is seen, or after an hour. Ctrl-C, or the run's cancel, cancels them.",
-                count,
-            )
-        self._said_past_deadline = count
 
     def progress(self) -> Progress:
         """How far it is."""
@@ -595,7 +564,8 @@ class Batch:
                     "cost_usd": money(spent.cost_usd),
                     "mean_usd": money(spent.cost_usd / spent.pictures),
                 }
-                for model, spent in self.budget.costs_by_model().items()
+                for model, spent in sorted(self.budget.by_model.items())
+                if spent.pictures
             },
             **self.totals.as_json(),
             "report": self.folder.uri("report.jsonl"),

@@ -26,6 +26,7 @@ from prefect_eachlabs.batch.tables import (
 )
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.models import DEFAULT_MODEL, Item, canonical_json
+from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.reference_images import Roots, opened
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -72,14 +73,7 @@ class Defaults:
 
 
 class Source:
-    """An opened source: its items, and the rows that are none.
-
-    Args:
-        table: The opened table.
-        name: What it is called in messages.
-        defaults: The model of rows that name none.
-        roots: Where the reference pictures may be that rows name by their files.
-        columns: Which hold the prompts and ids, where they are not called so.
+    """An opened source: its items, and the rows that are none. What its parts mean says `open_source`.
 
     Raises:
         BadInput: It has no prompt column; says which columns it has.
@@ -181,13 +175,7 @@ class Row:
 
 
 class Rows:
-    """The rows of a source in order, once.
-
-    Args:
-        source: Where they come from.
-        scratch: Remembers which ids are taken.
-        worker: Reads beside the loop.
-    """
+    """The rows of a source in order, once; read beside the loop, by the worker."""
 
     def __init__(self, source: Source, scratch: Scratch, worker: Worker) -> None:
         self._source = source
@@ -314,15 +302,11 @@ def _typed(text: str) -> Any:
         return word == "true"
     if _JSON_NUMBER.fullmatch(word) or word[:1] in ("[", "{", '"'):
         try:
-            value = json.loads(word, parse_constant=_refuse)
+            value = safe_json.strict(word)
         except (ValueError, RecursionError):
             return text
         return text if isinstance(value, float) and math.isinf(value) else value
     return text
-
-
-def _refuse(word: str) -> Any:
-    raise ValueError(word)
 
 
 def _label(value: object) -> str:

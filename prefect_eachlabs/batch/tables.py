@@ -21,10 +21,11 @@ from typing import Any, BinaryIO, NoReturn, Protocol
 
 from prefect_eachlabs.batch.files import open_file
 from prefect_eachlabs.batch.parquet import READER as PARQUET
-from prefect_eachlabs.batch.parquet import TypedFile
+from prefect_eachlabs.batch.parquet import opened
 from prefect_eachlabs.batch.xlsx import READER as XLSX
-from prefect_eachlabs.confined import ConfinedError, ConfinedProcess, NotInstalled, TooCostly
+from prefect_eachlabs.confined import Answer, ConfinedError, ConfinedProcess, NotInstalled, TooCostly
 from prefect_eachlabs.errors import BadInput, SetupError
+from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.reference_images import Roots
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -42,6 +43,8 @@ SUFFIXES = {
 }
 PROMPTS = ("prompt", "Prompt")
 DELIMITERS = (",", ";", "\t", "|")
+READ_WITHIN_SECONDS = 60.0
+"""For opening a Parquet or Excel file, and for each 200 rows."""
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +264,14 @@ class _TableOfLines:
     def __init__(self, source: str, lines: Lines) -> None:
         self._source, self._lines = source, lines
 
+    def _head(self) -> Line:
+        head = next(self._lines, None)
+        if head is None:
+            no_table(self._source, "it is empty")
+        if head.fault is not None:
+            no_table(self._source, f"line 1: {head.fault}")
+        return head
+
     def fraction_read(self) -> float:
         return self._lines.fraction_read()
 
@@ -353,12 +364,7 @@ class TsvTable(_TableOfLines):
 
     def __init__(self, source: str, lines: Lines) -> None:
         super().__init__(source, lines)
-        head = next(lines, None)
-        if head is None:
-            no_table(source, "it is empty")
-        if head.fault is not None:
-            no_table(source, f"line 1: {head.fault}")
-        self.columns = _columns(source, _tab_separated(head.text))
+        self.columns = _columns(source, _tab_separated(self._head().text))
 
     def rows(self) -> Iterator[Cells | BadRow]:
         for line in self._lines:
@@ -388,11 +394,7 @@ class JsonLinesTable(_TableOfLines):
 
     def __init__(self, source: str, lines: Lines) -> None:
         super().__init__(source, lines)
-        ahead = list(itertools.islice(lines, self.LOOK_AHEAD))
-        if not ahead:
-            no_table(source, "it is empty")
-        if ahead[0].fault is not None:
-            no_table(source, f"line 1: {ahead[0].fault}")
+        ahead = [self._head(), *itertools.islice(lines, self.LOOK_AHEAD - 1)]
         if ahead[0].text.lstrip().startswith("["):
             no_table(source, "it is a JSON array; write one JSON object a line (jq -c '.[]' does)")
         rows = [self._row(line) for line in ahead if line.text.strip() or line.fault]
@@ -411,7 +413,7 @@ class JsonLinesTable(_TableOfLines):
         if line.fault is not None:
             return BadRow(line.number, f"broken line: {line.fault}")
         try:
-            values = json.loads(line.text, parse_constant=_refuse_constant)
+            values = safe_json.strict(line.text)
         except (ValueError, RecursionError) as error:
             return BadRow(line.number, f"broken line: it is no JSON ({str(error)[:100]})")
         if not isinstance(values, dict):
@@ -419,38 +421,53 @@ class JsonLinesTable(_TableOfLines):
         return Cells(line.number, values)
 
 
-def _refuse_constant(word: str) -> NoReturn:
-    raise ValueError(f"{word} is not JSON")
+_READERS = {"xlsx": ("Excel", XLSX, "openpyxl", "excel"), "parquet": ("Parquet", PARQUET, "pyarrow", "parquet")}
 
 
 class TypedTable:
-    """A Parquet or Excel file, some rows at a time; lines are counted from 1, in Excel as Excel does."""
+    """A Parquet or Excel file, some rows at a time; lines are counted from 1, in Excel as Excel does.
+
+    Args:
+        source: What it is called.
+        stream: The file; read here, piece by piece, as the child asks for it.
+        process: Reads no other file meanwhile; one of its own when left out.
+    """
 
     typed = True
 
     def __init__(self, source: str, stream: BinaryIO, process: ConfinedProcess | None = None) -> None:
-        self._source = source
-        name, reader, extra = ("Excel", XLSX, "excel") if kind_of(source) == "xlsx" else ("Parquet", PARQUET, "parquet")
+        self._source, self._stream = source, stream
+        name, reader, library, extra = _READERS[kind_of(source)]
+        self._process = process or ConfinedProcess(reader, idle_seconds=None)
         try:
-            self._file = TypedFile(stream, reader, most_row_bytes=2 * MAX_ROW_BYTES, process=process)
-        except NotInstalled as error:
-            library = "openpyxl" if reader is XLSX else "pyarrow"
-            raise SetupError(f"{name} needs {library}: pip install 'prefect-eachlabs[{extra}]'.") from error
-        except ConfinedError as error:
-            no_table(source, f"it is no {name} file ({error})")
-        self.columns = _columns(source, self._file.columns)
-        self._line = self._file.head_line
+            said, _ = self._asked({"open": stream.seek(0, os.SEEK_END), "most_row_bytes": 2 * MAX_ROW_BYTES})
+            self.columns = _columns(source, said["columns"])
+        except BaseException as error:
+            if process is None:
+                self._process.close()
+            if isinstance(error, NotInstalled):
+                raise SetupError(f"{name} needs {library}: pip install 'prefect-eachlabs[{extra}]'.") from error
+            if isinstance(error, ConfinedError):
+                no_table(source, f"it is no {name} file ({error})")
+            raise
+        self._count, self._line = said["count"], said["head_line"]
+
+    def _asked(self, arguments: dict[str, Any]) -> Answer:
+        return self._process.call(arguments, seconds=READ_WITHIN_SECONDS, read=self._read)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._stream.seek(offset)
+        return self._stream.read(size)
 
     def rows(self) -> Iterator[Cells | BadRow]:
         try:
-            for values in self._file.rows():
-                self._line += 1
-                if values is None:
-                    continue
-                if isinstance(values, str):
-                    yield BadRow(self._line, f"broken row: {values}")
-                else:
-                    yield Cells(self._line, values)
+            while (answer := self._asked({}))[0]["rows"]:
+                for values in json.loads(answer[1], object_hook=opened):
+                    self._line += 1
+                    if isinstance(values, str):
+                        yield BadRow(self._line, f"broken row: {values}")
+                    elif values is not None:
+                        yield Cells(self._line, values)
         except TooCostly as error:
             raise BadInput(
                 f"{self._source} cannot be read after row {self._line}: {error}. Write it anew with smaller cells, or "
@@ -460,7 +477,8 @@ class TypedTable:
             raise BadInput(f"{self._source} is damaged after row {self._line} ({error}).") from error
 
     def fraction_read(self) -> float:
-        return min(1.0, self._line / self._file.count) if self._file.count > 0 else 1.0
+        return min(1.0, self._line / self._count) if self._count > 0 else 1.0
 
     def close(self) -> None:
-        self._file.close()
+        self._process.close()
+        self._stream.close()

@@ -13,6 +13,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from prefect_eachlabs.batch.outcomes import Outcome
 from prefect_eachlabs.batch.worker import Worker
@@ -47,14 +48,7 @@ def edge_px(count: int) -> int:
 
 
 class Thumbs:
-    """The thumbnails of a batch's page, by the SHA-256 of their pictures.
-
-    Args:
-        store: Where the pictures are.
-        destination: The same place.
-        worker: Makes them beside the loop.
-        edge_px: The square that each lies within.
-    """
+    """The thumbnails of a batch's page, by the SHA-256 of their pictures; each lies within a square of `edge_px`."""
 
     def __init__(self, store: ObjectStore, destination: Destination, worker: Worker, edge_px: int) -> None:
         self._store = store
@@ -96,7 +90,8 @@ class Thumbs:
         try:
             found = await self._store.get(self._destination.key(f"images/{outcome.file_name}"))
             if found is not None:
-                small = await self._worker(_thumbnail, found.body, self.edge_px)
+                make = partial(thumbnail, found.body, edge_px=self.edge_px, format="WEBP", quality=QUALITY)
+                small = await self._worker(make)
                 self._add(outcome.sha256 or "", f"data:image/webp;base64,{base64.b64encode(small).decode()}")
         except NotInstalled:
             logger.info("No thumbnails: they are made with Pillow: pip install 'prefect-eachlabs[demo]'.")
@@ -120,7 +115,3 @@ class Thumbs:
 def _is_picture(outcome: Outcome) -> bool:
     is_small = (outcome.size_bytes or 0) <= LARGEST_BYTES
     return bool(outcome.sha256 and outcome.uri) and outcome.file_name.endswith(SUFFIXES) and is_small
-
-
-def _thumbnail(body: bytes, edge_px: int) -> bytes:
-    return thumbnail(body, edge_px=edge_px, format="WEBP", quality=QUALITY)

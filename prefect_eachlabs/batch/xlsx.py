@@ -9,11 +9,11 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from prefect_eachlabs.batch.parquet import SHOWN_CHARACTERS, Reader, Remote
-from prefect_eachlabs.confined import Answer, JobFailed, Read
+from prefect_eachlabs.confined import JobFailed
 
 MOST_ROWS = 1_048_576
 """Of a sheet, by Excel's own bound."""
@@ -25,23 +25,12 @@ class XlsxReader(Reader):
     """Reads Excel; in the child alone."""
 
     def __init__(self) -> None:
-        super().__init__()
         import openpyxl  # type: ignore[import-untyped]  # noqa: PLC0415 - an extra, without types
 
         self._load = openpyxl.load_workbook
 
-    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
-        try:
-            return self._opened(arguments, read) if "open" in arguments else self._next()
-        except (MemoryError, JobFailed):
-            raise
-        except Exception as error:  # openpyxl raises what it meets: KeyError, BadZipFile, ParseError
-            raise JobFailed(f"{type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}") from error
-
-    def _opened(self, arguments: dict[str, Any], read: Read) -> Answer:
-        self._most_row_bytes = arguments["most_row_bytes"]
-        stream = io.BufferedReader(Remote(arguments["open"], read), 64 * 1024)
-        book = self._load(stream, read_only=True, data_only=True, keep_links=False)
+    def _opened(self, file: Remote) -> dict[str, Any]:
+        book = self._load(io.BufferedReader(file, 64 * 1024), read_only=True, data_only=True, keep_links=False)
         if not book.worksheets:
             raise JobFailed("it has no sheet of cells")
         sheet = book.worksheets[0]
@@ -52,7 +41,7 @@ class XlsxReader(Reader):
         while columns and not columns[-1]:
             columns.pop()
         self._rows = (self._row(columns, cells) for _, cells in numbered)
-        return {"columns": columns, "count": 0, "head_line": head_line}, b""
+        return {"columns": columns, "count": 0, "head_line": head_line}
 
     def _row(self, columns: list[str], cells: tuple[Any, ...]) -> str:
         if _is_empty(cells):
@@ -63,12 +52,9 @@ class XlsxReader(Reader):
         if not _is_empty(cells[len(columns) :]):
             return json.dumps(f"cells: more than the header's {len(columns)}")
         # A column without a name means nothing.
-        return self._as_json(dict(_named(columns, cells)))
+        named = zip((name.strip() for name in columns), cells, strict=False)
+        return self._as_json({name: cell for name, cell in named if name})
 
 
 def _is_empty(cells: Iterable[Any]) -> bool:
     return all(cell is None or cell == "" for cell in cells)
-
-
-def _named(columns: list[str], cells: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
-    return ((name, cell) for name, cell in zip((name.strip() for name in columns), cells, strict=False) if name)

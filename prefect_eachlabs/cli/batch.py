@@ -70,6 +70,7 @@ def batch(
       prefect-eachlabs batch prompts.csv --to s3://acme/spring --dry-run
       prefect-eachlabs batch prompts.csv --to s3://acme/spring --budget-usd 25
     """
+    from prefect_eachlabs.batch.outcomes import BatchResult
     from prefect_eachlabs.batch.plan import open_batch
     from prefect_eachlabs.batch.run import BatchOptions
     from prefect_eachlabs.batch.source import Defaults
@@ -106,7 +107,11 @@ def batch(
     with bar:
         _log_to_stderr(quiet=flags.in_json)
         answer, not_there = _run(opened, dry_run=dry_run)
-    print(json.dumps(answer.as_json()) if flags.in_json else _as_text(answer, not_there), flush=True)
+    if flags.in_json:
+        said = json.dumps(answer.as_json())
+    else:
+        said = _result_text(answer, not_there) if isinstance(answer, BatchResult) else _plan_text(answer)
+    print(said, flush=True)
     if answer.is_complete:
         return 0
     return 2 if answer.set_up_wrong else 1
@@ -165,12 +170,6 @@ def _log_to_stderr(*, quiet: bool) -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if not quiet:
         logging.getLogger("prefect_eachlabs.batch").setLevel(logging.INFO)
-
-
-def _as_text(answer: BatchResult | Plan, not_there: Sequence[Outcome]) -> str:
-    from prefect_eachlabs.batch.outcomes import BatchResult
-
-    return _result_text(answer, not_there) if isinstance(answer, BatchResult) else _plan_text(answer)
 
 
 def _result_text(result: BatchResult, not_there: Sequence[Outcome]) -> str:

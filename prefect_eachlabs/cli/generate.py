@@ -16,6 +16,7 @@ from uuid import uuid4
 
 from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
+from prefect_eachlabs.net import safe_json
 
 if TYPE_CHECKING:
     from prefect_eachlabs.engine.runtime import Gateway, MakeSource
@@ -84,14 +85,9 @@ def named_value(text: str) -> tuple[str, Any]:
     if not equals or not name.strip():
         raise BadInput(f"--input: {text!r} must be NAME=JSON, such as seed=7 or aspect_ratio=16:9.")
     try:
-        return name.strip(), json.loads(value, parse_constant=_not_json)
+        return name.strip(), safe_json.strict(value)
     except (ValueError, RecursionError):
         return name.strip(), value
-
-
-def _not_json(word: str) -> Any:
-    """Python's parser takes NaN and Infinity, which JSON has not."""
-    raise ValueError(word)
 
 
 def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> StoredImage:

@@ -70,15 +70,8 @@ class PurchaseFlags:
         """What `PurchaseOptions` and `BatchOptions` both take."""
         from prefect_eachlabs.images.formats import check_formats
 
-        return {
-            "replace": self.replace,
-            "rebuy_missing": self.rebuy_missing,
-            "retry_failed": self.retry_failed,
-            "on_ambiguous": self.on_ambiguous,
-            "retry_ambiguous": self.retry_ambiguous,
-            "deadline_seconds": self.deadline_seconds,
-            "formats": check_formats(self.formats),
-        }
+        names = ("replace", "rebuy_missing", "retry_failed", "on_ambiguous", "retry_ambiguous", "deadline_seconds")
+        return {"formats": check_formats(self.formats), **{name: getattr(self, name) for name in names}}
 
 
 NONE_GIVEN = PurchaseFlags()
