@@ -536,7 +536,9 @@ class Item(BaseModel):
         picture = fields.get("image_url")
         if "image_url" in fields and not (isinstance(picture, str) and picture in sources):
             check_image_url(picture)
-        check_sample(sample)
+        is_number = isinstance(sample, int) and not isinstance(sample, bool)
+        if sample is not None and not (is_number and 1 <= sample <= 10_000):
+            raise BadInput("sample: must be a number from 1 to 10,000, or left out.")
         try:
             _check_nesting(fields)
             for text in _leaves(fields):
@@ -606,12 +608,6 @@ def check_image_url(url: object) -> str:
             "picture, its name in a bucket, or (in Python) its bytes."
         )
     return url
-
-
-def check_sample(sample: object) -> None:
-    """Raises BadInput when a sample's number is given that is none."""
-    if sample is not None and (isinstance(sample, bool) or not isinstance(sample, int) or not 1 <= sample <= 10_000):
-        raise BadInput("sample: must be a number from 1 to 10,000, or left out.")
 
 
 def check_item_id(item_id: object) -> str:

@@ -13,12 +13,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from prefect_eachlabs.errors import BadInput
 
@@ -165,6 +165,17 @@ def names_in(input: Mapping[str, object]) -> list[str]:
     found = [input.get(name) for name in REFERENCE_FIELDS]
     names = [name for one in found for name in (one if isinstance(one, (list, tuple)) else [one])]
     return [name for name in names if isinstance(name, str)]
+
+
+def with_names(input: Mapping[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """An item's input, each name of a reference picture in it as `change` makes it."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, list):
+            return [changed(inner) for inner in value]
+        return change(value) if isinstance(value, str) else value
+
+    return {field: changed(value) if field in REFERENCE_FIELDS else value for field, value in input.items()}
 
 
 def parse_s3_name(text: str) -> tuple[str, str] | None:

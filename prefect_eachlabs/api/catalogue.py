@@ -9,36 +9,29 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, partial
+from typing import Any, TypeVar
 
 from prefect_eachlabs.api.asked_once import Once
+from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.schema_check import faults_of, listed
 from prefect_eachlabs.confined import ConfinedError, JobFailed, TooCostly
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import DEFAULT_MODEL, Item
-from prefect_eachlabs.reference_images import REFERENCE_FIELDS
+from prefect_eachlabs.reference_images import REFERENCE_FIELDS, with_names
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 MOST_FAULTS = 8
 MOST_SCHEMA_BYTES = 256 * 1024
 ROWS_A_PAGE = 100
 MOST_PAGES = 50
 MOST_NEAR = 8
-
-
-class Librarian(Protocol):
-    """Who knows the catalogue; EachlabsClient does."""
-
-    async def model(self, slug: str) -> Mapping[str, Any]: ...
-
-    async def models(self, name: str = "", *, limit: int = 100, offset: int = 0) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -154,12 +147,11 @@ class Catalogue:
     """The models, each asked for once a run.
 
     Args:
-        librarian: Knows the catalogue.
         limiter: The account's; each question takes a request slot. None: nobody counts (no key is sent).
     """
 
-    def __init__(self, librarian: Librarian, limiter: RateLimiter | None) -> None:
-        self._librarian = librarian
+    def __init__(self, client: EachlabsClient, limiter: RateLimiter | None) -> None:
+        self._client = client
         self._limiter = limiter
         self._models: Once[str, Model | None] = Once()
         self._nearest: Once[str, list[str]] = Once()
@@ -177,8 +169,7 @@ class Catalogue:
 
     async def _ask(self, slug: str) -> Model | None:
         try:
-            async with self._turn():
-                return Model.parse(await self._librarian.model(slug), slug)
+            return Model.parse(await self._asked(lambda: self._client.model(slug)), slug)
         except KeyRefused:
             raise
         except Rejected as error:
@@ -209,8 +200,8 @@ class Catalogue:
         """
         found: list[Model] = []
         for page in range(MOST_PAGES):
-            async with self._turn():
-                rows = await self._librarian.models(name, limit=ROWS_A_PAGE, offset=page * ROWS_A_PAGE)
+            offset = page * ROWS_A_PAGE
+            rows = await self._asked(partial(self._client.models, name, limit=ROWS_A_PAGE, offset=offset))
             found += [Model.parse(row) for row in rows if isinstance(row, Mapping) and row.get("slug")]
             if len(rows) < ROWS_A_PAGE:
                 break
@@ -276,15 +267,9 @@ class Catalogue:
         faults = iter(await self.beside_the_loop(model.faults_of, *inputs))
         return [error or _bad(item, next(faults)) for item, error in zip(items, found, strict=True)]
 
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """A request slot for one question."""
-        slot = None if self._limiter is None else await self._limiter.take_request(question=True)
-        try:
-            yield
-        finally:
-            if slot is not None:
-                slot.done()
+    async def _asked(self, question: Callable[[], Awaitable[T]]) -> T:
+        """The answer, in a request slot of its own where somebody counts."""
+        return await (question() if self._limiter is None else self._limiter.asked(question))
 
     async def aclose(self) -> None:
         await self._models.aclose()
@@ -323,10 +308,7 @@ def nearest(slug: str, slugs: list[str]) -> list[str]:
 def _with_urls(input: Mapping[str, Any]) -> dict[str, Any]:
     """The input with a URL wherever a picture of one's own will have one: schemas may ask for the form of a URL."""
 
-    def url(value: Any) -> Any:
-        if isinstance(value, list):
-            return [url(inner) for inner in value]
-        mine = isinstance(value, str) and value.startswith(("s3://", "sha256:"))
-        return "https://pictures.invalid/reference.png" if mine else value
+    def url(name: str) -> str:
+        return "https://pictures.invalid/reference.png" if name.startswith(("s3://", "sha256:")) else name
 
-    return {name: url(value) if name in REFERENCE_FIELDS else value for name, value in input.items()}
+    return with_names(input, url)

@@ -42,7 +42,6 @@ from prefect_eachlabs.models import (
     Item,
     ListedWebhook,
     Prediction,
-    PredictionStatus,
     created_id,
     parse_executions,
     parse_prediction,
@@ -132,6 +131,13 @@ class Answer:
             if "<html" in head or "<!doctype" in head:
                 return "an HTML page"
         return redaction.visible(said[:BODY_LIMIT_CHARACTERS])[:BODY_LIMIT_CHARACTERS]
+
+    def rows(self, name: str) -> list[Any]:
+        """The rows of a page, under this name or bare. Raises Unanswered when there are none that can be read."""
+        rows = self.json.get(name) if isinstance(self.json, Mapping) else self.json
+        if not isinstance(rows, list):
+            raise Unanswered(f"The API's list of {name} is unreadable; ask again.")
+        return rows[:MAX_ROWS]
 
     def date(self) -> datetime | None:
         """When the API answered, by its own clock (`Date`)."""
@@ -250,20 +256,18 @@ class EachlabsClient:
             await self._checked.get("", lambda: self._look(limiter))
 
     async def _look(self, limiter: RateLimiter | None) -> None:
-        request = None if limiter is None else await limiter.take_request(question=True)
+        async def asked() -> Answer:
+            sent = self._send("GET", "/v1/models", params={"limit": 1}, with_key=False)
+            return await asyncio.wait_for(sent, READ_TIMEOUT_SECONDS)
+
         try:
-            answer = await asyncio.wait_for(
-                self._send("GET", "/v1/models", params={"limit": 1}, with_key=False), READ_TIMEOUT_SECONDS
-            )
+            answer = await (asked() if limiter is None else limiter.asked(asked))
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(
                 f"The API at {self._where} could not be reached ({_reason(error)}); nothing was created.{self._hint}"
             ) from error
         except _LOST:
             return  # it proves nothing
-        finally:
-            if request is not None:
-                request.done()
         said = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
         is_another = not isinstance(said, list) if answer.ok else 400 <= answer.status_code < 500 and not answer.is_json
         if is_another:
@@ -306,7 +310,6 @@ class EachlabsClient:
         if answer.ok and (prediction_id := created_id(answer.json)) is not None:
             return Prediction(
                 id=prediction_id,
-                status=PredictionStatus.PENDING,
                 status_word="created",
                 model=item.model,
                 version=item.version,
@@ -378,11 +381,7 @@ class EachlabsClient:
         params: dict[str, int | str] = {"limit": limit, "offset": offset}
         params |= {name: value for name, value in only.items() if value is not None}
         answer = await self._ask("/v1/executions", params=params)
-        said = answer.json if isinstance(answer.json, Mapping) else {"executions": answer.json}
-        rows = said.get("executions")
-        if not isinstance(rows, list):
-            raise Unanswered("The API's list of executions is unreadable.")
-        rows = rows[:MAX_ROWS]
+        rows, said = answer.rows("executions"), answer.json if isinstance(answer.json, Mapping) else {}
         total = None if said.get("total_capped") is True else _count(said.get("total_count"))
         return ExecutionsPage(parse_executions(rows), len(rows), answer.date(), _count(said.get("limit")), total)
 
@@ -393,10 +392,8 @@ class EachlabsClient:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.
         """
         answer = await self._ask("/v1/webhooks", params={"limit": limit, "offset": offset})
-        rows = answer.json.get("webhooks") if isinstance(answer.json, Mapping) else answer.json
-        if not isinstance(rows, list):
-            raise Unanswered("The API's list of webhooks is unreadable.")
-        return parse_webhooks(rows[:MAX_ROWS]), len(rows)
+        rows = answer.rows("webhooks")
+        return parse_webhooks(rows), len(rows)
 
     async def model(self, slug: str) -> Mapping[str, Any]:
         """GET /v1/model: one model of the catalogue, as the API describes it. Free; public.
@@ -416,11 +413,7 @@ class EachlabsClient:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`.
         """
         params: dict[str, int | str] = {"limit": limit, "offset": offset}
-        answer = await self._ask("/v1/models", params={**params, "name": name} if name else params)
-        rows = answer.json.get("models") if isinstance(answer.json, Mapping) else answer.json
-        if not isinstance(rows, list):
-            raise Unanswered("The API's catalogue of models is unreadable; ask again.")
-        return rows[:MAX_ROWS]
+        return (await self._ask("/v1/models", params={**params, "name": name} if name else params)).rows("models")
 
     async def presign(self, *, content_type: str, expires_in_seconds: int) -> UploadSlot:
         """POST /v1/upload/presign: where a picture may be put, and where it is public then. Free.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -26,13 +26,14 @@ from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
 from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused, addresses_of
 from prefect_eachlabs.reference_images import (
     MAX_PICTURE_BYTES,
-    REFERENCE_FIELDS,
     SNIFFED_BYTES,
     Picture,
     Roots,
     UploadSlot,
     content_type_of,
+    names_in,
     parse_s3_name,
+    with_names,
 )
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ObjectStore
@@ -86,11 +87,10 @@ async def prepare_input(
     try:
         input = await catalogue.checked(item)
         urls: dict[str, Url] = {}
-        for field in REFERENCE_FIELDS:
-            for name in _names(input.get(field)):
-                url = await references.ready(name, item.sources.get(name), destination, access, anywhere=anywhere)
-                if url is not None:
-                    urls[name] = url
+        for name in names_in(input):
+            url = await references.ready(name, item.sources.get(name), destination, access, anywhere=anywhere)
+            if url is not None:
+                urls[name] = url
     except EachlabsError as error:
         error.item_id = error.item_id or item.item_id
         raise
@@ -99,8 +99,7 @@ async def prepare_input(
         if not urls and input == item.input:
             return item
         fresh = {name: await give() for name, give in urls.items()}
-        sent = {f: _replaced(value, fresh) if f in REFERENCE_FIELDS else value for f, value in input.items()}
-        return item.model_copy(update={"sent_input": sent})
+        return item.model_copy(update={"sent_input": with_names(input, lambda name: fresh.get(name, name))})
 
     return prepared
 
@@ -109,24 +108,8 @@ def recorded(item: Item) -> dict[str, Any] | None:
     """What a record keeps of what was sent: without signatures, and only where it is not the input itself."""
     if item.sent_input is None:
         return None
-    kept = {field: _unsigned(value) if field in REFERENCE_FIELDS else value for field, value in item.sent_input.items()}
+    kept = with_names(item.sent_input, without_signature)
     return None if kept == item.input else kept
-
-
-def _names(value: object) -> list[str]:
-    return [name for name in (value if isinstance(value, list) else [value]) if isinstance(name, str)]
-
-
-def _replaced(value: Any, urls: Mapping[str, str]) -> Any:
-    if isinstance(value, list):
-        return [_replaced(inner, urls) for inner in value]
-    return urls.get(value, value) if isinstance(value, str) else value
-
-
-def _unsigned(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_unsigned(inner) for inner in value]
-    return without_signature(value) if isinstance(value, str) else value
 
 
 # ------------------------------------------------------------------------------------------------------ made reachable
