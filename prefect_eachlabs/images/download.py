@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from functools import partial
+from typing import Any
 
 import httpx
 
@@ -98,30 +98,35 @@ class Downloader:
             DownloadFailed: It did not come, or not whole.
             HostNotAllowed: It is at a host of this network; nothing was asked there.
         """
-        failed = partial(DownloadFailed, prediction_id=prediction_id, item_id=item_id, url=url)
+        about: dict[str, Any] = {"prediction_id": prediction_id, "item_id": item_id, "url": url}
+
+        def failed(message: str, **more: Any) -> DownloadFailed:
+            return DownloadFailed(message, **about, **more)
+
         what = f"The picture of prediction {prediction_id}" if prediction_id else "The picture"
         reader = MediaReader(formats, max_bytes=self._max_bytes)
         try:
-            self._check_refusals(url)
+            count, reason = self._refused.get(without_query(url), (0, ""))
+            if count >= COSTLY_ATTEMPTS:
+                raise PngError(f"{reason} (seen {count} times; this process does not take it apart again)")
             return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
         except FormatRefused as error:
             raise FormatNotAllowed(
                 f"{what} is paid for and not stored: {error}. Allow it and run the same again, which buys nothing: "
                 f"--formats {','.join((*(formats or ()), error.format))}, "
                 f"formats=({', '.join(repr(name) for name in (*(formats or ()), error.format))}).",
-                prediction_id=prediction_id,
-                item_id=item_id,
-                url=url,
+                **about,
             ) from error
         except (PngError, MediaError) as error:
             if reader.is_costly:
-                self._remember_refusal(url, str(error))
+                place = without_query(url)
+                self._refused[place] = (self._refused.pop(place, (0, ""))[0] + 1, str(error))
+                while len(self._refused) > REMEMBERED_REFUSALS:
+                    del self._refused[next(iter(self._refused))]
             raise NotAPng(
                 f"{what} is paid for, but what came is not a whole {wanted_words(formats)}: {error}. Nothing was "
                 "stored; run again to fetch it anew, and if it stays so, show the vendor the prediction's id.",
-                prediction_id=prediction_id,
-                item_id=item_id,
-                url=url,
+                **about,
             ) from error
         except LeadsNowhere as error:
             raise failed(f"{what} {error.reason} ({without_query(error.url)}).") from error
@@ -133,27 +138,13 @@ class Downloader:
                 f"prediction is kept. If the host is yours, name it in {SETTING} on the machine that runs this "
                 "(a name, an address, a network) and run the same again, which buys nothing; if not, show the "
                 "vendor the prediction's id.",
-                prediction_id=prediction_id,
-                item_id=item_id,
-                url=url,
+                **about,
             ) from error
         except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
             raise failed(
                 f"{what} could not be fetched after {reader.size_bytes} bytes ({type(error).__name__}: "
                 f"{str(error)[:200]}): run again within {RETENTION_HOURS} h."
             ) from error
-
-    def _remember_refusal(self, url: str, reason: str) -> None:
-        place = without_query(url)
-        count, _ = self._refused.pop(place, (0, ""))
-        self._refused[place] = (count + 1, reason)
-        while len(self._refused) > REMEMBERED_REFUSALS:
-            del self._refused[next(iter(self._refused))]
-
-    def _check_refusals(self, url: str) -> None:
-        count, reason = self._refused.get(without_query(url), (0, ""))
-        if count >= COSTLY_ATTEMPTS:
-            raise PngError(f"{reason} (seen {count} times; this process does not take it apart again)")
 
     async def _fetch(self, url: str, reader: MediaReader, what: str, failed: Callable[..., DownloadFailed]) -> Media:
         async with AsyncExitStack() as open_:
@@ -170,15 +161,17 @@ class Downloader:
                     is_large = True
                     await open_.enter_async_context(self._large)
                     pace.begin()
-            announced = _announced_bytes(response) if encoding_of(response) == "identity" else None
-            if announced not in (None, reader.size_bytes):
+            announced, is_encoded = _announced_bytes(response), encoding_of(response) != "identity"
+            if not is_encoded and announced not in (None, reader.size_bytes):
                 raise failed(f"{what} came with {reader.size_bytes} bytes instead of {announced}: run again.")
             if not reader.takes_long:
                 media = reader.finish()
             else:
                 async with self._walks:
                     media = await asyncio.to_thread(reader.finish)
-            if not (media.verified or _says_its_end(response)):
+            # Whether a body that was cut off would be known by how it came.
+            chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
+            if not (media.verified or chunked or is_encoded or announced is not None):
                 raise failed(f"{what} came from a host that does not say how long it is: run again.")
             return media
 
@@ -237,12 +230,6 @@ async def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
         if is_encoded and came_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
             raise PngError("it inflates to far more than a picture does")
         yield piece
-
-
-def _says_its_end(response: httpx.Response) -> bool:
-    """Whether a body that was cut off would be known by how it came."""
-    chunked = "chunked" in response.headers.get("Transfer-Encoding", "").lower()
-    return chunked or encoding_of(response) != "identity" or _announced_bytes(response) is not None
 
 
 def _announced_bytes(response: httpx.Response) -> int | None:

@@ -275,18 +275,12 @@ class MediaReader:
         """`feed` on the event loop, which has its turn in between: 4 kB of a PNG may stand for 4 MB of picture."""
         at = 0
         while True:
-            begin, at = at, at + self._turn_bytes
+            turn_bytes = COSTLY_TURN_BYTES if self.is_costly else TURN_BYTES
+            begin, at = at, at + (SNIFFED_BYTES if self.format is None else turn_bytes)
             self.feed(data[begin:at])
             await asyncio.sleep(0)  # for nothing, too: of what is encoded many pieces may come to nothing
             if at >= len(data):
                 return
-
-    @property
-    def _turn_bytes(self) -> int:
-        """How much may be fed at a time."""
-        if self.format is None:
-            return SNIFFED_BYTES
-        return COSTLY_TURN_BYTES if self.is_costly else TURN_BYTES
 
     @property
     def is_costly(self) -> bool:
@@ -375,13 +369,6 @@ def verify(data: bytes) -> Media:
             raise MediaError(str(error)) from error
     if name not in _WALKS:
         raise MediaError("it is of no format that is verified here")
-    width_px, height_px = _verify_picture(data, name)
-    digest = hashlib.sha256(data).hexdigest()
-    return Media(data=data, sha256=digest, width_px=width_px, height_px=height_px, format=name)
-
-
-def _verify_picture(data: bytes, name: str) -> tuple[int, int]:
-    """Walks its parts to the last one. Nothing is decoded: a file of 2 kB may stand for gigabytes of frames."""
     title = FORMATS[name].title
     try:
         width_px, height_px, frames = _WALKS[name](data)
@@ -391,7 +378,8 @@ def _verify_picture(data: bytes, name: str) -> tuple[int, int]:
         raise MediaError(f"the {title} is damaged or cut off: {error}") from None
     if width_px * height_px > MAX_PIXELS or width_px * height_px * frames > MAX_PIXELS_OF_ALL_FRAMES:
         raise MediaError(f"the {title} has {frames} frames of {width_px} x {height_px} px, which is too much")
-    return width_px, height_px
+    digest = hashlib.sha256(data).hexdigest()
+    return Media(data=data, sha256=digest, width_px=width_px, height_px=height_px, format=name)
 
 
 class _Damaged(Exception):

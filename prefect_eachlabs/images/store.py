@@ -8,7 +8,6 @@ import logging
 import math
 import random
 from collections.abc import Sequence
-from typing import Any
 
 from prefect_eachlabs.errors import (
     DownloadFailed,
@@ -31,13 +30,8 @@ from prefect_eachlabs.ledger.records import (
     VersionedRecord,
     amended,
 )
-from prefect_eachlabs.models import (
-    Media,
-    Prediction,
-    PredictionStatus,
-    StoredImage,
-)
-from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
+from prefect_eachlabs.models import Media, Prediction, PredictionStatus, StoredImage
+from prefect_eachlabs.storage.base import PreconditionFailed, StoredObject
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +49,9 @@ MOST_OUTPUTS = 64
 """So long after the purchase a prediction that succeeded without an output may still get it."""
 
 
-def _prompt(input: dict[str, Any] | None) -> str | None:
-    prompt = (input or {}).get("prompt")
-    return prompt if isinstance(prompt, str) else None
-
-
 def stored_image(record: Record, *, reused: bool) -> StoredImage:
     """What callers are told about a record in state `stored`."""
+    prompt = record.input.get("prompt")
     return StoredImage(
         item_id=record.item_id,
         prediction_id=record.prediction_id or "",
@@ -74,7 +64,7 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
         cost_usd=record.cost_usd or None,
         predict_time_seconds=record.predict_time_seconds,
         model=record.model,
-        prompt=_prompt(record.input),
+        prompt=prompt if isinstance(prompt, str) else None,
         more_uris=tuple(record.more_uris),
         format=_format_of_key(record.uri or ""),
         verified=record.verified is not False,
@@ -84,11 +74,7 @@ def stored_image(record: Record, *, reused: bool) -> StoredImage:
 
 
 class ImageStore:
-    """Downloads, verifies and stores what predictions gave; repeats what may be repeated, for it is paid for.
-
-    Args:
-        downloader: Fetches and verifies a picture.
-    """
+    """Downloads, verifies and stores what predictions gave; repeats what may be repeated, for it is paid for."""
 
     def __init__(self, downloader: Downloader) -> None:
         self._downloader = downloader
@@ -173,10 +159,10 @@ class ImageStore:
         await give_up_what_another_adopted(ledger, held)
         found = await self.find(ledger, held.record, formats=formats)
         whole = found and await ledger.store.get(found.key)
-        if not found or not whole or not _is_of(whole, held.record.prediction_id):
+        if not whole or not _is_of(whole, held.record.prediction_id):
             return None
         try:
-            name = _format_of_key(found.key)
+            name = _format_of_key(whole.key)
             media = await verify_in_turns(whole.body) if name in VERIFIED else as_it_came(whole.body, name)
         except MediaError:
             return None
@@ -245,7 +231,8 @@ class ImageStore:
         *,
         fresh: bool,
     ) -> None:
-        key = ledger.destination.image_key(record.item_id, number, FORMATS[media.format].suffix)
+        kind = FORMATS[media.format]
+        key = ledger.destination.image_key(record.item_id, number, kind.suffix)
         metadata = _metadata(end, record.model, record.fingerprint, later)
         present = None if fresh and ledger.conditional else await ledger.store.head(key)
         pause_seconds = FIRST_PAUSE_SECONDS
@@ -267,7 +254,16 @@ class ImageStore:
                         prediction_id=end.id,
                     )
             try:
-                await put_image(ledger.store, key, media, metadata, present, conditional=ledger.conditional)
+                await ledger.store.put(
+                    key,
+                    media.data,
+                    content_type=kind.stored_type,
+                    content_disposition=kind.disposition,
+                    if_match=present.etag if ledger.conditional and present is not None else None,
+                    if_absent=ledger.conditional and present is None,
+                    metadata=metadata,
+                    sha256=media.sha256,
+                )
                 return
             except PreconditionFailed:
                 present = await ledger.store.head(key)
@@ -445,8 +441,8 @@ def _stored(
     )
 
 
-def _is_of(found: StoredObject | None, prediction_id: str | None) -> bool:
-    return found is not None and prediction_id is not None and found.metadata.get("prediction-id") == prediction_id
+def _is_of(found: StoredObject, prediction_id: str | None) -> bool:
+    return prediction_id is not None and found.metadata.get("prediction-id") == prediction_id
 
 
 def _is_of_any(found: StoredObject, record: Record) -> bool:
@@ -465,25 +461,3 @@ async def _is_same(ledger: Ledger, found: StoredObject, media: Media) -> bool:
 def is_gone(error: EachlabsError) -> bool:
     """Whether the picture's host says that it is not there, or not for us."""
     return isinstance(error, DownloadFailed) and error.status_code in GONE_STATUS_CODES
-
-
-async def put_image(
-    store: ObjectStore,
-    key: str,
-    media: Media,
-    metadata: dict[str, str],
-    present: StoredObject | None,
-    *,
-    conditional: bool,
-) -> None:
-    """One conditional put of a picture, unchanged, with its checksum and where it came from."""
-    await store.put(
-        key,
-        media.data,
-        content_type=FORMATS[media.format].stored_type,
-        content_disposition=FORMATS[media.format].disposition,
-        if_match=present.etag if conditional and present is not None else None,
-        if_absent=conditional and present is None,
-        metadata=metadata,
-        sha256=media.sha256,
-    )
