@@ -101,11 +101,8 @@ def end_in(body: bytes) -> Prediction | None:
 
     `{"exec_id", "status": "succeeded", "output", "error"}` of 2026, or `{"id", "status": "success", "output", ...}`.
     """
-    try:
-        said = safe_json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(said, Mapping):
+    said = _object_in(body)
+    if said is None:
         return None
     named = (parse_prediction_id(said.get(name)) for name in ("exec_id", "predictionID", "prediction_id", "id"))
     prediction_id = next((found for found in named if found is not None), None)
@@ -113,16 +110,21 @@ def end_in(body: bytes) -> Prediction | None:
         return None
     end = parse_prediction(said, prediction_id=prediction_id)
     if end.status is PredictionStatus.FAILED and not (end.failure and end.failure.message):
-        end = end.model_copy(update={"failure": Failure(message=_reason_in(said.get("output")))})
+        output = said.get("output")
+        first = output[0] if isinstance(output, list) and output else None
+        reason = first.get("error") if isinstance(first, Mapping) else None  # `output[0].error`: why it failed
+        failure = Failure(message=visible(reason[:500]) if isinstance(reason, str) else "")
+        end = end.model_copy(update={"failure": failure})
     # What a call tells of input, cost and time is not asked for: GET and the list are.
     return end.model_copy(update={"input": None, "cost_usd": None, "predict_time_seconds": None})
 
 
-def _reason_in(output: object) -> str:
-    """`output[0].error`: why it failed."""
-    first = output[0] if isinstance(output, list) and output else None
-    reason = first.get("error") if isinstance(first, Mapping) else None
-    return visible(reason[:500]) if isinstance(reason, str) else ""
+def _object_in(body: bytes) -> Mapping[str, Any] | None:
+    try:
+        said = safe_json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    return said if isinstance(said, Mapping) else None
 
 
 def handed_on(call: Call, secret: str) -> dict[str, Any] | None:
@@ -130,11 +132,8 @@ def handed_on(call: Call, secret: str) -> dict[str, Any] | None:
 
     None: its body is unreadable.
     """
-    try:
-        said = safe_json.loads(call.body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(said, Mapping) or end_in(call.body) is None:
+    said = _object_in(call.body)
+    if said is None or end_in(call.body) is None:
         return None
     told = {name: said[name] for name in ("exec_id", "id", "status", "output", "error") if name in said}
     body = json.dumps(told)

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
+from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.models import Execution, Prediction
@@ -32,13 +32,6 @@ LOOK_SECONDS = 1.0
 REMEMBERED = 10_000
 
 
-class Lister(Protocol):
-    """Who tells costs; `EachlabsClient` does."""
-
-    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
-        """A page of executions, newest first."""
-
-
 @dataclass
 class _Untold:
     end: Prediction
@@ -51,8 +44,7 @@ class LateCosts:
     """Asks the list what calls left open: once a minute at most, while creates do not need the requests; or at the end.
 
     Args:
-        lister: Asks the API, a request slot for each page.
-        limiter: Where those come from.
+        client: Asks the API, a request slot of the `limiter` for each page.
         poller: Says when nothing is watched any more, and learns how long predictions took.
         note: Writes down what a stored picture cost; False: it is not stored yet, try again.
         heard: Told how late some calls came.
@@ -60,13 +52,13 @@ class LateCosts:
 
     def __init__(
         self,
-        lister: Lister,
+        client: EachlabsClient,
         limiter: RateLimiter,
         poller: Poller,
         note: Callable[[Execution], Awaitable[bool]],
         heard: Callable[[Sequence[float]], None],
     ) -> None:
-        self._lister, self._limiter, self._poller, self._note, self._heard = lister, limiter, poller, note, heard
+        self._client, self._limiter, self._poller, self._note, self._heard = client, limiter, poller, note, heard
         self._untold: OrderedDict[str, _Untold] = OrderedDict()
         self._asked_at = float("-inf")
         self._runner: asyncio.Task[None] | None = None
@@ -109,17 +101,17 @@ class LateCosts:
             for untold in list(self._untold.values()):
                 if now - untold.since > GIVEN_UP_SECONDS:
                     del self._untold[untold.end.id]
+            open_ = [one for one in self._untold.values() if one.row is None]
+            pressed = self._limiter.requests_waiting or self._limiter.pressure(Kind.REQUESTS) > PRESSED
+            is_time = (
+                open_
+                and now - self._asked_at >= AT_MOST_EVERY_SECONDS
+                and (not pressed or now - open_[0].since > NOT_LONGER_THAN_SECONDS)
+            )
             try:
-                await self._look(most_pages=MOST_PAGES if self._is_time(now) else 0)
+                await self._look(most_pages=MOST_PAGES if is_time else 0)
             except EachlabsError as error:
                 logger.info("Costs are not known yet (%s).", error)
-
-    def _is_time(self, now: float) -> bool:
-        open_ = [one for one in self._untold.values() if one.row is None]
-        if not open_ or now - self._asked_at < AT_MOST_EVERY_SECONDS:
-            return False
-        pressed = self._limiter.requests_waiting or self._limiter.pressure(Kind.REQUESTS) > PRESSED
-        return not pressed or now - open_[0].since > NOT_LONGER_THAN_SECONDS
 
     async def _ask(self, *, most_pages: int) -> None:
         """Pages of the list until all that is open was seen."""
@@ -129,7 +121,7 @@ class LateCosts:
             for page in range(most_pages if not_seen else 0):
                 self._asked_at = asyncio.get_running_loop().time()
                 offset = page * PAGE_ROWS
-                rows = await self._limiter.asked(partial(self._lister.executions, limit=PAGE_ROWS, offset=offset))
+                rows = await self._limiter.asked(partial(self._client.executions, limit=PAGE_ROWS, offset=offset))
                 for row in rows:
                     untold = self._untold.get(row.id)
                     # The cost is 0 until the vendor has settled it.

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any
+from collections.abc import Iterator
 
 import uvicorn
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from prefect_eachlabs.settings import host_and_port
@@ -29,65 +30,50 @@ CONNECTION_SECONDS = 10.0
 """For one request, its head included: whoever sends that slowly, or not at all, would keep its connection for ever."""
 _STATUS = {Verdict.REFUSED: 401, Verdict.UNREADABLE: 400, Verdict.CONTRADICTS: 409}
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-
-def receiver_app(take: Take) -> App:
+def receiver_app(take: Take) -> ASGIApp:
     """The app: POST hands a call to `take` and is answered by what became of it; GET says that it is there.
 
     202: taken, or kept; 401: not from the vendor; 400: unreadable; 409: of another prediction; 413: too large; 408: too
     slow; 503: `take` cannot take it now (it raises OSError), the vendor calls again.
     """
 
-    async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return
-        if scope["method"] in ("GET", "HEAD"):
-            await _answer(send, 200, "receives the calls of Eachlabs")
-            return
-        if scope["method"] != "POST":
-            await _answer(send, 405, "POST calls here")
-            return
+    async def answer(request: Request) -> tuple[int, str]:
+        if request.method in ("GET", "HEAD"):
+            return 200, "receives the calls of Eachlabs"
+        if request.method != "POST":
+            return 405, "POST calls here"
         try:
-            body = await asyncio.wait_for(_body(receive), BODY_WITHIN_SECONDS)
+            body = await asyncio.wait_for(_body(request), BODY_WITHIN_SECONDS)
         except asyncio.TimeoutError:
-            await _answer(send, 408, "too slow")
-            return
+            return 408, "too slow"
         if body is None:
-            await _answer(send, 413, "too large")
-            return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+            return 413, "too large"
         try:
-            verdict = take(Call.received(scope["query_string"].decode("latin-1"), headers, body))
+            verdict = take(Call.received(request.scope["query_string"].decode("latin-1"), request.headers, body))
         except OSError:
-            await _answer(send, 503, "later")
-            return
-        await _answer(send, _STATUS.get(verdict, 202), verdict.value)
+            return 503, "later"
+        return _STATUS.get(verdict, 202), verdict.value
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            status, said = await answer(Request(scope, receive))
+            await JSONResponse({"status": said}, status, {"connection": "close"})(scope, receive, send)
 
     return app
 
 
-async def _body(receive: Receive) -> bytes | None:
+async def _body(request: Request) -> bytes | None:
     """None: there is more of it than is taken, or the caller has left."""
     body = bytearray()
-    while True:
-        message = await receive()
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY_BYTES or message["type"] == "http.disconnect":
-            return None
-        if not message.get("more_body", False):
-            return bytes(body)
-
-
-async def _answer(send: Send, status: int, said: str) -> None:
-    body = json.dumps({"status": said}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > MAX_BODY_BYTES:
+                return None
+    except ClientDisconnect:
+        return None
+    return bytes(body)
 
 
 class _Connection(H11Protocol):

@@ -201,12 +201,10 @@ class Webhooks:
             return None
         if call.write_id is not None:
             return call.write_id if call.is_proven_by(secret_of(self._master, call.write_id)) else None
-        waiting = [*self._expected, *(one for one, bought in self._orders.items() if self._is_waited_for(bought))]
+        open_ = (one for one, bought in self._orders.items() if bought is None or self._poller.is_watched(bought))
+        waiting = [*self._expected, *open_]
         most = min(MOST_TRIED, MOST_HASHED_BYTES // max(len(call.body), 1))
         return next((one for one in waiting[-most:] if call.is_proven_by(secret_of(self._master, one))), None)
-
-    def _is_waited_for(self, prediction_id: str | None) -> bool:
-        return prediction_id is None or self._poller.is_watched(prediction_id)
 
     def _tell(self, end: Prediction) -> Verdict:
         now = asyncio.get_running_loop().time()
