@@ -117,10 +117,7 @@ def picture_markdown(image: StoredImage, *, thumbnail: str | None, note: str = "
         ("size", size if image.width_px else image.size),
         ("cost", "not told" if image.cost_usd is None else f"{image.cost_usd:.4f} USD"),
         ("model", escaped(image.model or "not told", 120)),
-        (
-            "the model’s time",
-            "not told" if image.predict_time_seconds is None else f"{image.predict_time_seconds:.1f} s",
-        ),
+        ("the model’s time", "not told" if (took := image.predict_time_seconds) is None else f"{took:.1f} s"),
         ("item", escaped(image.item_id)),
         ("prediction", escaped(image.prediction_id)),
         ("SHA-256", escaped(image.sha256)),
@@ -172,30 +169,27 @@ async def _read(gateway: Gateway, image: StoredImage, place: Destination, access
     return found.body if found is not None else None
 
 
-def _markdown(image: StoredImage, data: bytes | None, access: S3Access | None) -> str:
-    small, note = None, ""
-    try:
-        small = thumbnail_url(data) if data else None
-    except NoThumbnail as error:
-        note = str(error)
-    return picture_markdown(image, thumbnail=small, note=note, link=console_link(image, access))
-
-
 def show_picture(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> Plan[None]:
     """Makes the artifact of a stored picture; reads the picture once. Free.
 
     It never raises: a picture that is paid for and stored is not called failed because it cannot be shown.
     """
-    yield from quietly(
-        _picture_shown(gateway, image, place, access), f"The picture {image.uri} is stored; its artifact"
-    )
 
+    def markdown(data: bytes | None) -> str:
+        small, note = None, ""
+        try:
+            small = thumbnail_url(data) if data else None
+        except NoThumbnail as error:
+            note = str(error)
+        return picture_markdown(image, thumbnail=small, note=note, link=console_link(image, access))
 
-def _picture_shown(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> Plan[None]:
-    # What is not a picture may be a film, and has no thumbnail.
-    data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
-    markdown = yield from beside_the_loop(lambda: _markdown(image, data, access))
-    yield from _made(markdown, card(image), artifact_key(image))
+    def shown() -> Plan[None]:
+        # What is not a picture may be a film, and has no thumbnail.
+        data = (yield from on_the_loop(gateway, _read(gateway, image, place, access))) if image.verified else None
+        text = yield from beside_the_loop(lambda: markdown(data))
+        yield from _made(text, card(image), artifact_key(image))
+
+    yield from quietly(shown(), f"The picture {image.uri} is stored; its artifact")
 
 
 def quietly(show: Plan[T], what: str = "An artifact") -> Plan[T | None]:

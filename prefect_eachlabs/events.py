@@ -45,12 +45,7 @@ PICTURE_FACTS = ("item_id", "prediction_id", "model", "uri", "cost_usd", "predic
 
 
 def picture_stored(image: StoredImage, references: Iterable[str] = ()) -> None:
-    """A picture was bought and is stored; one that was there already is no news.
-
-    Args:
-        image: The picture.
-        references: Names of the reference pictures that it was made from.
-    """
+    """A picture was bought and is stored, made from reference pictures of these names; what was there is no news."""
     if not image.reused:
         facts = {name: getattr(image, name) for name in PICTURE_FACTS}
         _send(STORED, "picture", image.item_id, facts)

@@ -68,7 +68,8 @@ def show(
                 "EACHLABS_REFERENCE_ROOTS": TABLES,
             }
         )
-        server = Server(port, folder, interrupts)
+        words = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
+        server = Child("Prefect's server", words, folder, interrupts, health=f"{ui}/api/health")
         stage = stack.enter_context(demo_stage.Stage(interrupts, service_seconds=service_seconds, prefect=server))
         clock.say("Prefect's server, the emulator and the local S3 are there")
         from prefect_eachlabs.cli.setup import WORK_POOL, make_work_pool
@@ -76,7 +77,7 @@ def show(
         asyncio.run(_put_table(stage.s3.access, rows))
         make_work_pool()
         worker = Child("The worker", ["worker", "start", "--pool", WORK_POOL, "--name", "demo"], folder, interrupts)
-        stack.callback(worker.end)  # before the server that it talks to
+        stack.callback(worker.stop)  # before the server that it talks to
         worker.start()
         interrupts.check()
         _set_up()
@@ -101,14 +102,21 @@ The emulator draws the pictures: no model is asked, nothing is bought. Ctrl-C en
 
 
 class Child:
-    """A command of Prefect's in a process group of its own: Ctrl-C is for this process, which ends the others."""
+    """A command of Prefect's in a process group of its own: Ctrl-C is for this process, which ends the others.
 
-    def __init__(self, name: str, words: list[str], folder: Path, interrupts: demo_stage.Interrupts) -> None:
-        self._name, self._words, self._interrupts = name, words, interrupts
+    Args:
+        health: A URL that answers once it has started.
+    """
+
+    def __init__(
+        self, name: str, words: list[str], folder: Path, interrupts: demo_stage.Interrupts, *, health: str = ""
+    ) -> None:
+        self._name, self._words, self._interrupts, self._health = name, words, interrupts, health
         self._log = folder / f"{words[0]}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
+    def start(self, *, timeout: float = 0.0) -> None:
+        """Raises SetupError when it does not answer within so many seconds."""
         with self._interrupts.held_back(), self._log.open("wb") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "prefect", *self._words],
@@ -117,6 +125,16 @@ class Child:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        until = time.monotonic() + timeout
+        while self._health and not self._answers():
+            if time.monotonic() > until:
+                raise SetupError(f"{self._name} did not answer within {timeout:g} s.")
+            _wait(0.2, [self], self._interrupts)
+
+    def _answers(self) -> bool:
+        with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=2) as answer:
+            return bool(answer.status == 200)
+        return False
 
     def check(self) -> None:
         """Raises SetupError when it has ended."""
@@ -124,7 +142,7 @@ class Child:
             said = " ".join(self._log.read_text(errors="replace")[-600:].split())
             raise SetupError(f"{self._name} ended by itself: {said}")
 
-    def end(self) -> None:
+    def stop(self) -> None:
         """With all that it started."""
         if self._process is None:
             return
@@ -151,30 +169,7 @@ def _groups(process: int) -> set[int]:
     return groups
 
 
-class Server:
-    """Prefect's server with its UI, as `Stage` starts and stops it."""
-
-    def __init__(self, port: int, folder: Path, interrupts: demo_stage.Interrupts) -> None:
-        words = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        self._child = Child("Prefect's server", words, folder, interrupts)
-        self._health, self._interrupts = f"http://127.0.0.1:{port}/api/health", interrupts
-        self.check, self.stop = self._child.check, self._child.end
-
-    def start(self, *, timeout: float) -> None:
-        self._child.start()
-        until = time.monotonic() + timeout
-        while not self._answers():
-            if time.monotonic() > until:
-                raise SetupError(f"Prefect's server did not answer within {timeout:g} s.")
-            _wait(0.2, [self], self._interrupts)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(self._health, timeout=2) as answer:
-            return bool(answer.status == 200)
-        return False
-
-
-def _wait(seconds: float, children: list[Child | Server], interrupts: demo_stage.Interrupts) -> None:
+def _wait(seconds: float, children: list[Child], interrupts: demo_stage.Interrupts) -> None:
     interrupts.check()
     for child in children:
         child.check()
@@ -225,7 +220,7 @@ def _run(deployment: str, **parameters: Any) -> Any:
 
 
 def _follow(
-    runs: Mapping[str, Any], children: list[Child | Server], interrupts: demo_stage.Interrupts, clock: demo_stage.Clock
+    runs: Mapping[str, Any], children: list[Child], interrupts: demo_stage.Interrupts, clock: demo_stage.Clock
 ) -> None:
     """Says what state each is in, until all have ended."""
     from prefect.client.orchestration import get_client

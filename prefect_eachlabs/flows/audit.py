@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 from prefect_eachlabs.artifacts import escaped, show_markdown, table
 from prefect_eachlabs.audit.auditor import Auditor, moment_of
 from prefect_eachlabs.audit.pages import text_bar
-from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, AuditReport, Spent
+from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, AuditReport
 from prefect_eachlabs.blocks import gateway_of, where
 from prefect_eachlabs.engine.doors import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
@@ -80,18 +79,15 @@ def audit_markdown(report: AuditReport) -> str:
         blocks.append(table(entries, head=("item", "prediction", "USD", "what is the matter, and what to do")))
     for what in ("day", "model", "destination"):
         if spent := getattr(report, f"by_{what}"):
-            blocks.append(table(_bars(spent), head=(f"USD by {what}", "", "USD", "pictures", "USD a picture")))
+            bars = [
+                (escaped(one.name, 120), text_bar(one, spent), _usd(one.usd), f"{one.pictures:,}", _usd(one.usd_each))
+                for one in spent
+            ]
+            blocks.append(table(bars, head=(f"USD by {what}", "", "USD", "pictures", "USD a picture")))
     if report.dearest:
         dearest = [(_usd(one.usd), one.day, escaped(one.model, 120), escaped(one.uri)) for one in report.dearest]
         blocks.append(table(dearest, head=("USD", "day", "model", "the dearest pictures")))
     return "\n".join(blocks)
-
-
-def _bars(spent: Sequence[Spent]) -> list[tuple[str, ...]]:
-    return [
-        (escaped(one.name, 120), text_bar(one, spent), f"{one.usd:,.4f}", f"{one.pictures:,}", f"{one.usd_each:,.4f}")
-        for one in spent
-    ]
 
 
 def _usd(usd: float | None) -> str:
