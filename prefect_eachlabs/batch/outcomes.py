@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -126,7 +127,10 @@ class Outcome:
     def from_line(cls, line: bytes | str) -> Outcome | None:
         """The row that a line of a report holds; None when it holds none."""
         try:
-            body = orjson.loads(line)
+            try:
+                body = orjson.loads(line)
+            except ValueError:  # of what orjson refuses, NaN and half characters cost their field, not the row
+                body = json.loads(line)
             if not isinstance(body, dict):
                 return None
             known = {name: body[name] for name in _FIELDS if name in body and _is_fit(name, body[name])}
