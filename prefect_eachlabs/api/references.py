@@ -73,9 +73,6 @@ async def prepare_input(
     For the first model without a reference picture this asks nobody.
 
     Args:
-        catalogue: Knows what the model takes.
-        references: Makes pictures reachable.
-        item: What is wanted.
         destination: Its bucket's objects may be reference pictures, and with `anywhere` every bucket's.
         access: How buckets are reached.
         anywhere: A person at the command line named the pictures.
@@ -116,12 +113,9 @@ def recorded(item: Item) -> dict[str, Any] | None:
 
 
 class References:
-    """Makes reference pictures reachable, each once a run.
+    """Makes reference pictures reachable, each once a run; asking where one may be put takes a request slot.
 
     Args:
-        client: Asks the API where a picture may be put.
-        limiter: The account's; each such question takes a request slot.
-        settings: The account.
         store_for: Opens other buckets than the destination's.
         transport: Replaces the network for looks and uploads; it never sees the key.
     """

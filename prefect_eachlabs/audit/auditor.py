@@ -149,13 +149,11 @@ class Auditor:
             if self._is_of_the_window(listed.date, listed.age_seconds):
                 item_id = listed.key.removeprefix(prefix).partition(".")[0]
                 self._scratch.add_picture(listed.key, item_id, listed.size_bytes)
-        prefix = place.key("records/")
         several: list[str] = []
         read = 0
-        async for listed in ledger.store.list(prefix):
-            item_id = listed.key.removeprefix(prefix).removesuffix(".json")
+        async for item_id, listed in ledger.listed():
             self._scratch.add_record(item_id)
-            if listed.key.endswith(".json") and self._is_of_the_window(listed.date, listed.age_seconds):
+            if self._is_of_the_window(listed.date, listed.age_seconds):
                 several.append(item_id)
             if len(several) == READ_AT_A_TIME:
                 await asyncio.gather(*(self._read(books, one) for one in several))

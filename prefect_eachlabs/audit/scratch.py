@@ -6,18 +6,16 @@ A private SQLite file, gone with the process.
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timezone
 from typing import Any, NamedTuple
 
 from prefect_eachlabs.audit.report import ELSEWHERE, MOST_NAMED, ON_THE_BILL, Dear, Finding, Kind, Named, Spent
 from prefect_eachlabs.batch.outcomes import money
+from prefect_eachlabs.batch.state import scratch_database
 from prefect_eachlabs.models import Execution, PredictionStatus
 
 _TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
 PRAGMA cache_size = -16000;
 CREATE TABLE bill (
     id TEXT PRIMARY KEY, model TEXT, status TEXT, cost_usd REAL, created_at TEXT,
@@ -77,10 +75,7 @@ class Scratch:
     """The bill, what names its rows, and what else was found. A call takes milliseconds at most, but for the sums."""
 
     def __init__(self) -> None:
-        # The empty name is a temporary file of its own, which SQLite deletes itself.
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._db.executescript(_TABLES)
-        self._db.execute("BEGIN")
+        self._db = scratch_database(_TABLES)
 
     def close(self) -> None:
         self._db.close()

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from prefect_eachlabs.batch.budget import Budget, Order
 from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState, found, not_there
-from prefect_eachlabs.batch.report import BatchFolder
+from prefect_eachlabs.batch.report import BatchFolder, EarlierRuns
 from prefect_eachlabs.batch.source import Wanted
 from prefect_eachlabs.batch.state import Earlier, Scratch
 from prefect_eachlabs.errors import EachlabsError, PictureMissing, Skipped, StoreFailed
@@ -37,9 +37,7 @@ class History:
         self._budget = budget
         self._retry_failed = retry_failed
         self._records_are_known = False
-        self.is_empty = True
-        self.has_whole_report = False
-        self.mean_seconds: float | None = None
+        self.earlier = EarlierRuns()
 
     async def load(self) -> None:
         """Reads the last report, and lists the pictures where it names some; and what this very run has bought before.
@@ -49,16 +47,12 @@ class History:
             StoreFailed: The bucket does not answer.
         """
         ours = self._budget.ours
-        earlier = await retry_while_retryable(lambda: self._folder.load_earlier(self._scratch, ours))
-        self.mean_seconds = earlier.mean_seconds
-        self.has_whole_report = earlier.has_whole_report
-        for model, (count, cost_usd) in earlier.costs.items():
+        self.earlier = await retry_while_retryable(lambda: self._folder.load_earlier(self._scratch, ours))
+        for model, (count, cost_usd) in self.earlier.costs.items():
             self._budget.learn(model, cost_usd / count, count=count)
-        pictures = await self._folder.worker(self._scratch.count_earlier)
-        self.is_empty = not earlier.rows
-        if pictures:
+        if pictures := await self._folder.worker(self._scratch.count_earlier):
             await retry_while_retryable(lambda: self._list_pictures(pictures))
-        await self._resume(earlier.begun_at)
+        await self._resume(self.earlier.begun_at)
 
     async def _resume(self, begun_at: datetime | None) -> None:
         """What this run has bought before it was killed: by its report's parts, and by the records beyond them."""

@@ -207,7 +207,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         failed=totals.count(RowState.FAILED),
         why=totals.why(),
         cost_usd=None if len(prices) < len(new) else money(cost_usd),
-        seconds=estimated_seconds(count, settings, batch.history.mean_seconds),
+        seconds=estimated_seconds(count, settings, batch.history.earlier.mean_seconds),
         prices=prices,
         limits=" and ".join(f"{most} {what}" for most, what in limits if most is not None),
         bad_rows=tuple(bad),

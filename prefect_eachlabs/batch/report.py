@@ -17,6 +17,7 @@ import json
 import logging
 import re
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -117,18 +118,19 @@ class EarlierRuns:
             self.costs[outcome.model or ""] = (count + 1, cost_usd + outcome.cost_usd)
 
 
+@dataclass
 class BatchFolder:
     """Where a batch's reports are: in the destination's bucket, `files` for what is too large for one piece."""
 
-    def __init__(
-        self, store: ObjectStore, files: S3Files, destination: Destination, batch_id: str, worker: Worker
-    ) -> None:
-        self.store = store
-        self.files = files
-        self.destination = destination
-        self.batch_id = check_batch_id(batch_id)
-        self.worker = worker
-        self.has_sheet = False
+    store: ObjectStore
+    files: S3Files
+    destination: Destination
+    batch_id: str
+    worker: Worker
+    has_sheet: bool = False
+
+    def __post_init__(self) -> None:
+        check_batch_id(self.batch_id)
 
     def key(self, name: str) -> str:
         return self.destination.key(f"batches/{self.batch_id}/{name}")
@@ -138,20 +140,19 @@ class BatchFolder:
 
     async def runs(self) -> dict[str, Run]:
         """The runs there were, by name; one request for each 1,000 objects."""
-        runs: dict[str, Run] = {}
+        runs: dict[str, Run] = defaultdict(Run)
         self.has_sheet = False
         async for row in self.store.list(self.key("")):
             name = row.key.removeprefix(self.key(""))
             self.has_sheet = self.has_sheet or name == "contact-sheet.png"
             match = re.fullmatch(r"runs/([^/]+)/(part-\d+\.jsonl|report\.jsonl|run\.json)", name)
             if match is not None:
-                run = runs.setdefault(match[1], Run())
                 if match[2] == "report.jsonl":
-                    run.report = row
+                    runs[match[1]].report = row
                 elif match[2] == "run.json":
-                    run.begun_at = row.modified_at
+                    runs[match[1]].begun_at = row.modified_at
                 else:
-                    run.parts.append(row)
+                    runs[match[1]].parts.append(row)
         return runs
 
     async def load_earlier(self, scratch: Scratch, ours: Collection[str]) -> EarlierRuns:

@@ -240,7 +240,7 @@ class Batch:
         await self.history.load()
         self._has_sheet = self.folder.has_sheet
         # With a budget an item that was bought already must not be asked whether it may be.
-        presume_new = self.history.is_empty and self.options.budget_usd is None
+        presume_new = not self.history.earlier.rows and self.options.budget_usd is None
         purchase = replace(self.options, presume_new=presume_new, budget=self.budget)
         self._buying = Buying(self._buyer, self.folder, self._access, purchase, self.budget)
         self._ticker = asyncio.ensure_future(self._tick())
@@ -445,7 +445,7 @@ class Batch:
     @property
     def _home(self) -> str:
         """Where the report goes: one that lacks rows does not take the place of a whole one."""
-        return "" if self._has_every_row or not self.history.has_whole_report else f"runs/{self.run_name}/"
+        return "" if self._has_every_row or not self.history.earlier.has_whole_report else f"runs/{self.run_name}/"
 
     async def _write_report(self) -> None:
         self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"

@@ -15,8 +15,6 @@ from datetime import datetime
 from prefect_eachlabs.batch.outcomes import THERE, Outcome, RowState
 
 _TABLES = """
-PRAGMA journal_mode = OFF;
-PRAGMA synchronous = OFF;
 CREATE TABLE earlier (
     item_id TEXT PRIMARY KEY, state TEXT, has_picture INTEGER DEFAULT 0, bought_by TEXT, model TEXT, cost_usd REAL,
     told_at REAL, line BLOB
@@ -30,6 +28,14 @@ CREATE INDEX unsettled ON rows (unsettled) WHERE unsettled IS NOT NULL;
 
 
 _THERE = tuple(state.value for state in THERE)
+
+
+def scratch_database(tables: str) -> sqlite3.Connection:
+    """A database on disk that is gone with the process; the empty name is a temporary file, which SQLite deletes."""
+    database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    database.executescript(f"PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; {tables}")
+    database.execute("BEGIN")
+    return database
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,7 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        # The empty name is a temporary file of its own, which SQLite deletes itself.
-        self._db = sqlite3.connect("", isolation_level=None, check_same_thread=False)
-        self._db.executescript(_TABLES)
-        self._db.execute("BEGIN")
+        self._db = scratch_database(_TABLES)
         self._added: list[tuple[Outcome, bytes, bool]] = []
 
     # What earlier runs left.

@@ -307,8 +307,9 @@ class CsvTable(_TableOfLines):
                 yield BadRow(line.number, f"broken line: {line.fault}")
                 continue
             if is_head and line.text.strip():
-                if line.number == 1 and self._delimiter is None and (said := _said_separator(line.text)) is not None:
-                    self._delimiter = said
+                said = line.text.rstrip("\r\n").lower()  # Excel's own first line, `sep=;`
+                if line.number == 1 and self._delimiter is None and said in [f"sep={one}" for one in DELIMITERS]:
+                    self._delimiter = said[4]
                     continue
                 is_head = False
                 self._delimiter = self._delimiter or self._separator(line.text)
@@ -349,12 +350,6 @@ class CsvTable(_TableOfLines):
             f"{self._source} is damaged at line {line.number}: a quote is opened there and not closed properly. Close "
             "it, or double it where it is part of the text, and run again: the rows before it are kept."
         )
-
-
-def _said_separator(text: str) -> str | None:
-    """What Excel's own first line `sep=;` says."""
-    text = text.rstrip("\r\n")
-    return text[4] if len(text) == 5 and text.lower().startswith("sep=") and text[4] in DELIMITERS else None
 
 
 class TsvTable(_TableOfLines):

@@ -206,12 +206,12 @@ class Account:
         """What GET says now; takes a request slot."""
         return await self.limiter.asked(lambda: self.client.get(prediction_id))
 
-    def clean_up(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that goes on although whoever began it is cancelled once more; awaited through `asyncio.shield`."""
+    async def clean_up(self, work: Coroutine[Any, Any, None]) -> None:
+        """Awaits work that goes on although whoever began it is cancelled once more."""
         task = asyncio.ensure_future(work)
         self._clean_ups.add(task)
         task.add_done_callback(self._clean_ups.discard)
-        return task
+        await asyncio.shield(task)
 
     async def interrupt(self, task: asyncio.Task[Any], job: Job) -> None:
         """Ends a job whose callers are gone: never between its claim and its note; what it bought is cancelled."""

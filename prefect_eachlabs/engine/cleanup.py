@@ -135,14 +135,10 @@ class Cleanup:
         """When this look began, by the bucket's clock, and the items whose records must be read."""
         began: datetime | None = None
         suspects = []
-        prefix = ledger.destination.key("records/")
-        async for listed in ledger.store.list(prefix):
+        looked_at = memory.looked_at
+        async for item_id, listed in ledger.listed():
             began = began or listed.date
-            if not listed.key.endswith(".json"):
-                continue
             report.records += 1
-            item_id = listed.key[len(prefix) : -len(".json")]
-            looked_at = memory.looked_at
             if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
                 suspects.append(item_id)
         return began, suspects

@@ -131,8 +131,8 @@ class Engine:
         ours = [(task, one, bought) for task, one, bought in late if bought is not None and bought.run_id == run_id]
         for task, _, _ in ours:
             task.cancel()
-        cancels = [self.account.clean_up(self.account.cancel_and_note(one, bought)) for _, one, bought in ours]
-        await asyncio.gather(*map(asyncio.shield, cancels))
+        clean_up, cancel = self.account.clean_up, self.account.cancel_and_note
+        await asyncio.gather(*(clean_up(cancel(one, bought)) for _, one, bought in ours))
 
     async def generate_and_store(
         self,
@@ -185,14 +185,15 @@ class Engine:
     async def _interrupt(self, key: _Key, running: Running) -> None:
         interrupted = running.interrupted = asyncio.Event()
 
-        def ended(_: object) -> None:
-            self._forget(key, running)
-            self._left_lost += running.job.is_lost and running.job.prediction_id is None
-            interrupted.set()
+        async def interrupt() -> None:
+            try:
+                await self.account.interrupt(running.task, running.job)
+            finally:
+                self._forget(key, running)
+                self._left_lost += running.job.is_lost and running.job.prediction_id is None
+                interrupted.set()
 
-        work = self.account.clean_up(self.account.interrupt(running.task, running.job))
-        work.add_done_callback(ended)
-        await asyncio.shield(work)
+        await self.account.clean_up(interrupt())
 
     async def _obtain(self, job: Job) -> StoredImage:
         """Follows the record's next step until the picture is stored, or until there is a reason why not."""
@@ -223,10 +224,13 @@ class Engine:
                 continue
             if done.record.state is RecordState.STORED:
                 return stored_image(done.record, reused=not bought)
+            # What the API calls retryable is bought again twice, a failure of the provider once; both cost nothing.
+            most = MOST_RESUBMISSIONS if end.failure is not None and end.failure.retryable else 1
+            is_passing = end.failure is not None and end.failure.may_be_resubmitted
             if done.record.state is RecordState.CANCELLED and not bought:
                 # The run that bought it was cancelled; this one wants the picture.
                 allowed = options
-            elif _may_be_resubmitted(end, done) or (
+            elif (is_passing and done.record.resubmissions < most) or (
                 end.picture_is_gone and options.rebuy_missing and not allowed.retry_failed
             ):
                 logger.info("Item %s: prediction %s gave no picture; it is bought again.", item.item_id, end.id)
@@ -339,7 +343,7 @@ class Engine:
         try:
             held, _ = await asyncio.shield(task)
         except asyncio.CancelledError:
-            await asyncio.shield(self.account.clean_up(self.account.interrupt(task, job)))
+            await self.account.clean_up(self.account.interrupt(task, job))
             raise
         prediction = held.record.prediction()
         assert prediction is not None, "a created or stored record names its prediction"
@@ -376,7 +380,7 @@ class Engine:
             end = await self.account.end_within(future, prediction, deadline_seconds)
         except asyncio.CancelledError:
             if bought is not None and bought.run_id == run_id:
-                await asyncio.shield(self.account.clean_up(self.account.cancel_and_note(prediction.id, bought)))
+                await self.account.clean_up(self.account.cancel_and_note(prediction.id, bought))
             raise
         ours = ("item_id", "created_at", "destination", "model", "version", "input")
         end = end.model_copy(update={name: value for name in ours if (value := getattr(prediction, name)) is not None})
@@ -546,10 +550,3 @@ def record_of(prediction: Prediction) -> Record:
         prediction_id=prediction.id,
         created_at=prediction.created_at,
     )
-
-
-def _may_be_resubmitted(end: Prediction, done: VersionedRecord) -> bool:
-    """A failure that the API calls retryable is bought again twice, one of the provider's once; both cost nothing."""
-    if end.failure is None or not end.failure.may_be_resubmitted:
-        return False
-    return done.record.resubmissions < (MOST_RESUBMISSIONS if end.failure.retryable else 1)

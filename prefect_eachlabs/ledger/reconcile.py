@@ -182,13 +182,9 @@ class _Look:
 
 
 class Reconciler:
-    """Settles the claims of one destination, all that wait together in one look.
+    """Settles the claims of one destination, all that wait together in one look; each question takes a request slot.
 
     Args:
-        client: Asks the API, a request slot for each question.
-        limiter: Where those come from.
-        ledger: The records.
-        settings: The account.
         known: Predictions that this process bought itself (id → seconds since then), whatever the destination.
         webhooks: The calls: they and the vendor's list of them name what an order bought.
     """
@@ -431,18 +427,15 @@ class Reconciler:
         self._called_and_stored.clear()
         for prediction_id, age_seconds in self._known().items():
             evidence.know(prediction_id, age_seconds, settling_seconds=self._settings.settling_seconds, now=loop.time())
-        prefix = self._ledger.destination.key("records/")
         young: list[str] = []
         older: list[tuple[float, str]] = []
-        async for listed in self._ledger.store.list(prefix):
-            if listed.key.endswith(".json"):
-                item_id = listed.key[len(prefix) : -len(".json")]
-                if listed.age_seconds <= evidence.oldest_seconds + READ_BACK_SECONDS + loop.time() - evidence.began_at:
-                    young.append(item_id)
-                else:
-                    older.append((listed.age_seconds, item_id))
-                    if len(older) > 2 * OLDER_RECORDS_READ:
-                        older = sorted(older)[:OLDER_RECORDS_READ]
+        async for item_id, listed in self._ledger.listed():
+            if listed.age_seconds <= evidence.oldest_seconds + READ_BACK_SECONDS + loop.time() - evidence.began_at:
+                young.append(item_id)
+            else:
+                older.append((listed.age_seconds, item_id))
+                if len(older) > 2 * OLDER_RECORDS_READ:
+                    older = sorted(older)[:OLDER_RECORDS_READ]
         await self._read_each(young, evidence)
         if not evidence.shows_what_is_known:
             await self._read_each([item_id for _, item_id in sorted(older)[:OLDER_RECORDS_READ]], evidence)

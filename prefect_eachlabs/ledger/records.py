@@ -16,6 +16,7 @@ import asyncio
 import json
 import logging
 import uuid
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from enum import Enum
@@ -26,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefect_eachlabs.errors import BadInput, OutputMissing, PictureMissing, SetupError, StoreFailed
 from prefect_eachlabs.models import Destination, Item, Prediction, parse_prediction_id
 from prefect_eachlabs.net.redaction import visible
-from prefect_eachlabs.storage.base import ObjectStore, PreconditionFailed, StoredObject
+from prefect_eachlabs.storage.base import ListedObject, ObjectStore, PreconditionFailed, StoredObject
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -311,6 +312,13 @@ class Ledger:
         """
         found = await self.store.get(self.destination.record_key(item_id))
         return None if found is None else self._held(found)
+
+    async def listed(self) -> AsyncIterator[tuple[str, ListedObject]]:
+        """The items that have a record, each and its row of the listing; a request for each 1,000. Raises as `read`."""
+        prefix = self.destination.key("records/")
+        async for row in self.store.list(prefix):
+            if row.key.endswith(".json"):
+                yield row.key[len(prefix) : -len(".json")], row
 
     def _held(self, found: StoredObject) -> VersionedRecord:
         try:
