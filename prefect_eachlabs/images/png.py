@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 from prefect_eachlabs.models import Media
@@ -123,12 +123,10 @@ class PngReader:
         self._pieces: list[bytes] = []
         self.size_bytes = 0
         self._hash = hashlib.sha256()
-        self._pending = b""  # what came and is too short to be understood yet
-        self._step = self._read_signature
+        self._pending, self._at = b"", 0  # what came and is too short to be understood yet, and how far it is read
+        self._parsing = self._parse()
+        self._has_begun = self._has_ended = False
         self._fault: PngError | None = None
-        self._chunk = b""
-        self._chunk_rest_bytes = self._chunk_crc = 0
-        self._chunk_data = bytearray()
         self._header: _Header | None = None
         self._has_palette = False
         self._image: _ImageData | None = None
@@ -156,10 +154,8 @@ class PngReader:
             self._hash.update(data)
             self._pieces.append(bytes(data))
             self._pending += data
-            position = 0
-            while used := self._step(position):
-                position += used
-            self._pending = self._pending[position:]
+            next(self._parsing)
+            self._pending, self._at = self._pending[self._at :], 0
         except PngError as fault:
             self._fault = fault
             raise
@@ -172,76 +168,62 @@ class PngReader:
         """
         if self._fault:
             raise self._fault
-        if self._step == self._read_signature and not (self._pending and SIGNATURE.startswith(self._pending)):
+        if not self._has_begun and not (self._pending and SIGNATURE.startswith(self._pending)):
             raise PngError(_what_it_is(self._pending) if self._pending else "it is empty (0 bytes)")
-        if self._step != self._refuse_more or self._header is None:
+        if not self._has_ended or self._header is None:
             raise PngError(f"it is truncated: it ends after {self.size_bytes} bytes, before its last chunk (IEND)")
         width_px, height_px, *_ = self._header
         data, sha256 = b"".join(self._pieces), self._hash.hexdigest()
         return Media(data=data, sha256=sha256, width_px=width_px, height_px=height_px)
 
-    # Each step reads what is pending from a position on, and returns how much it used; 0 when it needs more.
+    def _parse(self) -> Generator[None, None, None]:
+        """Reads what is pending, and yields whenever it needs more."""
+        while not self._pending.startswith(SIGNATURE):
+            if len(self._pending) >= _SNIFFED_BYTES:
+                raise PngError(_what_it_is(self._pending))
+            yield
+        self._has_begun, self._at, chunk = True, len(SIGNATURE), b""
+        while chunk != b"IEND":
+            head = yield from self._taken(8)
+            rest_bytes, chunk = int.from_bytes(head[:4], "big"), head[4:]
+            if not (chunk.isalpha() and chunk.isascii()):
+                raise PngError(f"{chunk!r} stands where a chunk's name belongs")
+            if rest_bytes > min(2**31 - 1, self._max_bytes):
+                raise PngError(f"its chunk {chunk.decode()} announces {rest_bytes} bytes, which is too much")
+            self._check_place(chunk, rest_bytes)
+            crc, header = zlib.crc32(chunk), b""
+            while rest_bytes:
+                data = yield from self._taken(1, most=rest_bytes)
+                rest_bytes -= len(data)
+                crc = zlib.crc32(data, crc)
+                if chunk == b"IDAT" and self._image:
+                    self._image.feed(data)
+                elif chunk == b"IHDR":
+                    header += data
+            if int.from_bytes((yield from self._taken(4)), "big") != crc:
+                raise PngError(f"its chunk {chunk.decode()} is damaged (the CRC does not fit)")
+            if chunk == b"IHDR":
+                self._header = self._parsed_header(header)
+        self._has_ended = True
+        while self._at == len(self._pending):
+            yield
+        raise PngError("bytes follow its end (IEND)")
 
-    def _read_signature(self, position: int) -> int:
-        if self._pending.startswith(SIGNATURE):
-            self._step = self._read_chunk_head
-            return len(SIGNATURE)
-        if len(self._pending) >= _SNIFFED_BYTES:
-            raise PngError(_what_it_is(self._pending))
-        return 0
+    def _taken(self, least: int, *, most: int | None = None) -> Generator[None, None, bytes]:
+        """So many bytes, once they have come; or as many as have come, up to `most`."""
+        while len(self._pending) - self._at < least:
+            yield
+        data = self._pending[self._at : self._at + (most or least)]
+        self._at += len(data)
+        return data
 
-    def _read_chunk_head(self, position: int) -> int:
-        head = self._pending[position : position + 8]
-        if len(head) < 8:
-            return 0
-        length_bytes, self._chunk = int.from_bytes(head[:4], "big"), head[4:]
-        if not (self._chunk.isalpha() and self._chunk.isascii()):
-            raise PngError(f"{self._chunk!r} stands where a chunk's name belongs")
-        if length_bytes > min(2**31 - 1, self._max_bytes):
-            raise PngError(f"its chunk {self._chunk.decode()} announces {length_bytes} bytes, which is too much")
-        self._check_place(length_bytes)
-        self._chunk_rest_bytes = length_bytes
-        self._chunk_crc = zlib.crc32(self._chunk)
-        self._chunk_data.clear()
-        self._step = self._read_chunk_data if length_bytes else self._read_chunk_crc
-        return 8
-
-    def _read_chunk_data(self, position: int) -> int:
-        data = self._pending[position : position + self._chunk_rest_bytes]
-        self._chunk_crc = zlib.crc32(data, self._chunk_crc)
-        self._chunk_rest_bytes -= len(data)
-        if self._chunk == b"IDAT" and self._image:
-            self._image.feed(data)
-        elif self._chunk == b"IHDR":
-            self._chunk_data += data
-        if not self._chunk_rest_bytes:
-            self._step = self._read_chunk_crc
-        return len(data)
-
-    def _read_chunk_crc(self, position: int) -> int:
-        crc = self._pending[position : position + 4]
-        if len(crc) < 4:
-            return 0
-        if int.from_bytes(crc, "big") != self._chunk_crc:
-            raise PngError(f"its chunk {self._chunk.decode()} is damaged (the CRC does not fit)")
-        if self._chunk == b"IHDR":
-            self._header = self._parsed_header(bytes(self._chunk_data))
-        self._step = self._refuse_more if self._chunk == b"IEND" else self._read_chunk_head
-        return 4
-
-    def _refuse_more(self, position: int) -> int:
-        if len(self._pending) > position:
-            raise PngError("bytes follow its end (IEND)")
-        return 0
-
-    def _check_place(self, length_bytes: int) -> None:
+    def _check_place(self, chunk: bytes, length_bytes: int) -> None:
         """Whether this chunk may stand here."""
-        chunk, header = self._chunk, self._header
+        header = self._header
         if header is None:
             if chunk != b"IHDR" or length_bytes != 13:
-                raise PngError(
-                    f"it begins with a chunk {self._chunk.decode()} of {length_bytes} bytes instead of IHDR with 13"
-                )
+                what = f"a chunk {chunk.decode()} of {length_bytes} bytes"
+                raise PngError(f"it begins with {what} instead of IHDR with 13")
             return
         if chunk == b"IDAT":
             if header.color_type == 3 and not self._has_palette:
@@ -266,7 +248,7 @@ class PngReader:
         elif chunk == b"IHDR":
             raise PngError("it holds a second IHDR")
         elif chunk[:1].isupper():
-            raise PngError(f"it holds a critical chunk that is not known: {self._chunk.decode()}")
+            raise PngError(f"it holds a critical chunk that is not known: {chunk.decode()}")
 
     def _parsed_header(self, data: bytes) -> _Header:
         width_px, height_px = int.from_bytes(data[:4], "big"), int.from_bytes(data[4:8], "big")
