@@ -9,9 +9,8 @@ import json
 import logging
 import re
 import sys
-import threading
 from collections.abc import Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -156,15 +155,7 @@ def _run_flow(prompts: Mapping[str, str], interrupts: demo_stage.Interrupts, clo
     def pictures() -> BatchResult:
         return generate_rows(rows, destination=f"s3://{demo_stage.BUCKET}", chunk_size=1)
 
-    ended: Future[BatchResult] = Future()
-
-    def work() -> None:
-        try:
-            ended.set_result(pictures())
-        except BaseException as error:
-            ended.set_exception(error)
-
-    threading.Thread(target=work, name="demo", daemon=True).start()
+    ended = ThreadPoolExecutor(1, thread_name_prefix="demo").submit(pictures)
     while not ended.done():
         interrupts.check()
         wait([ended], timeout=0.2)

@@ -11,10 +11,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -187,41 +186,29 @@ class Stage:
 
             self._prefect = SubprocessASGIServer()
         # Prefect's server is a process of its own, and takes its time: meanwhile this one loads what it needs.
-        others: Future[None] = Future()
-        threading.Thread(target=self._start_others, args=(others,), name="demo-starts", daemon=True).start()
+        others = ThreadPoolExecutor(1, thread_name_prefix="demo-starts").submit(self._start_others)
         try:
             self._interrupts.check()
             self._prefect.start(timeout=SERVER_STARTS_WITHIN_SECONDS)
             others.result()
             self._interrupts.check()
-        except RuntimeError as error:
-            self.close()
-            raise SetupError(f"Prefect's embedded server did not start: {error}") from error
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, RuntimeError):
+                raise SetupError(f"Prefect's embedded server did not start: {error}") from error
             raise
         return self
 
-    def _start_others(self, started: Future[None]) -> None:
-        try:
-            from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
-            from prefect_eachlabs.testing.s3 import LocalS3
+    def _start_others(self) -> None:
+        from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
+        from prefect_eachlabs.testing.s3 import LocalS3
 
-            self.emulator = self._open.enter_context(
-                EmulatorServer(EmulatorOptions(service_seconds=self._service_seconds))
-            )
-            self.s3 = self._open.enter_context(LocalS3(buckets=[BUCKET]))
-            os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
-            import prefect_eachlabs.rows  # noqa: F401 - loaded, not used here
-        except BaseException as error:
-            started.set_exception(error)
-        else:
-            started.set_result(None)
+        self.emulator = self._open.enter_context(EmulatorServer(EmulatorOptions(service_seconds=self._service_seconds)))
+        self.s3 = self._open.enter_context(LocalS3(buckets=[BUCKET]))
+        os.environ.update(self.s3.environment(), EACHLABS_API_KEY="demo", EACHLABS_BASE_URL=self.emulator.url)
+        import prefect_eachlabs.rows  # noqa: F401 - loaded, not used here
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Cancels what is in flight and ends the servers, in 15 s at most."""
         with self._interrupts.held_back():
             if "prefect_eachlabs.engine.runtime" in sys.modules:
