@@ -48,8 +48,8 @@ UPLOADS_AT_A_TIME = 4
 """Each is in memory on its way: at most 4 of 100 MB."""
 UPLOAD_SECONDS = 600.0
 LOOK_SECONDS = 30.0
-ATTEMPTS = 3
-FIRST_PAUSE_SECONDS = 0.5
+PAUSES_SECONDS = (0.0, 0.5, 1.0)
+"""Before each attempt of a look, or of an upload."""
 _OF_OBJECTS = {403: "it is not there, or these credentials may not read it", 404: "there is no such object"}
 
 StoreFor = Callable[[Destination, "S3Access | None"], ObjectStore]
@@ -214,32 +214,28 @@ class References:
         return url
 
     async def _upload(self, picture: Picture) -> tuple[str, datetime]:
-        slot = await self._presign(picture)
+        request = await self._limiter.take_request()
+        try:
+            slot = await self._client.presign(content_type=picture.content_type, expires_in_seconds=KEPT_SECONDS)
+        finally:
+            request.done()
         await self._put(picture, slot)
         return slot.public_url, slot.expires_at or datetime.now(timezone.utc) + timedelta(seconds=KEPT_SECONDS)
 
-    async def _presign(self, picture: Picture) -> UploadSlot:
-        request = await self._limiter.take_request()
-        try:
-            return await self._client.presign(content_type=picture.content_type, expires_in_seconds=KEPT_SECONDS)
-        finally:
-            request.done()
-
     async def _put(self, picture: Picture, slot: UploadSlot) -> None:
         """Puts the bytes where the API said; repeated, for the same bytes at the same slot change nothing."""
-        pause_seconds, reason = FIRST_PAUSE_SECONDS, ""
+        reason = ""
         async with self._turns:
             # Where it is in memory there is nothing to wait for.
             data = picture.data if picture.data is not None else await asyncio.to_thread(picture.read)
-            for attempt in range(1, ATTEMPTS + 1):
+            for pause_seconds in PAUSES_SECONDS:
+                await asyncio.sleep(pause_seconds)
                 reason, may_be_repeated = await self._put_once(slot, data)
                 if not reason:
                     logger.info("Reference picture %s is uploaded.", picture.sha256[:12])
                     return
-                if not may_be_repeated or attempt == ATTEMPTS:
+                if not may_be_repeated:
                     break
-                await asyncio.sleep(pause_seconds)
-                pause_seconds *= 2
         raise Unanswered(
             f"Reference picture {picture.path or picture.name} could not be uploaded ({reason}): run again. "
             "Nothing was bought.",
@@ -327,8 +323,9 @@ class Prober:
             BadInput: It cannot be had, is too large, or is not a picture; says which. Nothing was bought.
         """
         shown = shown or without_query(url)
-        pause_seconds, reason = FIRST_PAUSE_SECONDS, ""
-        for attempt in range(1, ATTEMPTS + 1):
+        reason = ""
+        for pause_seconds in PAUSES_SECONDS:
+            await asyncio.sleep(pause_seconds)
             try:
                 return await asyncio.wait_for(self._look(url, signed=signed), LOOK_SECONDS)
             except _Refused as refused:
@@ -344,9 +341,6 @@ class Prober:
                 reason = "it did not answer in time"
             except (httpx.HTTPError, httpx.InvalidURL, OSError, UnicodeError) as error:
                 reason = f"it could not be reached ({type(error).__name__})"
-            if attempt < ATTEMPTS:
-                await asyncio.sleep(pause_seconds)
-                pause_seconds *= 2
         raise BadInput(
             f"image_url: {shown}: {reason}. Give {'the name' if signed else 'the public URL'} of a picture of at most "
             "100 MB; nothing was bought."
