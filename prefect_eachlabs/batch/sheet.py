@@ -53,12 +53,12 @@ def frame(data: bytes | None, caption: str, item_id: str, note: str) -> Frame:
     """A frame that keeps no more of its picture than a thumbnail."""
     from PIL import Image
 
-    if data is None:
-        return Frame(None, caption, item_id, note)
     try:
-        small = thumbnail(data, edge_px=THUMBNAIL_PX, format="PNG")
+        small = thumbnail(data, edge_px=THUMBNAIL_PX, format="PNG") if data is not None else None
     except (NoThumbnail, NotInstalled) as error:
         logger.info("Item %s is on the contact sheet without its picture: %s.", item_id, error)
+        small = None
+    if small is None:
         return Frame(None, caption, item_id, note)
     with Image.open(io.BytesIO(small)) as opened:
         return Frame(opened.convert("RGBA"), caption, item_id, note)
