@@ -153,17 +153,12 @@ def may_have_prefect_server(environ: Mapping[str, str], folder: Path) -> bool:
 
 
 def _as_json(image: StoredImage) -> dict[str, object]:
+    names = ("uri", "sha256", "width_px", "height_px", "cost_usd", "predict_time_seconds", "reused")
     return {
         "item_id": image.item_id,
         "prediction_id": image.prediction_id,
         "status": "stored",
-        "uri": image.uri,
-        "sha256": image.sha256,
-        "width_px": image.width_px,
-        "height_px": image.height_px,
-        "cost_usd": image.cost_usd,
-        "predict_time_seconds": image.predict_time_seconds,
-        "reused": image.reused,
+        **{name: getattr(image, name) for name in names},
         **({"more_uris": list(image.more_uris)} if image.more_uris else {}),
         **({"format": image.format} if image.format != "png" else {}),
         **({} if image.verified else {"verified": False}),
