@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 
 import pytest
 
@@ -77,7 +76,7 @@ def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> Non
 
 def test_a_trial_that_is_throttled_pauses_again_and_longer() -> None:
     async def story() -> list[float]:
-        gate = CircuitBreaker(rng=random.Random(1))
+        gate = CircuitBreaker()
         pauses = []
         gate.throttled(throttled())
         for number in range(1, 9):
