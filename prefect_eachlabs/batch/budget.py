@@ -16,28 +16,19 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from prefect_eachlabs.errors import EachlabsError, OutputMissing, PredictionCancelled, PredictionFailed, Skipped
 from prefect_eachlabs.models import Item, StoredImage
+
+if TYPE_CHECKING:  # the buyer's module imports this one
+    from prefect_eachlabs.batch.buying import EngineBuyer
 
 logger = logging.getLogger(__name__)
 
 ROUNDING_USD = 1e-9
 """Sums of floating-point dollars are off by this much."""
 PRICE_PAUSES_SECONDS = (2.0, 5.0, 10.0, 20.0, 30.0)
-
-
-class Prices(Protocol):
-    """Who tells what things cost."""
-
-    async def cost_of(self, prediction_id: str) -> float | None:
-        """What a prediction has cost, 0.0 when it failed or was cancelled; None while the vendor does not tell."""
-        ...
-
-    async def past_costs(self, model: str) -> list[float]:
-        """What the account's latest predictions of a model have cost, as far as the vendor tells."""
-        ...
 
 
 @dataclass(eq=False)
@@ -123,7 +114,7 @@ class Budget:
     """
 
     def __init__(
-        self, budget_usd: float | None = None, prices: Prices | None = None, *, ours: frozenset[str] = frozenset()
+        self, budget_usd: float | None = None, prices: EngineBuyer | None = None, *, ours: frozenset[str] = frozenset()
     ) -> None:
         self.budget_usd = budget_usd
         self.ours = ours

@@ -66,12 +66,14 @@ class EngineBuyer:
         return self._engine.slots_past_deadline
 
     async def cost_of(self, prediction_id: str) -> float | None:
+        """What a prediction has cost, 0.0 when it failed or was cancelled; None while the vendor does not tell."""
         prediction = await self._account.ask_once(prediction_id)
         if prediction.status in (PredictionStatus.FAILED, PredictionStatus.CANCELLED):
             return 0.0
         return prediction.cost_usd or None
 
     async def past_costs(self, model: str) -> list[float]:
+        """What the account's latest predictions of a model have cost, as far as the vendor tells."""
         rows = await self.executions(0, model=model)
         return [row.cost_usd for row in rows if row.cost_usd and row.model == model]
 
