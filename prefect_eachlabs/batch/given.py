@@ -100,13 +100,13 @@ def each(rows: Any) -> Iterator[Any]:
 def _written(row: Any) -> tuple[str, Iterable[str]]:
     """A row as a line of JSON, and its columns; what is wrong with it, as a text, where it cannot be one."""
     try:
-        if hasattr(row, "_asdict"):  # a named tuple, a row of SQLAlchemy
-            row = row._asdict()
-        elif not hasattr(row, "keys"):  # which a row of sqlite3 has, too
-            raise TypeError(f"it is {type(row).__name__}, and must be a mapping from column to value")
+        if not isinstance(row, Mapping):  # a named tuple, a row of SQLAlchemy; a row of sqlite3
+            if not hasattr(row, "_asdict") and not hasattr(row, "keys"):
+                raise TypeError(f"it is {type(row).__name__}, and must be a mapping from column to value")
+            row = row._asdict() if hasattr(row, "_asdict") else dict(row)
         values = {
             str(name): value
-            for name, value in dict(row).items()
+            for name, value in row.items()
             if value is not None and type(value).__name__ not in MISSING_BY_NAME
         }
         line = json.dumps(values, ensure_ascii=False, default=_said)
