@@ -143,7 +143,7 @@ def test_what_has_no_thumbnail_says_why_in_its_place() -> None:
     with pytest.raises(NoThumbnail, match="it cannot be read"):
         thumbnail_url(b"no picture")
     with pytest.raises(NoThumbnail, match="8000 × 8000 px are too many for a thumbnail") as none:
-        thumbnail_url(png(8000, 8000))
+        thumbnail_url(png(8000, 8000, "1"))
     seen = rendered(picture_markdown(image(), thumbnail=None, note=str(none.value)))
     assert "No thumbnail: 8000 × 8000 px are too many" in seen.text
 

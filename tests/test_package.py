@@ -100,6 +100,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -113,6 +114,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
     assert "License-Expression: Apache-2.0" in facts
 
 
+@pytest.mark.slow
 def test_the_sdist_holds_what_building_and_testing_need(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-import json
 import logging
 import sys
 from datetime import datetime, timezone
@@ -14,8 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from prefect_eachlabs.batch import thumbs
 from prefect_eachlabs.batch.files import S3Files
@@ -100,16 +97,6 @@ def test_a_field_of_another_kind_counts_as_missing() -> None:
     read = Outcome.from_line(b'{"row": 1, "state": "failed", "error": {"kind": ["x"], "message": "m"}}')
     assert read is not None
     assert (read.kind, read.error) == ("failed", {"message": "m"})
-
-
-@given(
-    st.recursive(
-        st.none() | st.booleans() | st.integers() | st.text(), lambda x: st.lists(x) | st.dictionaries(st.text(), x)
-    )
-)
-def test_no_json_makes_the_reading_of_a_report_fall(value: Any) -> None:
-    Outcome.from_line(json.dumps(value))
-    Outcome.from_line(json.dumps({"row": 1, "state": "stored", "labels": value, "error": value, "final": value}))
 
 
 # Parts.

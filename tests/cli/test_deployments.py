@@ -62,6 +62,7 @@ def test_what_a_person_has_set_stays(handed_over: list[dict[str, Any]]) -> None:
     assert of(handed_over, "settle")["schedules"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("prefect_server")
 def test_what_prefect_refuses_is_one_sentence() -> None:
     with pytest.raises(SetupError, match="no-such-pool"):

@@ -42,6 +42,10 @@ class Page(HTMLParser):
             self.loaded.append(to)
 
 
+pytestmark = pytest.mark.slow
+"""Making the site takes six seconds of CPU."""
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
@@ -130,7 +134,6 @@ def browser(require_tool: Callable[[str], Path]) -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.slow
 def test_search_finds_a_word_on_pages_that_are_opened_from_the_disk(site: Path, browser: Any) -> None:
     page = browser.new_page()
     asked: list[str] = []
@@ -144,7 +147,6 @@ def test_search_finds_a_word_on_pages_that_are_opened_from_the_disk(site: Path, 
     page.close()
 
 
-@pytest.mark.slow
 def test_no_page_runs_out_of_a_phones_screen(site: Path, pages: dict[Path, Page], browser: Any) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True)
     page = context.new_page()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sqlite3
+import tempfile
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -38,12 +43,35 @@ class Studio:
 
 
 @pytest.fixture(scope="session")
-def prefect_server() -> Iterator[None]:
-    """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own."""
-    from prefect.testing.utilities import prefect_test_harness  # two seconds that most tests need not pay
+def prefect_server(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own.
 
-    with prefect_test_harness(server_startup_timeout=300):
-        yield
+    Three things would be most of what tests with a server take: its migrations (6 s of CPU, so their outcome is kept
+    in pytest's cache), the client's two seconds after each "database is locked", and the second in which a flow run
+    notices that its heartbeats may stop.
+    """
+    import prefect  # two seconds that most tests need not pay
+    from prefect.client import base
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.testing import utilities
+
+    kept = request.config.cache.mkdir("prefect-server") / f"{prefect.__version__}.db"
+    folder = Path(tempfile.mkdtemp())  # the harness removes it
+    if is_kept := kept.exists():
+        shutil.copy(kept, folder / "prefect-test.db")
+    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        patch.setattr(utilities, "mkdtemp", lambda: str(folder))
+        patch.setattr(base, "clamped_poisson_interval", lambda seconds, _: seconds / 20)
+        with utilities.prefect_test_harness(server_startup_timeout=300):
+            if not is_kept:
+                half = kept.with_suffix(f".{os.getpid()}")
+                with (
+                    closing(sqlite3.connect(folder / "prefect-test.db")) as made,
+                    closing(sqlite3.connect(half)) as copy,
+                ):
+                    made.backup(copy)
+                half.replace(kept)
+            yield
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +89,6 @@ def studio(local_s3: LocalS3, monkeypatch: pytest.MonkeyPatch, request: pytest.F
         monkeypatch.setenv("EACHLABS_API_KEY", "a-key-of-tests")
         monkeypatch.setenv("EACHLABS_REQUESTS_PER_MINUTE", "none")
         monkeypatch.setenv("AWS_ENDPOINT_URL_S3", local_s3.url)
-        with closing(boto3.client("s3")) as s3:
-            s3.create_bucket(Bucket=BUCKET)
+        local_s3.create_bucket(BUCKET)
         yield Studio(api, local_s3, f"s3://{BUCKET}/{request.node.name[:60]}")
         close_gateways()

@@ -153,6 +153,6 @@ READER_OF_ALL = ConfinedProcess(READER)
 """A process for each table would take half a second."""
 
 
-@fuzzed(parquets())
+@fuzzed(parquets(), share=0.3)
 def test_a_parquet_table_is_read_row_by_row_or_refused(data: bytes) -> None:
     read(lambda: TypedTable("x.parquet", io.BytesIO(data), READER_OF_ALL))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from prefect.workers.process import ProcessJobConfiguration
 
 from prefect_eachlabs.cli.work_pool import closed, closed_template, openings
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_an_env_that_is_a_variables_default_alone_is_open_and_is_not_called_closed() -> None:
     template = closed_template()
     template["variables"]["properties"]["env"] = {"type": "object", "default": {"HTTPS_PROXY": "http://proxy:3128"}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from typing import Any
 from uuid import UUID
@@ -226,79 +225,6 @@ def ended(fault: str, prompt: str = "a fox", **input: Any) -> tuple[Api, dict[st
     return api, api.get(api.buy(input={"prompt": prompt, **input}))
 
 
-@pytest.mark.parametrize(
-    ("fault", "code", "retryable", "category"),
-    [
-        ("fail", "PROVIDER_FAILED", False, "provider_error"),
-        ("fail,value=MODEL_BROKE", "MODEL_BROKE", False, "provider_error"),
-        ("fail_retryable", "PROVIDER_UNAVAILABLE", True, "provider_unavailable"),
-        ("fail_moderation", "CONTENT_MODERATION", False, "content_moderation"),
-        ("fail_logs", "PROVIDER_FAILED", False, "provider_error"),
-        ("fail_under_success", "PROVIDER_FAILED", False, "provider_error"),
-    ],
-)
-def test_a_failing_prediction_has_its_envelope_and_costs_nothing(
-    fault: str, code: str, retryable: bool, category: str
-) -> None:
-    api, view = ended(fault)
-    envelope = json.loads(view["logs"]) if "logs" in fault else view["output"]
-    assert view["status"] == ("success" if "under_success" in fault else "failed")
-    assert (envelope["error_code"], envelope["retryable"]) == (code, retryable)
-    assert envelope["classification"]["category"] == category
-    assert envelope["error_message"]
-    assert (view["metrics"]["cost"], api.tallies()["cost_usd"], api.rows()[0]["output"]) == (0, 0, None)
-
-
-@pytest.mark.parametrize(
-    ("fault", "shape"),
-    [
-        ("output_list", ["URL"]),
-        ("output_object", {"url": "URL", "content_type": "image/png"}),
-        ("output_images", {"images": [{"url": "URL", "content_type": "image/png"}], "seed": 1}),
-        ("output_json", '{"images": ["URL"]}'),
-        ("output_empty", ""),
-        ("output_null", None),
-        ("output_several,value=2", ["URL", "URL2"]),
-        ("output_missing", "no field"),
-    ],
-)
-def test_an_output_may_have_any_shape_that_was_seen(fault: str, shape: object) -> None:
-    _, view = ended(fault)
-    url = f"http://emulator/files/{view['id']}"
-    expected = json.dumps(shape).replace("URL2", f"{url}-2.png").replace("URL", f"{url}.png")
-    assert view["status"] == "success"
-    assert json.dumps(view.get("output", "no field")) == expected
-
-
-@pytest.mark.parametrize(
-    ("fault", "echo"),
-    [
-        ("echo_normalised", {"prompt": 'Café "fox" & a hen', "image_url": "https://e.com/a.png", "seed": None}),
-        ("echo_cut,value=8", {"prompt": "  Cafe\u0301 ", "image_url": "https://", "seed": None}),
-        (
-            "echo_escaped",
-            {
-                "prompt": "  Cafe\u0301  &quot;fox&quot; &amp; a hen",
-                "image_url": "https://e.com/a.png",
-                "seed": None,
-            },
-        ),
-        (
-            "echo_rehosted",
-            {
-                "prompt": '  Cafe\u0301  "fox" & a hen',
-                "image_url": "https://storage.eachlabs.example/a.png",
-                "seed": None,
-            },
-        ),
-        ("echo_without_nulls", {"prompt": '  Cafe\u0301  "fox" & a hen', "image_url": "https://e.com/a.png"}),
-    ],
-)
-def test_an_echo_may_nearly_be_what_was_sent(fault: str, echo: dict[str, Any]) -> None:
-    _, view = ended(fault, '  Cafe\u0301  "fox" & a hen', image_url="https://e.com/a.png", seed=None)
-    assert view["input"] == echo
-
-
 def test_a_success_may_be_seen_before_its_output_and_a_cost_be_told_late() -> None:
     api = Api(faults=["prediction:late_output,seconds=30", "prediction:late_cost,seconds=20"], service_seconds=5)
     bought, seen = api.buy(), []
@@ -344,37 +270,6 @@ def test_a_twin_of_another_key_is_in_the_list_and_on_nobodys_bill() -> None:
 # ------------------------------------------------------------- lists that see badly
 
 
-def with_25_bought(fault: str) -> tuple[Api, list[str]]:
-    """An account with 25 predictions that have ended, and their ids, newest first."""
-    api = Api(faults=[fault], requests_per_minute=None, max_in_flight=None, service_seconds=0)
-    return api, [api.buy(str(number)) for number in range(25)][::-1]
-
-
-def test_a_list_may_be_missing_stale_empty_or_lack_rows() -> None:
-    assert Api(faults=["executions:missing"]).call("GET", "/v1/executions").status_code == 404
-    api, bought = with_25_bought("executions:stale,seconds=10")
-    assert api.rows() == []
-    api.time += 10
-    assert len(api.rows()) == 20
-    api, bought = with_25_bought("executions:missing_rows=0.5")
-    found = [row["id"] for row in api.rows(limit=100)]
-    assert found == [row["id"] for row in api.rows(limit=100)], "a row that is missing stays missing"
-    assert 3 < len(found) < 22
-    api, bought = with_25_bought("executions:empty_list")
-    assert api.page() == {"executions": [], "total_count": 0, "total_capped": False, "offset": 0, "limit": 20}
-    assert api.get(bought[0])["status"] == "success"
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_page_may_hold_fewer_rows_than_were_asked_for(told: bool) -> None:
-    api, bought = with_25_bought(f"executions:short_pages{'' if told else '_untold'},value=10")
-    pages = [api.page(limit=100, offset=offset) for offset in (0, 10, 20)]
-    assert [[row["id"] for row in one["executions"]] for one in pages] == [bought[:10], bought[10:20], bought[20:]]
-    told_about = {name: pages[0][name] for name in ("limit", "total_count") if name in pages[0]}
-    assert told_about == ({"limit": 10, "total_count": 25} if told else {})
-    assert len(api.rows(limit=5)) == 5
-
-
 # --------------------------------------------------------------- the key, quoted
 
 
@@ -385,17 +280,6 @@ def test_a_prediction_may_quote_the_key(where: str) -> None:
     assert KEY in (view["logs"] if where == "logs" else str(view["output"]))
     assert where != "output" or api.download(view["output"]).content.startswith(b"\x89PNG")
     assert KEY not in str(api.call("GET", "/_emulator/predictions").json())
-
-
-@pytest.mark.parametrize("endpoint", ["create", "get", "executions"])
-def test_a_refusal_may_quote_the_key(endpoint: str) -> None:
-    api = Api(faults=[f"{endpoint}:quoted_key,next=1"])
-    path = {"create": "/v1/prediction", "get": "/v1/prediction/x", "executions": "/v1/executions"}[endpoint]
-    refused = api.call("POST" if endpoint == "create" else "GET", path, json=ORDER)
-    assert refused.status_code == 400
-    assert KEY in refused.json()["error"]
-    assert KEY in refused.json()["details"]
-    assert KEY not in api.call("GET", "/_emulator/journal").text
 
 
 def test_the_transport_cleans_up_after_itself() -> None:

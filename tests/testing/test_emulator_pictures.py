@@ -24,37 +24,10 @@ def downloaded(fault: str) -> tuple[httpx.Response, bytes]:
     return spoilt, whole.content
 
 
-def test_a_picture_may_be_truncated_longer_than_it_is_or_empty() -> None:
-    spoilt, whole = downloaded("truncated")
-    assert 0 < len(spoilt.content) < len(whole)
-    assert whole.startswith(spoilt.content)
-    spoilt, whole = downloaded("trailing")
-    assert spoilt.content.startswith(whole)
-    assert len(spoilt.content) > len(whole)
-    assert downloaded("empty")[0].content == b""
-
-
-def test_a_picture_may_have_a_wrong_bit() -> None:
-    spoilt, whole = downloaded("bad_crc")
-    assert sum(one != other for one, other in zip(spoilt.content, whole, strict=True)) == 1
-    at = whole.index(b"IDAT")
-    length = int.from_bytes(whole[at - 4 : at], "big")
-    crc = int.from_bytes(spoilt.content[at + 4 + length : at + 8 + length], "big")
-    assert zlib.crc32(spoilt.content[at : at + 4 + length]) != crc
-
-
 def test_a_refused_download_is_not_the_apis_429() -> None:
     api = Api(faults=["picture:throttled"], service_seconds=0)
     assert api.download(f"/files/{api.buy()}.png").status_code == 429
     assert api.tallies()["rejected_429"] == 0
-
-
-def test_a_redirect_ends_at_the_picture_and_a_loop_nowhere() -> None:
-    api = Api(faults=["picture:redirect,at=1", "picture:redirect_loop,at=2"], service_seconds=0)
-    url = f"/files/{api.buy()}.png"
-    assert api.download(url, follow_redirects=True).content.startswith(PNG)
-    with pytest.raises(httpx.TooManyRedirects):
-        api.download(url, follow_redirects=True)
 
 
 def test_a_bomb_is_small_and_inflates_as_it_says() -> None:
@@ -76,13 +49,12 @@ def test_a_bomb_is_small_and_inflates_as_it_says() -> None:
         "word " * 2_000,
         "\u202eright to left\u2066",
     ],
-    ids=ascii,
+    ids=lambda prompt: ascii(prompt[:20]),
 )
-@pytest.mark.parametrize("size_px", [16, 128])
-def test_any_prompt_can_be_drawn(prompt: str, size_px: int) -> None:
-    picture = Image.open(io.BytesIO(draw(prompt, size_px=size_px, seed="s")))
+def test_any_prompt_can_be_drawn(prompt: str) -> None:
+    picture = Image.open(io.BytesIO(draw(prompt, size_px=64, seed="s")))
     picture.load()
-    assert (picture.format, picture.size) == ("PNG", (size_px, size_px))
+    assert (picture.format, picture.size) == ("PNG", (64, 64))
 
 
 def test_pictures_differ_by_prompt_and_seed_and_repeat_themselves() -> None:

@@ -297,31 +297,3 @@ def test_objects_in_a_folder_are_there_again_as_they_were(in_a_folder: Callable[
     checksum = base64.b64encode(hashlib.sha256(b"fox").digest()).decode()
     assert after[:4] == [*before, "image/png", "p-1", checksum]
     assert after[4:] == ["../out", "100%", "d//x", "d/fox.png", "mine.png", "é", "image/png"]
-
-
-def test_a_taken_port_is_an_os_error_that_ends_nobody() -> None:
-    program = (
-        "import socket, sys\n"
-        "from prefect_eachlabs.testing.s3 import LocalS3\n"
-        "with socket.create_server(('127.0.0.1', 0)) as taken:\n"
-        "    try:\n"
-        "        LocalS3(port=taken.getsockname()[1]).start()\n"
-        "    except OSError:\n"
-        "        pass\n"
-        "with LocalS3(buckets=['again']) as first:\n"
-        "    pass\n"
-        "with LocalS3(buckets=['again']) as second:\n"
-        "    sys.stdout.write(second.url)\n"
-    )
-    environment = {**os.environ, "PYTHONWARNINGS": "error::ResourceWarning"}
-    done = subprocess.run(
-        [sys.executable, "-X", "dev", "-c", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("http://127.0.0.1:")
-    assert "Warning" not in done.stderr
