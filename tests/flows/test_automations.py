@@ -88,6 +88,7 @@ def test_a_budget_that_is_spent_is_an_event_of_its_own_and_no_failure(
 ) -> None:
     source = table(tmp_path, [f"fox {number}" for number in range(5)])
     generate_batch(source, studio.destination, budget_usd=0.1, fail_above=9)
+    assert studio.billed == 2
     assert [event for event, _, _ in sent] == [events.BUDGET_REACHED, events.BATCH_FINISHED]
 
 

@@ -69,6 +69,7 @@ def test_a_wrong_bucket_is_told_in_one_sentence(
     monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", str(tmp_path))
     with pytest.raises(SetupError, match="NoSuchBucket") as caught:
         of_the_bucket()[number]()
+    assert studio.billed == 0
     printed = log.getvalue()
     assert "NoSuchBucket" in printed.strip().splitlines()[-1]
     assert "Traceback" not in printed
