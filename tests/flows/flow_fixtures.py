@@ -46,20 +46,25 @@ class Studio:
 def prefect_server(request: pytest.FixtureRequest) -> Iterator[None]:
     """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own.
 
-    Three things would be most of what tests with a server take: its migrations (6 s of CPU, so their outcome is kept
-    in pytest's cache), the client's two seconds after each "database is locked", and the second in which a flow run
-    notices that its heartbeats may stop.
+    What tests with a server would mostly take: its migrations (6 s of CPU, so their outcome is kept in pytest's
+    cache), the client's two seconds after each "database is locked", the second in which a flow run notices that its
+    heartbeats may stop, and logs that are sent to the server, where no test reads them.
     """
     import prefect  # two seconds that most tests need not pay
     from prefect.client import base
-    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
+    from prefect.settings import (
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        PREFECT_LOGGING_TO_API_ENABLED,
+        temporary_settings,
+    )
     from prefect.testing import utilities
 
     kept = request.config.cache.mkdir("prefect-server") / f"{prefect.__version__}.db"
     folder = Path(tempfile.mkdtemp())  # the harness removes it
     if is_kept := kept.exists():
         shutil.copy(kept, folder / "prefect-test.db")
-    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+    lean = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None, PREFECT_LOGGING_TO_API_ENABLED: False}
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(lean):
         patch.setattr(utilities, "mkdtemp", lambda: str(folder))
         patch.setattr(base, "clamped_poisson_interval", lambda seconds, _: seconds / 20)
         with utilities.prefect_test_harness(server_startup_timeout=300):
