@@ -165,7 +165,7 @@ def test_a_source_may_stand_in_the_bucket(studio: Studio, monkeypatch: pytest.Mo
 )
 def test_what_a_form_may_not_hold_is_refused(studio: Studio, tmp_path: Path, given: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
-        generate_batch(table(tmp_path, foxes(1)), studio.destination, **given)
+        generate_batch.fn(table(tmp_path, foxes(1)), studio.destination, **given)
     assert studio.billed == 0
 
 

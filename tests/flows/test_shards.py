@@ -77,9 +77,9 @@ class TestOnAServer:
         assert studio.billed == 0
 
     def test_a_budget_is_for_one_worker(self, studio: Studio, table: str) -> None:
-        for wrong in ({"shards": 2, "budget_usd": 1.0}, {"shards": 65}):
+        for wrong in ({"shards": 2, "budget_usd": 1.0}, {"shards": 0}, {"shards": 65}):
             with pytest.raises(BadInput, match="shards"):
-                generate_batch(table, studio.destination, **wrong)  # type: ignore[arg-type]
-        for wrong_share in ("0/2", "3/2", "2"):
+                generate_batch.fn(table, studio.destination, **wrong)  # type: ignore[arg-type]
+        for wrong_share in ("0/2", "3/2", "2", "1/65", "a/b"):
             with pytest.raises(BadInput, match="shard"):
-                generate_batch(table, studio.destination, shard=wrong_share)
+                generate_batch.fn(table, studio.destination, shard=wrong_share)
