@@ -241,7 +241,7 @@ class Auditor:
         """Whether all pictures of a stored item are in the bucket; those that the listing shows cost no request."""
         place = books.ledger.destination
         for uri in (record.uri or "", *record.more_uris):
-            key = place.key(f"images/{uri.rpartition('/')[2]}")
+            key = place.picture_key(uri)
             size_bytes = self._scratch.picture_bytes(key)
             if size_bytes is not None and (uri != record.uri or size_bytes == record.size_bytes):
                 continue

@@ -88,7 +88,7 @@ class Thumbs:
 
     async def _make(self, outcome: Outcome) -> None:
         try:
-            found = await self._store.get(self._destination.key(f"images/{outcome.file_name}"))
+            found = await self._store.get(self._destination.picture_key(outcome.file_name))
             if found is not None:
                 make = partial(thumbnail, found.body, edge_px=self.edge_px, format="WEBP", quality=QUALITY)
                 small = await self._worker(make)
