@@ -74,18 +74,9 @@ def test_prefect_finds_the_collection_and_a_shell_the_command() -> None:
     assert callable(getattr(import_module(module), function))
 
 
+@pytest.mark.slow
 def test_all_that_is_public_works_without_any_extra() -> None:
     assert modules_after("from prefect_eachlabs import *").isdisjoint(EXTRAS)
-
-
-def test_the_command_line_says_its_help_without_loading_prefect_or_boto3() -> None:
-    """Prefect alone takes two seconds to import; help is to answer in less than one."""
-    loaded = modules_after(
-        "import sys; from prefect_eachlabs.cli.main import main\n"
-        "try: main(['--help'])\n"
-        "except SystemExit as end: assert not end.code, end.code\n"
-    )
-    assert loaded.isdisjoint({"prefect", "boto3", "starlette"} | EXTRAS)
 
 
 # -------------------------------------------------------------------- wheel and sdist

@@ -52,7 +52,7 @@ STORED_KEYS = {
     "reused",
 }
 FAILED_KEYS = {"status", "error", "item_id", "prediction_id"}
-HEAVY = {"prefect", "boto3", "httpx", "pydantic", "fastapi", "PIL", "moto"}
+HEAVY = {"prefect", "boto3", "httpx", "pydantic", "fastapi", "starlette", "PIL", "moto", "pyarrow"}
 
 Printed = pytest.CaptureFixture[str]
 

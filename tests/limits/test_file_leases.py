@@ -57,15 +57,6 @@ class Process(SharingBuyer):
 # ------------------------------------------------------------------ side by side
 
 
-def test_one_process_keeps_the_pace_of_its_own_window(tmp_path: Path, api: Api) -> None:
-    async def story() -> None:
-        Process(tmp_path, api).start()
-        await asyncio.sleep(600)
-
-    run(story())
-    assert api.sent(60, 600) >= 0.99 * 9 * 60
-
-
 def test_processes_side_by_side_share_the_window_and_the_slots_in_flight_evenly(tmp_path: Path, api: Api) -> None:
     async def story() -> None:
         for name in range(4):
