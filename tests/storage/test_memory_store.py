@@ -114,14 +114,3 @@ def test_a_process_can_be_frozen_at_each_side_of_an_operation_of_the_memory_stor
         assert seen == [("put", "a", "before"), ("put", "a", "after")]
 
     run(story())
-
-
-def test_a_listing_of_the_memory_store_comes_in_pages() -> None:
-    async def story() -> None:
-        store = MemoryStore(page_size=2)
-        for name in "abcde":
-            await store.put(name, b"", content_type=JSON)
-        assert [row.key for row in await listed(store.list(""))] == list("abcde")
-        assert store.count("list") == 3
-
-    run(story())
