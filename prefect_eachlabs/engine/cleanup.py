@@ -123,25 +123,18 @@ class Cleanup:
                 report.problems[visible(item_id)] = problem
                 left.add(item_id)
 
-        began, suspects = await self._suspects(books.ledger, memory, report)
+        began: datetime | None = None  # by the bucket's clock
+        suspects = []
+        async for item_id, listed in books.ledger.listed():
+            began = began or listed.date
+            report.records += 1
+            looked_at = memory.looked_at
+            if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
+                suspects.append(item_id)
         await asyncio.gather(*map(one, suspects))
         if began is not None:
             await memory.write(books.ledger, began, left)
         return report
-
-    async def _suspects(
-        self, ledger: Ledger, memory: _Memory, report: SettleReport
-    ) -> tuple[datetime | None, list[str]]:
-        """When this look began, by the bucket's clock, and the items whose records must be read."""
-        began: datetime | None = None
-        suspects = []
-        looked_at = memory.looked_at
-        async for item_id, listed in ledger.listed():
-            began = began or listed.date
-            report.records += 1
-            if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
-                suspects.append(item_id)
-        return began, suspects
 
     async def _settle_one(self, job: Job, held: VersionedRecord) -> tuple[str, str]:
         """The report's field to count it under, and what a person should know."""

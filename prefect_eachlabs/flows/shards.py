@@ -63,35 +63,26 @@ def start_shares(shards: int, parameters: Mapping[str, Any]) -> list[UUID]:
     runs: list[UUID] = []
     try:
         for number in range(2, shards + 1):
-            runs.append(_start(number, shards, parameters))
-    except BaseException:
+            given = {"shard": f"{number}/{shards}", "shards": 1, "fail_above": NEVER_FAILS}
+            run = run_deployment(
+                DEPLOYMENT,
+                parameters={**{name: value for name, value in parameters.items() if value is not None}, **given},
+                flow_run_name=f"share {number}/{shards}",
+                timeout=0,
+                # Prefect's retry of the flow begins anew; a repeated request of this attempt does not.
+                idempotency_key=f"{flow_run.id}/{flow_run.run_count}/{number}",
+            )
+            assert isinstance(run, FlowRun), "called from a sync flow"
+            runs.append(run.id)
+    except BaseException as error:
         end_shares(runs, also_running=True)
+        if isinstance(error, ObjectNotFound):
+            raise SetupError(
+                f"shards={shards} needs the deployment {DEPLOYMENT}: prefect-eachlabs setup --deploy makes it; or run "
+                "with shards=1. Nothing was bought."
+            ) from error
         raise
     return runs
-
-
-def _start(number: int, shards: int, parameters: Mapping[str, Any]) -> UUID:
-    try:
-        run = run_deployment(
-            DEPLOYMENT,
-            parameters={
-                **{name: value for name, value in parameters.items() if value is not None},
-                "shard": f"{number}/{shards}",
-                "shards": 1,
-                "fail_above": NEVER_FAILS,
-            },
-            flow_run_name=f"share {number}/{shards}",
-            timeout=0,
-            # Prefect's retry of the flow begins anew; a repeated request of this attempt does not.
-            idempotency_key=f"{flow_run.id}/{flow_run.run_count}/{number}",
-        )
-    except ObjectNotFound as error:
-        raise SetupError(
-            f"shards={shards} needs the deployment {DEPLOYMENT}: prefect-eachlabs setup --deploy makes it; or run with "
-            "shards=1. Nothing was bought."
-        ) from error
-    assert isinstance(run, FlowRun), "called from a sync flow"
-    return run.id
 
 
 def end_shares(runs: Sequence[UUID], *, also_running: bool) -> None:
