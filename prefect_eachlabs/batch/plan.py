@@ -217,14 +217,15 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
 async def _several(batch: Batch, settings: AccountSettings) -> list[Wanted | Outcome]:
     """The next rows, a hundred at most: what will come of each, or the row itself where nothing settles it."""
     several: list[Wanted | Outcome] = []
-    while len(several) < CHECKED_AT_A_TIME and (row := await batch.rows.next()) is not None:
-        if isinstance(row.row, BadRow):
-            several.append(refused(row.row))
+    while len(several) < CHECKED_AT_A_TIME and (found := await batch.rows.next()) is not None:
+        row, earlier = found
+        if isinstance(row, BadRow):
+            several.append(refused(row))
             continue
-        outcome, _ = await batch.history.settled(row.row, row.earlier)
+        outcome, _ = await batch.history.settled(row, earlier)
         if outcome is None:
-            outcome = await batch.history.by_record(row.row, batch.options, settings.claim_seconds)
-        several.append(outcome or row.row)
+            outcome = await batch.history.by_record(row, batch.options, settings.claim_seconds)
+        several.append(outcome or row)
     return several
 
 

@@ -277,27 +277,28 @@ class Batch:
         number, shards = self.options.shard or (0, 1)
         while self._stopped_by is None:
             try:
-                row = await self.rows.next()
+                found = await self.rows.next()
             except EachlabsError as error:
                 logger.error("The source cannot be read on: %s", error)
                 self._stopped_by = error
                 break
-            if row is None:
+            if found is None:
                 break
-            if isinstance(row.row, BadRow):
-                if shards == 1:  # rows that are no items are told by whoever goes through all of them
-                    self._add(refused(row.row))
+            row, earlier = found
+            if isinstance(row, BadRow):
+                if self.options.shard is None:  # rows that are no items are told by whoever goes through all of them
+                    self._add(refused(row))
                 continue
-            if shard_of(row.row.item.item_id, shards) != number:
+            if shard_of(row.item.item_id, shards) != number:
                 continue
-            outcome, is_news = await self.history.settled(row.row, row.earlier)
+            outcome, is_news = await self.history.settled(row, earlier)
             if outcome is not None:
                 self._add(outcome, is_news=is_news)
                 continue
             if not self._has_begun_to_buy:
                 await retry_while_retryable(lambda: self._writer.begin(self.options.run_id))
                 self._has_begun_to_buy = True
-            return row.row
+            return row
         return None
 
     async def refused_by_their_models(self, rows: Sequence[Wanted]) -> list[Outcome | None]:

@@ -166,12 +166,8 @@ class Source:
         return given
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row under its id, and what an earlier report says about that id."""
-
-    row: Wanted | BadRow
-    earlier: Earlier | None = None
+Row = tuple[Wanted | BadRow, "Earlier | None"]
+"""A row under its id, and what an earlier report says about that id."""
 
 
 class Rows:
@@ -211,7 +207,9 @@ class Rows:
             several: list[Row] = []
             size_bytes = 0
             for row in itertools.islice(rows, ROWS_AT_A_TIME):
-                several.append(self._known(row))
+                known = self._under_its_id(row) if isinstance(row, Wanted) else row
+                said = self._scratch.earlier(known.item.item_id) if isinstance(known, Wanted) else None
+                several.append((known, said))
                 size_bytes += row.size_bytes if isinstance(row, Wanted) else 0
                 if size_bytes > MOST_BYTES_AHEAD:
                     break
@@ -224,11 +222,6 @@ class Rows:
             # Rows that the last report settles come by the thousand; the loop has other work, too.
             await asyncio.sleep(0)
         self.all_read = True
-
-    def _known(self, row: Wanted | BadRow) -> Row:
-        if isinstance(row, Wanted):
-            row = self._under_its_id(row)
-        return Row(row, self._scratch.earlier(row.item.item_id) if isinstance(row, Wanted) else None)
 
     def _under_its_id(self, wanted: Wanted) -> Wanted | BadRow:
         item = wanted.item
