@@ -199,6 +199,7 @@ class Evidence:
         self._names: dict[str, dict[str, str]] = {}
         self._ahead: timedelta | None = None
         self._known_from: list[tuple[datetime, int]] = []
+        self._has_all_dates = all(row.created_at is not None for row in self.listing.rows)
 
     # ---- taken in
 
@@ -248,7 +249,8 @@ class Evidence:
             return
         if row.model is not None:
             self._names.setdefault(record.model, {}).setdefault(row.model, prediction_id)
-        self._known_from.append((held.modified_at, self._place[prediction_id]))
+        if not self._has_all_dates:
+            self._known_from.append((held.modified_at, self._place[prediction_id]))
         if row.created_at is not None:
             # The record was written after the execution was created: at most the true difference.
             ahead = row.created_at - held.modified_at
