@@ -614,8 +614,8 @@ def check_item_id(item_id: object) -> str:
     """The item id itself. Raises BadInput when it is of another form."""
     if not isinstance(item_id, str) or not ITEM_ID_PATTERN.fullmatch(item_id):
         raise BadInput(
-            f"item_id: {str(item_id)[:140]!r} must be 1 to 128 of A-Z a-z 0-9 _ - (it names files): "
-            "prefect_eachlabs.models.item_id_of makes one of any name."
+            f"item_id: {str(item_id)[:140]!r} must be 1 to 128 of A-Z a-z 0-9 _ - (it names files), such as "
+            f"{item_id_of(item_id)!r}, which `prefect_eachlabs.models.item_id_of` makes of it."
         )
     return item_id
 

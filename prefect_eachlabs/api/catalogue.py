@@ -226,7 +226,7 @@ class Catalogue:
             logger.info("The catalogue cannot tell whether there is a model %s: %s", slug, error)
             return
         if slugs and slug not in slugs:
-            raise BadInput(f"model: {_missing(slug, nearest(slug, slugs))}. Nothing was bought.")
+            raise BadInput(f"{_missing(slug, nearest(slug, slugs))}. Nothing was bought.")
 
     async def checked(self, item: Item) -> dict[str, Any]:
         """The item's input as its model takes it: its reference picture in the right field, all of it checked.
@@ -278,21 +278,18 @@ class Catalogue:
 
 def _missing(slug: str, near: list[str]) -> str:
     meant = f" Did you mean {' or '.join(near)}?" if near else ""
-    return f"the catalogue has no model {slug!r}.{meant} `prefect-eachlabs models` lists what there is"
+    return f"model: the catalogue has no model {slug!r}.{meant} `prefect-eachlabs models` lists what there is"
 
 
 def _bad(item: Item, faults: list[str]) -> BadInput | None:
     if not faults:
         return None
-    return BadInput(f"M{_refused(item.model, faults)[1:]}; nothing was bought.", item_id=item.item_id)
+    return BadInput(f"{_refused(item.model, faults)}. Nothing was bought.", item_id=item.item_id)
 
 
 def _refused(slug: str, faults: list[str]) -> str:
     more = f"; and {len(faults) - MOST_FAULTS} more" if len(faults) > MOST_FAULTS else ""
-    return (
-        f"model {slug!r} does not take this input: {'; '.join(faults[:MOST_FAULTS])}{more}. Fix it "
-        f"(`prefect-eachlabs models {slug}` shows what it takes)"
-    )
+    return f"{'; '.join(faults[:MOST_FAULTS])}{more}. `prefect-eachlabs models {slug}` shows what {slug} takes"
 
 
 def nearest(slug: str, slugs: list[str]) -> list[str]:

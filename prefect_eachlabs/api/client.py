@@ -208,6 +208,8 @@ class EachlabsClient:
         self._where = f"{urlsplit(settings.base_url).netloc} (EACHLABS_BASE_URL)"
         self._hint = " Is `prefect-eachlabs emulator` running?" if is_loopback(self._host) else ""
         self._auth_headers = tuple(auth)
+        self.orders_sent = 0
+        """While it is 0, nothing can have been bought."""
         # Whoever hands in a transport knows what is at its end.
         self._checked: Once[str, None] = Once()
         self._is_known = settings.base_url == DEFAULT_BASE_URL or transport is not None
@@ -292,6 +294,7 @@ class EachlabsClient:
             SetupError: A 404 or 405 that is not the API's own (a page of another server); nothing was created.
             OutcomeUnknown: Sent, and then a cut, a time-out, a 5xx, or a 2xx without an id. Never repeat it.
         """
+        self.orders_sent += 1
         try:
             webhook = {"webhook_url": callback.url, "webhook_secret": callback.secret} if callback is not None else {}
             order = self._send("POST", "/v1/prediction/", json_body={**item.request_body(), **webhook})
@@ -449,7 +452,7 @@ class EachlabsClient:
             )
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
             raise NotSent(
-                f"The API at {self._where} could not be reached ({_reason(error)}); ask again.",
+                f"The API at {self._where} could not be reached ({_reason(error)}).{self._hint}",
                 prediction_id=prediction_id,
             ) from error
         except _LOST as error:

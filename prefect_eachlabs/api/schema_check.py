@@ -16,6 +16,7 @@ from prefect_eachlabs.confined import Answer, ConfinedProcess, Read
 MOST_FAULTS = 100
 FAULT_CHARACTERS = 200
 SECONDS = 2.0
+BESIDE = ("input.prompt:", "input.image_url:")
 
 
 def faults_of(schema: bytes, *inputs: Mapping[str, Any]) -> list[list[str]]:
@@ -51,7 +52,9 @@ class SchemaCheck:
 def _faults(kind: Any, schema: Mapping[str, Any], input: Any) -> list[str]:
     found = islice(kind.iter_errors(input), MOST_FAULTS)
     faults = sorted(found, key=lambda fault: [str(step) for step in fault.absolute_path])
-    return [line for fault in faults for line in _worded(fault, schema)][:MOST_FAULTS]
+    lines = [line for fault in faults for line in _worded(fault, schema)][:MOST_FAULTS]
+    # Whoever gives these two gives them beside the input.
+    return [line.removeprefix("input.") if line.startswith(BESIDE) else line for line in lines]
 
 
 def _worded(fault: Any, schema: Mapping[str, Any]) -> Iterator[str]:

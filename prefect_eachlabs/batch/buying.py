@@ -58,7 +58,7 @@ class EngineBuyer:
         catalogue, model = self._account.catalogue, items[0].model
         if model != DEFAULT_MODEL and await catalogue.model(model) is None:
             why = await catalogue.why_refused(items[0])
-            return [BadInput(f"model: {why}; nothing was bought.", item_id=item.item_id) for item in items]
+            return [BadInput(f"{why}. Nothing was bought.", item_id=item.item_id) for item in items]
         return await catalogue.faults_of(items)
 
     @property

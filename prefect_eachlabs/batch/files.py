@@ -89,7 +89,7 @@ class S3Files:
         uri = f"s3://{self._bucket}/{key}"
         code, status = code_and_status(error) if isinstance(error, ClientError) else ("", 0)
         if code == "NoSuchKey":
-            return BadInput(f"{uri} is not there: check the source's name.")
+            return BadInput(f"{uri}: there is no such object in the bucket.")
         if status == 412:
             return BadInput(f"{uri} was replaced while it was read: run again, what is stored is kept.")
         endpoint = without_query(self._access.endpoint_url) if self._access.endpoint_url else "S3"
@@ -116,8 +116,8 @@ def open_file(source: str, access: S3Access | None, within: Roots | None = None)
     try:
         return Path(source).expanduser().open("rb") if within is None else within.stream(Path(source))
     except FileNotFoundError:
-        raise BadInput(f"{source} is not there: check the source's name.") from None
+        raise BadInput(f"{source}: there is no such file.") from None
     except IsADirectoryError:
-        raise BadInput(f"{source} is a folder: name the file with the prompts.") from None
+        raise BadInput(f"{source} is a folder: name the table in it.") from None
     except (OSError, ValueError, RuntimeError) as error:
         raise SetupError(f"{source} cannot be read: {error}.") from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
+from datetime import datetime, timezone
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, Template
@@ -67,9 +67,11 @@ def index_page(
     if totals.get("cost_unknown"):
         facts.append(("orders of unknown cost", f"{totals['cost_unknown']:,}"))
     facts.append(("all its pictures", f"${totals.get('pictures_cost_usd', 0):,.2f}"))
-    facts.append(("pictures a minute", f"{totals.get('pictures_per_minute', 0):,}"))
+    if totals.get("stored"):
+        facts.append(("stored a minute", f"{totals.get('pictures_per_minute', 0):,}"))
     return page_template("batch", "report.html.j2").generate(
         totals=totals,
+        ended=_date(totals.get("ended_at")),
         facts=facts,
         failure_count=sum(int(totals.get(name, 0)) for name in ("failed", "ambiguous", "skipped")),
         not_there=itertools.islice(not_there, MOST_FAILURES),
@@ -78,7 +80,7 @@ def index_page(
         pictures=itertools.islice(pictures, MOST_PICTURES),
         most_pictures=MOST_PICTURES,
         links=links or {},
-        links_end_at=links_end_at,
+        links_end=_date(links_end_at),
         up=up,
         shown=SUFFIXES,
         thumbs=thumbs or {},
@@ -86,3 +88,12 @@ def index_page(
         short=SHORT_CHARACTERS,
         longest=LONGEST_CHARACTERS,
     )
+
+
+def _date(when: datetime | str | None) -> str:
+    """`27 November 2026, 14:05 UTC`, as people write it; what is not a date stays as it is."""
+    try:
+        when = datetime.fromisoformat(when) if isinstance(when, str) else when
+        return "" if when is None else f"{(utc := when.astimezone(timezone.utc)).day} {utc:%B %Y, %H:%M} UTC"
+    except ValueError:
+        return str(when)

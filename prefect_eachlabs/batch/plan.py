@@ -103,6 +103,7 @@ class Plan:
         prices: Model of new rows → its price, and from how many pictures that is known.
         limits: The account's, in words.
         bad_rows: The first failed ones.
+        unchecked: Why the API did not say what models take and cost; empty: it did.
     """
 
     batch_id: str
@@ -116,6 +117,7 @@ class Plan:
     prices: dict[str, ModelPrice] = field(default_factory=dict)
     limits: str = ""
     bad_rows: tuple[Outcome, ...] = ()
+    unchecked: str = ""
     set_up_wrong: bool = False
 
     @property
@@ -125,9 +127,9 @@ class Plan:
 
     @property
     def cost(self) -> str:
-        """`$195.00 (gemini: $0.0390 each, by 87 of the account's past pictures)`."""
+        """`$195.00 (gemini: $0.0390 each, by 87 of the account's past pictures)`; empty where nobody knows a price."""
         if self.cost_usd is None:
-            return "unknown (neither a report nor the account's executions tell a price)"
+            return ""
         whose = {"report": "of the last report's pictures", "executions": "of the account's past pictures"}
         told = "; ".join(
             f"{model}: ${price.mean_usd:,.4f} each, by {price.pictures:,} {whose[price.told_by]}"
@@ -174,7 +176,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         settings: The account, whose limits say how long it would take.
 
     Raises:
-        EachlabsError: The source or the bucket cannot be read.
+        EachlabsError: The source or the bucket cannot be read, or the key is refused.
     """
     try:
         await batch.history.load()
@@ -191,7 +193,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
                 totals.add(outcome)
                 if outcome.state is RowState.FAILED and len(bad) < SHOWN_BAD_ROWS:
                     bad.append(outcome)
-        for model in new:
+        for model in new.keys() - batch.unchecked.keys():
             await batch.budget.look_up(model)
     finally:
         await batch.close()
@@ -211,6 +213,7 @@ async def plan_batch(batch: Batch, settings: AccountSettings) -> Plan:
         prices=prices,
         limits=" and ".join(f"{most} {what}" for most, what in limits if most is not None),
         bad_rows=tuple(bad),
+        unchecked=next(map(str, batch.unchecked.values()), ""),
     )
 
 

@@ -192,8 +192,8 @@ class Batch:
         self._timed_out: list[tuple[Wanted, Outcome]] = []
         """Rows whose deadline has passed, told at the end: whoever sees their predictions' ends stores them."""
         self._said_past_deadline = 0
-        self._unchecked: set[str] = set()
-        """Models whose schema the API does not tell now."""
+        self.unchecked: dict[str, EachlabsError] = {}
+        """Models whose schema the API does not tell now, and why."""
         self._has_begun_to_buy = False
         self.is_interrupted = False
         self.last_result: BatchResult | None = None
@@ -304,13 +304,14 @@ class Batch:
     async def refused_by_their_models(self, rows: Sequence[Wanted]) -> list[Outcome | None]:
         """Rows whose input their model's schema refuses; None: it takes that, or nobody has a schema. Free."""
         refused: dict[int, Outcome] = {}
-        for model in {wanted.item.model for wanted in rows} - self._unchecked:
+        for model in {wanted.item.model for wanted in rows} - self.unchecked.keys():
             theirs = [wanted for wanted in rows if wanted.item.model == model]
             try:
                 errors = await self._buyer.check([wanted.item for wanted in theirs])
             except EachlabsError as error:
-                logger.warning("What %s takes could not be asked, its rows go unchecked: %s", model, error)
-                self._unchecked.add(model)
+                if isinstance(error, SetupError):
+                    raise
+                self.unchecked[model] = error
                 continue
             refused |= {one.line: not_there(one, error) for one, error in zip(theirs, errors, strict=True) if error}
         return [refused.get(wanted.line) for wanted in rows]

@@ -145,7 +145,10 @@ class Source:
                 raise BadInput(f"The row is larger than {MAX_ROW_BYTES // 1024} KiB.")
         except BadInput as error:
             shown = _showable(prompt)[:SHOWN_CHARACTERS] if isinstance(prompt, str) else None
-            return BadRow(row.line, error.message, _showable(str(item_id))[:140] if item_id else None, shown, number)
+            field, of, why = error.message.partition(":")
+            column = {"prompt": self._prompt, "item_id": self._id}.get(field, field)
+            given_id = _showable(str(item_id))[:140] if item_id else None
+            return BadRow(row.line, column + of + why, given_id, shown, number)
         except RecursionError:
             return BadRow(row.line, "a value is nested too deeply", number=number)
         return Wanted(row.line, item, item_id is not None, number, size_bytes)

@@ -141,8 +141,8 @@ def kind_of(source: str) -> str:
     kind = SUFFIXES.get(PurePosixPath(source).suffix.lower())
     if kind is None:
         raise BadInput(
-            f"{source}: a source is CSV, TSV, JSON Lines, Parquet or Excel, told by its name: .csv, .tsv, .jsonl, "
-            ".parquet or .xlsx. Save it as one of these."
+            f"{source}: a table is CSV, TSV, JSON Lines, Parquet or Excel, told by its name: .csv, .tsv, .jsonl, "
+            ".parquet or .xlsx. Name one, or save it as one of these."
         )
     return kind
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
@@ -86,6 +88,8 @@ def batch(
         **flags.options(),
     )
     destination = flags.destination()
+    if Path(source).is_dir():
+        raise BadInput(f"{source} is a folder: name the table in it.")
     columns = Columns(prompt_column, id_column, delimiter)
     bar, show, show_seconds = _shown(quiet=flags.in_json or dry_run)
 
@@ -193,8 +197,14 @@ def _result_text(result: BatchResult, not_there: Sequence[Outcome]) -> str:
 
 def _reasons(rows: Sequence[Outcome], count: int) -> list[str]:
     """The first rows without a picture, each with why."""
-    lines = [f"  {row.place}: {(row.error or {}).get('message') or row.kind}" for row in rows[:SHOWN_MESSAGES]]
+    lines = [f"  {_named(row)}: {(row.error or {}).get('message') or row.kind}" for row in rows[:SHOWN_MESSAGES]]
     return [*lines, f"  and {count - len(lines):,} more, in the report"] if count > len(lines) else lines
+
+
+def _named(row: Outcome) -> str:
+    """Where it stands, and its id where the table gives one: a fingerprint tells nobody anything."""
+    is_named = row.item_id and not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", row.item_id)
+    return f"{row.place}, {row.item_id}" if is_named else row.place
 
 
 def _plan_text(plan: Plan) -> str:
@@ -205,8 +215,12 @@ def _plan_text(plan: Plan) -> str:
     counts = f"{plan.new:,} new, {plan.reused:,} there already, {plan.failed:,} that cannot be bought"
     lines = [
         f"{plan.items:,} rows: {counts}. Nothing was bought.",
-        f"The new ones would cost {plan.cost} and take {time}{at}.",
+        f"The new ones would {f'cost {plan.cost} and ' if plan.cost else ''}take {time}{at}.",
     ]
+    if plan.unchecked:
+        lines.append(f"Inputs and prices were not checked. {plan.unchecked}")
+    elif not plan.cost:
+        lines.append("What they would cost is not known: neither a report nor the account's executions tell a price.")
     if plan.why:
         lines += [f"Not there: {plan.why}.", *_reasons(plan.bad_rows, 0)]
         if plan.failed > SHOWN_MESSAGES:

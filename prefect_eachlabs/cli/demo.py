@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 from cyclopts import validators
 
 from prefect_eachlabs.cli import demo_stage
-from prefect_eachlabs.cli.options import flag, positive
+from prefect_eachlabs.cli.options import Port, flag, positive
 from prefect_eachlabs.errors import BadInput, SetupError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def demo(
     ui: Annotated[bool, flag("the Prefect UI instead, with a picture, a batch and forms, until Ctrl-C")] = False,
     output: Annotated[Path | None, flag("folder for the pictures (demo-output)")] = None,
     pictures: Annotated[int | None, flag("1 to 12 (6)", validator=validators.Number(gte=1, lte=len(PROMPTS)))] = None,
-    port: Annotated[int | None, flag("of the Prefect UI (a free one); only with --ui")] = None,
+    port: Annotated[Port | None, flag("of the Prefect UI (a free one); only with --ui")] = None,
     service_seconds: Annotated[float, flag("the emulator's time a picture (5)", validator=positive)] = 5.0,
 ) -> NoReturn:
     """Pictures from the emulator into a local S3, through a real flow; nothing to set up.

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prefect_eachlabs.cli import demo_stage
+from prefect_eachlabs.cli.options import cannot_listen
 from prefect_eachlabs.errors import SetupError
 
 ENDS_WITHIN_SECONDS = 10.0
@@ -181,9 +182,8 @@ def free_port(port: int) -> int:
     try:
         with socket.create_server(("127.0.0.1", port)) as free:
             return int(free.getsockname()[1])
-    except (OSError, OverflowError) as error:
-        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
-        raise SetupError(f"--port {port}: {why}. Choose another, or leave it out: then a free one is taken.") from None
+    except OSError as error:
+        raise cannot_listen(error, port) from None
 
 
 async def _put_table(access: Any, rows: Mapping[str, str]) -> None:

@@ -314,8 +314,8 @@ def server_findings(settings: AccountSettings | None) -> tuple[list[Finding], bo
     url = PREFECT_API_URL.value()
     if not url:
         said = "no server is configured: the processes of this machine share the account's limits"
-        advice = "Right for one process at a time. For more: prefect server start, and set PREFECT_API_URL."
-        return [Finding("Prefect", MEND, said, advice)], False
+        advice = "To share them over machines, and for the Prefect UI: prefect server start, and set PREFECT_API_URL."
+        return [Finding("Prefect", OK, said, advice)], False
     try:
         with get_client(sync_client=True) as client:
             findings = [server(url, str(client.request("GET", "/admin/version").json()))]

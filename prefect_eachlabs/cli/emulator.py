@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from prefect_eachlabs.cli.options import Verbose, flag, log_requests
+from prefect_eachlabs.cli.options import Port, Verbose, cannot_listen, flag, log_requests
 from prefect_eachlabs.errors import BadInput, SetupError
 
 KINDS = Path(__file__).parents[1] / "testing" / "emulator" / "fault_kinds.json"
@@ -54,12 +54,16 @@ class Flags:
 
 
 NONE_GIVEN = Flags()
+READY = """\
+In another terminal:
+  export EACHLABS_BASE_URL={url} EACHLABS_API_KEY={key}
+Ctrl-C ends it. `prefect-eachlabs emulator --help` says what can be set and asked."""
 
 
 def emulator(
     *,
     host: Annotated[str, flag("where it listens (127.0.0.1)")] = "127.0.0.1",
-    port: Annotated[int, flag("0 takes a free one (8700)")] = 8700,
+    port: Annotated[Port, flag("0 takes a free one (8700)")] = 8700,
     verbose: Verbose = False,
     flags: Flags = NONE_GIVEN,
 ) -> int:
@@ -103,11 +107,16 @@ def emulator(
         raise BadInput(f"The emulator cannot be set up so: {faults_in(error, _flag)}.") from None
     if verbose:
         log_requests("prefect_eachlabs.testing.emulator")
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        key = next(iter(flags.api_keys or ()), "any-key")
+        print(READY.format(url=line.rsplit(maxsplit=1)[-1], key=key), file=sys.stderr)
+
     try:
-        run_emulator(options, host, port, say=_say)
-    except (OSError, OverflowError) as error:
-        place = f"{host}:{port}"
-        raise SetupError(f"The emulator cannot listen on {place} ({error}): choose another --port or --host.") from None
+        run_emulator(options, host, port, say=say)
+    except OSError as error:
+        raise cannot_listen(error, port, host) from None
     return 0
 
 
@@ -126,8 +135,3 @@ emulator.__doc__ = f"{str(emulator.__doc__).rstrip()}\n{_kinds()}"
 
 def _flag(field: str) -> str:
     return {"faults": "--fault", "api_keys": "--api-key", "": "--fault"}.get(field, f"--{field.replace('_', '-')}")
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-    print("Ctrl-C ends it. `prefect-eachlabs emulator --help` says what can be set and asked.", file=sys.stderr)

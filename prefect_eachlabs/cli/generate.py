@@ -98,6 +98,7 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
     options = PurchaseOptions(run_id=uuid4().hex, any_reference=True, **flags.options())
 
     async def work(gateway: Gateway) -> StoredImage:
+        await gateway.engine.account.catalogue.check_slug(item.model)
         image = await retry_while_retryable(
             lambda: gateway.engine.generate_and_store(item, destination, options=options),
             first_pause_seconds=FIRST_PAUSE_SECONDS,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.engine.runtime import CutShort, close_gateways, gateway_for
+from prefect_eachlabs.errors import StoreFailed
 
 if TYPE_CHECKING:
     from prefect_eachlabs.engine.runtime import Gateway, MakeSource
@@ -60,6 +61,10 @@ def call(
         gateway = gateway_for(make_source=make_source)
         try:
             return gateway.call(work(gateway), clean_up_seconds=CLEAN_UP_SECONDS)
+        except StoreFailed as error:
+            if not gateway.engine.account.client.orders_sent:
+                error.message += " Nothing was bought."
+            raise
         except CutShort as error:
             is_left = True
             raise _left_in_flight(gateway.engine.in_flight) from error
@@ -97,7 +102,7 @@ def what_came_of(ends: Mapping[str, Interruption], *, unanswered: int) -> tuple[
     total = cancelled + stored + left
     if not total:
         return "Interrupted; nothing was in flight.", numbers
-    text = f"Interrupted with {_predictions(total)} in flight: the API confirms {cancelled} as cancelled, which cost "
+    text = f"Interrupted with {_predictions(total)} in progress: the API confirms {cancelled} as cancelled, which cost "
     text += "nothing"
     if stored:
         text += f"; {stored} had ended and {'is' if stored == 1 else 'are'} stored"

@@ -123,7 +123,9 @@ def _report(error: EachlabsError, *, in_json: bool) -> int:
                 "prediction_id": error.prediction_id,
             }
         )
-    print(f"prefect-eachlabs: {error}", file=sys.stderr)
+    # Where nothing can have been bought, an item's fingerprint tells nobody anything.
+    may_cost = error.prediction_id or isinstance(error, OutcomeUnknown)
+    print(f"prefect-eachlabs: {error if may_cost else error.message}", file=sys.stderr)
     if error.details and error.details not in str(error):
         print(of_a_table or f"The API said: {error.details}", file=sys.stderr)
     return exit_status(error)

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import os
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+
+from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
     from prefect_eachlabs.models import Destination
@@ -29,6 +32,13 @@ def positive(_: Any, number: object) -> None:
         raise ValueError("It must be greater than 0.")
 
 
+def a_port(_: Any, number: object) -> None:
+    """A validator: what a port can be."""
+    if isinstance(number, int) and not 0 <= number <= 65_535:
+        raise ValueError("A port is 0 to 65535.")
+
+
+Port = Annotated[int, Parameter(validator=a_port)]
 PositiveNumber = Annotated[float, Parameter(validator=positive)]
 Verbose = Annotated[bool, flag("a line a request, on stderr")]
 InJson = Annotated[bool, flag("print one JSON object and nothing else on stdout", name="--json")]
@@ -83,6 +93,14 @@ def destination_of(text: str | None) -> Destination:
     from prefect_eachlabs.settings import destination_from_environment
 
     return Destination.parse(text or destination_from_environment())
+
+
+def cannot_listen(error: OSError, port: int, host: str | None = None) -> SetupError:
+    """Why nothing can listen there, in a line; `host` where the command has a flag for it."""
+    if error.errno == errno.EADDRINUSE:
+        return SetupError(f"Port {port} is taken: choose another with --port.")
+    place, flags = (f"{host}:{port}", "--port or --host") if host else (f"port {port}", "--port")
+    return SetupError(f"Cannot listen on {place} ({error.strerror or error}): choose another {flags}.")
 
 
 def log_requests(name: str) -> None:

@@ -11,13 +11,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-from prefect_eachlabs.cli.options import Verbose, flag, log_requests
+from prefect_eachlabs.cli.options import Port, Verbose, cannot_listen, flag, log_requests
 from prefect_eachlabs.errors import SetupError
+
+READY = """\
+In another terminal:
+  export AWS_ENDPOINT_URL_S3={url} AWS_DEFAULT_REGION=us-east-1
+  export AWS_ACCESS_KEY_ID=local AWS_SECRET_ACCESS_KEY=local
+Buckets: {buckets}; objects are kept {where}. Ctrl-C ends it."""
 
 
 def s3(
     *,
-    port: Annotated[int, flag("0 takes a free one (9000)")] = 9000,
+    port: Annotated[Port, flag("0 takes a free one (9000)")] = 9000,
     folder: Annotated[Path | None, flag("keeps the objects, as BUCKET/KEY (they end with this command)")] = None,
     bucket: Annotated[Sequence[str], flag("made at the start; repeatable (pictures)")] = ("pictures",),
     verbose: Verbose = False,
@@ -36,21 +42,20 @@ def s3(
 
     if verbose:
         log_requests("prefect_eachlabs.testing.s3")
-    ended = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: ended.set())
     try:
         server = LocalS3(port=port, buckets=bucket, folder=folder)
         server.start()
-    except (OSError, OverflowError) as error:
-        in_it = "" if folder is None else f", with {folder},"
-        raise SetupError(
-            f"The local S3 cannot listen on 127.0.0.1:{port}{in_it} ({error}): choose another --port"
-            f"{'' if folder is None else ' or --folder'}."
-        ) from None
+    except OSError as error:
+        if error.filename is not None:
+            raise SetupError(f"--folder {error.filename}: {error.strerror}. Choose another.") from None
+        raise cannot_listen(error, port) from None
+    ended = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: ended.set())
     print(f"Local S3 ready at {server.url}", flush=True)
     where = "in memory: they end with it" if folder is None else f"in {folder}"
-    print(f"Ctrl-C ends it. Buckets: {', '.join(bucket)}; objects are kept {where}.", file=sys.stderr)
+    buckets = ", ".join(f"s3://{name}" for name in bucket)
+    print(READY.format(url=server.url, buckets=buckets, where=where), file=sys.stderr)
     ended.wait()
     server.stop()
     return 0

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Annotated, Literal
 
-from prefect_eachlabs.cli.options import account_for_the_server, flag
+from prefect_eachlabs.cli.options import Port, account_for_the_server, cannot_listen, flag
 from prefect_eachlabs.errors import SetupError
 
 HANDED_ON_WITHIN_SECONDS = 5.0
@@ -22,7 +22,7 @@ def webhooks(
     /,
     *,
     host: Annotated[str, flag("where it listens (127.0.0.1; 0.0.0.0: everywhere)")] = "127.0.0.1",
-    port: Annotated[int, flag("0 takes a free one (8800)")] = 8800,
+    port: Annotated[Port, flag("0 takes a free one (8800)")] = 8800,
 ) -> int:
     """Receives the vendor's calls and hands them on as events of the Prefect server.
 
@@ -48,8 +48,8 @@ def webhooks(
         raise SetupError("No Prefect server is configured, to hand calls on to: set PREFECT_API_URL.")
     try:
         socket = listening(host, port)
-    except (OSError, OverflowError) as error:
-        raise SetupError(f"Cannot listen on {host}:{port} ({error}): choose another --port or --host.") from None
+    except OSError as error:
+        raise cannot_listen(error, port, host) from None
     hand_on = HandOn(secret.get_secret_value())
 
     async def serve() -> None:

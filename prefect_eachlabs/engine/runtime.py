@@ -114,7 +114,11 @@ class _Handed(Generic[T]):
             try:
                 self._loop.call_soon_threadsafe(self._cancel)
                 if clean_up_seconds and isinstance(interrupt, KeyboardInterrupt):
-                    logger.warning("Interrupted: what is in flight is being cancelled. Ctrl-C again ends it at once.")
+                    logger.warning(
+                        "Interrupted: what is in flight is being cancelled. Each cancel waits for its turn among the "
+                        "account's requests: %.0f s at most. Ctrl-C again ends it at once.",
+                        clean_up_seconds,
+                    )
                 wait({self._ended}, clean_up_seconds)
             except KeyboardInterrupt as again:
                 raise CutShort from again

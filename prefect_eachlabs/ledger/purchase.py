@@ -499,7 +499,7 @@ class Purchaser:
         if why is None:
             return refusal
         return Rejected(
-            f"The API refused the request (HTTP {refusal.status_code}): {why}. Nothing was created or billed.",
+            f"{why}. Nothing was bought.",
             item_id=refusal.item_id,
             status_code=refusal.status_code,
             code=refusal.code,

@@ -13,13 +13,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import boto3
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    ConnectTimeoutError,
     CredentialRetrievalError,
+    EndpointConnectionError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -32,6 +35,7 @@ from botocore.exceptions import ConnectionError as BotoConnectionError
 
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed, without_query
 from prefect_eachlabs.net import redaction
+from prefect_eachlabs.net.public_only import is_loopback
 from prefect_eachlabs.storage.base import PreconditionFailed
 
 logger = logging.getLogger(__name__)
@@ -261,10 +265,11 @@ def explain(error: Exception, *, uri: str, endpoint: str) -> EachlabsError:
     if isinstance(error, CUT_OR_SILENT):
         if "CERTIFICATE_VERIFY_FAILED" in str(error):
             return SetupError(f"The certificate of {endpoint} is not trusted: set AWS_CA_BUNDLE, or fix the endpoint.")
-        return StoreFailed(
-            f"The store did not answer for {place} ({type(error).__name__}, {ATTEMPTS} attempts): check that the "
-            "endpoint is reachable (AWS_ENDPOINT_URL_S3), then run again; what was bought is not bought again."
-        )
+        nobody = isinstance(error, (EndpointConnectionError, ConnectTimeoutError))
+        said = f"{'No S3 answers' if nobody else 'S3 gave no whole answer'} at {endpoint} (AWS_ENDPOINT_URL_S3)"
+        here = nobody and is_loopback(urlsplit(endpoint).hostname or "")
+        hint = " Is `prefect-eachlabs s3` running?" if here else ""
+        return StoreFailed(f"{said} for {uri} ({type(error).__name__}).{hint} Run again: nothing is bought twice.")
     if isinstance(error, (BotoCoreError, ValueError)):
         return SetupError(f"boto3 cannot ask for {place}: {type(error).__name__}: {str(error)[:300]}. Fix the set-up.")
     return StoreFailed(f"The store's answer for {place} was not understood ({type(error).__name__}): run again.")
@@ -297,7 +302,7 @@ def _explain_refusal(error: ClientError, place: str) -> EachlabsError:
         or code in _PASSING_REFUSALS
     ):
         return StoreFailed(
-            f"{said} after {ATTEMPTS} attempts: run again; what was bought is not bought again.",
+            f"{said}: run again; nothing is bought twice.",
             status_code=status or None,
             code=code,
         )

@@ -13,10 +13,12 @@ from typing import Any
 import boto3
 import pytest
 
+from prefect_eachlabs import retry
 from prefect_eachlabs.batch import state
 from prefect_eachlabs.batch.progress import Progress, TerminalBar, duration
 from prefect_eachlabs.cli import batch as command
 from prefect_eachlabs.cli.main import main
+from prefect_eachlabs.storage import s3_client
 from tests.flows.flow_fixtures import BUCKET, Studio
 
 
@@ -110,7 +112,7 @@ def test_a_dry_run_buys_and_writes_nothing(studio: Studio, tmp_path: Path, capsy
     assert studio.keys("") == []
     bad = write(tmp_path / "bad.csv", "id,prompt", "no id,fox")
     assert main(["batch", bad, "--to", studio.destination, "--dry-run"]) == 1
-    assert "row 1 (line 2): item_id" in capsys.readouterr().out
+    assert "row 1 (line 2), no id: id: 'no id' must be" in capsys.readouterr().out
 
 
 def test_a_dry_run_tells_what_the_run_comes_to(
@@ -143,7 +145,7 @@ def test_a_dry_run_asks_the_accounts_executions_what_a_picture_costs_and_says_fr
 ) -> None:
     source = write(tmp_path / "spring.csv", "prompt", "fox", "dog", "cat")
     assert main(["batch", source, "--to", studio.destination, "--dry-run"]) == 0
-    assert "would cost unknown" in capsys.readouterr().out
+    assert "What they would cost is not known: neither a report nor" in capsys.readouterr().out
     other = write(tmp_path / "other.csv", "prompt", "an owl", "a crow")
     assert main(["batch", other, "--to", f"{studio.destination}/other"]) == 0
     capsys.readouterr()
@@ -161,9 +163,9 @@ def test_ten_rows_that_failed_are_named_on_the_terminal_and_all_in_the_report(
     source = write(tmp_path / "spring.csv", "id,prompt", 'ok,"a fox\non two lines"', *(f"no {n}," for n in range(12)))
     assert main(["batch", source, "--to", studio.destination]) == 1
     out = capsys.readouterr().out
-    assert "  row 2 (line 4): prompt: missing. Write what the picture shows.\n" in out
-    assert "  row 11 (line 13): " in out
-    assert "  row 12 (line 14): " not in out
+    assert "  row 2 (line 4), no 0: prompt: missing. Write what the picture shows.\n" in out
+    assert "  row 11 (line 13), no 9: " in out
+    assert "  row 12 (line 14)" not in out
     assert "  and 2 more, in the report\n" in out
     report = [json.loads(line) for line in read(studio, "batches/spring/report.jsonl").splitlines()]
     assert [(row["table_row"], row["row"]) for row in report] == [(1, 2), *((n, n + 2) for n in range(2, 14))]
@@ -256,6 +258,46 @@ def test_a_log_tells_the_progress_where_no_terminal_is(
     err = capsys.readouterr().err
     assert "stored, 0 reused, 0 not there" in err
     assert " of " in err
+
+
+def test_what_is_not_there_is_said_in_a_line_that_says_what_to_do(
+    studio: Studio, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file, a model, the API and S3: for one picture as for a table."""
+    source = write(tmp_path / "spring.csv", "id,prompt", "p-1,fox")
+    to = ["--to", studio.destination]
+
+    def said(*words: str, status: int = 2) -> str:
+        assert main([*words, *to]) == status
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("prefect-eachlabs: ")
+
+    assert said("batch", "none.csv") == "none.csv: there is no such file."
+    assert said("batch", str(tmp_path)) == f"{tmp_path} is a folder: name the table in it."
+    wrong = said("generate", "fox", "--model", "gemni")
+    assert wrong == said("batch", source, "--model", "gemni")
+    assert wrong.startswith("model: the catalogue has no model 'gemni'. Did you mean gemini? `prefect-eachlabs models`")
+    assert wrong.endswith(" lists what there is. Nothing was bought.")
+    assert said("generate", "fox " * 5_000, status=1) == (
+        "prompt: 20,000 characters, at most 10,000. `prefect-eachlabs models gemini` shows what gemini takes. "
+        "Nothing was bought."
+    )
+    with monkeypatch.context() as away:
+        away.setenv("EACHLABS_BASE_URL", "http://127.0.0.1:9")
+        assert main(["batch", source, *to, "--dry-run"]) == 0
+        out, err = capsys.readouterr()
+        assert "Inputs and prices were not checked. The API at 127.0.0.1:9 (EACHLABS_BASE_URL) could not be" in out
+        assert out.count("Is `prefect-eachlabs emulator` running?") == 1
+        assert err == ""
+    monkeypatch.setattr(s3_client, "ATTEMPTS", 1)
+    monkeypatch.setattr(retry.random, "uniform", lambda *_: 0.001)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    for words in (["generate", "fox"], ["batch", source], ["batch", source, "--dry-run"]):
+        line = said(*words, status=1)
+        assert "Is `prefect-eachlabs s3` running?" in line
+        assert line.startswith("No S3 answers at http://127.0.0.1:9 (AWS_ENDPOINT_URL_S3) for s3://")
+        assert line.endswith(
+            "Is `prefect-eachlabs s3` running? Run again: nothing is bought twice. Nothing was bought."
+        )
 
 
 def test_help_answers_without_importing_what_is_heavy(capsys: pytest.CaptureFixture[str]) -> None:

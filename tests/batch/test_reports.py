@@ -276,6 +276,16 @@ def test_nothing_from_outside_becomes_markup_of_the_page() -> None:
     assert sum(tag == "figure" for tag, _ in page.tags) == len(HOSTILE)
 
 
+def test_the_page_says_in_words_what_it_is_of_and_a_pace_only_where_something_was_stored() -> None:
+    told = {"batch_id": "spring", "source": "rows", "destination": "s3://acme", "run": "a-1", "reused": 1}
+    told |= {"ended_at": "2026-11-27T13:05:09+00:00", "pictures_per_minute": 0.0}
+    words = " ".join("".join(seen("".join(index_page(told, pictures=[outcome(2)], not_there=[]))).words).split())
+    assert "spring A flow's rows, stored in s3://acme. Run a-1, ended on 27 November 2026, 13:05 UTC." in words
+    assert "a minute" not in words
+    again = seen("".join(index_page({**told, "stored": 1}, pictures=[outcome(2)], not_there=[])))
+    assert "stored a minute" in again.words
+
+
 def test_pictures_are_linked_beside_the_page_and_load_when_they_are_scrolled_to() -> None:
     page = seen("".join(index_page({"stored": 1}, pictures=[outcome(2)], not_there=[])))
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]

@@ -439,6 +439,7 @@ def test_the_emulator_serves_until_ctrl_c_and_ends_with_0() -> None:
             about = httpx.get(f"{url}/_emulator").json()
             served.send_signal(signal.SIGINT)
             _, said = served.communicate(timeout=30)
+            assert f"\n  export EACHLABS_BASE_URL={url} EACHLABS_API_KEY=good\n" in said
         finally:
             served.kill()
     assert served.returncode == 0
@@ -457,7 +458,7 @@ def test_the_emulator_serves_until_ctrl_c_and_ends_with_0() -> None:
         (["--fault", "create:nonsense"], "--fault: create knows no fault 'nonsense'; it knows cut"),
         (["--fault", "nonsense"], "--fault: Input should be 'create'"),
         (["--image-size-px", "1"], "--image-size-px: Input should be greater than or equal to 16"),
-        (["--port", "99999"], "choose another --port"),
+        (["--host", "192.0.2.1"], "Cannot listen on 192.0.2.1:8700 (Cannot assign requested address): choose another"),
     ],
 )
 def test_an_emulator_that_cannot_be_ends_with_2_and_names_the_flag(
@@ -467,8 +468,15 @@ def test_an_emulator_that_cannot_be_ends_with_2_and_names_the_flag(
     assert said in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_named(capsys: Printed) -> None:
+@pytest.mark.parametrize("words", [["emulator"], ["s3"], ["webhooks", "serve"]])
+def test_a_port_that_is_taken_or_none_is_refused_in_a_line(
+    words: list[str], capsys: Printed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EACHLABS_WEBHOOK_SECRET", "a-secret-of-tests-that-is-long-enough")
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    assert main([*words, "--port", "80000"]) == 2
+    assert 'Invalid value "80000" for --port. A port is 0 to 65535.' in capsys.readouterr().err
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert main(["emulator", "--port", str(port)]) == 2
-    assert f"cannot listen on 127.0.0.1:{port}" in capsys.readouterr().err
+        assert main([*words, "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"prefect-eachlabs: Port {port} is taken: choose another with --port.\n"

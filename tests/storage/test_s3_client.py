@@ -87,7 +87,7 @@ def test_answers_that_are_lost_each_time_leave_the_outcome_unknown(s3: LocalS3, 
     s3.set_faults(Fault("lose", times=3))
 
     async def story() -> None:
-        with pytest.raises(StoreFailed, match="did not answer"):
+        with pytest.raises(StoreFailed, match="gave no whole answer"):
             await bucket.put("a", b"there", content_type=JSON)
         assert (await found(bucket, "a")).body == b"there"
 

@@ -243,10 +243,9 @@ def test_as_a_command_it_says_its_url_and_each_request_and_ends_on_sigterm(clien
     assert (process.returncode, output) == (0, "")
     assert re.search(r"^\d\d:\d\d:\d\d PUT /pictures/a: HTTP 200, 1 bytes in, 0 out$", errors, re.MULTILINE), errors
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert re.fullmatch(
-        r"prefect-eachlabs: The local S3 cannot listen on 127\.0\.0\.1:\d+ \(.*in use.*\): choose another --port\.\n",
-        refused.stderr,
-    )
+    assert re.fullmatch(r"prefect-eachlabs: Port \d+ is taken: choose another with --port\.\n", refused.stderr)
+    assert f"\n  export AWS_ENDPOINT_URL_S3={url} AWS_DEFAULT_REGION=us-east-1\n" in errors
+    assert "Buckets: s3://pictures; " in errors
 
 
 @pytest.fixture
