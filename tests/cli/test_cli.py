@@ -317,7 +317,9 @@ def test_an_unfinished_prediction_is_given_up_at_its_deadline(studio: Studio, ca
     assert answer["prediction_id"]
 
 
-def test_ctrl_c_cancels_what_is_in_flight_and_ends_with_130(studio: Studio, capsys: Printed) -> None:
+def test_ctrl_c_cancels_what_is_in_flight_and_ends_with_130(
+    studio: Studio, capsys: Printed, caplog: pytest.LogCaptureFixture
+) -> None:
     studio.api.set_faults("prediction:stuck")
     given_up = threading.Event()
 
@@ -336,7 +338,8 @@ def test_ctrl_c_cancels_what_is_in_flight_and_ends_with_130(studio: Studio, caps
         presser.join()
     answer = the_json(capsys)
     assert answer["status"] == "failed"
-    assert "the API confirms 1 as cancelled" in answer["error"]
+    assert "in progress: the API confirms 1 as cancelled" in answer["error"]
+    assert "120 s at most. Ctrl-C again ends it at once." in caplog.text
     assert answer["prediction_id"] == studio.api.predictions()[0]["id"]
     assert (studio.api.tallies()["cancelled"], studio.api.tallies()["in_flight"]) == (1, 0)
 
