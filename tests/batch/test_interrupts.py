@@ -65,7 +65,7 @@ def test_each_prediction_in_flight_is_cancelled_once_and_the_report_says_so(
     assert sorted(cancels_of(api).values()) == [1] * 10
     assert (api.tallies()["cancelled"], api.tallies()["in_flight"]) == (10, 0)
     assert (running.answer["cancelled"], running.answer["left_in_flight"], running.answer["cost_unknown"]) == (10, 0, 0)
-    assert "10 predictions in flight: the API confirms 10 as cancelled" in running.said
+    assert "10 predictions in progress: the API confirms 10 as cancelled" in running.said
     is_true_to_the_vendor(running, api, s3)
 
 
@@ -75,7 +75,7 @@ def test_what_is_past_its_deadline_is_told_and_cancelled_too(api: EmulatorServer
         running.press_ctrl_c()
         assert running.wait() == 130
     assert (api.tallies()["cancelled"], api.tallies()["in_flight"]) == (10, 0)
-    assert "10 predictions in flight: the API confirms 10 as cancelled" in running.said
+    assert "10 predictions in progress: the API confirms 10 as cancelled" in running.said
     is_true_to_the_vendor(running, api, s3)
 
 
