@@ -31,15 +31,17 @@ demo-ui: $(STAMP)  ## the Prefect UI with a worker, a picture, a batch of ten an
 test: $(STAMP)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-# One after the other: side by side on two cores, what they wait for comes later than they wait.
-test-all: test-slow test-ui  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked
+# Five processes: they wait more than they work. Which tests keep together, and what begins first: tests/conftest.py.
+SLOW := $(BIN)/python -m pytest -m slow --dist loadfile --no-loadscope-reorder
+
+test-all: $(STAMP)  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked
+	$(SLOW) -n 5
 
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
-	$(BIN)/python -m pytest -m slow -n 4 --dist worksteal --ignore=tests/ui
+	$(SLOW) -n 4 --ignore=tests/ui
 
-# A file keeps to one process, which has a server, workers and a browser of its own. They wait more than they work.
 test-ui: $(STAMP)  ## the slow tests of the Prefect UI and workers, on PostgreSQL and in a browser
-	$(BIN)/python -m pytest -m slow tests/ui -n 2 --dist loadfile
+	$(SLOW) -n 2 tests/ui
 
 check: $(STAMP)  ## lint, format, types, who imports whom, and the workflows
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ import pytest
 
 if TYPE_CHECKING:
     from tests.seaweed import SeaweedFS
+    from tests.ui.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true", "yes")
@@ -92,12 +93,38 @@ def pytest_unconfigure() -> None:
 # ------------------------------------------------- which process of several runs what
 
 
+SLOW = (
+    ("ui/test_workers.py", "ui/test_shards.py"),
+    ("ui/test_browser.py", "ui/test_builders.py"),
+    ("limits/test_limits_server.py", "webhooks", "security/test_runs.py", "flows/test_automations.py"),
+    ("net", "docs/test_docs_code.py", "flows/test_illustrate_postgresql.py"),
+    ("docs/test_docs_tutorial.py",),
+    ("protocol/test_real_processes.py", "storage"),
+    ("security/test_small_inputs.py",),
+    ("docs/test_soak.py",),
+    ("cli",),
+    ("limits/test_machine_processes.py",),
+    ("batch/test_interrupts.py",),
+)
+"""Slow tests that share a server or a store, what takes longest first; each other file is a group of its own."""
+
+
 @functools.cache
 def _group_of(file: str) -> str:
     """A file keeps to one process, and what needs the Prefect server to two: starting one takes 20 s of CPU."""
     if not re.search(r"\bprefect_server\b", (ROOT / file).read_text(encoding="utf-8")):
         return file
     return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
+
+
+def _slow_group_of(file: str) -> int:
+    """Its place in SLOW, which comes first."""
+    found = (at for at, group in enumerate(SLOW) if file.removeprefix("tests/").startswith(group))
+    return next(found, len(SLOW))
+
+
+def _is_slow_run(config: pytest.Config) -> bool:
+    return bool(config.getoption("markexpr") == "slow")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -107,14 +134,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     class LoadGroupsOfFiles(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _group_of(super()._split_scope(nodeid))
+            file = super()._split_scope(nodeid)
+            if not _is_slow_run(config):
+                return _group_of(file)
+            place = _slow_group_of(file)
+            return file if place == len(SLOW) else str(place)
 
     return LoadGroupsOfFiles(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs the server takes longest, so it comes first; files keep their order."""
-    items.sort(key=lambda item: not _group_of(item.nodeid.partition("::")[0]).startswith("server"))
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Importing all tests takes each process 8 s of CPU: for the slow ones alone, only files that have some."""
+    is_in_question = _is_slow_run(config) and collection_path.name.startswith("test_") and collection_path.is_file()
+    return True if is_in_question and "mark.slow" not in collection_path.read_text(encoding="utf-8") else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest comes first, as what needs the server; files keep their order."""
+
+    def place(item: pytest.Item) -> int:
+        file = item.nodeid.partition("::")[0]
+        return _slow_group_of(file) if _is_slow_run(config) else not _group_of(file).startswith("server")
+
+    items.sort(key=place)
 
 
 # ---------------------------------------------------------------------- network
@@ -234,6 +276,24 @@ def seaweedfs(require_tool: Callable[[str], Path]) -> Iterator[SeaweedFS]:
 
     with tempfile.TemporaryDirectory(prefix="weed-") as folder, SeaweedFS(weed, Path(folder), bucket="pictures") as s3:
         yield s3
+
+
+@pytest.fixture(scope="session")
+def server_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """`prefect server start` on SQLite, once for the slow tests (of a process), who may start it again."""
+    from tests.ui.stage import opened
+
+    with opened(tmp_path_factory.mktemp("server"), None, {}) as stage:
+        yield stage
+
+
+@pytest.fixture
+def at_server_process(server_process: Stage) -> Iterator[Stage]:
+    """The same, as the server of this process, too."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: server_process.url}):
+        yield server_process
 
 
 from tests.flows.flow_fixtures import local_s3, prefect_server, studio  # noqa: E402, F401 - fixtures; after the environment is set

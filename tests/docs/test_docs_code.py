@@ -97,11 +97,14 @@ def _environment_is_put_back() -> Iterator[None]:
     os.environ.update(before)
 
 
-@pytest.mark.usefixtures("prefect_server", "_environment_is_put_back")
+@pytest.mark.usefixtures("_environment_is_put_back")
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=pytest.mark.slow if page in SAVE_BLOCKS else ()) for page in pages_with("python")]
 )
-def test_the_python_of_a_page_runs(page: str, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_a_page_runs(
+    page: str, request: pytest.FixtureRequest, studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request.getfixturevalue("at_server_process" if page in SAVE_BLOCKS else "prefect_server")
     given_files(studio, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)

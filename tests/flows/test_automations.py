@@ -126,28 +126,30 @@ def test_a_deployment_whose_batch_fails_is_paused(
 
 
 @pytest.mark.slow
-def test_a_run_whose_heartbeats_stop_ends_as_crashed_and_one_that_has_ended_stays(client: SyncPrefectClient) -> None:
+@pytest.mark.usefixtures("at_server_process")
+def test_a_run_whose_heartbeats_stop_ends_as_crashed_and_one_that_has_ended_stays() -> None:
     shortened = dead_runs(30)
     shortened["trigger"]["within"] = 10  # the least that Prefect takes
-    made = client.request("POST", "/automations/", json={**shortened, "name": "of-a-test"})
-    try:
-        flow_id = client.create_flow(generate_batch)
-        ours = client.create_deployment(flow_id, "dead", tags=["eachlabs"])  # whose runs have its tags
-        theirs = client.create_deployment(flow_id, "of-others")
-        dead, ended, of_others = (
-            client.create_flow_run_from_deployment(one, state=Running()) for one in (ours, ours, theirs)
-        )
-        for run in (dead, ended, of_others):
-            tags = [
-                RelatedResource({"prefect.resource.id": f"prefect.tag.{t}", "prefect.resource.role": "tag"})
-                for t in run.tags
-            ]
-            resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
-            emit_event("prefect.flow-run.heartbeat", resource=resource, related=tags)
-        client.set_flow_run_state(ended.id, Completed(), force=True)
-        until(lambda: client.read_flow_run(dead.id).state_type is StateType.CRASHED)
-        assert client.read_flow_run(ended.id).state_type is StateType.COMPLETED
-        assert of_others.tags == []
-        assert client.read_flow_run(of_others.id).state_type is StateType.RUNNING
-    finally:
-        client.delete_automation(made.json()["id"])
+    with get_client(sync_client=True) as client:
+        made = client.request("POST", "/automations/", json={**shortened, "name": "of-a-test"})
+        try:
+            flow_id = client.create_flow(generate_batch)
+            ours = client.create_deployment(flow_id, "dead", tags=["eachlabs"])  # whose runs have its tags
+            theirs = client.create_deployment(flow_id, "of-others")
+            dead, ended, of_others = (
+                client.create_flow_run_from_deployment(one, state=Running()) for one in (ours, ours, theirs)
+            )
+            for run in (dead, ended, of_others):
+                tags = [
+                    RelatedResource({"prefect.resource.id": f"prefect.tag.{t}", "prefect.resource.role": "tag"})
+                    for t in run.tags
+                ]
+                resource = {"prefect.resource.id": f"prefect.flow-run.{run.id}"}
+                emit_event("prefect.flow-run.heartbeat", resource=resource, related=tags)
+            client.set_flow_run_state(ended.id, Completed(), force=True)
+            until(lambda: client.read_flow_run(dead.id).state_type is StateType.CRASHED)
+            assert client.read_flow_run(ended.id).state_type is StateType.COMPLETED
+            assert of_others.tags == []
+            assert client.read_flow_run(of_others.id).state_type is StateType.RUNNING
+        finally:
+            client.delete_automation(made.json()["id"])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.flows.flow_fixtures import Studio
-from tests.ui.stage import PostgreSQL, Process, until
+from tests.ui.stage import PostgreSQL, Process, Stage, until
 
 pytestmark = pytest.mark.slow
 
@@ -53,26 +53,27 @@ async def pictures(server: PostgreSQL) -> list[str | None]:
         await connection.close()
 
 
-def started(studio: Studio, server: PostgreSQL, folder: Path, run: int) -> Process:
+def started(studio: Studio, server: PostgreSQL, prefect: Stage, folder: Path) -> Process:
     environment = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
-        "PREFECT_HOME": str(folder / f"home-{run}"),
-        "PREFECT_API_URL": "",
+        "PREFECT_HOME": str(folder),
+        "PREFECT_API_URL": prefect.url,
         "EACHLABS_DATABASES": "SHOP_DATABASE",
         "SHOP_DATABASE": server.url,
         "EACHLABS_CLAIM_SECONDS": "2",
+        "EACHLABS_MAX_IN_FLIGHT": "none",  # what is killed keeps its slots for 75 s
     }
     flow = str(ROOT / "flows" / "illustrate_products.py")
     command = [sys.executable, flow, "SHOP_DATABASE", studio.destination]
-    return Process(command, environment, folder / f"run-{run}.log")
+    return Process(command, environment, folder / "log")
 
 
-async def killed_at_the_write(studio: Studio, server: PostgreSQL, folder: Path) -> None:
+async def killed_at_the_write(studio: Studio, server: PostgreSQL, prefect: Stage, folder: Path) -> None:
     """The table is held against writing; with all rows stored, the process is killed where it waits to write."""
     connection = await asyncpg.connect(dsn(server))
     await connection.execute("BEGIN; LOCK TABLE products IN SHARE MODE")
-    process = await asyncio.to_thread(started, studio, server, folder, 1)
+    process = await asyncio.to_thread(started, studio, server, prefect, folder)
 
     async def waits() -> Any:
         return await connection.fetchval(
@@ -92,14 +93,14 @@ async def killed_at_the_write(studio: Studio, server: PostgreSQL, folder: Path) 
 
 
 def test_killed_between_buying_and_writing_back_it_buys_nothing_again(
-    studio: Studio, postgresql: PostgreSQL, tmp_path: Path
+    studio: Studio, postgresql: PostgreSQL, server_process: Stage, tmp_path: Path
 ) -> None:
     asyncio.run(filled(postgresql))
-    asyncio.run(killed_at_the_write(studio, postgresql, tmp_path))
+    asyncio.run(killed_at_the_write(studio, postgresql, server_process, tmp_path))
     assert studio.billed == COUNT
     assert asyncio.run(pictures(postgresql)) == [None] * COUNT
 
-    process = started(studio, postgresql, tmp_path, 2)
+    process = started(studio, postgresql, server_process, tmp_path)
     try:
         until(lambda: not process.is_running, 120, f"the second run ends: {process.tail()}")
     finally:

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import secrets
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 
-import httpx
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -26,67 +19,13 @@ from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases
 from prefect_eachlabs.limits.shared import Denied, Granted, LeaseGone, LimitMissing, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
+from tests.ui.stage import Stage
 
 pytestmark = pytest.mark.slow
 
-START_WITHIN_SECONDS = 120.0
-
-
-class PrefectServer:
-    """`prefect server start` in a process of its own; may be restarted on the same database."""
-
-    def __init__(self, home: Path) -> None:
-        self._home = home
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self._port}/api"
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
-        environment["PREFECT_HOME"] = str(self._home)
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self._port)]
-        with (self._home / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
-        deadline = time.monotonic() + START_WITHIN_SECONDS
-        while not self._answers():
-            assert self._process.poll() is None, (self._home / "server.log").read_text()[-3000:]
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.2)
-
-    def _answers(self) -> bool:
-        try:
-            return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
-            self._process = None
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    server = PrefectServer(tmp_path_factory.mktemp("prefect"))
-    server.start()
-    try:
-        with temporary_settings({PREFECT_API_URL: server.url}):
-            yield server
-    finally:
-        server.stop()
-
 
 @pytest.fixture
-def settings(server: PrefectServer) -> AccountSettings:
+def settings(at_server_process: Stage) -> AccountSettings:
     """An account of its own for each test."""
     return AccountSettings(api_key="key", account=secrets.token_hex(4))
 
@@ -217,46 +156,35 @@ def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSetti
     asyncio.run(story())
 
 
-def test_slots_lost_in_a_restart_are_named_and_reset(
-    server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
+def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_slots_are_named_and_reset(
+    at_server_process: Stage, settings: AccountSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
 
+    def of_another_account() -> SharedSlots:
+        return shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
+
     async def story() -> None:
-        first, second = shared(settings), shared(settings)
-        limiter = RateLimiter(first)
-        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(7))), 20)
-        server.stop()
-        server.start()
-        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 40)
+        first, second, source, ending = shared(settings), shared(settings), of_another_account(), of_another_account()
+        losing, limiter = RateLimiter(first), RateLimiter(source)
+        await asyncio.wait_for(asyncio.gather(*(losing.take_in_flight() for _ in range(7))), 20)
+        await asyncio.wait_for(limiter.take_in_flight(), 20)
+        (await asyncio.wait_for(RateLimiter(ending).take_in_flight(), 20)).done()
+        at_server_process.stop_server()
+        await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
+        waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
+        await until(lambda: "gives no usable answer" in caplog.text, 60)
+        assert not any(slot.done() for slot in waiting)
+        at_server_process.start_server()
+        await until(lambda: all(slot.done() for slot in waiting), 60)
+        await asyncio.wait_for(source.close(), 5)
+        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 90)
         await first.close()  # the account's processes have ended
         (_, status) = await limits_admin.reset(settings)
         assert status.in_use >= 7
         limiter = RateLimiter(second)
         await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
         await second.close()
-
-    asyncio.run(story())
-
-
-def test_with_the_server_stopped_who_ends_ends_and_who_waits_says_so_and_goes_on_when_it_answers(
-    server: PrefectServer, settings: AccountSettings, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.WARNING)
-
-    async def story() -> None:
-        source, ending = shared(settings), shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
-        limiter = RateLimiter(source)
-        await asyncio.wait_for(limiter.take_in_flight(), 20)
-        (await asyncio.wait_for(RateLimiter(ending).take_in_flight(), 20)).done()
-        server.stop()
-        await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
-        waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
-        await until(lambda: "gives no usable answer" in caplog.text, 20)
-        assert not any(slot.done() for slot in waiting)
-        server.start()
-        await until(lambda: all(slot.done() for slot in waiting), 20)
-        await asyncio.wait_for(source.close(), 5)
 
     asyncio.run(story())
 

@@ -1,4 +1,4 @@
-"""Runs of which no output may hold a secret, each by itself: `python -m tests.net.leak_runs KIND FOLDER ...`.
+"""Runs of which no output may hold a secret, each by itself: `python -m tests.net.leak_runs KIND FOLDER FACTS`.
 
 Everything is logged at DEBUG, to stderr and to FOLDER/debug.log, tracebacks too. The signatures that botocore makes
 are kept in the file that LEAK_SIGNATURES names, so that they can be searched for.
@@ -65,16 +65,17 @@ def attempt(work: Callable[[], object]) -> object:
         return None
 
 
-def command(folder: Path, words: list[str]) -> int:
-    """A command of the command line."""
+def commands(folder: Path, facts: dict[str, Any]) -> int:
+    """Commands of the command line, whose exit statuses are printed."""
     from prefect_eachlabs.cli import main as cli
 
     log_everything(folder)
-    return cli.main(words)
+    print(json.dumps({"statuses": [cli.main(words) for words in facts["commands"]]}))
+    return 0
 
 
 def flows(folder: Path, facts: dict[str, Any]) -> int:
-    """Flow runs on Prefect's embedded server, with blocks; results are kept on disk."""
+    """Flow runs, with blocks; results are kept on disk."""
     import boto3
     from prefect import flow
     from prefect.logging import get_run_logger
@@ -166,7 +167,7 @@ def quoted(folder: Path, facts: dict[str, Any]) -> int:
     def steps(prompt: str) -> None:
         await_result.with_options(retries=0)(create_prediction(prompt, destination=to, item_id=f"steps-{prompt}"))
 
-    for how in QUOTING:
+    for how in facts["quoting"]:
         attempt(lambda how=how: one(how))  # type: ignore[misc]
     attempt(lambda: steps("error"))
     attempt(lambda: generate_batch(facts["table"], f"{to}-flow", on_ambiguous="fail", return_state=True))
@@ -184,12 +185,18 @@ def without_the_filter() -> None:
     redaction._Secrets.hidden_in = lambda self, text: text  # type: ignore[method-assign]
 
 
+def hurry() -> None:
+    """A picture that is not there is looked for in a second, not in half a minute, each time."""
+    from prefect_eachlabs.images import store
+
+    store.LOOKED_FOR_SECONDS = 1.0
+
+
 if __name__ == "__main__":
     keep_signatures()
+    hurry()
     if os.environ.get("LEAK_CONTROL"):
         without_the_filter()
     with suppress(KeyboardInterrupt):
-        if sys.argv[1] == "command":
-            sys.exit(command(Path(sys.argv[2]), sys.argv[3:]))
-        run = {"flows": flows, "quoted": quoted}[sys.argv[1]]
-        sys.exit(run(Path(sys.argv[2]), json.loads(Path(sys.argv[3]).read_text())))
+        run = {"commands": commands, "flows": flows, "quoted": quoted}[sys.argv[1]]
+        sys.exit(run(Path(sys.argv[2]), json.loads(sys.argv[3])))

@@ -6,11 +6,10 @@ import base64
 import json
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from tests.batch.cli_process import emptied
 from tests.conftest import ROOT
 from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO, QUOTING
 from tests.security.hostile import hostile_api
+from tests.ui.stage import Stage
 
 BUCKET = "leak-search"
 SECRETS = {
@@ -45,23 +45,26 @@ GOOD_KEYS = frozenset((SECRETS["the key"], SECRETS["a block's key"]))
 class Scene:
     """An API and a bucket, and what came of runs against them."""
 
-    def __init__(self, api_url: str, s3: LocalS3, folder: Path, api: EmulatorServer | None = None) -> None:
-        self.api, self.s3, self.folder = api, s3, folder
+    def __init__(
+        self, api_url: str, s3: LocalS3, server: Stage, folder: Path, key: str, api: EmulatorServer | None = None
+    ) -> None:
+        self.api, self.s3, self.server = api, s3, server
         self.home = folder / "searched"
         self.home.mkdir()
         self.signatures = folder / "signatures.txt"
         self.said = ""
         self.environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
-            "EACHLABS_API_KEY": SECRETS["the key"],
+            **os.environ,
+            "EACHLABS_API_KEY": key,
             "EACHLABS_BASE_URL": api_url,
             "EACHLABS_REQUESTS_PER_MINUTE": "none",
+            "EACHLABS_REFERENCE_ROOTS": f"s3://{BUCKET}:{folder}",
             "AWS_ENDPOINT_URL_S3": s3.url,
             "AWS_ACCESS_KEY_ID": "AKIALEAKSEARCH",
             "AWS_SECRET_ACCESS_KEY": SECRETS["the S3 secret"],
             "AWS_SESSION_TOKEN": SECRETS["the session token"],
+            "PREFECT_API_URL": server.url,
             "PREFECT_HOME": str(self.home / "prefect"),
-            "PREFECT_SERVER_MEMO_STORE_PATH": str(self.home / "prefect" / "memo.toml"),
             "PREFECT_LOGGING_LEVEL": "DEBUG",
             "PREFECT_LOGGING_EXTRA_LOGGERS": ",".join(name for name in LOGGERS if name not in OF_PREFECT_TOO),
             "LEAK_SIGNATURES": str(self.signatures),
@@ -69,24 +72,24 @@ class Scene:
             "TMPDIR": str(self.home),
         }
 
-    def run(self, *words: str, **environment: str) -> int:
-        """One run, whose stdout and stderr are kept; its exit status."""
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.net.leak_runs", words[0], str(self.home), *words[1:]],
+    def run(self, kind: str, facts: dict[str, Any], **environment: str) -> None:
+        """One process's runs, whose stdout and stderr are kept."""
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.net.leak_runs", kind, str(self.home), json.dumps(facts)],
             env={**self.environment, **environment},
             cwd=self.home,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            capture_output=True,
+            check=False,
+            timeout=600,
         )
-        try:
-            stdout, stderr = process.communicate(timeout=600)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # Prefect's embedded server goes with who started it
-            process.wait()
-        self.said += stdout.decode() + stderr.decode()
-        return process.returncode
+        self.said += done.stdout.decode() + done.stderr.decode()
+        assert done.returncode == 0, self.said[-5_000:]
+
+    def commands(self, *words: list[str], **environment: str) -> list[int]:
+        """The exit statuses of commands of one process."""
+        self.run("commands", {"commands": words}, **environment)
+        said: list[int] = json.loads(re.findall(r'^\{"statuses": (.*)\}$', self.said, re.MULTILINE)[-1])
+        return said
 
     def signed(self, prompt: str) -> str:
         """The signed URL of a picture that the API has made, good as a reference picture."""
@@ -100,10 +103,11 @@ class Scene:
     def outputs(self) -> Iterator[tuple[str, bytes]]:
         """Everything that runs have left behind, by name."""
         yield "stdout and stderr", self.said.encode()
-        for path in sorted(self.home.rglob("*")):
-            if path.is_file():
-                yield str(path.relative_to(self.home)), path.read_bytes()
-                yield from unpacked(path)
+        for folder in (self.home, self.server.folder):
+            for path in sorted(folder.rglob("*")):
+                with suppress(FileNotFoundError, IsADirectoryError):  # the server is at work
+                    yield str(path.relative_to(folder)), path.read_bytes()
+                    yield from unpacked(path)
         with closing(boto3.client("s3", endpoint_url=self.s3.url)) as s3:
             for page in s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET):
                 for row in page.get("Contents", []):
@@ -111,12 +115,16 @@ class Scene:
                     with found["Body"] as body:
                         yield f"s3 {row['Key']}", body.read() + json.dumps(found["Metadata"]).encode()
 
+    def database(self) -> sqlite3.Connection:
+        """The server's."""
+        return sqlite3.connect(f"file:{self.server.folder / 'server' / 'prefect.db'}?mode=ro", uri=True)
+
     def read_by_people(self) -> Iterator[tuple[str, str]]:
         """What a person reads at a terminal, in a file or on a page of the Prefect UI, by name."""
         for where, data in self.outputs():
             if where in ("stdout and stderr", "debug.log") or where.endswith((".html", ".txt")):
                 yield where, data.decode(errors="replace")
-        with closing(sqlite3.connect(f"file:{self.home / 'prefect' / 'prefect.db'}?mode=ro", uri=True)) as database:
+        with closing(self.database()) as database:
             for kind in ("flow_run_state.message", "task_run_state.message", "log.message", "artifact.description"):
                 table, _, column = kind.partition(".")
                 for (text,) in database.execute(f"select {column} from {table} where {column} is not null"):
@@ -130,13 +138,13 @@ class Scene:
             for found in re.finditer("[\x1b\x07\x9b\u202e\u2066\u2028]|^2026-11-24", text, re.MULTILINE)
         ]
 
-    def leaks(self) -> list[str]:
+    def leaks(self, secrets: Mapping[str, str] = SECRETS) -> list[str]:
         """Where a secret or a signature stands that should not."""
         made = set(self.signatures.read_text().encode().split())
         assert made, "botocore has signed nothing"
         wanted = {
             spelling.encode(): name
-            for name, secret in SECRETS.items()
+            for name, secret in secrets.items()
             for spelling in {secret, quote(secret, safe=""), *(base64_inside(secret.encode()))}
         }
         pattern = re.compile(b"|".join(re.escape(spelling) for spelling in wanted))
@@ -186,7 +194,7 @@ def unpacked(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 @pytest.fixture
-def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
+def scene(local_s3: LocalS3, server_process: Stage, tmp_path: Path) -> Iterator[Scene]:
     options = EmulatorOptions(
         service_seconds=0.05,
         requests_per_minute=None,
@@ -206,32 +214,23 @@ def scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
     local_s3.set_faults(refuse)
     with EmulatorServer(options) as api:
         try:
-            yield Scene(api.url, local_s3, tmp_path, api)
+            yield Scene(api.url, local_s3, server_process, tmp_path, SECRETS["the key"], api)
         finally:
             local_s3.set_faults()
 
 
-@pytest.fixture
-def quoting_scene(local_s3: LocalS3, tmp_path: Path) -> Iterator[Scene]:
-    """An API that quotes the key in all its answers."""
-    local_s3.create_bucket(BUCKET)
-    emptied(local_s3, BUCKET)  # what another test has ordered is not ordered again, and quotes nothing
-    with hostile_api() as url:
-        yield Scene(url, local_s3, tmp_path)
-
-
-def quoted(scene: Scene, folder: Path, **environment: str) -> None:
+def quoted(s3: LocalS3, server: Stage, folder: Path, key: str, quoting: Sequence[str], **environment: str) -> Scene:
+    """What came of an API that quotes the key in all its answers."""
+    s3.create_bucket(BUCKET)
+    emptied(s3, BUCKET)  # what another test has ordered is not ordered again, and quotes nothing
     table = folder / "table.csv"
-    table.write_text("\n".join(["prompt,id", *(f"{how} fox,{how}" for how in QUOTING), ""]))
-    facts = {"destination": f"s3://{BUCKET}/quoted", "table": str(table)}
-    (folder / "facts.json").write_text(json.dumps(facts))
-    settings = {
-        "EACHLABS_DEADLINE_SECONDS": "3",
-        "EACHLABS_CLAIM_SECONDS": "12",
-        "EACHLABS_SETTLING_SECONDS": "2",
-        "EACHLABS_REFERENCE_ROOTS": str(folder),
-    }
-    assert scene.run("quoted", str(folder / "facts.json"), **settings, **environment) == 0, scene.said[-5_000:]
+    table.write_text("\n".join(["prompt,id", *(f"{how} fox,{how}" for how in quoting), ""]))
+    facts = {"destination": f"s3://{BUCKET}/quoted", "table": str(table), "quoting": quoting}
+    settings = {"EACHLABS_DEADLINE_SECONDS": "3", "EACHLABS_CLAIM_SECONDS": "12", "EACHLABS_SETTLING_SECONDS": "2"}
+    with hostile_api() as url:
+        scene = Scene(url, s3, server, folder, key)
+        scene.run("quoted", facts, **settings, **environment)
+    return scene
 
 
 PLACES = (
@@ -246,45 +245,49 @@ PLACES = (
 
 
 @pytest.mark.slow
-def test_a_key_that_answers_quote_is_written_down_nowhere(quoting_scene: Scene, tmp_path: Path) -> None:
-    quoted(quoting_scene, tmp_path)
+def test_a_key_that_answers_quote_is_written_down_nowhere(
+    local_s3: LocalS3, server_process: Stage, tmp_path: Path
+) -> None:
+    scene = quoted(local_s3, server_process, tmp_path, SECRETS["the key"], QUOTING)
     for place in (*PLACES, "prefect.db artifact", "s3 quoted-cli/records"):
-        assert any(place in where for where, _ in quoting_scene.outputs()), place
-    assert "upstream refused" in quoting_scene.said
-    read = {kind for kind, text in quoting_scene.read_by_people() if "upstream refused" in text}
+        assert any(place in where for where, _ in scene.outputs()), place
+    assert "upstream refused" in scene.said
+    read = {kind for kind, text in scene.read_by_people() if "upstream refused" in text}
     assert {"flow_run_state.message", "task_run_state.message", "log.message"} <= read
-    assert quoting_scene.leaks() == []
-    assert quoting_scene.unshown() == []
+    assert scene.leaks() == []
+    assert scene.unshown() == []
 
 
 @pytest.mark.slow
 def test_the_search_finds_a_key_that_answers_quote_where_nothing_takes_it_out(
-    quoting_scene: Scene, tmp_path: Path
+    local_s3: LocalS3, server_process: Stage, tmp_path: Path
 ) -> None:
-    quoted(quoting_scene, tmp_path, LEAK_CONTROL="1")
-    found = {leak.partition(": ")[0] for leak in quoting_scene.leaks()}
+    key = "sk-LEAK-control-5e0c2a8f"  # no other search looks for it in what the server keeps
+    scene = quoted(local_s3, server_process, tmp_path, key, ["error"], LEAK_CONTROL="1")
+    found = {leak.partition(": ")[0] for leak in scene.leaks({"the control's key": key})}
     for place in PLACES:
-        assert any(place in where for where in found), (place, found, quoting_scene.said[:9_000])
+        assert any(place in where for where in found), (place, found, scene.said[:9_000])
 
 
-def generate(scene: Scene, prompt: str, *more: str, **environment: str) -> int:
-    return scene.run("command", "generate", prompt, "--to", f"s3://{BUCKET}/cli", *more, **environment)
+def generate(prompt: str, *more: str) -> list[str]:
+    return ["generate", prompt, "--to", f"s3://{BUCKET}/cli", *more]
 
 
 @pytest.mark.slow
 def test_no_output_of_the_command_line_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
-    assert generate(scene, "a reference", "--json") == 0
-    signed = scene.signed("a reference")
-    assert generate(scene, "a fox", "--image-url", signed) == 0
-    assert generate(scene, "an owl", "--image-url", f"s3://{BUCKET}/cli/images/fox.png") == 2  # there is none
-    assert generate(scene, "refused by moderation", "--image-url", signed, "--json") == 1
-    assert generate(scene, "refused by s3", "--item-id", "refused-by-s3") == 2
-    assert generate(scene, "gone from its host", "--deadline-seconds", "5") == 1
-    assert generate(scene, "a wrong key", EACHLABS_API_KEY=SECRETS["a wrong key"]) == 2
-    table = tmp_path / "table.csv"
+    assert scene.commands(generate("a reference", "--json")) == [0]
+    signed, table = scene.signed("a reference"), tmp_path / "table.csv"
     lines = [f"{prompt},{signed}" for prompt in ("a hare", "a lynx", "refused by moderation again")]
     table.write_text("\n".join(["prompt,image_url", *lines, "bad row,ftp://x?X-Amz-Signature=1", ""]))
-    assert scene.run("command", "batch", str(table), "--to", f"s3://{BUCKET}/batch") == 1
+    assert scene.commands(
+        generate("a fox", "--image-url", signed),
+        generate("an owl", "--image-url", f"s3://{BUCKET}/cli/images/fox.png"),  # there is none
+        generate("refused by moderation", "--image-url", signed, "--json"),
+        generate("refused by s3", "--item-id", "refused-by-s3"),
+        generate("gone from its host", "--deadline-seconds", "5"),
+        ["batch", str(table), "--to", f"s3://{BUCKET}/batch"],
+    ) == [0, 2, 1, 2, 1, 1]
+    assert scene.commands(generate("a wrong key"), EACHLABS_API_KEY=SECRETS["a wrong key"]) == [2]
     assert "botocore.auth" in scene.said, "nothing was logged at debug level"
     assert "Traceback" not in scene.said
     assert scene.leaks() == []
@@ -292,11 +295,11 @@ def test_no_output_of_the_command_line_holds_a_secret(scene: Scene, tmp_path: Pa
 
 @pytest.mark.slow
 def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
-    assert generate(scene, "a reference", "--item-id", "reference") == 0
+    assert scene.commands(generate("a reference", "--item-id", "reference")) == [0]
     signed = scene.signed("a reference")
     table = tmp_path / "table.csv"
     table.write_text(f"prompt,image_url\na hare,{signed}\na lynx,s3://{BUCKET}/flows/images/reference.png\n")
-    facts: dict[str, Any] = {
+    facts = {
         "destination": f"s3://{BUCKET}/flows",
         "signed": signed,
         "object": f"s3://{BUCKET}/cli/images/reference.png",
@@ -306,9 +309,7 @@ def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> 
         "block_token": SECRETS["a block's session token"],
         "table": str(table),
     }
-    roots = f"s3://{BUCKET}:{tmp_path}"
-    (tmp_path / "facts.json").write_text(json.dumps(facts))
-    assert scene.run("flows", str(tmp_path / "facts.json"), EACHLABS_REFERENCE_ROOTS=roots) == 0
+    scene.run("flows", facts)
     said = json.loads(next(line for line in scene.said.splitlines() if line.startswith('{"well"')))
     assert None not in (said["well"], said["by_blocks"]), scene.said[-20_000:]
     failed = ("refused by moderation", "refused by s3", "gone from its host", "spoilt on its way", "wrong key")
@@ -323,7 +324,7 @@ def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> 
         "s3 flows/batches",
     ):
         assert any(kind in where for where in places), kind
-    with closing(sqlite3.connect(scene.home / "prefect" / "prefect.db")) as database:
+    with closing(scene.database()) as database:
         logged = {name for (name,) in database.execute("select distinct name from log")}
     assert {"httpx", "botocore.auth", "httpcore.http11"} <= logged, "Prefect was sent no logs of the libraries"
     assert scene.leaks() == []

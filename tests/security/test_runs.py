@@ -14,7 +14,7 @@ from prefect_eachlabs.cli.work_pool import openings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
 from tests.security.hostile import hostile_api
-from tests.ui.stage import Stage, opened, until
+from tests.ui.stage import Stage, until
 
 pytestmark = pytest.mark.slow
 
@@ -24,15 +24,15 @@ DEPLOYMENT = "generate-image/generate-image"
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(server_process: Stage) -> Iterator[Stage]:
     """Set up as the documentation says, with one worker."""
     options = EmulatorOptions(service_seconds=0.1, image_size_px=64)
     with EmulatorServer(options) as api, LocalS3(buckets=[BUCKET]) as s3:
-        given = {"EACHLABS_BASE_URL": api.url, "EACHLABS_API_KEY": KEY, "AWS_ENDPOINT_URL_S3": s3.url}
-        with opened(tmp_path_factory.mktemp("runs"), None, given) as stage:
-            stage.command("prefect-eachlabs", "setup", "--deploy")
-            stage.start_worker()
-            yield stage
+        server_process.given = {"EACHLABS_BASE_URL": api.url, "EACHLABS_API_KEY": KEY, "AWS_ENDPOINT_URL_S3": s3.url}
+        server_process.command("prefect-eachlabs", "setup", "--deploy")
+        worker = server_process.start_worker()
+        yield server_process
+        worker.stop()
 
 
 def hostile_variables(told: Path, url: str) -> list[dict[str, Any]]:
@@ -101,7 +101,7 @@ def test_in_a_pool_as_prefect_makes_it_a_run_runs_any_command_and_doctor_and_set
     stage.ask("PATCH", "/work_pools/eachlabs", {"base_job_template": ProcessWorker.get_default_base_job_template()})
     told = tmp_path / "told"
     started = start(stage, hostile_variables(told, "")[0], "commanded")
-    until(lambda: told.exists() and told.read_text(), 120, f"the command runs; {started.text} {stage.tails()}")
+    until(lambda: told.exists() and told.read_text(), 240, f"the command runs; {started.text} {stage.tails()}")
     assert told.read_text().strip() == KEY
     doctor = stage.command("prefect-eachlabs", "doctor", "--json", status=None)
     (found,) = (one for one in json.loads(doctor.stdout)["findings"] if one["about"] == "job variables")

@@ -16,6 +16,7 @@ from tests.ui.stage import PostgreSQL, Stage, opened
 
 BUCKET = "acme-pictures-of-workers"
 PLACE = f"s3://{BUCKET}/daily"
+IMAGE = "generate-image/generate-image"
 SERVICE_SECONDS = 2.0
 CLAIM_SECONDS = 20
 
@@ -71,6 +72,7 @@ def studio(database: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> It
             "EACHLABS_REFERENCE_ROOTS": f"s3://{BUCKET}/tables",
             "EACHLABS_CLAIM_SECONDS": str(CLAIM_SECONDS),
             "EACHLABS_SETTLING_SECONDS": "3",
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
             "AWS_ENDPOINT_URL_S3": s3.url,
         }
         with opened(tmp_path_factory.mktemp("stage"), database.url, given) as stage:

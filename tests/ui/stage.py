@@ -1,4 +1,4 @@
-"""A Prefect server with PostgreSQL and workers, each a process that is ended by its own handle."""
+"""A Prefect server, PostgreSQL and workers, each a process that is ended by its own handle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ T = TypeVar("T")
 START_WITHIN_SECONDS = 150.0
 BEAT_SECONDS = 30
 """Of runs; Prefect takes no less."""
-LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 
 
 def free_port() -> int:
@@ -184,7 +183,6 @@ class Stage:
     def start_server(self) -> None:
         environment = self.environment(
             "server",
-            PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE=LEASES,
             PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="5",  # new schedules are looked at every 60 s otherwise
             PREFECT_SERVER_UI_API_URL=self.url,  # else the page looks for its API on port 4200
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
@@ -243,7 +241,7 @@ class Stage:
             capture_output=True,
             text=True,
             check=False,
-            timeout=180,
+            timeout=400,
         )
         assert status is None or done.returncode == status, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
@@ -276,7 +274,7 @@ class Stage:
     def state(self, run_id: str) -> str:
         return str(self.flow_run(run_id)["state"]["type"])
 
-    def ended(self, run_id: str, within_seconds: float = 120) -> dict[str, Any]:
+    def ended(self, run_id: str, within_seconds: float = 240) -> dict[str, Any]:
         """The run once it has ended."""
 
         def look() -> dict[str, Any] | None:
@@ -302,7 +300,7 @@ class Stage:
     def worker_of(self, run_id: str) -> Process:
         """The worker that runs a flow run: the one its process descends from."""
         ours = {worker.popen.pid: worker for worker in self.workers}
-        process = until(lambda: self.process_of(run_id), 30, "the run has a process")
+        process = until(lambda: self.process_of(run_id), 90, "the run has a process")
         while process not in ours:
             assert process > 0, f"no worker of ours runs {run_id}"
             process = parent_of(process)
@@ -322,7 +320,7 @@ class Stage:
 
     def kill_run(self, run_id: str) -> None:
         """SIGKILL to a flow run's process: what the kernel does when memory is short."""
-        os.kill(until(lambda: self.process_of(run_id), 30, "the run has a process"), signal.SIGKILL)
+        os.kill(until(lambda: self.process_of(run_id), 90, "the run has a process"), signal.SIGKILL)
 
     def artifacts(self, run_id: str) -> list[dict[str, Any]]:
         body = {"artifacts": {"flow_run_id": {"any_": [run_id]}}}

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,20 +29,14 @@ from prefect_eachlabs.webhooks.calls import Call, call_in, callback_of, secret_o
 from prefect_eachlabs.webhooks.receiver import listen_at
 from prefect_eachlabs.webhooks.stream import HandOn
 from prefect_eachlabs.webhooks.webhooks import Verdict
-from tests.limits.test_limits_server import PrefectServer
 from tests.memory_store import MemoryStore
+from tests.ui.stage import Stage, free_port, until
 from tests.virtual_time import run
 
 MASTER = "the secret of all orders' secrets"
 PLACE = Destination.parse("s3://bucket/ways")
 ORDER = "0" * 32
 BODY = json.dumps({"exec_id": "p-1", "status": "succeeded", "output": "https://x.test/1.png"}).encode()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @contextmanager
@@ -209,45 +201,37 @@ class Receiver:
         self._log.close()
 
 
-def until(happens: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not happens():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.1)
-
-
 @pytest.mark.slow
 def test_through_a_receiver_and_a_server_that_are_killed_and_started_again(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    at_server_process: Stage, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Workers behind a firewall: everything is bought once and stored, whoever is away, and calls come again."""
-    server, port = PrefectServer(tmp_path), free_port()
-    server.start()
+    server, port = at_server_process, free_port()
     options = EmulatorOptions(service_seconds=1.0, spread=0.0, pictures="plain", webhook_retry_seconds=2.0)
-    with temporary_settings({PREFECT_API_URL: server.url}), EmulatorServer(options) as api:
+    with EmulatorServer(options) as api:
         receiver = Receiver(port, server.url, tmp_path)
         try:
             with buyer(api, port) as gateway:
                 buy(gateway, 1, 2, 3)
-                until(lambda: sum(counts(gateway).values()) >= 3, "three calls came as events")
+                until(lambda: sum(counts(gateway).values()) >= 3, 120, "three calls came as events")
 
                 # Somebody who may emit events, and knows no secret.
                 forged = {"write_id": ORDER, "body": BODY.decode(), "signature": "0" * 64}
                 httpx.post(f"{server.url}/events", json=[stream.event_of(forged)]).raise_for_status()
-                until(lambda: counts(gateway).get(Verdict.REFUSED) == 1, "the forged event was refused")
+                until(lambda: counts(gateway).get(Verdict.REFUSED) == 1, 120, "the forged event was refused")
 
                 receiver.kill()
                 before = sum(counts(gateway).values())
                 buy(gateway, *range(4, 8))
                 receiver = Receiver(port, server.url, tmp_path)
                 buy(gateway, *range(8, 12))
-                until(lambda: sum(counts(gateway).values()) > before, "calls come again")
+                until(lambda: sum(counts(gateway).values()) > before, 120, "calls come again")
 
-                server.stop()
+                server.stop_server()
                 buy(gateway, *range(12, 16))
                 before = sum(counts(gateway).values())
-                server.start()
-                until(lambda: sum(counts(gateway).values()) > before, "calls that waited for the server come")
+                server.start_server()
+                until(lambda: sum(counts(gateway).values()) > before, 120, "calls that waited for the server come")
             assert api.tallies()["billed"] == 15
             assert api.tallies()["billed_too_often"] == 0
 
@@ -264,4 +248,3 @@ def test_through_a_receiver_and_a_server_that_are_killed_and_started_again(
             assert "the Prefect server's events" in said["webhooks"]["said"]
         finally:
             receiver.end()
-            server.stop()
