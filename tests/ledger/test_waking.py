@@ -105,8 +105,23 @@ def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_tha
 
 
 def test_a_machine_that_is_awake_has_slept_for_the_same_time_as_a_moment_ago() -> None:
-    assert asleep_seconds() >= -1e-3
+    assert asleep_seconds() >= 0.0
     assert asleep_seconds() == pytest.approx(asleep_seconds(), abs=1e-2)
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux")
+def test_a_thread_that_is_stopped_between_two_clocks_has_not_slept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reading takes a microsecond, the first of the suspended machine's clock half a second."""
+    now, stops = 400.0, iter([0.5])
+
+    def read(seconds: float = 0.0) -> float:
+        nonlocal now
+        now += seconds + 1e-6
+        return now
+
+    monkeypatch.setattr(window.time, "monotonic", read)
+    monkeypatch.setattr(window.time, "clock_gettime", lambda _: 600.0 + read(next(stops, 0.0)))
+    assert asleep_seconds() == 600.0
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux")
