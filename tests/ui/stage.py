@@ -90,6 +90,14 @@ class Process:
         self.kill()
 
 
+def answers(url: str, server: Process) -> bool:
+    """Whether the Prefect server's API does; fails the test when the server has ended."""
+    assert server.is_running, server.tail()
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    return False
+
+
 class PostgreSQL:
     """A cluster in a folder of its own; as root it runs as the user postgres, as it insists on."""
 
@@ -196,13 +204,7 @@ class Stage:
         )
         self._server = server
 
-        def answers() -> bool:
-            assert server.is_running, server.tail()
-            with contextlib.suppress(httpx.TransportError):
-                return httpx.get(f"{self.url}/health", timeout=2).status_code == 200
-            return False
-
-        until(answers, START_WITHIN_SECONDS, "the server answers")
+        until(lambda: answers(self.url, server), START_WITHIN_SECONDS, "the server answers")
 
     def stop_server(self) -> None:
         if self._server is not None:
