@@ -71,6 +71,7 @@ CHOSEN = {
 }
 
 
+@pytest.mark.usefixtures("prefect_server")
 def test_in_a_closed_pool_no_job_variable_reaches_the_process() -> None:
     configuration = asyncio.run(ProcessJobConfiguration.from_template_and_values(closed_template(), CHOSEN))
     assert configuration == ProcessJobConfiguration()

@@ -8,7 +8,7 @@ import shutil
 import sqlite3
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +52,7 @@ def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     to the server, where no test reads them.
     """
     import prefect  # two seconds that most tests need not pay
-    from prefect import context, settings
+    from prefect import context, flow_engine, settings
     from prefect.client import base
     from prefect.events.worker import EventsWorker
 
@@ -72,11 +72,7 @@ def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         "PREFECT_SERVER_UI_ENABLED": "false",
         "PREFECT__SERVER_EPHEMERAL": "1",
     }
-    lean = {
-        settings.PREFECT_API_URL: url,
-        settings.PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
-        settings.PREFECT_LOGGING_TO_API_ENABLED: False,
-    }
+    lean = {settings.PREFECT_API_URL: url, settings.PREFECT_LOGGING_TO_API_ENABLED: False}
     with ExitStack() as stack:
         with kept.with_suffix(".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # the second process finds what the first has kept
@@ -95,6 +91,7 @@ def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
         stack.enter_context(context._temporary_global_settings_context(context.get_settings_context()))  # for threads
         patch = stack.enter_context(pytest.MonkeyPatch.context())
         patch.setattr(base, "clamped_poisson_interval", lambda seconds, _: seconds / 20)
+        patch.setattr(flow_engine, "_send_heartbeats", lambda *_, **__: nullcontext())
         yield
         EventsWorker.drain_all()
 
