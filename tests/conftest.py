@@ -96,7 +96,13 @@ def pytest_unconfigure() -> None:
 SLOW = (
     ("ui/test_workers.py", "ui/test_shards.py"),
     ("ui/test_browser.py", "ui/test_builders.py"),
-    ("limits/test_limits_server.py", "webhooks", "security/test_runs.py", "flows/test_automations.py"),
+    (
+        "limits/test_limits_server.py",
+        "webhooks",
+        "security/test_runs.py",
+        "flows/test_automations.py",
+        "cli/test_deployments.py",
+    ),
     ("net", "docs/test_docs_code.py", "flows/test_illustrate_postgresql.py"),
     ("docs/test_docs_tutorial.py",),
     ("protocol/test_real_processes.py", "storage"),

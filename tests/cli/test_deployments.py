@@ -63,7 +63,7 @@ def test_what_a_person_has_set_stays(handed_over: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("prefect_server")
+@pytest.mark.usefixtures("at_server_process")
 def test_what_prefect_refuses_is_one_sentence() -> None:
     with pytest.raises(SetupError, match="no-such-pool"):
         deployments._deploy(
