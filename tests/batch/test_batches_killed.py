@@ -1,4 +1,4 @@
-"""The whole path at size: 300 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
+"""The whole path at size: 150 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
 
 FAULTS = (
-    "create:lost_answer=0.02",
-    "create:error=0.01",
-    "create:error_after=0.01",
-    "get:cut_body=0.03",
-    "prediction:fail=0.01",
-    "prediction:fail_moderation=0.01",
-    "picture:truncated=0.01",
+    "create:lost_answer=0.04",
+    "create:error=0.02",
+    "create:error_after=0.02",
+    "get:cut_body=0.06",
+    "prediction:fail=0.02",
+    "prediction:fail_moderation=0.02",
+    "picture:truncated=0.02",
 )
-ROWS = 300
-KILLED_AT = (40, 100)
+ROWS = 150
+KILLED_AT = (20, 50)
 BUCKET = "killed-batches"
 DEADLINE_SECONDS = 600
 

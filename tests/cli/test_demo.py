@@ -25,6 +25,7 @@ from prefect_eachlabs.cli.demo import Progress
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.models import Item
+from tests.ui.stage import until
 
 # ---------------------------------------------------------------------------------------------- as a whole
 
@@ -121,53 +122,41 @@ def assert_nothing_is_left(running: subprocess.Popen[str], folder: Path) -> None
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_pictures_whatever_the_user_has_set_up_and_can_be_run_again(
+def test_the_demo_ends_with_pictures_whatever_the_user_has_set_up_and_an_earlier_demo_has_left(
     tmp_path: Path, hostile: Mapping[str, str]
 ) -> None:
     output = tmp_path / "work" / "demo-output"
     output.mkdir()
-    (output / "of-the-user.png").write_bytes(b"kept")
-    for pictures in (3, 1):
-        words = ("--pictures", str(pictures), "--service-seconds", "1")
-        with running_demo(tmp_path, hostile, *words) as running:
-            said = running.communicate(timeout=300)[0]
-        assert running.returncode == 0, said
-        assert "Traceback" not in said
-        assert "drawn by the emulator" in said
-        assert 'prefect-eachlabs generate "' in said
-        assert str(output) in said
-        rows = re.findall(r"s3://demo/images/(\S+)\.png +512 x 512 +\d\.\d s +\$0\.039", said)
-        assert rows == [f"{number:02d}-{name}" for number, name in enumerate(list(demo.PROMPTS)[:pictures], 1)]
-        pngs = {f"{row}.png" for row in rows} | {"contact-sheet.png"}
-        report = {"index.html", "report.json", "report.jsonl"}
-        assert {path.name for path in output.iterdir()} == pngs | report | {"of-the-user.png"}
-        linked = set(re.findall(r'(?:href|src)="(?!data:)([^"]+)"', (output / "index.html").read_text()))
-        assert linked == pngs | report - {"index.html"}
-        for name in pngs:
-            with Image.open(output / name) as picture:
-                picture.load()
-        assert_nothing_is_left(running, tmp_path)
+    names = [f"{number:02d}-{name}" for number, name in enumerate(demo.PROMPTS, 1)]
+    for name in ("of-the-user", *names):
+        (output / f"{name}.png").write_bytes(b"kept")
+    with running_demo(tmp_path, hostile, "--pictures", "2", "--service-seconds", "1") as running:
+        said = running.communicate(timeout=300)[0]
+    assert running.returncode == 0, said
+    assert "Traceback" not in said
+    assert "drawn by the emulator" in said
+    assert 'prefect-eachlabs generate "' in said
+    assert str(output) in said
+    rows = re.findall(r"s3://demo/images/(\S+)\.png +512 x 512 +\d\.\d s +\$0\.039", said)
+    assert rows == names[:2]
+    pngs = {f"{row}.png" for row in rows} | {"contact-sheet.png"}
+    report = {"index.html", "report.json", "report.jsonl"}
+    assert {path.name for path in output.iterdir()} == pngs | report | {"of-the-user.png"}
+    linked = set(re.findall(r'(?:href|src)="(?!data:)([^"]+)"', (output / "index.html").read_text()))
+    assert linked == pngs | report - {"index.html"}
+    for name in pngs:
+        with Image.open(output / name) as picture:
+            picture.load()
+    assert_nothing_is_left(running, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "interrupt", "at"),
-    [
-        ((), os.kill, "starting"),
-        ((), os.killpg, "on their way"),
-        (("--ui",), os.kill, "are there"),
-        (("--ui",), os.killpg, "running"),
-    ],
-    ids=["while it starts", "from a terminal, in flight", "--ui while it sets up", "--ui from a terminal, with runs"],
-)
+@pytest.mark.parametrize(("interrupt", "at"), [(os.kill, "starting"), (os.killpg, "on their way")])
 def test_an_interrupted_demo_leaves_nothing_behind(
-    words: tuple[str, ...],
-    interrupt: Callable[[int, int], None],
-    at: str,
-    tmp_path: Path,
-    hostile: Mapping[str, str],
+    interrupt: Callable[[int, int], None], at: str, tmp_path: Path, hostile: Mapping[str, str]
 ) -> None:
-    with running_demo(tmp_path, hostile, "--service-seconds", "60", *words) as running:
+    """By its parent, and from a terminal with predictions in flight."""
+    with running_demo(tmp_path, hostile, "--service-seconds", "60") as running:
         assert at in line_with(running, at)
         for _ in range(2):
             interrupt(running.pid, signal.SIGINT)
@@ -182,6 +171,7 @@ def test_an_interrupted_demo_leaves_nothing_behind(
 def test_the_demo_with_prefects_pages_has_runs_to_look_at_until_ctrl_c(
     tmp_path: Path, hostile: Mapping[str, str]
 ) -> None:
+    """From a terminal, while a run that somebody has started is at work."""
     with running_demo(tmp_path, hostile, "--ui", "--service-seconds", "1") as running:
         api = line_with(running, "Look at it: ").split()[-1] + "/api"
         runs = httpx.post(f"{api}/flow_runs/filter", json={}).json()
@@ -194,9 +184,11 @@ def test_the_demo_with_prefects_pages_has_runs_to_look_at_until_ctrl_c(
         assert report["data"].count('src="data:image/') == 10
         form = httpx.get(f"{api}/deployments/name/generate-batch/generate-batch").json()
         assert form["parameters"]["source"] == demo_ui.TABLE
-        assert len(of_the_same_folder(tmp_path)) > 2
-        running.send_signal(signal.SIGINT)
-        said = running.communicate(timeout=60)[0]
+        started = httpx.post(f"{api}/deployments/{form['id']}/create_flow_run", json={"state": {"type": "SCHEDULED"}})
+        run = f"{api}/flow_runs/{started.json()['id']}"
+        until(lambda: httpx.get(run).json()["state"]["type"] not in ("SCHEDULED", "PENDING"), 240, "it runs")
+        os.killpg(running.pid, signal.SIGINT)
+        said = running.communicate(timeout=120)[0]
     assert running.returncode == 0, said
     assert said.endswith("All of it has ended.\n")
     assert "Traceback" not in said

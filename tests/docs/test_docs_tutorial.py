@@ -126,7 +126,12 @@ def test_the_tutorial_can_be_walked(tmp_path: Path, ports: dict[str, str], requi
 
     folder = tmp_path / "pictures"
     folder.mkdir()
-    environment = a_users_environment(tmp_path, PREFECT_SERVER_API_PORT=ports["4200"], PREFECT_WORKER_QUERY_SECONDS="2")
+    environment = a_users_environment(
+        tmp_path,
+        PREFECT_SERVER_API_PORT=ports["4200"],
+        PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS="5",  # new schedules are looked at every 60 s otherwise
+        PREFECT_WORKER_QUERY_SECONDS="2",
+    )
     logs: list[Path] = []
     with ExitStack() as stack:
         terminal = Terminal(folder, environment)

@@ -51,7 +51,7 @@ def test_processes_killed_stopped_and_started_again_are_never_over(tmp_path: Pat
     """Longer than a window: SIGKILL, SIGINT, SIGSTOP and SIGCONT, with one or two beside each other all the time."""
     rng = random.Random(20261122)
     with EmulatorServer(EmulatorOptions(pictures="plain")) as emulator, children() as started:
-        until = time.monotonic() + 100
+        until = time.monotonic() + 75
         steps = [signal.SIGKILL, signal.SIGINT, signal.SIGSTOP, signal.SIGKILL, signal.SIGKILL, signal.SIGINT]
         step = 0
         while time.monotonic() < until:

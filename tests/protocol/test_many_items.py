@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import random
-from itertools import combinations_with_replacement
+from functools import partial
+from itertools import product
 
 import pytest
 
 from prefect_eachlabs.errors import EachlabsError, OutcomeUnknown
 from prefect_eachlabs.ledger.records import RecordState
-from tests.protocol.kit import Process, World, play, wanted
+from tests.protocol.kit import Fault, Process, World, play, wanted
 from tests.protocol.test_one_item import BOUNDARIES, NUMBERED, named
 
 UNLIMITED = {"requests_per_minute": None, "max_in_flight": None}
@@ -128,36 +129,35 @@ def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_predicti
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("posted", [True, False], ids=["lost after the POST", "lost before the POST"])
-@pytest.mark.parametrize("seconds", [40.0, 61.0, 66.0, 95.0])
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
-def test_the_same_whenever_it_thaws(boundary: tuple[int, str], seconds: float, posted: bool) -> None:
-    async def story() -> None:
+def test_the_same_whenever_it_thaws(boundary: tuple[int, str]) -> None:
+    async def story(seconds: float, lost: Fault) -> None:
         world = World()
         first = world.process(freeze_at=boundary[0])
         slow = asyncio.ensure_future(first.obtain(A))
         await first.froze.wait()
-        second = world.process(by_name=[("POST", "lose" if posted else "refuse", 1)])
+        second = world.process(by_name=[("POST", lost, 1)])
         other = asyncio.ensure_future(second.obtain(B))
         await asyncio.sleep(seconds)
         first.thaw()
         await asyncio.gather(slow, other)
         world.check([A, B])
 
-    play(story)
+    losses: tuple[Fault, ...] = ("lose", "refuse")  # after the POST, before it
+    for seconds, lost in product((40.0, 61.0, 66.0, 95.0), losses):
+        play(partial(story, seconds, lost))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("first_at", "second_at"), list(combinations_with_replacement(range(1, len(BOUNDARIES) + 1), 2))
-)
-def test_two_items_with_the_same_input_killed_at_any_two_boundaries(first_at: int, second_at: int) -> None:
-    async def story() -> None:
+@pytest.mark.parametrize("boundary", NUMBERED, ids=named)
+def test_two_items_with_the_same_input_killed_at_any_two_boundaries(boundary: tuple[int, str]) -> None:
+    async def story(second_at: int) -> None:
         world = World()
-        first, second = world.process(die_at=first_at), world.process(die_at=second_at)
+        first, second = world.process(die_at=boundary[0]), world.process(die_at=second_at)
         await asyncio.gather(first.dies(first.obtain(A)), second.dies(second.obtain(B)))
         third = world.process()
         await asyncio.gather(third.obtain(A), third.obtain(B))
         world.check([A, B])
 
-    play(story)
+    for second_at in range(boundary[0], len(BOUNDARIES) + 1):
+        play(partial(story, second_at))

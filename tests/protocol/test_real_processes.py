@@ -1,7 +1,7 @@
 """The same with real processes, real buckets over HTTP and real signals: SIGKILL and SIGSTOP at every kind of boundary.
 
-Each against two stores: moto's S3, and SeaweedFS, which is a distributed store with conditional writes of its own. All
-boundaries are test_one_item.py's, in virtual time.
+Against SeaweedFS, a distributed store with conditional writes of its own; a batch, and the conditions themselves,
+against moto's S3, too. All boundaries are test_one_item.py's, in virtual time.
 """
 
 from __future__ import annotations
@@ -159,6 +159,9 @@ def emulator() -> Iterator[EmulatorServer]:
         yield server
 
 
+SEAWEEDFS = pytest.mark.parametrize("s3", ["SeaweedFS"], indirect=True)
+
+
 @pytest.fixture(scope="module", params=["moto", "SeaweedFS"])
 def s3(request: pytest.FixtureRequest) -> Iterator[Store]:
     if request.param == "SeaweedFS":
@@ -198,6 +201,7 @@ def one_for_each_boundary() -> list[dict[str, str]]:
     return [{"item_id": f"item-{at}", "prompt": f"killed at {at}"} for at in STRUCK_AT]
 
 
+@SEAWEEDFS
 def test_killed_by_sigkill_at_each_kind_of_boundary_and_run_again_each_is_bought_once(scene: Scene) -> None:
     items = one_for_each_boundary()
 
@@ -220,6 +224,7 @@ def wait_until_stopped(child: subprocess.Popen[str]) -> None:
     assert ended.si_code == os.CLD_STOPPED, child.communicate()
 
 
+@SEAWEEDFS
 @pytest.mark.skipif(not hasattr(os, "waitid"), reason="needs waitid to see that a process is stopped")
 def test_stopped_at_each_kind_of_boundary_while_another_takes_over_each_is_bought_once(scene: Scene) -> None:
     """Stopped right before its POST, the one case that the promise leaves open, it reports what it bought too many."""
@@ -245,6 +250,7 @@ def test_stopped_at_each_kind_of_boundary_while_another_takes_over_each_is_bough
     assert len(scene.record(items[STRUCK_AT.index(BEFORE_THE_POST)]).also_bought) == 1
 
 
+@SEAWEEDFS
 def test_two_processes_racing_for_the_same_fifty_items_buy_each_once(scene: Scene) -> None:
     """Half of them with equal inputs, one order in ten without an answer."""
     scene.emulator.set_faults("create:lost_answer=0.1")
@@ -297,28 +303,26 @@ STAGES: dict[str, Callable[[Scene], bool]] = {
 
 
 @pytest.mark.parametrize("s3", ["moto"], indirect=True)
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_batch_that_is_interrupted_at_any_stage_is_finished_by_the_next(
-    scene: Scene, stage: str, tmp_path: Path
-) -> None:
+def test_a_batch_that_is_interrupted_at_each_stage_is_finished_by_the_last_run(scene: Scene, tmp_path: Path) -> None:
     """One order in ten loses its answer; what Ctrl-C cancelled cost nothing, and may be bought again."""
     scene.emulator.set_faults("create:lost_answer=0.1")
     prompts = [f"picture {number}" for number in range(24)]
-    source = tmp_path / "rows.csv"
+    source, log = tmp_path / "rows.csv", tmp_path / "log"
     source.write_text("id,prompt\n" + "".join(f"i{number},{prompt}\n" for number, prompt in enumerate(prompts)))
-    interrupted = scene.batch(source, tmp_path / "first")
-    deadline = time.monotonic() + STAGE_SECONDS
-    while not STAGES[stage](scene):
-        assert interrupted.poll() is None, (tmp_path / "first").read_text()
-        assert time.monotonic() < deadline, f"never {stage}"
-        time.sleep(0.02)
-    interrupted.send_signal(signal.SIGINT)
-    assert interrupted.wait(STAGE_SECONDS) in (130, -signal.SIGINT), (tmp_path / "first").read_text()
-    for attempt in ("second", "third"):  # what is too young to be settled at first
-        again = scene.batch(source, tmp_path / attempt)
-        if again.wait(180) == 0:
+    for stage, is_reached in STAGES.items():
+        interrupted = scene.batch(source, log)
+        deadline = time.monotonic() + STAGE_SECONDS
+        while not is_reached(scene):
+            assert interrupted.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"never {stage}"
+            time.sleep(0.02)
+        interrupted.send_signal(signal.SIGINT)
+        assert interrupted.wait(STAGE_SECONDS) in (130, -signal.SIGINT), log.read_text()
+    for _ in range(2):  # what is too young to be settled at first
+        last = scene.batch(source, log)
+        if last.wait(STAGE_SECONDS) == 0:
             break
-    assert again.returncode == 0, (tmp_path / "third").read_text()
+    assert last.returncode == 0, log.read_text()
     paid = Counter(one["input"]["prompt"] for one in scene.emulator.predictions() if one["cost_usd"])
     assert paid == Counter(prompts)
     assert scene.pictures() == len(prompts)
