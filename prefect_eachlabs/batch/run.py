@@ -200,6 +200,8 @@ class Batch:
         """What an interrupted run came to, where it had begun to buy and its report is written."""
         self._pace = Pace()
         self._news = 0
+        self._stored_now = 0
+        """Rows that this attempt has stored: an earlier one of the same run was no part of its minutes."""
         self._has_sheet = False
         self._state = "running"
         self._stopped_by: EachlabsError | None = None
@@ -485,6 +487,7 @@ class Batch:
     def _add(self, outcome: Outcome, *, is_news: bool = True) -> None:
         self.totals.add(outcome)
         self._news += is_news
+        self._stored_now += is_news and outcome.state is RowState.STORED
         is_there = outcome.state in THERE
         if is_there and outcome.image_url and len(self.references) < KEPT_REFERENCES:
             self.references[outcome.image_url] = None
@@ -501,7 +504,7 @@ class Batch:
         while True:
             await asyncio.sleep(min(TICK_SECONDS, self._show_seconds))
             now = loop.time()
-            self._pace.see(now, self.totals.count(RowState.STORED))
+            self._pace.see(now, self._stored_now)
             past_deadline, said = self._buyer.slots_past_deadline, self._said_past_deadline
             self._said_past_deadline = past_deadline
             if past_deadline > said:
@@ -524,7 +527,7 @@ class Batch:
         if total is not None and self.options.shard is not None:
             total = max(totals.items, total // self.options.shard[1])
         stored = totals.count(RowState.STORED)
-        per_minute = self._pace.per_minute(now, stored)
+        per_minute = self._pace.per_minute(now, self._stored_now)
         left = None if total is None or not per_minute else max(0, total - totals.items) * 60 / per_minute
         return Progress(
             done=totals.items,
@@ -555,7 +558,7 @@ class Batch:
             "started_at": self._started_at.isoformat(timespec="seconds"),
             "ended_at": self._ended_at.isoformat(timespec="seconds") if self._ended_at else None,
             "seconds": round(seconds, 3),
-            "pictures_per_minute": round(self.totals.count(RowState.STORED) * 60 / seconds, 1) if seconds else 0.0,
+            "pictures_per_minute": round(self._stored_now * 60 / seconds, 1) if seconds else 0.0,
             "budget_usd": self.options.budget_usd,
             "cost_usd": money(self.budget.spent_usd),
             "cost_unknown": self.budget.untold,

@@ -320,6 +320,18 @@ def test_the_page_holds_its_pictures_itself_and_each_is_read_once_over_all_runs(
     virtual_time.run(story())
 
 
+def test_the_pace_is_that_of_what_this_attempt_of_the_run_has_stored() -> None:
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        for count, stored_now in ((3, 3), (5, 2)):
+            await run(shop, source_of(prompts(count)), run_id="the-run")
+            told = shop.store.json("p/batches/spring/report.json")
+            assert told["stored"] == count, "its budget is one, over all attempts"
+            assert told["pictures_per_minute"] == pytest.approx(stored_now * 60 / told["seconds"], rel=0.01)
+
+    virtual_time.run(story())
+
+
 def test_all_thumbnails_together_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("PIL.Image")
     monkeypatch.setattr(thumbs, "MOST_CHARACTERS", 1_000)
