@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import IN_CI, ROOT
 from tests.security.hostile import MARKUP
-from tests.ui.conftest import BUCKET, PLACE, Studio
+from tests.ui.conftest import BUCKET, IMAGE, PLACE, Studio
 from tests.ui.stage import until
 
 pytestmark = pytest.mark.slow
@@ -26,37 +26,37 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # The UI would ask a telemetry host for its settings. A route of playwright's would turn the cache off.
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 ]
-PATIENCE_MS = 60_000
+PATIENCE_MS = 120_000
 PHOTOGRAPHS = bool(os.environ.get("PHOTOGRAPH"))
-"""Whether the pictures in docs/ are taken anew: PHOTOGRAPH=1 make test-slow."""
+"""Whether the pictures in docs/ are taken anew: PHOTOGRAPH=1 make test-ui."""
 UIS = pytest.mark.parametrize(("ui", "base"), [("v1", ""), ("v2", "/v2")])
 
 
 @pytest.fixture(scope="module")
-def browser(require_tool: Callable[[str], Path]) -> Iterator[Any]:
-    """The system's own chromium: a browser that playwright would download is another program."""
+def context(require_tool: Callable[[str], Path]) -> Iterator[Any]:
+    """The system's own chromium: a browser that playwright would download is another program. One cache for all."""
     chromium = require_tool("chromium")
     if not IN_CI:  # in CI a test that silently never runs would go unnoticed
         pytest.importorskip("playwright.sync_api")
     playwright = importlib.import_module("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=str(chromium), args=FLAGS)
-        yield browser
+        context = browser.new_context(viewport={"width": 1280, "height": 900}, reduced_motion="reduce")
+        context.set_default_timeout(PATIENCE_MS)
+        yield context
         browser.close()
 
 
 @pytest.fixture
-def page(browser: Any) -> Iterator[Any]:
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    # The UI would ask a telemetry host for its settings.
-    context.route(re.compile(r"^https?://(?!127\.0\.0\.1[:/])"), lambda route: route.abort())
+def page(context: Any) -> Iterator[Any]:
     page = context.new_page()
-    page.set_default_timeout(PATIENCE_MS)
     dialogs: list[str] = []
     page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
     yield page
-    context.close()
+    page.close()
     assert not dialogs, "a script of somebody else's ran"
 
 
@@ -66,12 +66,11 @@ WIDER = """() => [...document.querySelectorAll("table")].map(one => {
 }).filter(([_, beyond]) => beyond > 1)"""
 
 
-def photograph(page: Any, name: str, folder: Path) -> None:
-    """Into docs/ when asked to, else where tests put their things."""
+def photograph(page: Any, name: str) -> None:
+    """Into docs/, when asked to."""
     if PHOTOGRAPHS:
         page.wait_for_timeout(1_500)  # what moves comes to rest
-    in_docs = ROOT / "docs" / f"ui-{name}.png"
-    page.screenshot(path=str(in_docs if PHOTOGRAPHS and in_docs.exists() else folder / in_docs.name))
+        page.screenshot(path=str(ROOT / "docs" / f"ui-{name}.png"))
 
 
 def text_box(page: Any, name: str) -> Any:
@@ -83,13 +82,11 @@ def text_box(page: Any, name: str) -> Any:
 
 
 @UIS
-def test_an_operator_fills_in_the_form_and_sees_the_picture(
-    ui: str, base: str, studio: Studio, page: Any, tmp_path: Path
-) -> None:
+def test_an_operator_fills_in_the_form_and_sees_the_picture(ui: str, base: str, studio: Studio, page: Any) -> None:
     prompt = f"a lighthouse in a storm, {ui}, <b>bold</b> | [strokes](https://example.invalid)"
     if PHOTOGRAPHS:
         prompt = "a lighthouse in a storm, oil on canvas, thick strokes"
-    deployment = studio.stage.deployment("generate-image/generate-image")
+    deployment = studio.stage.deployment(IMAGE)
     form = f"{studio.stage.ui}{base}/deployments/deployment/{deployment['id']}/run"
     for name in ("not/a name", f"lighthouse-{ui}"):
         page.goto(form)
@@ -101,7 +98,7 @@ def test_an_operator_fills_in_the_form_and_sees_the_picture(
             page.get_by_role("button", name="Submit").click()
             page.get_by_text("does not match").first.wait_for()  # and nothing is begun
     text_box(page, "Prompt").scroll_into_view_if_needed()
-    photograph(page, f"{ui}-form", tmp_path)
+    photograph(page, f"{ui}-form")
     page.get_by_role("button", name="Submit").click()
 
     def submitted() -> str | None:
@@ -110,7 +107,7 @@ def test_an_operator_fills_in_the_form_and_sees_the_picture(
         found = [run for run in runs if run["parameters"].get("item_id") == f"lighthouse-{ui}"]
         return str(found[0]["id"]) if found else None
 
-    run_id = until(submitted, 30, "the form was submitted")
+    run_id = until(submitted, 90, "the form was submitted")
     run = studio.stage.ended(run_id)
     assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
     (artifact,) = studio.stage.artifacts(run_id)
@@ -121,15 +118,15 @@ def test_an_operator_fills_in_the_form_and_sees_the_picture(
     page.get_by_text(prompt, exact=True).wait_for()
     assert page.locator('a[href*="example.invalid"]').count() == 0
     page.get_by_text(f"{PLACE}/images/lighthouse-{ui}.png").first.wait_for()
-    photograph(page, f"{ui}-picture", tmp_path)
+    photograph(page, f"{ui}-picture")
 
 
 @UIS
-def test_the_blocks_forms_show_every_field(ui: str, base: str, studio: Studio, page: Any, tmp_path: Path) -> None:
+def test_the_blocks_forms_show_every_field(ui: str, base: str, studio: Studio, page: Any) -> None:
     page.goto(f"{studio.stage.ui}{base}/blocks/catalog/eachlabs-credentials/create")
     for title in ("API key", "Base URL", "Authentication", "Account", "Requests a minute", "Predictions in flight"):
         page.get_by_text(title, exact=False).first.wait_for()
-    photograph(page, f"{ui}-block", tmp_path)
+    photograph(page, f"{ui}-block")
     page.goto(f"{studio.stage.ui}{base}/blocks/catalog/eachlabs-s3-destination/create")
     for title in ("Bucket", "Prefix", "Region", "Endpoint", "AWS Credentials block", "KMS key", "Storage class"):
         page.get_by_text(title, exact=False).first.wait_for()
@@ -159,7 +156,7 @@ def batch_artifact(studio: Studio) -> str:
         ours = [one for one in found if one["resource"]["prefect.resource.id"] == f"{destination}/batches/boats"]
         return ours[0] if ours else None
 
-    asset = until(told, 30, "the server has the batch's asset")
+    asset = until(told, 90, "the server has the batch's asset")
     assert source in {one["prefect.resource.id"] for one in asset["related"]}
     assert asset["payload"]["stored"] == 5
     return str(report["id"])
@@ -167,16 +164,16 @@ def batch_artifact(studio: Studio) -> str:
 
 @UIS
 def test_a_batch_shows_its_totals_what_failed_and_a_gallery(
-    ui: str, base: str, studio: Studio, batch_artifact: str, page: Any, tmp_path: Path
+    ui: str, base: str, studio: Studio, batch_artifact: str, page: Any
 ) -> None:
     from playwright.sync_api import expect
 
     page.goto(f"{studio.stage.ui}{base}/artifacts/artifact/{batch_artifact}")
     gallery = page.locator('img[src^="data:image/webp"]')
-    expect(gallery).to_have_count(5, timeout=60_000)  # V2 draws the page once more in between
+    expect(gallery).to_have_count(5, timeout=PATIENCE_MS)  # V2 draws the page once more in between
     assert gallery.first.evaluate("image => image.complete && image.naturalWidth >= 100")
     page.get_by_text("an indecent *figure*").first.wait_for()
-    photograph(page, f"{ui}-batch", tmp_path)
+    photograph(page, f"{ui}-batch")
     assert page.evaluate(WIDER) == [], "tables run out of the page"
     shown = page.locator("body").inner_text().replace("&#58;", "")  # which stands in a prompt
     assert "&#" not in shown, "entities show as they are written"
@@ -202,7 +199,6 @@ def test_a_batchs_page_that_was_downloaded_shows_its_pictures_and_loads_nothing(
         shown.nth(at).evaluate("image => image.decode().then(() => image.naturalWidth)") > 100 for at in range(5)
     )
     assert page.get_by_text("an indecent *figure*").is_visible()
-    page.screenshot(path=str(tmp_path / "report.png"))
     assert not [url for url in asked if not url.startswith(("data:", "file:"))]
 
 
@@ -211,7 +207,7 @@ def runs_of_a_stranger(studio: Studio) -> list[str]:
     """Runs whose prompts and destinations are markup: a picture, a table that cannot be read, and what settle found."""
     place = f"s3://{BUCKET}/![x](https://evil.invalid/p.png)<img src=x onerror=alert(1)>"
     wanted = [
-        ("generate-image/generate-image", "COMPLETED", {"prompt": MARKUP, "item_id": "of-a-stranger"}),
+        (IMAGE, "COMPLETED", {"prompt": MARKUP, "item_id": "of-a-stranger"}),
         ("generate-batch/generate-batch", "FAILED", {"source": f"s3://{BUCKET}/{MARKUP}.csv"}),
         ("settle/settle", "COMPLETED", {}),
     ]
@@ -225,24 +221,24 @@ def runs_of_a_stranger(studio: Studio) -> list[str]:
 
 @UIS
 def test_who_fills_in_a_form_puts_nothing_but_words_on_a_page(
-    ui: str, base: str, studio: Studio, runs_of_a_stranger: list[str], page: Any, tmp_path: Path
+    ui: str, base: str, studio: Studio, runs_of_a_stranger: list[str], page: Any
 ) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
     # Without a key it is Prefect's own note of a result.
     artifacts = [one for run in runs_of_a_stranger for one in studio.stage.artifacts(run) if one["key"]]
-    assert len(artifacts) == 2
+    assert [one["key"] for one in artifacts] == ["eachlabs-of-a-stranger", "eachlabs-settle"]
     pages = [
         *(f"/artifacts/artifact/{one['id']}" for one in artifacts),
-        *(f"/artifacts/key/{one['key']}" for one in artifacts),
-        *(f"/runs/flow-run/{run}" for run in runs_of_a_stranger),
+        f"/artifacts/key/{artifacts[0]['key']}",
+        *(f"/runs/flow-run/{run}" for run in runs_of_a_stranger[:2]),
         "/artifacts",
     ]
     for number, path in enumerate(pages):
         page.goto(f"{studio.stage.ui}{base}{path}")
         if number < len(artifacts):
             page.get_by_text("<img src=x onerror=alert(1)>").first.wait_for()  # shown, and as it is
-        photograph(page, f"{ui}-stranger-{number}", tmp_path)
+        page.screenshot()  # once all is drawn
         assert page.locator('[src*="evil.invalid"], [src="x"], [onerror]').count() == 0, path
         for link in page.locator('a[href*="evil.invalid"]').all():
             # Prefect's own, of every address in a log; it says where it leads.
@@ -251,30 +247,24 @@ def test_who_fills_in_a_form_puts_nothing_but_words_on_a_page(
     assert not [url for url in asked if "evil.invalid" in url.partition("?")[0]]
 
 
-@UIS
-def test_a_run_is_cancelled_from_the_browser(ui: str, base: str, studio: Studio, page: Any) -> None:
-    prompt, item_id = f"a snail on its way in {ui}", f"snail-{ui}"
+def test_a_run_cancelled_from_the_browser_cancels_its_prediction_and_the_next_run_buys_again(
+    studio: Studio, page: Any
+) -> None:
+    prompt = "a snail on its way"
     studio.api.set_faults("prediction:slow,seconds=120,matching=snail")
-    run_id = studio.stage.run("generate-image/generate-image", prompt=prompt, destination=PLACE, item_id=item_id)
-    page.goto(f"{studio.stage.ui}{base}/runs/flow-run/{run_id}")
-    until(lambda: (studio.record(item_id) or {}).get("state") == "created", 120, "the snail is bought")
+    run_id = studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id="snail")
+    page.goto(f"{studio.stage.ui}/runs/flow-run/{run_id}")
+    until(lambda: (studio.record("snail") or {}).get("state") == "created", 240, "the snail is bought")
     page.get_by_text("Running").first.wait_for()
-    press_cancel(page)
-    until(lambda: studio.predictions(prompt)[0]["status"] == "cancelled", 40, "the prediction is cancelled")
-    assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
-    studio.api.set_faults()
-    record = studio.record(item_id)
-    assert record is not None
-    assert record["state"] == "cancelled"
-
-
-def press_cancel(page: Any) -> None:
-    """A button (V1) or an entry in the run's menu (V2); both ask whether one is sure."""
-    button = page.get_by_role("button", name="Cancel", exact=True)
-    if button.count() > 0:
-        button.first.click()
-    else:
-        page.locator("button[aria-haspopup=menu]").last.click()
-        page.get_by_role("menuitem", name="Cancel").first.click()
-    asked = page.get_by_role("dialog").or_(page.get_by_role("alertdialog"))
+    page.get_by_role("button", name="Cancel", exact=True).first.click()
+    asked = page.get_by_role("dialog").or_(page.get_by_role("alertdialog"))  # whether one is sure
     asked.get_by_role("button", name=re.compile("Cancel|Confirm")).last.click()
+    until(lambda: studio.predictions(prompt)[0]["status"] == "cancelled", 90, "the prediction is cancelled")
+    assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
+    record = studio.record("snail")
+    assert record is not None
+    assert (record["state"], record["cancel_requested"]) == ("cancelled", True)
+    studio.api.set_faults()
+    again = studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id="snail")
+    assert studio.stage.ended(again)["state"]["type"] == "COMPLETED"
+    assert [one["status"] for one in studio.predictions(prompt)] == ["cancelled", "success"]

@@ -1,4 +1,4 @@
-"""A batch over two workers, one of which dies while the server is restarted: billed once, within the limits."""
+"""A batch over two workers, one of which dies, while the server is restarted: billed once, within the limits."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from tests.ui.stage import BEAT_SECONDS, until
 pytestmark = pytest.mark.slow
 
 BATCH = "generate-batch/generate-batch"
-ROWS = 40
+ROWS = 30
 
 
-@pytest.mark.parametrize("what", ["loses its power", "is killed alone"])
-def test_forty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_server_restarts(
-    studio: Studio, what: str
-) -> None:
-    """The worker is that of the run that writes the report."""
+@pytest.mark.parametrize("what", ["is killed alone", "loses its power"])
+def test_rows_over_two_workers_are_billed_once_though_one_dies(studio: Studio, what: str) -> None:
+    """The worker is that of the run that writes the report. With its power, the server goes and comes again."""
     s3, stage, name = studio.client(), studio.stage, what.rpartition(" ")[2]
     prompts = [f"{name} harbour at {n} o'clock" for n in range(ROWS)]
     dead_runs_end_soon(studio)
@@ -40,20 +38,20 @@ def test_forty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_ser
             shards=2,
             chunk_size=10,
         )
-        until(lambda: running_shard(studio), 120, f"the shard runs; {stage.tails()}", every_seconds=1)
-        until(lambda: len(bought()) >= ROWS // 3, 120, "a third is bought", every_seconds=0.5)
+        until(lambda: running_shard(studio), 240, f"the shard runs; {stage.tails()}", every_seconds=1)
+        until(lambda: len(bought()) >= ROWS // 3, 240, "a third is bought", every_seconds=0.5)
         worker = stage.worker_of(run_id)
-        if what == "loses its power":
-            stage.cut_power(worker)
-        else:
+        if what == "is killed alone":
             worker.kill()  # its runs live on, and write their logs to nobody
-        stage.stop_server()
-        stage.start_server()
-        if what == "loses its power":  # and so does its concurrency slot: the next run would be cancelled
+        else:
+            stage.cut_power(worker)
+            stage.stop_server()
+            stage.start_server()
             dead = stage.ended(run_id)
             assert dead["state"]["type"] == "CRASHED"
             assert "heartbeats stopped" in dead["state"]["message"]
             stage.start_worker()
+            # Its concurrency slot has ended with it, or this run would be cancelled.
             run_id = stage.run(BATCH, **stage.flow_run(run_id)["parameters"])
         run = stage.ended(run_id, within_seconds=300)
         assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
@@ -63,7 +61,7 @@ def test_forty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_ser
         assert report["stored"] + report["reused"] == ROWS
         assert bought() == sorted(prompts)
         told = {"event": {"name": ["eachlabs.batch.finished"]}, "resource": {"id": [f"eachlabs.batch.{name}"]}}
-        until(lambda: stage.ask("POST", "/events/filter", {"filter": told})["events"], 30, "the event is there")
+        until(lambda: stage.ask("POST", "/events/filter", {"filter": told})["events"], 90, "the event is there")
         tallies = studio.api.tallies()
         assert tallies["worst_in_flight"] <= 10
         assert tallies["worst_window"] <= 60
@@ -74,7 +72,7 @@ def test_forty_rows_over_two_workers_are_billed_once_though_one_dies_and_the_ser
 def dead_runs_end_soon(studio: Studio) -> None:
     """The automation that `setup` made acts sooner."""
     (found,) = studio.stage.ask("POST", "/automations/filter", {"automations": {"name": {"any_": [DEAD_RUNS]}}})
-    shortened = {**dead_runs(BEAT_SECONDS), "trigger": {**found["trigger"], "within": BEAT_SECONDS + 10}}
+    shortened = {**dead_runs(BEAT_SECONDS), "trigger": {**found["trigger"], "within": BEAT_SECONDS + 20}}
     studio.stage.ask("PUT", f"/automations/{found['id']}", shortened)
 
 
