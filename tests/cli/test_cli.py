@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.cli import generate
 from prefect_eachlabs.cli.generate import may_have_prefect_server
@@ -476,10 +477,11 @@ def test_a_port_that_is_taken_or_none_is_refused_in_a_line(
     words: list[str], capsys: Printed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EACHLABS_WEBHOOK_SECRET", "a-secret-of-tests-that-is-long-enough")
-    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     assert main([*words, "--port", "80000"]) == 2
     assert 'Invalid value "80000" for --port. A port is 0 to 65535.' in capsys.readouterr().err
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+    # Not by the environment, which Prefect has read when another test of this process has asked it.
+    settings = temporary_settings({PREFECT_API_URL: "http://127.0.0.1:9/api"})
+    with settings, socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert main([*words, "--port", str(port)]) == 2
     assert capsys.readouterr().err == f"prefect-eachlabs: Port {port} is taken: choose another with --port.\n"
