@@ -44,7 +44,9 @@ def test_set_up_twice_and_looked_at_all_is_well(studio: Studio) -> None:
     assert {done for what in ("work_pool", "blocks", "automations") for done in again[what].values()} == {"there"}
     seen = studio.stage.command("prefect-eachlabs", "doctor", "--to", TO_THE_BLOCK, "--json", status=None)
     found = {one["about"]: one for one in json.loads(seen.stdout)["findings"]}
-    assert {one["state"] for about, one in found.items() if about != "webhooks"} == {"ok"}, found
+    assert {one["state"] for about, one in found.items() if about != "webhooks"} == {"ok"}, [
+        one for one in found.values() if one["state"] != "ok"
+    ]
     assert found["webhooks"]["state"] == "-"  # they are not set up
     assert found["leases"]["said"] == "filesystem"
     assert "a-key-of-tests" not in seen.stdout + seen.stderr
