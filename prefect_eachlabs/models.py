@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import re
-import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -389,13 +388,19 @@ class Execution:
     output_urls: tuple[str, ...] = ()
 
 
+@functools.lru_cache(maxsize=64)
+def _shared(text: str) -> str:
+    """The one of several equal texts; not `sys.intern`, which Python 3.12 never frees: these words are others'."""
+    return text
+
+
 def parse_executions(answer: object) -> tuple[Execution, ...]:
     """The rows of a page, newest first as sent; rows without a usable id are left out."""
     rows = answer.get("executions") if isinstance(answer, Mapping) else answer
     executions = []
     turns = iter(range(_MAX_VALUES))
     # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.
-    text = functools.cache(lambda said: sys.intern(_text(said) or ""))
+    text = functools.cache(lambda said: _shared(_text(said) or ""))
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
             output = _unwrap_json(row.get("output"))
@@ -405,7 +410,7 @@ def parse_executions(answer: object) -> tuple[Execution, ...]:
                     id=found,
                     model=text(model) if isinstance(model := row.get("model"), str) else _text(model),
                     status=parse_status(word),
-                    status_word=sys.intern(visible(str(word)[:80])) if word is not None else "",
+                    status_word=_shared(visible(str(word)[:80])) if word is not None else "",
                     cost_usd=_number(row.get("execution_cost")),
                     run_time_seconds=_number(row.get("run_time")),
                     created_at=parse_date(row.get("created_at")),

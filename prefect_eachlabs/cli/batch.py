@@ -17,7 +17,7 @@ from uuid import uuid4
 from prefect_eachlabs.cli.generate import source_of_places
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.net.redaction import visible
+from prefect_eachlabs.net.redaction import shown
 
 if TYPE_CHECKING:
     from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
@@ -205,7 +205,7 @@ def _reasons(rows: Sequence[Outcome], count: int) -> list[str]:
 def _named(row: Outcome) -> str:
     """Where it stands, and its id where the table gives one: a fingerprint tells nobody anything."""
     is_named = not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", row.item_id or "")
-    return f"{row.place}, {visible(row.item_id[:140])}" if row.item_id and is_named else row.place
+    return f"{row.place}, {shown(row.item_id)[:140]}" if row.item_id and is_named else row.place
 
 
 def _plan_text(plan: Plan) -> str:
