@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import source_of_places
+from prefect_eachlabs.cli.generate import slot_source
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.net.redaction import shown
@@ -152,7 +152,7 @@ def _run(
         return Interrupted(text, {**result.as_json(), **numbers})
 
     try:
-        answer = call(source_of_places(), work, came_of)
+        answer = call(slot_source(), work, came_of)
         return answer, batch.first_not_there if batch else ()
     finally:
         worker.close()

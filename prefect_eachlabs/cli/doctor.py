@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 
-PLACE_WITHIN_SECONDS = 20.0
+SLOT_WITHIN_SECONDS = 20.0
 CALL_WITHIN_SECONDS = 15.0
 TAKEN_ELSEWHERE = (
     "The receiver took it: does it have the same PREFECT_API_URL as this machine, and do their clocks agree to a "
@@ -192,7 +192,7 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Said:
     try:
         seconds = gateway.call(_ask(gateway))
     except asyncio.TimeoutError:
-        said = f"not asked: no request was free within {PLACE_WITHIN_SECONDS:.0f} s"
+        said = f"not asked: no request was free within {SLOT_WITHIN_SECONDS:.0f} s"
         return MEND, said, "The account is busy, or slots are lost (prefect-eachlabs limits show)."
     except KeyRefused as error:
         return WRONG, f"{settings.base_url} refuses the key (HTTP {error.status_code})", "Check EACHLABS_API_KEY."
@@ -214,7 +214,7 @@ async def _ask(gateway: Gateway) -> float:
     account = gateway.engine.account
     began = 0.0
     for ask in (account.client.check_api, partial(account.client.executions, limit=1)):
-        slot = await asyncio.wait_for(account.limiter.take_request(question=True), PLACE_WITHIN_SECONDS)
+        slot = await asyncio.wait_for(account.limiter.take_request(question=True), SLOT_WITHIN_SECONDS)
         began = asyncio.get_running_loop().time()
         try:
             await ask()

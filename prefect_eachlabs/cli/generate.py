@@ -111,7 +111,7 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
         again = " Run the same again, and it goes on from there."
         return Interrupted(text + again, {"item_id": item.item_id, "prediction_id": next(iter(ends), None), **numbers})
 
-    image = call(source_of_places(), work, came_of)
+    image = call(slot_source(), work, came_of)
     # An attempt after the one that bought finds what is there, and it was bought all the same.
     return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
 
@@ -122,13 +122,13 @@ def account_gateway() -> Iterator[Gateway]:
     from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 
     try:
-        yield gateway_for(make_source=source_of_places())
+        yield gateway_for(make_source=slot_source())
     finally:
         close_gateways()
 
 
-def source_of_places() -> MakeSource | None:
-    """Where places come from: the Prefect server's limits where one may be configured, else this machine's."""
+def slot_source() -> MakeSource | None:
+    """Where slots come from: the Prefect server's limits where one may be configured, else this machine's."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None
     from prefect_eachlabs.limits.prefect_leases import lot_source_for

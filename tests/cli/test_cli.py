@@ -370,9 +370,9 @@ def test_prefect_is_asked_for_a_server_only_where_its_settings_may_name_one(
 def test_with_a_prefect_server_the_limits_are_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    assert generate.source_of_places() is None
+    assert generate.slot_source() is None
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    source = generate.source_of_places()
+    source = generate.slot_source()
     assert source is not None
     assert source.__name__ == "lot_source_for"
 
