@@ -113,7 +113,7 @@ class Scene:
         return int(listed["KeyCount"])
 
     def batch(self, source: Path, log: Path) -> subprocess.Popen[str]:
-        """`prefect-eachlabs batch SOURCE`, with what it writes in `log`."""
+        """`prefect-eachlabs batch SOURCE`, with what it writes in `log`, after a line once Python itself is up."""
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")},
             **self._s3.environment(),
@@ -124,7 +124,8 @@ class Scene:
             "EACHLABS_SETTLING_SECONDS": "2",
             "PYTHONPATH": str(ROOT),
         }
-        command = [sys.executable, "-m", "prefect_eachlabs", "batch", str(source)]
+        program = "import sys; print('up', flush=True); from prefect_eachlabs.cli.main import main; sys.exit(main())"
+        command = [sys.executable, "-c", program, "batch", str(source)]
         with log.open("w") as written:
             child = subprocess.Popen(
                 [*command, "--to", f"s3://{BUCKET}/{self._prefix}"],
@@ -293,12 +294,12 @@ def test_of_twelve_writers_one_makes_a_record_and_one_changes_it(s3: Store) -> N
     asyncio.run(story())
 
 
-STAGES: dict[str, Callable[[Scene], bool]] = {
-    "while it starts": lambda scene: True,
-    "at its first claims": lambda scene: scene.keys("records/") > 0,
-    "with predictions in flight": lambda scene: scene.emulator.tallies()["in_flight"] >= 5,
-    "while pictures are stored": lambda scene: scene.pictures() >= 3,
-    "near its end": lambda scene: scene.pictures() >= 20,
+STAGES: dict[str, Callable[[Scene, Path], bool]] = {
+    "while it starts": lambda _, log: bool(log.read_text()),
+    "at its first claims": lambda scene, _: scene.keys("records/") > 0,
+    "with predictions in flight": lambda scene, _: scene.emulator.tallies()["in_flight"] >= 5,
+    "while pictures are stored": lambda scene, _: scene.pictures() >= 3,
+    "near its end": lambda scene, _: scene.pictures() >= 20,
 }
 
 
@@ -312,7 +313,7 @@ def test_a_batch_that_is_interrupted_at_each_stage_is_finished_by_the_last_run(s
     for stage, is_reached in STAGES.items():
         interrupted = scene.batch(source, log)
         deadline = time.monotonic() + STAGE_SECONDS
-        while not is_reached(scene):
+        while not is_reached(scene, log):
             assert interrupted.poll() is None, log.read_text()
             assert time.monotonic() < deadline, f"never {stage}"
             time.sleep(0.02)
