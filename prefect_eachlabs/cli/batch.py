@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
 from prefect_eachlabs.cli.generate import slot_source
+from prefect_eachlabs.cli.main import ITEM_FAILED, SET_UP_WRONG
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.net.redaction import shown
@@ -119,7 +120,7 @@ def batch(
     print(said, flush=True)
     if answer.is_complete:
         return 0
-    return 2 if answer.set_up_wrong else 1
+    return SET_UP_WRONG if answer.set_up_wrong else ITEM_FAILED
 
 
 def _run(
