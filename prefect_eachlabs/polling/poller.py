@@ -75,8 +75,9 @@ class Poller:
         self._throttles_in_a_row = 0
         self._answered_at = -math.inf
         self._closed = False
-        self.on_unheard: Callable[[str, bool], None] = lambda prediction_id, overdue: None
-        """Told of each end that was asked for although a call was to tell it, and whether that was overdue."""
+        self.on_unheard: Callable[[str, bool, float], None] = lambda prediction_id, overdue, ended_after: None
+        """Told of each end that was asked for although a call was to tell it, whether that was overdue, and the loop
+        time after which it happened."""
 
     def __repr__(self) -> str:
         return f"<Poller of {len(self._schedule.watched)}, {len(self._questions)} questions out>"
@@ -132,6 +133,11 @@ class Poller:
     def calls_come(self, they_do: bool) -> None:
         self._schedule.calls_come = they_do
         self._wake_up.set()
+
+    def ended_after(self, prediction_id: str) -> float:
+        """The loop time before which it had not ended, as far as is known."""
+        watched = self._schedule.watched.get(prediction_id)
+        return -math.inf if watched is None else self._schedule.ended_after(watched)
 
     def expect_call(self, prediction_id: str) -> None:
         """The vendor was asked to call when it ends."""
@@ -418,7 +424,8 @@ class Poller:
     def _end(self, watched: Watched, end: Prediction, *, by_call: bool = False) -> None:
         if watched.calls and not by_call:
             overdue = asyncio.get_running_loop().time() >= self._schedule.call_until(watched)
-            self.on_unheard(watched.prediction.id, overdue)
+            told_at = watched.began_at + (end.predict_time_seconds or 0.0)
+            self.on_unheard(watched.prediction.id, overdue, max(told_at, self._schedule.ended_after(watched)))
         if watched.created_here and not by_call:  # a call may be late
             self._durations.learn(
                 watched.prediction.model,

@@ -280,6 +280,10 @@ class Schedule:
         """
         return bool(self._askable(now)) and self._limiter.pressure(Kind.REQUESTS) >= 0.8 and self._scarce()
 
+    def ended_after(self, watched: Watched) -> float:
+        """When it was seen pending, or nearly none of its model has ended yet."""
+        return max(watched.pending_at or -math.inf, watched.began_at + self._age(watched, 0.05))
+
     def call_until(self, watched: Watched) -> float:
         """Until when its call is waited for."""
         return watched.began_at + self._age(watched, 0.99) + CALL_SECONDS

@@ -35,7 +35,7 @@ MOST_HASHED_BYTES = 64 * 1024 * 1024
 """And so much is hashed for it, which takes a tenth of a second: its body comes from anybody, once for each secret."""
 MISSED_IN_A_ROW = 2
 LATE_SECONDS = 5.0
-"""A call that comes so long after the end was seen, or happened, is of no use: asking is faster."""
+"""A call that comes so long after the end is of no use: asking is faster."""
 
 
 class Verdict(str, Enum):
@@ -84,7 +84,7 @@ class Webhooks:
         self._last_useful_at = -math.inf
         self._missed = 0
         self._ends_asked: OrderedDict[str, float] = OrderedDict()
-        """Prediction → when its end was seen by asking, of those whose call had not come."""
+        """Prediction → after when it ended, of those whose end was seen by asking and whose call had not come."""
         self._ended_at: OrderedDict[str, float] = OrderedDict()
         """Prediction → when its end was seen, of all that were to be called about."""
         self.given_up = False
@@ -208,11 +208,12 @@ class Webhooks:
 
     def _tell(self, end: Prediction) -> Verdict:
         now = asyncio.get_running_loop().time()
-        asked_at = self._ends_asked.pop(end.id, None)
+        ended_after = self._ends_asked.pop(end.id, self._poller.ended_after(end.id))
         first = self._poller.ended(end)
         if first:
             _remember(self._ended_at, end.id, now)
-        if first or (asked_at is not None and now - asked_at <= LATE_SECONDS):
+        # Where ends are asked for, a call may be late and the first all the same: the question had to wait.
+        if now - ended_after <= LATE_SECONDS or (first and self._poller.calls_come):
             self._last_useful_at, self._missed, self.given_up = now, 0, False
             self._poller.calls_come = True
         if not first:
@@ -236,11 +237,11 @@ class Webhooks:
 
     # ---- whether calls are to be counted on
 
-    def _unheard(self, prediction_id: str, overdue: bool) -> None:
+    def _unheard(self, prediction_id: str, overdue: bool, ended_after: float) -> None:
         """An end was asked for although a call was to tell it: the call has 30 s more, unless it was overdue."""
         loop = asyncio.get_running_loop()
         now = loop.time()
-        _remember(self._ends_asked, prediction_id, now)
+        _remember(self._ends_asked, prediction_id, ended_after)
         _remember(self._ended_at, prediction_id, now)
         loop.call_later(0.0 if overdue else CALL_SECONDS, self._miss, prediction_id, now - CALL_SECONDS * overdue)
 
