@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Generator, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -285,11 +286,17 @@ def seaweedfs(require_tool: Callable[[str], Path]) -> Iterator[SeaweedFS]:
 
 
 @pytest.fixture(scope="session")
-def server_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    """`prefect server start` on SQLite, once for the slow tests (of a process), who may start it again."""
+def kept_database(request: pytest.FixtureRequest) -> Path:
+    """Where the SQLite database of Prefect's servers is kept as migrations leave it: in pytest's cache."""
+    return Path(request.config.cache.mkdir(f"prefect-{version('prefect')}"))
+
+
+@pytest.fixture(scope="session")
+def server_process(kept_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """A Prefect server with all its services, on SQLite, once (in a process); tests may start it again."""
     from tests.ui.stage import opened
 
-    with opened(tmp_path_factory.mktemp("server"), None, {}) as stage:
+    with opened(tmp_path_factory.mktemp("server"), kept_database, {}) as stage:
         yield stage
 
 

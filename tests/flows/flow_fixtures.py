@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
-import shutil
-import sqlite3
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -43,50 +41,35 @@ class Studio:
 
 
 @pytest.fixture(scope="session")
-def prefect_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def prefect_server(kept_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own.
 
     What `prefect_test_harness` and tests on it would mostly take: the server's code in this process as well (3 s of
-    CPU), its migrations (6 s, so their outcome is kept in pytest's cache), the client's two seconds after each
-    "database is locked", the second in which a flow run notices that its heartbeats may stop, and logs that are sent
-    to the server, where no test reads them.
+    CPU), its migrations (9 s), the client's two seconds after each "database is locked", the second in which a flow
+    run notices that its heartbeats may stop, and logs that are sent to the server, where no test reads them.
     """
-    import prefect  # two seconds that most tests need not pay
-    from prefect import context, flow_engine, settings
+    from prefect import context, flow_engine, settings  # two seconds that most tests need not pay
     from prefect.client import base
     from prefect.events.worker import EventsWorker
 
-    from tests.ui.stage import Process, answers, free_port, until
+    from tests.ui.stage import SERVER, Process, answers, environment_of_server, free_port, migrated, until
 
-    database = tmp_path_factory.mktemp("prefect-server") / "prefect.db"
-    kept = request.config.cache.mkdir("prefect-server") / f"{prefect.__version__}.db"
+    folder = tmp_path_factory.mktemp("prefect-server")
     port = str(free_port())
     url = f"http://127.0.0.1:{port}/api"
-    command = [
-        *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
-        *("--host", "127.0.0.1", "--port", port, "--log-level", "error", "--lifespan", "on"),
-    ]
+    command = [sys.executable, *SERVER, port, "--log-level", "error", "--lifespan", "on"]
     environment = {
         **os.environ,
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{database}",
+        **environment_of_server(folder),
         "PREFECT_SERVER_UI_ENABLED": "false",
         "PREFECT__SERVER_EPHEMERAL": "1",
     }
     lean = {settings.PREFECT_API_URL: url, settings.PREFECT_LOGGING_TO_API_ENABLED: False}
     with ExitStack() as stack:
-        with kept.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the second process finds what the first has kept
-            if is_kept := kept.exists():
-                shutil.copy(kept, database)
-            server = Process(command, environment, database.with_suffix(".log"))
+        with migrated(folder, kept_database):
+            server = Process(command, environment, folder / "log")
             stack.callback(server.stop)
             until(lambda: answers(url, server), 300, "the server answers")
-            if not is_kept:
-                half = kept.with_suffix(".half")
-                half.unlink(missing_ok=True)
-                with closing(sqlite3.connect(database)) as made, closing(sqlite3.connect(half)) as copy:
-                    made.backup(copy)
-                half.replace(kept)
         stack.enter_context(settings.temporary_settings(lean))
         stack.enter_context(context._temporary_global_settings_context(context.get_settings_context()))  # for threads
         patch = stack.enter_context(pytest.MonkeyPatch.context())

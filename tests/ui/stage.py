@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -98,6 +100,45 @@ def answers(url: str, server: Process) -> bool:
     return False
 
 
+SERVER = ("-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port")
+"""What `prefect server start` ends in, without the three seconds that its command line takes to load."""
+
+
+def environment_of_server(folder: Path) -> dict[str, str]:
+    """For a server whose SQLite database is there."""
+    return {
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo.toml"),  # which blocks it has registered
+    }
+
+
+@contextlib.contextmanager
+def migrated(folder: Path, kept: Path) -> Iterator[None]:
+    """Around the first start of a server on SQLite: its database is a copy of one that another had migrated.
+
+    Migrations and blocks take 10 s of CPU. The first server makes the kept one; who comes meanwhile waits for it.
+    """
+    names = ("memo.toml", "prefect.db")
+    with (kept / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (kept / "prefect.db").exists():
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            for name in names:
+                shutil.copy(kept / name, folder / name)
+            yield
+            return
+        yield
+        half = kept / "half.db"
+        half.unlink(missing_ok=True)
+        with contextlib.ExitStack() as both:
+            made, copy = (
+                both.enter_context(contextlib.closing(sqlite3.connect(one))) for one in (folder / "prefect.db", half)
+            )
+            made.backup(copy)
+        shutil.copy(folder / "memo.toml", kept / "memo.toml")
+        half.replace(kept / "prefect.db")
+
+
 class PostgreSQL:
     """A cluster in a folder of its own; as root it runs as the user postgres, as it insists on."""
 
@@ -163,10 +204,10 @@ class PostgreSQL:
 class Stage:
     """Server, workers and commands, all with homes of their own."""
 
-    def __init__(self, folder: Path, database_url: str | None, given: Mapping[str, str]) -> None:
+    def __init__(self, folder: Path, database: str | Path, given: Mapping[str, str]) -> None:
         self.folder = folder
         self.given = dict(given)
-        self._database_url = database_url
+        self._database = database
         self._port = free_port()
         self.ui = f"http://127.0.0.1:{self._port}"
         self.url = f"{self.ui}/api"
@@ -196,15 +237,19 @@ class Stage:
             PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT="false",
         )
         del environment["PREFECT_API_URL"]
-        if self._database_url is not None:
-            environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = self._database_url
-        port = ["--host", "127.0.0.1", "--port", str(self._port)]
-        server = Process(
-            [sys.executable, "-m", "prefect", "server", "start", *port], environment, self.folder / "server.log"
-        )
-        self._server = server
-
-        until(lambda: answers(self.url, server), START_WITHIN_SECONDS, "the server answers")
+        begun: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(self._database, Path):
+            home = self.folder / "server"
+            environment.update(environment_of_server(home))
+            if not (home / "prefect.db").exists():
+                begun = migrated(home, self._database)
+        else:
+            environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = self._database
+        with begun:
+            server = self._server = Process(
+                [sys.executable, *SERVER, str(self._port)], environment, self.folder / "server.log"
+            )
+            until(lambda: answers(self.url, server), START_WITHIN_SECONDS, "the server answers")
 
     def stop_server(self) -> None:
         if self._server is not None:
@@ -334,8 +379,9 @@ class Stage:
 
 
 @contextlib.contextmanager
-def opened(folder: Path, database_url: str | None, given: Mapping[str, str]) -> Iterator[Stage]:
-    stage = Stage(folder, database_url, given)
+def opened(folder: Path, database: str | Path, given: Mapping[str, str]) -> Iterator[Stage]:
+    """On PostgreSQL at a URL, or on SQLite, as databases of it are kept in a folder."""
+    stage = Stage(folder, database, given)
     try:
         stage.start_server()
         yield stage
