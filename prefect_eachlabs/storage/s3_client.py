@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import functools
+import io
 import logging
 import os
 import threading
@@ -45,6 +46,8 @@ THREADS = 16
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 15.0
 ATTEMPTS = 3
+SENT_AT_ONCE_BYTES = 64 * 1024
+"""What a connection takes unread: whoever refuses a larger body need not be sent it."""
 MOST_WORDS = 8_000
 """Characters of what S3 says, at most, that are looked through."""
 MOST_CODE_CHARACTERS = 100
@@ -119,7 +122,7 @@ class S3Process:
 
     def client(self, access: S3Access) -> Any:
         """The client of this access, made at first use; a changed AWS_ environment makes another one."""
-        key = (access, frozenset(pair for pair in os.environ.items() if pair[0].startswith("AWS_")))
+        key = (access, frozenset((name, os.environ[name]) for name in os.environ if name.startswith("AWS_")))
         with self._lock:
             if key not in self._clients:
                 self._clients[key] = _make_client(access)
@@ -162,12 +165,15 @@ def _make_client(access: S3Access) -> Any:
             connect_timeout=CONNECT_SECONDS,
             read_timeout=READ_SECONDS,
             retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            # boto3's own is put together anew for each request, twice.
+            user_agent="prefect-eachlabs",
             # boto3's default sends CRC trailers, which S3-compatible stores refuse or keep as part of the object.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         ),
     )
     client.meta.events.register("before-parse.s3", _refuse_entities)
+    client.meta.events.register_last("before-call.s3", _send_at_once)
     if access.access_key_id is None:
         with suppress(BotoCoreError):  # the first request says what is wrong
             keys = session.get_credentials()
@@ -233,6 +239,13 @@ def code_and_status(error: ClientError) -> tuple[str, int]:
     answer: dict[str, Any] = dict(error.response)
     code = str(answer.get("Error", {}).get("Code") or "")
     return code[:MOST_CODE_CHARACTERS], int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode") or 0)
+
+
+def _send_at_once(params: dict[str, Any], **_: Any) -> None:
+    """A small body goes with its headers: asking before it is sent (100-continue) takes a round trip more."""
+    body = params.get("body")
+    if isinstance(body, io.BytesIO) and body.getbuffer().nbytes <= SENT_AT_ONCE_BYTES:
+        params["headers"].pop("Expect", None)
 
 
 def _refuse_entities(response_dict: dict[str, Any], **_: Any) -> None:

@@ -252,6 +252,28 @@ def test_one_client_serves_an_access_until_the_environment_changes(
     assert s3_access.client_of(s3.access) is client
 
 
+def test_a_small_body_goes_with_its_headers_and_a_large_one_waits_until_it_is_wanted(bucket: S3Store) -> None:
+    asked: list[bool] = []
+
+    def sent(request: Any, **_: Any) -> None:
+        asked.append("Expect" in request.headers)
+
+    events = s3_access.client_of(bucket.access).meta.events
+    events.register("before-send.s3", sent)
+
+    async def story() -> None:
+        for size_bytes in (0, s3_access.SENT_AT_ONCE_BYTES, s3_access.SENT_AT_ONCE_BYTES + 1):
+            await bucket.put("a", b"x" * size_bytes, content_type=JSON)
+            assert (await found(bucket, "a")).size_bytes == size_bytes
+
+    try:
+        asyncio.run(story())
+    finally:
+        events.unregister("before-send.s3", sent)
+    puts = asked[::2]
+    assert puts == [False, False, True]
+
+
 def test_another_process_makes_its_own_threads_and_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     mine = s3_access.this_process()
     assert s3_access.this_process() is mine
