@@ -172,10 +172,10 @@ def _where_the_rest_goes(ours: Run, bare: Run) -> str:
     writes = sum(count for name, count in ours.s3.items() if name.startswith("PUT")) / ours.items
     return (
         f"Where the rest goes, a picture: {writes:.1f} writes to S3 in place of one (the record before the POST, after "
-        f"it, and when the picture is stored), the look at the picture's place before it is bought and reading it for "
-        f"the page's thumbnail are {more('S3')} of CPU in the local S3; those five more signed requests, the check of "
-        "every chunk and scan line of the PNG, its SHA-256, the thumbnail, the row of the report and more "
-        f"connections at a time are {more('this process')} in the process itself; the emulator: {more('emulator')}."
+        f"it, and when the picture is stored) and the look at the picture's place before it is bought are {more('S3')} "
+        "of CPU in the local S3; those four more signed requests, the check of every chunk and scan line of the PNG, "
+        "its SHA-256, the thumbnail, the row of the report and more connections at a time are "
+        f"{more('this process')} in the process itself; the emulator: {more('emulator')}."
     )
 
 

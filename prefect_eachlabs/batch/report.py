@@ -33,7 +33,7 @@ from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.thumbs import Thumbs, edge_px
 from prefect_eachlabs.batch.worker import Worker, on_disk
 from prefect_eachlabs.errors import BadInput, EachlabsError
-from prefect_eachlabs.models import Destination
+from prefect_eachlabs.models import Destination, Media
 from prefect_eachlabs.storage.base import ListedObject, ObjectStore, PreconditionFailed
 
 logger = logging.getLogger(__name__)
@@ -208,7 +208,7 @@ class ReportWriter:
         self._writing = asyncio.Lock()
         self._under_way: set[asyncio.Task[None]] = set()
         self._shown: list[Outcome] = []
-        self._thumbs: Thumbs | None = None
+        self._thumbs = Thumbs(folder.store, folder.destination, folder.worker)
 
     async def begin(self, run_id: str) -> None:
         """Leaves a trace before anything is bought: who goes on with this run sees since when to look."""
@@ -266,18 +266,23 @@ class ReportWriter:
         for name in names:
             await self._folder.store.put(self._folder.key(name), body, content_type="application/json")
 
+    async def see(self, media: Media, count: int) -> None:
+        """A picture is being stored: has its thumbnail, for a page of about so many, while it is in memory."""
+        await self._thumbs.see(media, edge_px(count))
+
     async def see_pictures(self, *, may_read: bool) -> None:
-        """Has the thumbnails of the page: those of an earlier page, and of pictures that are read where they may be."""
+        """Has the other thumbnails of the page: an earlier page's, and of pictures that are read where they may be."""
         folder = self._folder
         shown = self._shown = await folder.worker(lambda: list(self._outcomes(*THERE, most=MOST_PICTURES)))
-        self._thumbs = Thumbs(folder.store, folder.destination, folder.worker, edge_px(len(shown)))
+        if self._thumbs.edge_px != edge_px(len(shown)):
+            self._thumbs.resize(edge_px(len(shown)))
         await self._thumbs.learn(folder.key("index.html"), shown)
         if may_read:
             await self._thumbs.make(shown)
 
     def gallery(self, most: int) -> list[tuple[Outcome, str]]:
         """So many of the page's pictures, spread over it, each with its thumbnail's data URL."""
-        urls = self._thumbs.urls if self._thumbs else {}
+        urls = self._thumbs.urls
         there = [(one, urls[one.sha256]) for one in self._shown if one.sha256 in urls]
         return [there[number * len(there) // most] for number in range(most)] if len(there) > most else there
 
@@ -304,7 +309,7 @@ class ReportWriter:
                 links=links,
                 links_end_at=end_at,
                 up="../" * (2 + home.count("/")),
-                thumbs=self._thumbs.urls if self._thumbs else {},
+                thumbs=self._thumbs.urls,
                 edge_px=edge_px(len(self._shown)),
             )
             return "".join(pieces).encode()
@@ -322,7 +327,7 @@ class ReportWriter:
         folder = self._folder
         chosen = await folder.worker(self._scratch.pictures, MOST_FRAMES)
         try:
-            small = self._thumbs.pictures(THUMBNAIL_PX) if self._thumbs else {}
+            small = self._thumbs.pictures(THUMBNAIL_PX)
             sheet = await draw_sheet(folder.store, folder.destination, chosen, self._totals(), folder.worker, small)
             if sheet is None:
                 return False

@@ -26,6 +26,7 @@ from prefect_eachlabs.batch.outcomes import (
     not_there,
     refused,
 )
+from prefect_eachlabs.batch.pages import MOST_PICTURES
 from prefect_eachlabs.batch.progress import Pace, Progress, Show
 from prefect_eachlabs.batch.report import PART_SECONDS, BatchFolder, ReportWriter, run_name
 from prefect_eachlabs.batch.source import Rows, Source, Wanted
@@ -35,6 +36,7 @@ from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.cancellation import to_its_end
 from prefect_eachlabs.errors import EachlabsError, PredictionTimedOut, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.models import Media
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
 
@@ -243,7 +245,8 @@ class Batch:
         self._has_sheet = self.folder.has_sheet
         # With a budget an item that was bought already must not be asked whether it may be.
         presume_new = not self.history.earlier.rows and self.options.budget_usd is None
-        purchase = replace(self.options, presume_new=presume_new, budget=self.budget)
+        see = self._see if self.options.shard is None else None
+        purchase = replace(self.options, presume_new=presume_new, budget=self.budget, see=see)
         self._buying = Buying(self._buyer, self.folder, self._access, purchase, self.budget)
         self._ticker = asyncio.ensure_future(self._tick())
 
@@ -332,6 +335,11 @@ class Batch:
         else:
             self._add(outcome)
         return outcome
+
+    async def _see(self, media: Media) -> None:
+        """A picture is being stored: as long as the page shows about what comes now, its thumbnail is made."""
+        if self.totals.items < MOST_PICTURES and (total := self.rows.total) is not None:
+            await self._writer.see(media, total - self.totals.not_there)
 
     async def _end_timed_out(self) -> None:
         """Adds the rows whose deadline had passed, as their records say now."""

@@ -182,6 +182,7 @@ class Rows:
         self._worker = worker
         self._stream = self._read()
         self._read_ahead = 0
+        self._fraction_read = 0.0
         self.all_read = False
 
     async def next(self) -> Row | None:
@@ -199,8 +200,7 @@ class Rows:
         """How many there are: estimated by how much of the source was read, until all is."""
         if self.all_read:
             return self._read_ahead
-        fraction = self._source.fraction_read()
-        return round(self._read_ahead / fraction) if fraction else None
+        return round(self._read_ahead / self._fraction_read) if self._fraction_read else None
 
     async def _read(self) -> AsyncIterator[Row]:
         rows = self._source.rows()
@@ -219,7 +219,8 @@ class Rows:
             return several
 
         while several := await self._worker(some):
-            self._read_ahead += len(several)
+            # Both at once: the worker may be reading on whenever somebody asks for the total.
+            self._read_ahead, self._fraction_read = self._read_ahead + len(several), self._source.fraction_read()
             for row in several:
                 yield row
             # Rows that the last report settles come by the thousand; the loop has other work, too.

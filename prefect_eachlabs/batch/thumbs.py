@@ -1,8 +1,8 @@
 """Small pictures for a batch's page, in its HTML itself: it shows in a mail, from a private bucket's download, offline.
 
-They are made at the batch's end, of pictures that are read once more from the bucket; the page of an earlier run has
-those that it showed, so that a batch that is run again reads what is new. All together are bounded, in bytes and time:
-what is beyond that shows where the page lies beside its pictures.
+That of a picture which this run stores is made while its bytes are in memory; the page of an earlier run has those
+that it showed; for what else there is, the picture is read from the bucket at the batch's end. All together are
+bounded, in bytes and time: what is beyond that shows where the page lies beside its pictures.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
-from functools import partial
 
 from prefect_eachlabs.batch.outcomes import Outcome
 from prefect_eachlabs.batch.worker import Worker
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.images.formats import FORMATS, VERIFIED
-from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
-from prefect_eachlabs.models import Destination
+from prefect_eachlabs.images.thumbnails import thumbnail
+from prefect_eachlabs.models import Destination, Media
 from prefect_eachlabs.storage.base import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,7 @@ logger = logging.getLogger(__name__)
 MOST_CHARACTERS = 8_000_000
 """Of all data URLs together: what a mail may carry, and a browser opens in a second."""
 MOST_SECONDS = 60.0
+"""For those that are made while the batch runs, and as long at its end."""
 LARGEST_BYTES = 32 * 1024 * 1024
 AT_A_TIME = 4
 QUALITY = 70
@@ -50,14 +50,32 @@ def edge_px(count: int) -> int:
 class Thumbs:
     """The thumbnails of a batch's page, by the SHA-256 of their pictures; each lies within a square of `edge_px`."""
 
-    def __init__(self, store: ObjectStore, destination: Destination, worker: Worker, edge_px: int) -> None:
+    def __init__(self, store: ObjectStore, destination: Destination, worker: Worker) -> None:
         self._store = store
         self._destination = destination
         self._worker = worker
+        self._one_at_a_time = asyncio.Lock()
+        self._taken_seconds = 0.0
+        self._without: set[str] = set()
+        """Pictures of which none can be made."""
+        self.resize(SMALLEST_PX)
+
+    def resize(self, edge_px: int) -> None:
+        """How large they are from now on: none that is there is of that size."""
         self.edge_px = edge_px
         self.urls: dict[str, str] = {}
         self._characters = 0
         self._is_full = False
+
+    async def see(self, media: Media, edge_px: int) -> None:
+        """Makes that of a picture which is being stored, and in memory still. Raises nothing but a cancel."""
+        if media.format not in VERIFIED or len(media.data) > LARGEST_BYTES:
+            return
+        async with self._one_at_a_time:
+            if edge_px != self.edge_px:
+                self.resize(edge_px)
+            if media.sha256 not in self.urls and not self._is_full and self._taken_seconds < MOST_SECONDS:
+                await self._make(media.sha256, media.data)
 
     async def learn(self, page_key: str, wanted: Sequence[Outcome]) -> None:
         """Takes what an earlier page shows of them, in the same size."""
@@ -74,30 +92,42 @@ class Thumbs:
     async def make(self, wanted: Iterable[Outcome]) -> None:
         """Makes those that are missing, the first ones first. Raises nothing; a GET each."""
         until = time.monotonic() + MOST_SECONDS
-        left = iter([one for one in wanted if one.sha256 not in self.urls and _is_picture(one)])
+        known = self._without.union(self.urls)
+        left = iter([one for one in wanted if one.sha256 not in known and _is_picture(one)])
 
         async def some() -> None:
             for outcome in left:
                 if self._is_full or time.monotonic() > until:
                     return
-                await self._make(outcome)
+                try:
+                    found = await self._store.get(self._destination.picture_key(outcome.file_name))
+                except EachlabsError as error:
+                    logger.info("Item %s is on the page without a thumbnail: %s", outcome.item_id, error)
+                    continue
+                if found is not None:
+                    await self._make(outcome.sha256 or "", found.body)
 
         await asyncio.gather(*(some() for _ in range(AT_A_TIME)))
         if (rest := sum(1 for _ in left)) > 0:
             logger.info("The page shows %d pictures by their links alone: it would take too long, or too much.", rest)
 
-    async def _make(self, outcome: Outcome) -> None:
+    async def _make(self, sha256: str, picture: bytes) -> None:
+        def make() -> bytes:
+            began = time.monotonic()
+            try:
+                return thumbnail(picture, edge_px=self.edge_px, format="WEBP", quality=QUALITY)
+            finally:
+                self._taken_seconds += time.monotonic() - began
+
         try:
-            found = await self._store.get(self._destination.picture_key(outcome.file_name))
-            if found is not None:
-                make = partial(thumbnail, found.body, edge_px=self.edge_px, format="WEBP", quality=QUALITY)
-                small = await self._worker(make)
-                self._add(outcome.sha256 or "", f"data:image/webp;base64,{base64.b64encode(small).decode()}")
+            small = await self._worker(make)
+            self._add(sha256, f"data:image/webp;base64,{base64.b64encode(small).decode()}")
         except NotInstalled:
             logger.info("No thumbnails: they are made with Pillow: pip install 'prefect-eachlabs[demo]'.")
             self._is_full = True
-        except (NoThumbnail, EachlabsError) as error:
-            logger.info("Item %s is on the page without a thumbnail: %s", outcome.item_id, error)
+        except Exception as error:  # what is paid for and stored is not called failed because it cannot be shown
+            logger.info("The picture with SHA-256 %s is on the page without a thumbnail: %s", sha256, error)
+            self._without.add(sha256)
 
     def pictures(self, least_px: int) -> dict[str, bytes]:
         """The thumbnails themselves, where they are large enough."""

@@ -302,8 +302,9 @@ class Engine:
             )
             return await self._picture_is_gone(job, held, prediction, lost)
         try:
-            formats = job.options.formats
-            return await self.account.image_store.finish(job.ledger, held, end, fresh=fresh, formats=formats), end
+            finish, options = self.account.image_store.finish, job.options
+            done = await finish(job.ledger, held, end, fresh=fresh, formats=options.formats, see=options.see)
+            return done, end
         except DownloadFailed as error:
             if not is_gone(error) or held.age_seconds < MAY_BE_GONE_AFTER_SECONDS:
                 raise

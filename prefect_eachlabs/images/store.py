@@ -30,6 +30,7 @@ from prefect_eachlabs.ledger.records import (
     VersionedRecord,
     amended,
 )
+from prefect_eachlabs.ledger.rules import See
 from prefect_eachlabs.models import Media, Prediction, PredictionStatus, StoredImage
 from prefect_eachlabs.storage.base import PreconditionFailed, StoredObject
 
@@ -88,6 +89,7 @@ class ImageStore:
         *,
         fresh: bool,
         formats: Sequence[str] | None = None,
+        see: See | None = None,
     ) -> VersionedRecord:
         """Stores the pictures of a prediction that has ended and changes its record.
 
@@ -97,6 +99,7 @@ class ImageStore:
             end: How it ended.
             fresh: It was bought just now: no picture of it can be in the bucket yet.
             formats: What may be stored; None: what the record says.
+            see: Shown the first picture once it is stored; it counts as a download as long as that takes.
 
         Returns:
             The record in state `stored`, `failed` or `cancelled`.
@@ -110,7 +113,7 @@ class ImageStore:
             await give_up_what_another_adopted(ledger, held)
         while True:
             try:
-                ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats)
+                ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats, see=see)
                 return await ledger.write(ended, replacing=held)
             except Overtaken as overtaken:
                 current = overtaken.current
@@ -121,7 +124,14 @@ class ImageStore:
                 held, fresh = current, False
 
     async def _ended_record(
-        self, ledger: Ledger, held: VersionedRecord, end: Prediction, *, fresh: bool, formats: Sequence[str] | None
+        self,
+        ledger: Ledger,
+        held: VersionedRecord,
+        end: Prediction,
+        *,
+        fresh: bool,
+        formats: Sequence[str] | None,
+        see: See | None,
     ) -> Record:
         record = held.record
         if end.status is PredictionStatus.CANCELLED:
@@ -144,7 +154,8 @@ class ImageStore:
         found: list[str] = []
         media: Media | None = None
         for number in range(len(end.output_urls), 0, -1):
-            media = await self._store_one(ledger, number, record, end, found, fresh=fresh, formats=may_be)
+            seen = see if number == 1 else None
+            media = await self._store_one(ledger, number, record, end, found, fresh=fresh, formats=may_be, see=seen)
             found.insert(0, media.format)
         assert media is not None, "a prediction that succeeded has a picture"
         return _stored(ledger, record, media, found, cost_usd=end.cost_usd, seconds=end.predict_time_seconds)
@@ -189,6 +200,7 @@ class ImageStore:
         *,
         fresh: bool,
         formats: Sequence[str] | None,
+        see: See | None,
     ) -> Media:
         """Puts one picture, over none or over one of another prediction that its record no longer names.
 
@@ -216,6 +228,8 @@ class ImageStore:
                     logger.info("Item %s: %s Trying again.", record.item_id, error.message)
                 else:
                     await self._put(ledger, number, record, end, media, later, fresh=fresh)
+                    if see is not None:
+                        await see(media)
                     return media
             await asyncio.sleep(pause_seconds * (0.5 + random.random()))
             pause_seconds *= 2

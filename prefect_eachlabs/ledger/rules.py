@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol, TypeVar
@@ -11,7 +12,7 @@ from typing import Literal, Protocol, TypeVar
 from prefect_eachlabs.api.waking import asleep_seconds
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
-from prefect_eachlabs.models import Item
+from prefect_eachlabs.models import Item, Media
 
 SHOWN_CHARACTERS = 80
 """Of a prompt, in an error."""
@@ -33,6 +34,8 @@ class Budget(Protocol):
         ...
 
 
+See = Callable[[Media], Awaitable[None]]
+
 Options = TypeVar("Options", bound="PurchaseOptions")
 
 
@@ -49,6 +52,7 @@ class PurchaseOptions:
         deadline_seconds: From the POST; None: the account's.
         presume_new: Begin with the claim, which is refused where a record is: a read less for an item that is new.
         budget: Asked before each POST; None: nobody is.
+        see: Shown the first picture when it is stored, while its bytes are in memory; raises nothing but a cancel.
         formats: What may be stored, such as `("png", "jpeg")`; None: what the record says, at first anything.
         any_reference: A person at the command line named the reference pictures: every bucket will do.
         retry_ambiguous: A person says that what nobody can decide was not bought: it is settled once more, and if that
@@ -65,6 +69,7 @@ class PurchaseOptions:
     deadline_seconds: float | None = None
     presume_new: bool = False
     budget: Budget | None = None
+    see: See | None = None
     formats: tuple[str, ...] | None = None
     any_reference: bool = False
     retry_ambiguous: bool = False

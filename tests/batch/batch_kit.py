@@ -21,7 +21,7 @@ from prefect_eachlabs.batch.source import Source
 from prefect_eachlabs.batch.tables import CsvTable, Lines
 from prefect_eachlabs.errors import BadInput, EachlabsError, OutcomeUnknown, PredictionFailed, PredictionTimedOut
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus, StoredImage
+from prefect_eachlabs.models import Destination, Execution, Item, Media, PredictionStatus, StoredImage
 from prefect_eachlabs.storage.s3_client import S3Access
 from tests.memory_store import MemoryStore
 
@@ -51,6 +51,7 @@ class CountingShop:
         max_in_flight: RateLimiter.
         ending: What a purchase of an item ends with; None: its picture.
         told_usd: What the API says a picture costs when it has ended.
+        is_seen: Whether whoever asks for it is shown a picture that is stored.
     """
 
     def __init__(
@@ -62,8 +63,10 @@ class CountingShop:
         ending: Ending = lambda item: None,
         told_usd: float | None = PRICE_USD,
         settled_usd: float | None = PRICE_USD,
+        is_seen: bool = True,
     ) -> None:
         self.store = store
+        self.is_seen = is_seen
         self.service_seconds = service_seconds
         self.ending = ending
         self.told_usd = told_usd
@@ -118,21 +121,25 @@ class CountingShop:
                 await asyncio.sleep(self.service_seconds)
             if error is not None:
                 raise error
-            return await self._stored(item, destination, options.run_id)
+            return await self._stored(item, destination, options)
         except asyncio.CancelledError:
             self.cancelled.append(item.item_id)
             raise
         finally:
             self.in_the_air -= 1
 
-    async def _stored(self, item: Item, destination: Destination, run_id: str) -> StoredImage:
+    async def _stored(self, item: Item, destination: Destination, options: PurchaseOptions) -> StoredImage:
         key = destination.image_key(item.item_id)
-        await self.store.put(key, tiny_png(len(self.bought) % 256), content_type="image/png")
+        picture = tiny_png(len(self.bought) % 256)
+        await self.store.put(key, picture, content_type="image/png")
+        sha256 = hashlib.sha256(item.item_id.encode()).hexdigest()
+        if options.see is not None and self.is_seen:
+            await options.see(Media(data=picture, sha256=sha256, format="png"))
         image = StoredImage(
             item_id=item.item_id,
             prediction_id=f"prediction-{item.item_id}",
             uri=self.store.uri(key),
-            sha256=hashlib.sha256(item.item_id.encode()).hexdigest(),
+            sha256=sha256,
             size_bytes=75,
             width_px=2,
             height_px=2,
@@ -140,7 +147,7 @@ class CountingShop:
             predict_time_seconds=self.service_seconds,
             model=item.model,
             prompt=item.input["prompt"],
-            bought_by=run_id,
+            bought_by=options.run_id,
         )
         self.records[item.item_id] = image
         return image

@@ -10,18 +10,22 @@ import sys
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prefect_eachlabs.batch import thumbs
+from prefect_eachlabs.batch import sheet, thumbs
 from prefect_eachlabs.batch.files import S3Files
 from prefect_eachlabs.batch.outcomes import Outcome, RowState, Totals
 from prefect_eachlabs.batch.pages import MOST_PICTURES, index_page
 from prefect_eachlabs.batch.report import BatchFolder, ReportWriter, run_name
+from prefect_eachlabs.batch.sheet import MOST_FRAMES
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.thumbs import Thumbs, edge_px
 from prefect_eachlabs.errors import PredictionFailed
+from prefect_eachlabs.images.thumbnails import NoThumbnail
+from prefect_eachlabs.models import Item
 from prefect_eachlabs.net.redaction import visible
 from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.testing.s3 import LocalS3
@@ -299,23 +303,104 @@ def thumbs_on(page: str) -> list[bytes]:
     return [base64.b64decode(url.partition(",")[2]) for url in urls if url.startswith("data:image/webp;base64,")]
 
 
-def test_the_page_holds_its_pictures_itself_and_each_is_read_once_over_all_runs() -> None:
+def pictures_read(shop: CountingShop, since: int = 0) -> list[str]:
+    return [key for name, key in shop.store.operations[since:] if name == "get" and "images/" in key]
+
+
+def page_of(shop: CountingShop) -> str:
+    return shop.store.objects["p/batches/spring/index.html"].body.decode()
+
+
+def test_the_page_holds_its_pictures_itself_and_reads_those_alone_that_an_earlier_run_stored_once() -> None:
     image = pytest.importorskip("PIL.Image")
 
     async def story() -> None:
         shop = CountingShop(MemoryStore())
+        await run(shop, source_of(prompts(3)), batch_id="another")
         reads = []
         for run_id, count in (("run-1", 3), ("run-2", 5), ("run-3", 5)):
             before = len(shop.store.operations)
             await run(shop, source_of(prompts(count)), run_id=run_id)
-            page = shop.store.objects["p/batches/spring/index.html"].body.decode()
-            small = thumbs_on(page)
+            small = thumbs_on(page_of(shop))
             assert len(small) == count
             with image.open(io.BytesIO(small[0])) as opened:
                 assert max(opened.size) <= edge_px(count)
-            asked = {key for name, key in shop.store.operations[before:] if name == "get" and "images/" in key}
-            reads.append(len(asked))
-        assert reads == [3, 2, 0]
+            reads.append(len(pictures_read(shop, before)))
+        assert reads == [3, 0, 0]
+
+    virtual_time.run(story())
+
+
+@pytest.mark.parametrize(("rows", "failing", "window"), [(30, 0, 40), (201, 1, 40), (201, 1, 300), (2_050, 60, 200)])
+def test_the_page_is_the_same_whether_its_pictures_were_seen_or_read(rows: int, failing: int, window: int) -> None:
+    """Also where rows that fail make each picture larger, or have later ones shown in their place."""
+    pytest.importorskip("PIL.Image")
+
+    def ending(item: Item) -> PredictionFailed | None:
+        fails = int(item.item_id[-5:]) >= rows - failing or item.item_id.endswith("050")
+        return PredictionFailed("no") if fails else None
+
+    async def story() -> None:
+        seen_page, read_page = [
+            CountingShop(MemoryStore(), ending=ending, max_in_flight=20, is_seen=is_seen) for is_seen in (True, False)
+        ]
+        for shop in (seen_page, read_page):
+            await run(shop, source_of(prompts(rows)), window=window)
+        shown = [attributes for tag, attributes in seen(page_of(seen_page)).tags if tag == "img"]
+        assert shown == [attributes for tag, attributes in seen(page_of(read_page)).tags if tag == "img"]
+        assert all(str(attributes["src"]).startswith("data:image/webp") for attributes in shown)
+        assert len(pictures_read(read_page)) >= len(shown)
+
+    virtual_time.run(story())
+
+
+@pytest.mark.parametrize("rows", [150, 199, 600, 1_500])
+def test_no_picture_that_was_seen_is_read(rows: int) -> None:
+    """How many there will be is known well enough from the first hundred rows on, while others are read ahead."""
+    pytest.importorskip("PIL.Image")
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore(), max_in_flight=100)
+        await run(shop, source_of(prompts(rows)), window=200)
+        read = pictures_read(shop)
+        assert len(thumbs_on(page_of(shop))) == rows
+        assert len(read) == (0 if rows <= 200 else MOST_FRAMES), "the sheet's are larger"
+
+    virtual_time.run(story())
+
+
+def test_pictures_that_are_made_to_be_slow_hold_a_batch_up_for_a_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = [0.0]
+
+    def slow(picture: bytes, **how: Any) -> bytes:
+        taken[0] += 10.0
+        raise NoThumbnail("it took too long")
+
+    monkeypatch.setattr(thumbs, "thumbnail", slow)
+    monkeypatch.setattr(thumbs, "time", SimpleNamespace(monotonic=lambda: taken[0]))
+    monkeypatch.setattr(sheet, "thumbnail", lambda *_, **__: tiny_png())
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        told = await run(shop, source_of(prompts(100)))
+        assert told.stored == 100
+        assert taken[0] <= 2 * thumbs.MOST_SECONDS + 10.0 * thumbs.AT_A_TIME
+
+    virtual_time.run(story())
+
+
+def test_a_stored_picture_is_stored_whatever_its_thumbnail_comes_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(picture: bytes, **how: Any) -> bytes:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(thumbs, "thumbnail", broken)
+
+    async def story() -> None:
+        shop = CountingShop(MemoryStore())
+        assert (await run(shop, source_of(prompts(3)))).stored == 3
+        assert page_of(shop).count("<img") == 3
+        assert thumbs_on(page_of(shop)) == []
+        assert len(pictures_read(shop)) == 3, "for the sheet: one that has no thumbnail is not read for the page"
 
     virtual_time.run(story())
 
@@ -339,13 +424,12 @@ def test_all_thumbnails_together_are_bounded(monkeypatch: pytest.MonkeyPatch) ->
     async def story() -> None:
         shop = CountingShop(MemoryStore())
         await run(shop, source_of(prompts(30)))
-        page = shop.store.objects["p/batches/spring/index.html"].body.decode()
+        page = page_of(shop)
         assert 0 < len(thumbs_on(page)) < 30
         assert page.count("<img") == 30, "the rest shows where the page lies beside its pictures"
         before = len(shop.store.operations)
         await run(shop, source_of(prompts(30)), run_id="run-2")
-        asked = [key for name, key in shop.store.operations[before:] if name == "get" and "images/" in key]
-        assert not asked, "nothing is new: no picture is read for the page"
+        assert not pictures_read(shop, before), "nothing is new: no picture is read for the page"
 
     virtual_time.run(story())
 
@@ -358,7 +442,8 @@ def test_what_an_earlier_page_claims_to_show_is_a_picture_or_nothing(picture: by
         url = f"data:image/svg+xml;base64,{base64.b64encode(picture).decode()}"
         page = f'<img data-of="{sha256}" data-px="240" src="{url}"> <img data-of="{sha256}" data-px="240" src="x">'
         await store.put("page", page.encode(), content_type="text/html")
-        known = Thumbs(store, DESTINATION, inline, 240)
+        known = Thumbs(store, DESTINATION, inline)
+        known.resize(240)
         await known.learn("page", [outcome(1, sha256=sha256)])
         assert known.urls == {}
 
@@ -409,9 +494,8 @@ def test_a_contact_sheet_shows_some_pictures_from_all_over_the_batch() -> None:
 
     async def story() -> None:
         shop = CountingShop(MemoryStore())
-        await run(shop, source_of(prompts(200)))
-        shown = sorted(key for name, key in shop.store.operations if name == "get" and "images/" in key)
-        assert shown == [f"p/images/item-{number:05d}.png" for number in range(200)], "each is read once, for the page"
+        await run(shop, source_of(prompts(150)))
+        assert not pictures_read(shop), "it is drawn from the page's thumbnails"
         with image.open(io.BytesIO(shop.store.objects["p/batches/spring/contact-sheet.png"].body)) as sheet:
             assert sheet.width > 1_000
         assert totals_of(shop.store)["contact_sheet"].endswith("/contact-sheet.png")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 
 import pytest
 
 from prefect_eachlabs.errors import DownloadFailed, ItemConflict, NotYetSafe, OutputMissing, PredictionFailed
+from prefect_eachlabs.images.store import DOWNLOADS_AT_A_TIME
 from prefect_eachlabs.ledger.records import RecordState
+from prefect_eachlabs.models import Media
 from tests.protocol.kit import World, options, play, wanted
 
 A = wanted(1)
@@ -167,6 +170,54 @@ def test_every_output_that_was_paid_for_is_stored(items: int, limit: int | None)
         await asyncio.gather(*map(process.obtain, wanted_items))
         world.check(wanted_items)
         assert [len(world.record(item).more_uris) for item in wanted_items] == [1] * items
+
+    play(story)
+
+
+def test_whoever_wants_to_see_pictures_is_shown_each_items_first_when_it_is_stored_a_few_at_a_time() -> None:
+    """They are in memory until they were seen: not more of them than downloads at a time."""
+
+    async def story() -> None:
+        world = World("prediction:output_several,value=2", service_seconds=5.0)
+        process = world.process(max_in_flight=None)
+        wanted_items = [wanted(number) for number in range(3 * DOWNLOADS_AT_A_TIME)]
+        shown, now, most = [], 0, 0
+
+        async def see(media: Media) -> None:
+            nonlocal now, most
+            shown.append(media.sha256)
+            now += 1
+            most = max(most, now)
+            await asyncio.sleep(10)
+            now -= 1
+
+        await asyncio.gather(*(process.obtain(item, see=see) for item in wanted_items))
+        world.check(wanted_items)
+        assert sorted(shown) == sorted(str(world.record(item).sha256) for item in wanted_items)
+        assert most == DOWNLOADS_AT_A_TIME
+        await process.obtain(wanted_items[0], see=see)
+        assert len(shown) == len(wanted_items), "what is there already is not read to be seen"
+
+    play(story)
+
+
+def test_a_run_that_is_cancelled_while_a_picture_is_seen_has_stored_it() -> None:
+    async def story() -> None:
+        world = World()
+        process = world.process()
+        is_seen = asyncio.Event()
+
+        async def see(_: Media) -> None:
+            is_seen.set()
+            await asyncio.sleep(3600)
+
+        work = asyncio.ensure_future(process.obtain(A, see=see))
+        await is_seen.wait()
+        work.cancel()
+        with suppress(asyncio.CancelledError):
+            await work
+        assert world.record(A).state is RecordState.STORED
+        world.check([A])
 
     play(story)
 
