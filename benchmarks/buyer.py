@@ -27,10 +27,10 @@ from pathlib import Path
 import httpx
 from pydantic import SecretStr
 
-from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeSource
+from prefect_eachlabs.engine.runtime import Gateway, LoopThread, MakeLimiter
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.file_leases import machine_source
+from prefect_eachlabs.limits.file_leases import machine_limiter
 from prefect_eachlabs.models import Destination, Item, Prediction
 from prefect_eachlabs.settings import AccountSettings
 
@@ -123,13 +123,13 @@ def prepare_ours(
 
     The records' bucket is in memory: what is measured is how the account's requests are spent.
     """
-    make_source: MakeSource = machine_source
+    make_limiter: MakeLimiter = machine_limiter
     if os.environ.get("PREFECT_API_URL"):
-        from prefect_eachlabs.limits.prefect_leases import lot_source_for  # noqa: PLC0415 - it imports Prefect
+        from prefect_eachlabs.limits.prefect_leases import limiter_for  # noqa: PLC0415 - it imports Prefect
 
-        make_source = lot_source_for
+        make_limiter = limiter_for
     store = MemoryStore()
-    gateway = Gateway(settings, LoopThread(), make_source=make_source, store_for=lambda _, __: store)
+    gateway = Gateway(settings, LoopThread(), make_limiter=make_limiter, store_for=lambda _, __: store)
     engine = gateway.engine
     known: Known = {}
     numbers = itertools.count()

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, HttpUrl, SecretStr,
 
 from prefect_eachlabs.engine.runtime import Gateway, gateway_for
 from prefect_eachlabs.errors import BadInput, SetupError, without_query
-from prefect_eachlabs.limits.prefect_leases import lot_source_for
+from prefect_eachlabs.limits.prefect_leases import limiter_for
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net.endpoints import checked_endpoint
 from prefect_eachlabs.reference_images import DESTINATIONS_VARIABLE, Roots
@@ -302,7 +302,7 @@ def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
     if isinstance(credentials, str) and credentials:
         credentials = load_block(credentials, EachlabsCredentials)
     settings = credentials.account_settings() if isinstance(credentials, EachlabsCredentials) else None
-    return gateway_for(settings or settings_from_environment(), make_source=lot_source_for)
+    return gateway_for(settings or settings_from_environment(), make_limiter=limiter_for)
 
 
 def where(destination: S3Destination | Destination | str | None) -> tuple[Destination, S3Access | None]:

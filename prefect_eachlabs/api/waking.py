@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from prefect_eachlabs.limits.window import asleep_seconds
+from prefect_eachlabs.limits.leases import asleep_seconds
 
 __all__ = ["asleep_seconds", "within_waking_seconds"]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import slot_source
+from prefect_eachlabs.cli.generate import limiter_maker
 from prefect_eachlabs.cli.main import ITEM_FAILED, SET_UP_WRONG
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
 from prefect_eachlabs.errors import BadInput
@@ -153,7 +153,7 @@ def _run(
         return Interrupted(text, {**result.as_json(), **numbers})
 
     try:
-        answer = call(slot_source(), work, came_of)
+        answer = call(limiter_maker(), work, came_of)
         return answer, batch.first_not_there if batch else ()
     finally:
         worker.close()

@@ -185,10 +185,10 @@ def api(settings: AccountSettings | None, *, shared: bool) -> Said:
     if settings is None:
         return SKIPPED, "not asked without a key"
     from prefect_eachlabs.engine.runtime import gateway_for
-    from prefect_eachlabs.limits.prefect_leases import lot_source_for
+    from prefect_eachlabs.limits.prefect_leases import limiter_for
 
     # Without limits on the server nobody shares them yet, and asking through them would create them.
-    gateway = gateway_for(settings, make_source=lot_source_for if shared else None)
+    gateway = gateway_for(settings, make_limiter=limiter_for if shared else None)
     try:
         seconds = gateway.call(_ask(gateway))
     except asyncio.TimeoutError:

@@ -19,7 +19,7 @@ from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 from prefect_eachlabs.net import safe_json
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import Gateway, MakeSource
+    from prefect_eachlabs.engine.runtime import Gateway, MakeLimiter
     from prefect_eachlabs.models import Destination, Item, StoredImage
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -111,7 +111,7 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
         again = " Run the same again, and it goes on from there."
         return Interrupted(text + again, {"item_id": item.item_id, "prediction_id": next(iter(ends), None), **numbers})
 
-    image = call(slot_source(), work, came_of)
+    image = call(limiter_maker(), work, came_of)
     # An attempt after the one that bought finds what is there, and it was bought all the same.
     return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
 
@@ -122,18 +122,18 @@ def account_gateway() -> Iterator[Gateway]:
     from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
 
     try:
-        yield gateway_for(make_source=slot_source())
+        yield gateway_for(make_limiter=limiter_maker())
     finally:
         close_gateways()
 
 
-def slot_source() -> MakeSource | None:
-    """Where slots come from: the Prefect server's limits where one may be configured, else this machine's."""
+def limiter_maker() -> MakeLimiter | None:
+    """Who counts the slots: the Prefect server's limits where one may be configured, else this machine's."""
     if not may_have_prefect_server(os.environ, Path.cwd()):
         return None
-    from prefect_eachlabs.limits.prefect_leases import lot_source_for
+    from prefect_eachlabs.limits.prefect_leases import limiter_for
 
-    return lot_source_for
+    return limiter_for
 
 
 def may_have_prefect_server(environ: Mapping[str, str], folder: Path) -> bool:

@@ -14,7 +14,7 @@ from prefect_eachlabs.engine.runtime import CutShort, close_gateways, gateway_fo
 from prefect_eachlabs.errors import StoreFailed
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import Gateway, MakeSource
+    from prefect_eachlabs.engine.runtime import Gateway, MakeLimiter
 
 T = TypeVar("T")
 
@@ -39,14 +39,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def call(
-    make_source: MakeSource | None,
+    make_limiter: MakeLimiter | None,
     work: Callable[[Gateway], Coroutine[Any, Any, T]],
     came_of: Callable[[Gateway], Interrupted],
 ) -> T:
     """Runs the work on the account's gateway, which is closed in the end.
 
     Args:
-        make_source: Where the account's slots come from.
+        make_limiter: Who counts the account's slots.
         work: What is to be done.
         came_of: What a Ctrl-C has come to, when what was in flight has been cleaned up.
 
@@ -58,7 +58,7 @@ def call(
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     is_left = False
     try:
-        gateway = gateway_for(make_source=make_source)
+        gateway = gateway_for(make_limiter=make_limiter)
         try:
             return gateway.call(work(gateway), clean_up_seconds=CLEAN_UP_SECONDS)
         except StoreFailed as error:

@@ -24,7 +24,7 @@ from prefect_eachlabs.ledger.costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Books, Reconciler
 from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, amended
-from prefect_eachlabs.limits.limiter import RateLimiter, SlotSource
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.polling.poller import Poller
@@ -75,7 +75,7 @@ class Account:
     def __init__(
         self,
         settings: AccountSettings,
-        source: SlotSource,
+        limiter: RateLimiter,
         store_for: StoreFor,
         client: EachlabsClient | None = None,
         downloader: Downloader | None = None,
@@ -84,7 +84,7 @@ class Account:
         way: Way | None = None,
     ) -> None:
         self.settings = settings
-        self.limiter = RateLimiter(source)
+        self.limiter = limiter
         self.client = client or EachlabsClient(settings)
         self.poller = Poller(self.client, self.limiter)
         self.webhooks = Webhooks(settings, self.poller, way)
@@ -104,7 +104,6 @@ class Account:
         self.image_store = ImageStore(
             downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
         )
-        self._source = source
         self._store_for = store_for
         self._books: dict[tuple[Destination, S3Access | None], Books] = {}
         self._bought: OrderedDict[str, Bought] = OrderedDict()
@@ -266,4 +265,4 @@ class Account:
         await self.references.aclose()
         await self.client.aclose()
         await self.image_store.aclose()
-        await self._source.close()
+        await self.limiter.close()

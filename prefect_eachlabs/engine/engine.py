@@ -41,7 +41,7 @@ from prefect_eachlabs.ledger.records import (
     new_record,
 )
 from prefect_eachlabs.ledger.rules import PurchaseOptions, Rules, Step
-from prefect_eachlabs.limits.limiter import SlotSource
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import (
     ITEM_ID_PATTERN,
     Destination,
@@ -85,7 +85,7 @@ class Engine:
 
     Args:
         settings: The account.
-        source: Where the slots of the account come from.
+        limiter: Gives out the slots of the account; closed with the engine.
         store_for: Opens the bucket of a destination.
         client, downloader, outside: Reach the API, pictures' hosts, and those of reference pictures; replaced in tests.
         way: How the vendor's calls come in; None: they do not.
@@ -94,7 +94,7 @@ class Engine:
     def __init__(
         self,
         settings: AccountSettings,
-        source: SlotSource,
+        limiter: RateLimiter,
         store_for: StoreFor,
         *,
         client: EachlabsClient | None = None,
@@ -103,7 +103,7 @@ class Engine:
         way: Way | None = None,
     ) -> None:
         self.settings = settings
-        self.account = Account(settings, source, store_for, client, downloader, outside, way=way)
+        self.account = Account(settings, limiter, store_for, client, downloader, outside, way=way)
         self._running: dict[_Key, Running] = {}
         self._late: dict[asyncio.Task[None], str] = {}
         """Who waits for an end past its deadline → the prediction."""

@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 from prefect_eachlabs.engine import consoles
 from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.limits.file_leases import machine_source
-from prefect_eachlabs.limits.limiter import SlotSource
+from prefect_eachlabs.limits.file_leases import machine_limiter
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination
 from prefect_eachlabs.net import redaction
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
@@ -36,7 +36,7 @@ CLOSE_SECONDS = 10.0
 INTERRUPTED_SECONDS = CLEAN_UP_SECONDS + 2
 """How long interrupted work may clean up, when its caller does not say."""
 
-MakeSource = Callable[[AccountSettings], SlotSource]
+MakeLimiter = Callable[[AccountSettings], RateLimiter]
 
 
 class CutShort(KeyboardInterrupt):
@@ -149,7 +149,7 @@ class Gateway:
         settings: AccountSettings,
         thread: LoopThread,
         *,
-        make_source: MakeSource,
+        make_limiter: MakeLimiter,
         store_for: Callable[[Destination, S3Access | None], ObjectStore] | None = None,
         downloader: Downloader | None = None,
     ) -> None:
@@ -158,12 +158,12 @@ class Gateway:
         self.settings = settings
         self._thread = thread
 
-        async def make() -> tuple[Engine, SlotSource]:
-            source = make_source(settings)
+        async def make() -> Engine:
+            limiter = make_limiter(settings)
             store = store_for or (lambda destination, access: S3Store(destination.bucket, access))
-            return Engine(settings, source, store, downloader=downloader, way=way_in(settings)), source
+            return Engine(settings, limiter, store, downloader=downloader, way=way_in(settings))
 
-        self.engine, self._source = thread.call(make())
+        self.engine = thread.call(make())
 
     def __repr__(self) -> str:
         return f"Gateway({self.settings.base_url!r}, account={self.settings.account!r})"
@@ -183,7 +183,7 @@ class Gateway:
             try:
                 await asyncio.wait_for(self.engine.aclose(), CLOSE_SECONDS)
             finally:  # whatever the engine waits for: the next run would wait for its slots
-                await self._source.close()
+                await self.engine.account.limiter.close()
 
         # Whoever interrupts the closing does not want to wait.
         self._thread.call(end(), clean_up_seconds=0.0)
@@ -221,13 +221,13 @@ class _Process:
 _process = _Process()
 
 
-def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSource | None = None) -> Gateway:
+def gateway_for(settings: AccountSettings | None = None, *, make_limiter: MakeLimiter | None = None) -> Gateway:
     """The process's gateway of an account, made at the first call.
 
     Args:
         settings: The account; the environment's when None.
-        make_source: Where an account's slots come from, heeded by the call that makes the gateway; the limits are
-            shared with the processes of this machine alone when None.
+        make_limiter: Who counts an account's slots, heeded by the call that makes the gateway; the limits are shared
+            with the processes of this machine alone when None.
 
     Raises:
         SetupError: No key, or a setting out of bounds.
@@ -238,7 +238,7 @@ def gateway_for(settings: AccountSettings | None = None, *, make_source: MakeSou
         if process.thread is None:
             process.thread = LoopThread()
         if settings not in process.gateways:
-            process.gateways[settings] = Gateway(settings, process.thread, make_source=make_source or machine_source)
+            process.gateways[settings] = Gateway(settings, process.thread, make_limiter=make_limiter or machine_limiter)
         return process.gateways[settings]
 
 

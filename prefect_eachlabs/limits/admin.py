@@ -11,14 +11,13 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
-from prefect.exceptions import ObjectNotFound
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, GlobalConcurrencyLimitUpdate
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.errors import SetupError
+from prefect_eachlabs.limits.leases import Kind, ServerAway, numbers_of
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases, limit_name
-from prefect_eachlabs.limits.shared import ServerAway
-from prefect_eachlabs.limits.window import Kind
 from prefect_eachlabs.settings import AccountSettings
 
 PREFIX = "eachlabs"
@@ -61,57 +60,8 @@ class TagLimit:
     in_use: int
 
 
-class AdminLeases(PrefectLeases):
-    """The calls that only a person orders."""
-
-    async def set_limit(self, kind: Kind, limit: int) -> None:
-        """Creates the limit or changes its number; what is taken stays taken."""
-        await self.ensure(kind, limit)
-        name = limit_name(kind, self.account)
-        await self._call(lambda client: client.upsert_global_concurrency_limit_by_name(name, limit))
-
-    async def set_tag_limit(self, tag: str, limit: int | None) -> None:
-        """Creates or changes the limit on task runs with this tag, as `prefect concurrency-limit create` does.
-
-        None takes it away.
-        """
-
-        async def call(client: PrefectClient) -> None:
-            if limit is not None:
-                await client.create_concurrency_limit(tag, limit)
-            else:
-                with suppress(ObjectNotFound):
-                    await client.delete_concurrency_limit_by_tag(tag)
-
-        await self._call(call)
-
-    async def tag_limits(self) -> list[TagLimit]:
-        """Those on tags whose names begin as this package's do."""
-
-        async def page(client: PrefectClient, offset: int) -> list[TagLimit]:
-            found = await client.read_concurrency_limits(limit=A_PAGE, offset=offset)
-            return [TagLimit(one.tag, one.concurrency_limit, len(one.active_slots)) for one in found]
-
-        limits: list[TagLimit] = []
-        while len(limits) % A_PAGE == 0:
-            offset = len(limits)
-            limits += (found := await self._call(lambda client: page(client, offset)))  # noqa: B023 - awaited here
-            if not found:
-                break
-        return sorted((one for one in limits if one.tag.startswith(PREFIX)), key=lambda one: one.tag)
-
-    async def forget_taken(self, kind: Kind) -> None:
-        """Counts no slot as taken."""
-
-        async def call(client: PrefectClient) -> None:
-            none_taken = GlobalConcurrencyLimitUpdate(active_slots=0)
-            await client.update_global_concurrency_limit(limit_name(kind, self.account), none_taken)
-
-        await self._call(call)
-
-
 async def apply(settings: AccountSettings, tag_limits: Mapping[str, int | None] | None = None) -> list[LimitStatus]:
-    """Writes the account's numbers to the server, creating what is missing; idempotent.
+    """Writes the account's numbers to the server, creating what is missing; idempotent. What is taken stays taken.
 
     Args:
         settings: The account. A limit of None is left alone.
@@ -121,12 +71,23 @@ async def apply(settings: AccountSettings, tag_limits: Mapping[str, int | None] 
     Returns:
         The limits, as `show` shows them.
     """
-    async with _server(settings) as leases:
-        for kind, number in _numbers(settings).items():
+
+    async def write(client: PrefectClient) -> None:
+        for kind, number in numbers_of(settings).items():
             if number is not None:
-                await leases.set_limit(kind, number)
+                name = limit_name(kind, settings.account)
+                with suppress(ObjectAlreadyExists):
+                    await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=number))
+                await client.update_global_concurrency_limit(name, GlobalConcurrencyLimitUpdate(limit=number))
         for tag, number in (tag_limits or {}).items():
-            await leases.set_tag_limit(tag, number)
+            if number is not None:
+                await client.create_concurrency_limit(tag, number)
+            else:
+                with suppress(ObjectNotFound):
+                    await client.delete_concurrency_limit_by_tag(tag)
+
+    async with _server(settings) as leases:
+        await leases.call(write)
         return await _statuses(settings, leases)
 
 
@@ -138,8 +99,17 @@ async def show(settings: AccountSettings) -> list[LimitStatus]:
 
 async def tags(settings: AccountSettings) -> list[TagLimit]:
     """The limits on tags that are named as this package's."""
+
+    async def read(client: PrefectClient) -> list[TagLimit]:
+        limits: list[TagLimit] = []
+        offset = 0
+        while found := await client.read_concurrency_limits(limit=A_PAGE, offset=offset):
+            limits += [TagLimit(one.tag, one.concurrency_limit, len(one.active_slots)) for one in found]
+            offset += len(found)
+        return sorted((one for one in limits if one.tag.startswith(PREFIX)), key=lambda one: one.tag)
+
     async with _server(settings) as leases:
-        return await leases.tag_limits()
+        return await leases.call(read)
 
 
 async def reset(settings: AccountSettings) -> list[LimitStatus]:
@@ -153,24 +123,25 @@ async def reset(settings: AccountSettings) -> list[LimitStatus]:
     """
     async with _server(settings) as leases:
         found = await _statuses(settings, leases)
-        for status in found:
-            if status.in_use:
-                await leases.forget_taken(status.kind)
+
+        async def free(client: PrefectClient) -> None:
+            for status in found:
+                if status.in_use:
+                    none_taken = GlobalConcurrencyLimitUpdate(active_slots=0)
+                    await client.update_global_concurrency_limit(status.name, none_taken)
+
+        await leases.call(free)
         return found
 
 
-def _numbers(settings: AccountSettings) -> dict[Kind, int | None]:
-    return {Kind.REQUESTS: settings.requests_per_minute, Kind.IN_FLIGHT: settings.max_in_flight}
-
-
 @asynccontextmanager
-async def _server(settings: AccountSettings) -> AsyncIterator[AdminLeases]:
+async def _server(settings: AccountSettings) -> AsyncIterator[PrefectLeases]:
     if not PREFECT_API_URL.value():
         raise SetupError(
             "No Prefect server is configured: without one the processes of a machine share the account's limits, and "
             "there is nothing to create or show. Set PREFECT_API_URL, e.g. to http://127.0.0.1:4200/api."
         )
-    leases = AdminLeases(settings.account)
+    leases = PrefectLeases(settings.account)
     try:
         yield leases
     except ServerAway as error:
@@ -183,10 +154,17 @@ async def _server(settings: AccountSettings) -> AsyncIterator[AdminLeases]:
         await leases.close()
 
 
-async def _statuses(settings: AccountSettings, leases: AdminLeases) -> list[LimitStatus]:
-    found = []
-    for kind, number in _numbers(settings).items():
-        count = await leases.count(kind)
-        limit, in_use = (None, 0) if count is None else (count.limit, count.active_slots)
-        found.append(LimitStatus(limit_name(kind, settings.account), kind, limit, number, in_use))
-    return found
+async def _statuses(settings: AccountSettings, leases: PrefectLeases) -> list[LimitStatus]:
+    async def read(client: PrefectClient) -> list[LimitStatus]:
+        found = []
+        for kind, number in numbers_of(settings).items():
+            name = limit_name(kind, settings.account)
+            try:
+                limit = await client.read_global_concurrency_limit_by_name(name)
+            except ObjectNotFound:
+                found.append(LimitStatus(name, kind, None, number))
+            else:
+                found.append(LimitStatus(name, kind, limit.limit, number, limit.active_slots))
+        return found
+
+    return await leases.call(read)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import logging
 import math
 import os
@@ -23,13 +22,15 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import httpx
+from pydantic import BaseModel, PositiveInt
 
-from prefect_eachlabs.limits.shared import LEASE_SECONDS, Count, Denied, Granted, LeaseGone, SharedSlots, clock
-from prefect_eachlabs.limits.window import Kind, LocalSlots, SlotSource
+from prefect_eachlabs.limits.leases import LEASE_SECONDS, Denied, Granted, Kind, LeaseGone, clock
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.settings import AccountSettings
 
 try:
@@ -49,18 +50,9 @@ KEPT_SECONDS = 86_400.0
 """A file that nobody has written for a day is of no use: whatever it says has passed."""
 
 
-def machine_source(settings: AccountSettings) -> SlotSource:
+def machine_limiter(settings: AccountSettings) -> RateLimiter:
     """The account's limits, shared with the other processes of this user on this machine."""
-    if settings.requests_per_minute is None and settings.max_in_flight is None:
-        return LocalSlots(requests_per_minute=None, max_in_flight=None)
-    if not HAS_FILE_LOCKS:
-        logger.warning(
-            "On this system processes cannot share the account's limits through a file: run one at a time for account "
-            "%s, or share them through a Prefect server (PREFECT_API_URL).",
-            settings.account,
-        )
-        return LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight)
-    return SharedSlots(settings, FileLeases(settings))
+    return RateLimiter(settings, FileLeases(settings))
 
 
 def state_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, Path]:
@@ -69,24 +61,24 @@ def state_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, Path]
     state = Path(environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():
         state = Path("~/.local/state").expanduser()
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return state / "prefect-eachlabs", Path(tempfile.gettempdir()) / f"prefect-eachlabs-{user}"
-
-
-class Unreadable(Exception):
-    """The file is not one of ours, or a damaged one."""
+    return state / "prefect-eachlabs", Path(tempfile.gettempdir()) / f"prefect-eachlabs-{os.geteuid()}"
 
 
 class Row(NamedTuple):
     """A lease, as it stands in the file."""
 
-    kind: str
-    slots: int
+    kind: Kind
+    slots: PositiveInt
     ends_at: float
     pid: int
 
 
 Rows = dict[str, Row]
+
+
+class _Contents(BaseModel):
+    version: Literal[2]
+    leases: Rows
 
 
 class FileLeases:
@@ -98,8 +90,9 @@ class FileLeases:
         folder: Where the file is; the first of `state_folders` that can be used when None.
     """
 
-    lots = 100
+    parts = 100
     """A lease costs next to nothing here, so that slots are leased one by one: 60 of them are 2 KB."""
+    turn_seconds = 0.5
     spread = 0.0
     """A process is mostly alone on its machine: 53 pictures a minute in place of 46."""
     loses_slots = False
@@ -109,39 +102,40 @@ class FileLeases:
         # httpx writes one API in one way, whatever the case of its host and with its port or without.
         where = hashlib.sha256(f"{httpx.URL(settings.base_url)}\n{_boot_id()}".encode()).hexdigest()[:16]
         self._name = f"limits-{settings.account}-{where}.json"
-        self._limits: dict[Kind, int] = {}
+        self._folder = folder
         self._own: Rows = {}
         self._seen: Rows = {}
         """All leases when this process looked last."""
-        self._path: Path | None = None
-        """None: this process counts alone."""
-        try:
-            self._path = (_first_usable(state_folders()) if folder is None else _usable(folder)) / self._name
-            self._remove_old_ones()
-        except OSError as error:
-            self._count_alone(error)
 
     def __repr__(self) -> str:
-        return f"<FileLeases {self._account}, {self.where}: {len(self._own)} of {len(self._seen)} leases>"
+        return f"<FileLeases {self.where}: {len(self._own)} of {len(self._seen)} leases>"
+
+    @cached_property
+    def _path(self) -> Path | None:
+        """The file; None: this process counts alone."""
+        try:
+            if not HAS_FILE_LOCKS:
+                raise OSError("this system has no file locks")
+            path = (_first_usable(state_folders()) if self._folder is None else _usable(self._folder)) / self._name
+        except OSError as error:
+            self._count_alone(error)
+            return None
+        _remove_old_ones(path.parent)
+        return path
 
     @property
     def where(self) -> str:
         """The file."""
         return "(no file)" if self._path is None else str(self._path)
 
-    async def ensure(self, kind: Kind, limit: int) -> int:
-        """The process's own number is the one that counts."""
-        self._limits[kind] = limit
-        return limit
-
-    async def lease(self, kind: Kind, slots: int) -> Granted:
-        limit = self._limits[kind]
+    async def lease(self, kind: Kind, slots: int, limit: int) -> Granted:
+        """As `Leases` says; the process's own number is the one that counts."""
         async with self._rows() as rows:
             if _taken(rows, kind) + slots > limit:
-                pids = {row.pid for row in rows.values() if row.kind == kind.value} - {os.getpid()}
+                pids = {row.pid for row in rows.values() if row.kind is kind} - {os.getpid()}
                 raise Denied(f"other processes on this machine (pid {', '.join(map(str, sorted(pids)))})")
             lease_id = secrets.token_hex(4)
-            rows[lease_id] = self._own[lease_id] = Row(kind.value, slots, _end(), os.getpid())
+            rows[lease_id] = self._own[lease_id] = Row(kind, slots, _end(), os.getpid())
         return Granted(lease_id, limit)
 
     async def renew(self, lease_id: str) -> None:
@@ -155,9 +149,9 @@ class FileLeases:
             rows.pop(lease_id, None)
             self._own.pop(lease_id, None)
 
-    async def count(self, kind: Kind) -> Count | None:
+    async def taken(self, kind: Kind) -> int:
         async with self._rows() as rows:
-            return Count(self._limits[kind], _taken(rows, kind))
+            return _taken(rows, kind)
 
     async def close(self) -> None:
         """Nothing is held open."""
@@ -167,10 +161,10 @@ class FileLeases:
         """The leases that have not ended, to be changed; nothing is awaited meanwhile."""
         descriptor = await self._lock()
         try:
-            rows = self._seen if descriptor is None or self._path is None else self._read(self._path, descriptor)
+            rows = self._seen if descriptor is None else self._read(descriptor)
             now = clock()
-            self._own = {name: row for name, row in self._own.items() if row.ends_at > now}
             self._seen = {name: row for name, row in {**rows, **self._own}.items() if row.ends_at > now}
+            self._own = {name: row for name, row in self._seen.items() if name in self._own}
             yield self._seen
             if descriptor is not None:
                 try:
@@ -195,42 +189,34 @@ class FileLeases:
             self._count_alone(error)
         return None
 
-    def _read(self, path: Path, descriptor: int) -> Rows:
+    def _read(self, descriptor: int) -> Rows:
         body = os.pread(descriptor, LARGEST_FILE_BYTES, 0).partition(b"\n")[0]  # up to its end mark
+        if not body and not self._own:
+            return {}
         try:
-            if body:
-                return _parsed(body, clock() + LEASE_SECONDS + 1.0)
-            if not self._own:
-                return {}
-            raise Unreadable("somebody has removed or emptied it")
-        except Unreadable as error:
+            rows = _Contents.model_validate_json(body).leases
+            if any(row.ends_at > clock() + LEASE_SECONDS + 1.0 for row in rows.values()):
+                raise ValueError("a lease of another time")
+        except ValueError as error:
             logger.warning(
                 "%s could not be read (%s) and is written anew: what other processes on this machine have sent in the "
                 "last minute may be missing from it, and the account's limits be passed.",
-                path,
-                error,
+                self._path,
+                str(error).partition("\n")[0] if body else "somebody has removed or emptied it",
             )
             return {}
+        return rows
 
     def _count_alone(self, error: OSError) -> None:
         self._path = None
+        self.turn_seconds = 0.0
         logger.warning(
-            "The account's limits are counted in this process alone, since the file that shares them on this "
-            "machine cannot be used (%s). Run no other process for account %s meanwhile.",
+            "The account's limits are counted in this process alone, since the file that shares them on this machine "
+            "cannot be used (%s). Run no other process for account %s meanwhile, or share them through a Prefect "
+            "server (PREFECT_API_URL).",
             error,
             self._account,
         )
-
-    def _remove_old_ones(self) -> None:
-        """Those of emulators on other ports and of earlier boots. Best effort."""
-        assert self._path is not None
-        with suppress(OSError):
-            for path in self._path.parent.glob("limits-*"):
-                if time.time() - path.stat().st_mtime > KEPT_SECONDS:
-                    descriptor = _try_lock(path)
-                    if descriptor is not None:
-                        path.unlink(missing_ok=True)
-                        os.close(descriptor)
 
 
 def _end() -> float:
@@ -238,24 +224,7 @@ def _end() -> float:
 
 
 def _taken(rows: Rows, kind: Kind) -> int:
-    return sum(row.slots for row in rows.values() if row.kind == kind.value)
-
-
-def _parsed(body: bytes, latest: float) -> Rows:
-    """Raises `Unreadable`."""
-    try:
-        said = json.loads(body)
-        if said["version"] != 2:
-            raise Unreadable("it is of another version")
-        rows = {
-            str(name): Row(Kind(kind).value, int(slots), float(ends_at), int(pid))
-            for name, (kind, slots, ends_at, pid) in said["leases"].items()
-        }
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
-        raise Unreadable(f"{type(error).__name__}: {error}") from error
-    if not all(row.slots > 0 and row.ends_at <= latest for row in rows.values()):
-        raise Unreadable("a lease of nothing, or of another time")
-    return rows
+    return sum(row.slots for row in rows.values() if row.kind is kind)
 
 
 def _write(descriptor: int, rows: Rows) -> None:
@@ -263,7 +232,7 @@ def _write(descriptor: int, rows: Rows) -> None:
 
     Replacing it by a renamed one would be safe at any size, and takes 2 ms on ext4, which writes it to the disk.
     """
-    body = json.dumps({"version": 2, "leases": rows}, separators=(",", ":")).encode()
+    body = _Contents(version=2, leases=rows).model_dump_json().encode()
     os.pwrite(descriptor, body + b"\n", 0)
     os.ftruncate(descriptor, len(body) + 1)
 
@@ -286,6 +255,15 @@ def _try_lock(path: Path) -> int | None:
     return None
 
 
+def _remove_old_ones(folder: Path) -> None:
+    """Those of emulators on other ports and of earlier boots. Best effort."""
+    with suppress(OSError):
+        for path in folder.glob("limits-*"):
+            if time.time() - path.stat().st_mtime > KEPT_SECONDS and (descriptor := _try_lock(path)) is not None:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+
+
 def _boot_id() -> str:
     """Differs after each reboot, and between machines with one home; empty where nobody says it."""
     try:
@@ -294,13 +272,12 @@ def _boot_id() -> str:
         return ""
 
 
-def _first_usable(folders: tuple[Path, ...]) -> Path:
-    for folder in folders[:-1]:
-        try:
-            return _usable(folder)
-        except OSError as error:
-            logger.info("The limits of the account are not kept in %s: %s", folder, error)
-    return _usable(folders[-1])
+def _first_usable(folders: tuple[Path, Path]) -> Path:
+    try:
+        return _usable(folders[0])
+    except OSError as error:
+        logger.info("The limits of the account are not kept in %s: %s", folders[0], error)
+    return _usable(folders[1])
 
 
 def _usable(folder: Path) -> Path:

@@ -14,6 +14,7 @@ import asyncio
 import contextvars
 import random
 from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 from uuid import UUID
 
@@ -25,19 +26,17 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES
 
 from prefect_eachlabs.errors import without_query
-from prefect_eachlabs.limits.file_leases import machine_source
-from prefect_eachlabs.limits.shared import (
+from prefect_eachlabs.limits.file_leases import machine_limiter
+from prefect_eachlabs.limits.leases import (
     CALL_SECONDS,
     LEASE_SECONDS,
-    Count,
     Denied,
     Granted,
+    Kind,
     LeaseGone,
-    LimitMissing,
     ServerAway,
-    SharedSlots,
 )
-from prefect_eachlabs.limits.window import Kind, SlotSource
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.settings import AccountSettings
 
 T = TypeVar("T")
@@ -59,16 +58,15 @@ def limit_name(kind: Kind, account: str) -> str:
     return f"eachlabs-{kind.value}-{account}"
 
 
-def lot_source_for(settings: AccountSettings) -> SlotSource:
-    """Where the account's slots come from here: the Prefect server of `PREFECT_API_URL`, or this machine's file.
+def limiter_for(settings: AccountSettings) -> RateLimiter:
+    """The account's limits, shared over the Prefect server of `PREFECT_API_URL`, or over this machine's file.
 
     The embedded server counts as none: its leases outlive their process, and no other process shares it. A flow run
     on it has no `PREFECT_API_URL`, neither in its settings nor in its environment, so the setting alone decides.
     """
-    limited = settings.requests_per_minute is not None or settings.max_in_flight is not None
-    if limited and PREFECT_API_URL.value():
-        return SharedSlots(settings, PrefectLeases(settings.account))
-    return machine_source(settings)
+    if PREFECT_API_URL.value():
+        return RateLimiter(settings, PrefectLeases(settings.account))
+    return machine_limiter(settings)
 
 
 class PrefectLeases:
@@ -78,8 +76,9 @@ class PrefectLeases:
         account: Names the limits.
     """
 
-    lots = 20
+    parts = 20
     """3 of 60 requests, 1 of 10 in flight."""
+    turn_seconds = 0.5
     spread = 0.6
     loses_slots = True
 
@@ -87,55 +86,43 @@ class PrefectLeases:
         self.account = account
         self._context = context_without_retries()
         self._client: PrefectClient | None = None
-        self._opening: asyncio.Lock | None = None
+        self._opening = asyncio.Lock()
         self.where = without_query(self._context.run(PREFECT_API_URL.value) or "(no PREFECT_API_URL)")
 
-    async def ensure(self, kind: Kind, limit: int) -> int:
-        async def call(client: PrefectClient) -> int:
-            name = limit_name(kind, self.account)
-            try:
-                return (await client.read_global_concurrency_limit_by_name(name)).limit
-            except ObjectNotFound:
-                try:
-                    await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
-                except ObjectAlreadyExists:  # another process was faster
-                    return (await client.read_global_concurrency_limit_by_name(name)).limit
-                return limit
-
-        return await self._call(call)
-
-    async def lease(self, kind: Kind, slots: int) -> Granted:
+    async def lease(self, kind: Kind, slots: int, limit: int) -> Granted:
         name = limit_name(kind, self.account)
 
         async def call(client: PrefectClient) -> Granted:
-            response = await client.increment_concurrency_slots_with_lease(
-                names=[name], slots=slots, mode="concurrency", lease_duration=LEASE_SECONDS
-            )
-            answer = response.json()
-            lease_id, limits = UUID(answer["lease_id"]), {row["name"]: int(row["limit"]) for row in answer["limits"]}
-            if name not in limits:
+            while True:
+                response = await client.increment_concurrency_slots_with_lease(
+                    names=[name], slots=slots, mode="concurrency", lease_duration=LEASE_SECONDS
+                )
+                answer = response.json()
+                lease_id = UUID(answer["lease_id"])
+                limits = {row["name"]: int(row["limit"]) for row in answer["limits"]}
+                if name in limits:
+                    return Granted(str(lease_id), limits[name])
                 # Prefect grants leases of limits that do not exist: such a lease bounds nothing.
                 await client.release_concurrency_slots_with_lease(lease_id)
-                raise LimitMissing(name)
-            return Granted(str(lease_id), limits[name])
+                with suppress(ObjectAlreadyExists):  # another process was faster
+                    await client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=limit))
 
-        return await self._call(call)
+        return await self.call(call)
 
     async def renew(self, lease_id: str) -> None:
-        await self._call(lambda client: client.renew_concurrency_lease(UUID(lease_id), LEASE_SECONDS))
+        await self.call(lambda client: client.renew_concurrency_lease(UUID(lease_id), LEASE_SECONDS))
 
     async def release(self, lease_id: str) -> None:
-        await self._call(lambda client: client.release_concurrency_slots_with_lease(UUID(lease_id)))
+        await self.call(lambda client: client.release_concurrency_slots_with_lease(UUID(lease_id)))
 
-    async def count(self, kind: Kind) -> Count | None:
-        async def call(client: PrefectClient) -> Count | None:
+    async def taken(self, kind: Kind) -> int:
+        async def call(client: PrefectClient) -> int:
             try:
-                limit = await client.read_global_concurrency_limit_by_name(limit_name(kind, self.account))
+                return (await client.read_global_concurrency_limit_by_name(limit_name(kind, self.account))).active_slots
             except ObjectNotFound:
-                return None
-            return Count(limit.limit, limit.active_slots)
+                return 0
 
-        return await self._call(call)
+        return await self.call(call)
 
     async def close(self) -> None:
         if self._client is not None:
@@ -146,7 +133,9 @@ class PrefectLeases:
         """Runs it with our settings, not those of the flow run that happened to call."""
         return await self._context.run(asyncio.ensure_future, coroutine)
 
-    async def _call(self, call: Callable[[PrefectClient], Awaitable[T]]) -> T:
+    async def call(self, call: Callable[[PrefectClient], Awaitable[T]]) -> T:
+        """What the call returns, within 8 s. Raises `ServerAway`, or what its answer means here."""
+
         async def work() -> T:
             for attempt in range(BUSY_TRIES):
                 try:
@@ -167,7 +156,6 @@ class PrefectLeases:
             raise ServerAway(f"no answer within {CALL_SECONDS:.0f} s") from None
 
     async def _open(self) -> PrefectClient:
-        self._opening = self._opening or asyncio.Lock()
         async with self._opening:
             if self._client is None:
                 # With settings of its own, get_client never hands out the client of a surrounding flow run.

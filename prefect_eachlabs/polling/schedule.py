@@ -196,6 +196,9 @@ class Schedule:
         self.calls_come = False
         """The vendor's calls are seen to come: who waits for one is not asked about before its call is overdue."""
         self._limiter = limiter
+        self._limit: int | None = None
+        self._pressure = 0.0
+        """Of requests, at the last decision."""
         self._executions = executions
         self._durations = durations
         self._by_id_out = 0
@@ -267,6 +270,7 @@ class Schedule:
                 return Question(first)
         else:
             insisted = []
+        self._limit, self._pressure = self._limiter.limit(Kind.REQUESTS), self._limiter.pressure(Kind.REQUESTS)
         choice = self._late(now) if self._scarce() else self._soon(now)
         if isinstance(choice, float):
             overdue = [self.call_until(one) for one in self.watched.values() if self._awaits_call(one, now)]
@@ -343,15 +347,14 @@ class Schedule:
     def _interval(self, watched: Watched) -> float:
         """Between two looks: 3 % of the usual duration; under a limit a tenth of it or less, more as it fills."""
         shortest = min(max(0.03 * self._age(watched, 0.5), 0.05), 0.25)
-        limit = self._limiter.limit(Kind.REQUESTS)
-        if limit is None:
+        if self._limit is None:
             return shortest
-        relaxed = min(max(600.0 / limit, shortest), 0.5)
-        return min(5.0, relaxed * max(1.0, 0.3 / max(1.0 - self._limiter.pressure(Kind.REQUESTS), 0.01)))
+        relaxed = min(max(600.0 / self._limit, shortest), 0.5)
+        return min(5.0, relaxed * max(1.0, 0.3 / max(1.0 - self._pressure, 0.01)))
 
     def _soon_at(self, watched: Watched) -> float:
-        if self._limiter.limit(Kind.REQUESTS) is not None:
-            age = self._age(watched, max(0.05, min(self._limiter.pressure(Kind.REQUESTS), 0.95)))
+        if self._limit is not None:
+            age = self._age(watched, max(0.05, min(self._pressure, 0.95)))
         elif not self._durations.known(watched.prediction.model):
             age = FIRST_LOOK_SECONDS
         else:

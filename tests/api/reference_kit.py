@@ -14,10 +14,10 @@ from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport
+from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
 
@@ -61,7 +61,7 @@ class Shop:
         transport = _Unclosed(self.transport)
         engine = Engine(
             given,
-            LocalSlots(requests_per_minute=None, max_in_flight=None),
+            local_limiter(requests_per_minute=None, max_in_flight=None),
             store_for,
             client=EachlabsClient(given, transport=transport),
             downloader=Downloader(transport),

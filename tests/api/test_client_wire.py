@@ -16,9 +16,10 @@ import pytest
 
 from prefect_eachlabs.api.client import MAX_ANSWER_BYTES, EachlabsClient
 from prefect_eachlabs.errors import EachlabsError, NotSent, OutcomeUnknown, Rejected, SetupError, Unanswered
-from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
+from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.models import Prediction
 from tests.api.client_answers import ITEM, KEY, cancel, create, executions, get, settings
+from tests.limits.local import local_limiter
 
 # -------------------------------------------------------------------------- real sockets
 
@@ -164,14 +165,14 @@ def test_the_api_is_looked_at_once() -> None:
 
 
 def test_the_look_at_the_api_is_a_request_that_the_account_counts() -> None:
-    async def look(client: EachlabsClient) -> int:
-        limiter = RateLimiter(LocalSlots(requests_per_minute=5, max_in_flight=1))
+    async def look(client: EachlabsClient) -> float:
+        limiter = local_limiter(requests_per_minute=5, max_in_flight=1)
         await client.check_api(limiter)
-        return len([slot for _ in range(10) if (slot := limiter._source.try_take(Kind.REQUESTS)) is not None])
+        return limiter.pressure(Kind.REQUESTS)
 
     outcome, requests = over_the_wire(b'HTTP/1.1 200 OK\r\nContent-Length: 13\r\n\r\n{"models":[]}', look)
     assert len(requests) == 1
-    assert outcome == 4
+    assert outcome == 1 / 5
 
 
 def test_nobody_listening_means_that_nothing_was_sent() -> None:

@@ -14,10 +14,10 @@ from prefect_eachlabs.api.client import ExecutionsPage
 from prefect_eachlabs.audit.auditor import Auditor
 from prefect_eachlabs.audit.report import Kind
 from prefect_eachlabs.ledger.records import Ledger, Record
-from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Destination, Execution, PredictionStatus
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ListedObject, StoredObject
+from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
 
@@ -76,7 +76,7 @@ def peak_bytes(count: int) -> int:
         account: Any = SimpleNamespace(
             settings=AccountSettings(api_key="key-0123456789"),  # type: ignore[arg-type]  # pydantic makes a secret of it
             client=made_up,
-            limiter=RateLimiter(LocalSlots(requests_per_minute=None, max_in_flight=None)),
+            limiter=local_limiter(requests_per_minute=None, max_in_flight=None),
             books=lambda place, access: SimpleNamespace(ledger=Ledger(made_up, place)),
         )
         await asyncio.sleep(0)

@@ -26,7 +26,7 @@ from tests.flows.flow_fixtures import BUCKET, Studio
 def _logging_as_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """The command sets logging up for its process, and looks for Prefect's settings around it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(command, "slot_source", lambda: None)
+    monkeypatch.setattr(command, "limiter_maker", lambda: None)
     root, ours = logging.getLogger(), logging.getLogger("prefect_eachlabs.batch")
     before = root.handlers[:], root.level, ours.level
     yield

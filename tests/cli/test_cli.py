@@ -370,11 +370,11 @@ def test_prefect_is_asked_for_a_server_only_where_its_settings_may_name_one(
 def test_with_a_prefect_server_the_limits_are_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    assert generate.slot_source() is None
+    assert generate.limiter_maker() is None
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    source = generate.slot_source()
+    source = generate.limiter_maker()
     assert source is not None
-    assert source.__name__ == "lot_source_for"
+    assert source.__name__ == "limiter_for"
 
 
 # ------------------------------------------------------------------------------------------- perseverance

@@ -73,7 +73,7 @@ def books(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The judge, and a world of four foxes of which somebody has bought every one."""
     monkeypatch.syspath_prepend(SOAK.parent)
     judge = importlib.import_module("soak_judge")
-    monkeypatch.setattr(batch, "slot_source", lambda: None)
+    monkeypatch.setattr(batch, "limiter_maker", lambda: None)
     studio.s3.create_bucket(judge.BUCKET)
     wanted = [judge.Wanted(f"i{number}", f"fox {number}") for number in range(4)]
     nobody = SimpleNamespace(name="nobody", group=SimpleNamespace(wanted_of=lambda number: []))

@@ -17,16 +17,17 @@ import boto3
 import pytest
 
 from prefect_eachlabs.engine import runtime as gateway_room
-from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways, gateway_for, machine_source
+from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways, gateway_for, machine_limiter
 from prefect_eachlabs.errors import BadInput, PredictionTimedOut, SetupError
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Item, StoredImage
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
+from tests.limits.local import OwnLeases
 from tests.memory_store import MemoryStore
 
 DESTINATION = Destination.parse("s3://bucket/kit")
@@ -63,7 +64,7 @@ def gateway(settings: AccountSettings, thread: LoopThread) -> Iterator[Gateway]:
     made = Gateway(
         settings,
         thread,
-        make_source=machine_source,
+        make_limiter=machine_limiter,
         store_for=lambda _destination, _access: store,
         downloader=Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host)),
     )
@@ -111,14 +112,14 @@ def test_everything_runs_on_the_loop_thread_alone(thread: LoopThread) -> None:
 def test_slots_go_back_although_the_engine_does_not_come_to_an_end(
     settings: AccountSettings, thread: LoopThread, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Source(LocalSlots):
+    class Leases(OwnLeases):
         closed = False
 
         async def close(self) -> None:
             self.closed = True
 
-    source = Source(requests_per_minute=None, max_in_flight=None)
-    made = Gateway(settings, thread, make_source=lambda _: source)
+    leases = Leases()
+    made = Gateway(settings, thread, make_limiter=lambda _: RateLimiter(settings, leases))
 
     async def for_ever() -> None:
         await asyncio.get_running_loop().create_future()
@@ -127,7 +128,7 @@ def test_slots_go_back_although_the_engine_does_not_come_to_an_end(
     monkeypatch.setattr(gateway_room, "CLOSE_SECONDS", 0.01)
     with pytest.raises(asyncio.TimeoutError):
         made.close()
-    assert source.closed
+    assert leases.closed
 
 
 def test_results_and_errors_come_out_of_both_doors(thread: LoopThread) -> None:
@@ -337,6 +338,7 @@ import os, sys
 from prefect_eachlabs.engine.runtime import gateway_for
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.settings import AccountSettings
 settings = AccountSettings(api_key="k", base_url={emulator.url!r}, requests_per_minute=None, max_in_flight=None)
 to = Destination.parse({bucket + "/fork"!r})
@@ -362,6 +364,7 @@ def test_a_process_ends_by_itself_though_nobody_closed_its_gateway(emulator: Emu
 from prefect_eachlabs.engine.runtime import gateway_for
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.settings import AccountSettings
 to = Destination.parse({bucket!r})
 gateway = gateway_for(AccountSettings(api_key="k", base_url={emulator.url!r}))

@@ -11,7 +11,7 @@ import pytest
 
 from prefect_eachlabs.api.waking import asleep_seconds, within_waking_seconds
 from prefect_eachlabs.ledger import purchase as purchasing
-from prefect_eachlabs.limits import window
+from prefect_eachlabs.limits import leases
 from tests.protocol.kit import World, patched_clocks, play, wanted
 from tests.virtual_time import run
 
@@ -119,15 +119,15 @@ def test_a_thread_that_is_stopped_between_two_clocks_has_not_slept(monkeypatch: 
         now += seconds + 1e-6
         return now
 
-    monkeypatch.setattr(window.time, "monotonic", read)
-    monkeypatch.setattr(window.time, "clock_gettime", lambda _: 600.0 + read(next(stops, 0.0)))
+    monkeypatch.setattr(leases.time, "monotonic", read)
+    monkeypatch.setattr(leases.time, "clock_gettime", lambda _: 600.0 + read(next(stops, 0.0)))
     assert asleep_seconds() == 600.0
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux")
 def test_what_the_loop_does_not_know_of_is_the_time_since_boot(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window.time, "clock_gettime", {time.CLOCK_BOOTTIME: 1000.0}.__getitem__)
-    monkeypatch.setattr(window.time, "monotonic", lambda: 400.0)
+    monkeypatch.setattr(leases.time, "clock_gettime", {time.CLOCK_BOOTTIME: 1000.0}.__getitem__)
+    monkeypatch.setattr(leases.time, "monotonic", lambda: 400.0)
     assert asleep_seconds() == 600.0
 
 

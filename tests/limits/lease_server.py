@@ -1,4 +1,4 @@
-"""A Prefect server as `SharedSlots` sees it: counts in its "database", leases in its "memory", both apart."""
+"""A Prefect server as a `RateLimiter` sees it: counts in its "database", leases in its "memory", both apart."""
 
 from __future__ import annotations
 
@@ -7,16 +7,7 @@ import math
 import uuid
 from dataclasses import dataclass, field
 
-from prefect_eachlabs.limits.limiter import Kind
-from prefect_eachlabs.limits.shared import (
-    LEASE_SECONDS,
-    Count,
-    Denied,
-    Granted,
-    LeaseGone,
-    LimitMissing,
-    ServerAway,
-)
+from prefect_eachlabs.limits.leases import LEASE_SECONDS, Denied, Granted, Kind, LeaseGone, ServerAway
 
 REAPED_EVERY_SECONDS = 15.0
 
@@ -71,7 +62,8 @@ class LeaseClient:
     """`Leases` of one process."""
 
     where = "http://127.0.0.1:4200/api"
-    lots = 20
+    parts = 20
+    turn_seconds = 0.5
     spread = 0.6
     loses_slots = True
 
@@ -103,16 +95,11 @@ class LeaseClient:
         self.server.leases[lease_id] = _Lease(kind, slots, ends_at)
         return lease_id
 
-    async def ensure(self, kind: Kind, limit: int) -> int:
-        await self._call("ensure")
-        self.server.active.setdefault(kind, 0)
-        return self.server.limits.setdefault(kind, limit)
-
-    async def lease(self, kind: Kind, slots: int) -> Granted:
+    async def lease(self, kind: Kind, slots: int, limit: int) -> Granted:
         await self._call("lease")
         server = self.server
-        if kind not in server.limits:
-            raise LimitMissing
+        server.active.setdefault(kind, 0)
+        server.limits.setdefault(kind, limit)
         if server.active[kind] + slots > server.limits[kind]:
             raise Denied("other processes")
         server.active[kind] += slots
@@ -133,11 +120,10 @@ class LeaseClient:
         self.server.give_back(lease_id)
         await self._answer()
 
-    async def count(self, kind: Kind) -> Count | None:
-        await self._call("count")
-        limit = self.server.limits.get(kind)
+    async def taken(self, kind: Kind) -> int:
+        await self._call("taken")
         await self._answer()
-        return None if limit is None else Count(limit, self.server.active[kind])
+        return self.server.active.get(kind, 0)
 
     async def close(self) -> None:
         self.closed = True

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from typing_extensions import Self
 
-from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot, SlotSource
-from prefect_eachlabs.limits.shared import Leases, SharedSlots
+from prefect_eachlabs.limits.leases import Kind, Leases
+from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 
@@ -50,15 +50,15 @@ class Buyer:
 
     def __init__(
         self,
-        source: SlotSource,
+        settings: AccountSettings,
+        leases: Leases,
         api: Api,
         name: str = "a",
         *,
         latency_seconds: Callable[[], float] = lambda: random.uniform(0.05, 0.3),
         prediction_seconds: float = PREDICTION_SECONDS,
     ) -> None:
-        self.source = source
-        self.limiter = RateLimiter(source)
+        self.limiter = RateLimiter(settings, leases)
         self.api = api
         self.name = name
         self.latency_seconds = latency_seconds
@@ -98,19 +98,11 @@ class Buyer:
         for task in self.callers:
             task.cancel()
         await asyncio.gather(*self.callers, return_exceptions=True)
-        await self.source.close()
-
-
-class SharingBuyer(Buyer):
-    """One that leases its slots."""
-
-    def __init__(self, settings: AccountSettings, leases: Leases, *args: Any, **given: Any) -> None:
-        self.slots = SharedSlots(settings, leases)
-        super().__init__(self.slots, *args, **given)
+        await self.limiter.close()
 
     def kill(self) -> None:
         """As SIGKILL does: nothing is given back."""
-        for limit in self.slots._limits.values():
+        for limit in self.limiter._limits.values():
             limit._closed = True
             for task in limit._tasks:
                 task.cancel()
@@ -118,7 +110,7 @@ class SharingBuyer(Buyer):
             caller.cancel()
 
 
-class Worker(SharingBuyer):
+class Worker(Buyer):
     """One that leases them from a server."""
 
     def __init__(

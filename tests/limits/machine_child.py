@@ -12,8 +12,7 @@ import signal
 import sys
 
 from prefect_eachlabs.api.client import EachlabsClient
-from prefect_eachlabs.limits.file_leases import machine_source
-from prefect_eachlabs.limits.limiter import RateLimiter
+from prefect_eachlabs.limits.file_leases import machine_limiter
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.settings import AccountSettings
@@ -21,8 +20,7 @@ from prefect_eachlabs.settings import AccountSettings
 
 async def buy(url: str, callers: int) -> None:
     settings = AccountSettings(api_key="a-key", base_url=url)
-    source = machine_source(settings)
-    limiter = RateLimiter(source)
+    limiter = machine_limiter(settings)
     client = EachlabsClient(settings)
     poller = Poller(client, limiter)
 
@@ -46,7 +44,7 @@ async def buy(url: str, callers: int) -> None:
         task.cancel()
     await poller.close()
     await client.aclose()
-    await source.close()
+    await limiter.close()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from prefect_eachlabs.limits import file_leases
-from prefect_eachlabs.limits.file_leases import FileLeases, machine_source, state_folders
-from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter, SlotSource
-from prefect_eachlabs.limits.shared import SharedSlots
+from prefect_eachlabs.limits.file_leases import FileLeases, machine_limiter, state_folders
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.settings import AccountSettings
-from tests.limits.lease_workers import Api, SharingBuyer, now, takes, warnings
+from tests.limits.lease_workers import Api, Buyer, now, takes, warnings
+from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi, Shop
 from tests.virtual_time import run
 
@@ -25,7 +25,7 @@ from tests.virtual_time import run
 @pytest.fixture(autouse=True)
 def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.shared.asleep_seconds", lambda: 0.0)
+    monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def files(folder: Path, pattern: str = "*") -> list[Path]:
     return list(folder.glob(pattern))
 
 
-class Process(SharingBuyer):
+class Process(Buyer):
     """A process of this machine."""
 
     def __init__(self, folder: Path, api: Api, name: str = "a", **given: object) -> None:
@@ -110,8 +110,14 @@ def test_accounts_and_addresses_have_limits_of_their_own(tmp_path: Path) -> None
 
 def test_without_a_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-    source = machine_source(account(requests_per_minute=None, max_in_flight=None))
-    assert isinstance(source, LocalSlots)
+
+    async def story() -> None:
+        limiter = machine_limiter(account(requests_per_minute=None, max_in_flight=None))
+        await limiter.take_in_flight()
+        await limiter.take_request()
+        await limiter.close()
+
+    run(story())
     assert not list(tmp_path.iterdir())
 
 
@@ -190,7 +196,7 @@ def test_a_process_that_was_stopped_for_minutes_takes_nothing_from_its_old_lease
         held = [await sleeper.limiter.take_in_flight() for _ in range(4)]
         spare = await sleeper.limiter.take_in_flight()
         spare.unused()
-        monkeypatch.setattr("prefect_eachlabs.limits.shared.asleep_seconds", lambda: 300.0)
+        monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 300.0)
         other = Process(tmp_path, api, "other")
         others = [await other.limiter.take_in_flight() for _ in range(8)]
         waiting = asyncio.ensure_future(sleeper.limiter.take_in_flight())
@@ -346,7 +352,7 @@ def test_somebody_elses_folder_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)
-    FileLeases(account(), tmp_path)
+    assert FileLeases(account(), tmp_path).where
     assert len(warnings(caplog, "belongs to another user")) == 1
 
 
@@ -370,6 +376,24 @@ def test_a_disk_that_fills_up_leaves_the_limits_to_the_process_and_says_so_once(
     assert len(warnings(caplog, "No space left")) == len(caplog.records) == 1
 
 
+def test_what_others_were_seen_to_hold_counts_for_a_process_that_can_no_longer_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    async def story() -> float:
+        first, second = Process(tmp_path, Api()), Process(tmp_path, Api())
+        for _ in range(10):
+            await first.limiter.take_in_flight()
+        assert await takes(second, Kind.IN_FLIGHT, 1) is None
+        monkeypatch.setattr(file_leases, "_try_lock", gone)
+        await second.limiter.take_in_flight()
+        return now()
+
+    assert 74 < run(story()) < 77
+
+
 def test_a_lock_that_a_stopped_process_holds_is_waited_for_and_then_done_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,8 +414,14 @@ def test_without_file_locks_the_limits_are_the_processs_own_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file_leases, "HAS_FILE_LOCKS", False)
-    assert isinstance(machine_source(account()), LocalSlots)
-    assert len(caplog.records) == 1
+
+    async def story() -> None:
+        limiter = machine_limiter(account(max_in_flight=2))
+        assert [await limiter.take_in_flight() for _ in range(2)]
+        assert limiter.pressure(Kind.IN_FLIGHT) == 1.0
+
+    run(story())
+    assert len(warnings(caplog, "no file locks")) == len(caplog.records) == 1
 
 
 def test_after_a_reboot_the_file_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +440,7 @@ def test_files_of_earlier_boots_are_removed(tmp_path: Path) -> None:
     for path in (old, lately):
         path.write_text("{}")
     os.utime(old, (0, 0))
-    FileLeases(account(), tmp_path)
+    assert FileLeases(account(), tmp_path).where
     assert files(tmp_path) == [lately]
 
 
@@ -421,26 +451,26 @@ def test_the_log_says_where_the_file_is_when_it_is_not_the_usual_place(
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
-    FileLeases(account())
+    assert FileLeases(account()).where
     assert len(warnings(caplog, "are not kept in")) == 1
 
 
 def test_a_process_alone_on_its_machine_is_as_fast_as_its_own_window(tmp_path: Path) -> None:
-    async def pictures(source: SlotSource) -> float:
+    async def pictures(limiter: RateLimiter) -> float:
         model = ModelApi(requests_per_minute=60, max_in_flight=10, seed=1)
-        shop = Shop(model, RateLimiter(source))
+        shop = Shop(model, limiter)
         buyers = [asyncio.ensure_future(shop.buy_for_ever()) for _ in range(20)]
         await asyncio.sleep(360)
         assert [buyer for buyer in buyers if buyer.done()] == []
         await shop.poller.close()
-        await source.close()
+        await limiter.close()
         assert model.throttled == 0
         return shop.per_minute(60, 360)
 
     async def shared() -> float:
-        return await pictures(SharedSlots(account(), FileLeases(account(), tmp_path)))
+        return await pictures(RateLimiter(account(), FileLeases(account(), tmp_path)))
 
-    assert run(shared()) >= 0.98 * run(pictures(LocalSlots(requests_per_minute=60, max_in_flight=10)))
+    assert run(shared()) >= 0.98 * run(pictures(local_limiter(requests_per_minute=60, max_in_flight=10)))
 
 
 def test_one_api_in_two_spellings_is_one_account(tmp_path: Path) -> None:

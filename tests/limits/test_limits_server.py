@@ -15,9 +15,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.limits import admin as limits_admin
-from prefect_eachlabs.limits.limiter import Kind, RateLimiter
+from prefect_eachlabs.limits.leases import Denied, Granted, Kind, LeaseGone
+from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases
-from prefect_eachlabs.limits.shared import Denied, Granted, LeaseGone, LimitMissing, SharedSlots
 from prefect_eachlabs.settings import AccountSettings
 from tests.ui.stage import Stage
 
@@ -39,8 +39,8 @@ async def opened(settings: AccountSettings) -> AsyncIterator[PrefectLeases]:
         await leases.close()
 
 
-def shared(settings: AccountSettings) -> SharedSlots:
-    return SharedSlots(settings, PrefectLeases(settings.account))
+def shared(settings: AccountSettings) -> RateLimiter:
+    return RateLimiter(settings, PrefectLeases(settings.account))
 
 
 async def until(happens: Callable[[], bool], within_seconds: float) -> None:
@@ -69,19 +69,16 @@ def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: 
 def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
-            assert await leases.ensure(Kind.REQUESTS, 60) == 60
-            assert await leases.ensure(Kind.REQUESTS, 30) == 60
-            granted = await leases.lease(Kind.REQUESTS, 3)
+            assert await leases.taken(Kind.REQUESTS) == 0
+            granted = await leases.lease(Kind.REQUESTS, 3, 60)
             await leases.renew(granted.lease_id)
-            count = await leases.count(Kind.REQUESTS)
-            assert count is not None
-            assert (count.limit, count.active_slots) == (60, 3)
+            assert (granted.limit, await leases.taken(Kind.REQUESTS)) == (60, 3)
             (requests, _) = await limits_admin.show(settings)
             assert requests.in_use == 3
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 58)
+                await leases.lease(Kind.REQUESTS, 58, 60)
             with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 61)
+                await leases.lease(Kind.REQUESTS, 61, 61)
             for lease_id in (granted.lease_id, granted.lease_id):
                 await leases.release(lease_id)
             (requests, _) = await limits_admin.show(settings)
@@ -92,14 +89,12 @@ def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) ->
     asyncio.run(story())
 
 
-def test_a_limit_nobody_made_grants_nothing(settings: AccountSettings) -> None:
+def test_a_limit_nobody_made_is_made_once_and_counts_from_the_first_lease(settings: AccountSettings) -> None:
     async def story() -> None:
         async with opened(settings) as leases:
-            with pytest.raises(LimitMissing):
-                await leases.lease(Kind.REQUESTS, 3)
-            await leases.ensure(Kind.REQUESTS, 60)
-            with pytest.raises(LimitMissing):
-                await leases.lease(Kind.IN_FLIGHT, 1)
+            assert (await leases.lease(Kind.REQUESTS, 3, 60)).limit == 60
+            assert (await leases.lease(Kind.REQUESTS, 3, 30)).limit == 60
+            assert await leases.taken(Kind.REQUESTS) == 6
 
     asyncio.run(story())
 
@@ -108,21 +103,19 @@ def test_processes_that_start_at_the_same_moment_make_one_limit(settings: Accoun
     async def story() -> None:
         async def one() -> Granted:
             async with opened(settings) as leases:
-                await leases.ensure(Kind.IN_FLIGHT, 10)
-                return await leases.lease(Kind.IN_FLIGHT, 2)
+                return await leases.lease(Kind.IN_FLIGHT, 2, 10)
 
         await asyncio.gather(*(one() for _ in range(5)))
         async with opened(settings) as leases:
             with pytest.raises(Denied):
-                await leases.lease(Kind.IN_FLIGHT, 1)
+                await leases.lease(Kind.IN_FLIGHT, 1, 10)
 
     asyncio.run(story())
 
 
 def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: AccountSettings) -> None:
     async def story() -> None:
-        sources = [shared(settings), shared(settings)]
-        first, second = (RateLimiter(source) for source in sources)
+        first, second = shared(settings), shared(settings)
         taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
         waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
         more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
@@ -136,20 +129,19 @@ def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: A
         for slot in (*waiting, *more):
             slot.cancel()
         await asyncio.gather(*waiting, *more, return_exceptions=True)
-        for source in sources:
-            await source.close()
+        for limiter in (first, second):
+            await limiter.close()
 
     asyncio.run(story())
 
 
 def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSettings) -> None:
     async def story() -> None:
-        source = shared(settings)
-        limiter = RateLimiter(source)
+        limiter = shared(settings)
         taken = await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
         for slot in taken[3:]:  # their ends were seen, of cancels say
             slot.done()
-        await asyncio.wait_for(source.close(), 5)
+        await asyncio.wait_for(limiter.close(), 5)
         (_, status) = await limits_admin.show(settings)
         assert status.in_use == 3
 
@@ -161,15 +153,14 @@ def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_s
 ) -> None:
     caplog.set_level(logging.WARNING)
 
-    def of_another_account() -> SharedSlots:
+    def of_another_account() -> RateLimiter:
         return shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
 
     async def story() -> None:
-        first, second, source, ending = shared(settings), shared(settings), of_another_account(), of_another_account()
-        losing, limiter = RateLimiter(first), RateLimiter(source)
-        await asyncio.wait_for(asyncio.gather(*(losing.take_in_flight() for _ in range(7))), 20)
+        first, second, limiter, ending = shared(settings), shared(settings), of_another_account(), of_another_account()
+        await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(7))), 20)
         await asyncio.wait_for(limiter.take_in_flight(), 20)
-        (await asyncio.wait_for(RateLimiter(ending).take_in_flight(), 20)).done()
+        (await asyncio.wait_for(ending.take_in_flight(), 20)).done()
         at_server_process.stop_server()
         await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
         waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
@@ -177,13 +168,12 @@ def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_s
         assert not any(slot.done() for slot in waiting)
         at_server_process.start_server()
         await until(lambda: all(slot.done() for slot in waiting), 60)
-        await asyncio.wait_for(source.close(), 5)
+        await asyncio.wait_for(limiter.close(), 5)
         await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 90)
         await first.close()  # the account's processes have ended
         (_, status) = await limits_admin.reset(settings)
         assert status.in_use >= 7
-        limiter = RateLimiter(second)
-        await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
+        await asyncio.wait_for(asyncio.gather(*(second.take_in_flight() for _ in range(10))), 20)
         await second.close()
 
     asyncio.run(story())

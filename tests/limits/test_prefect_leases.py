@@ -13,9 +13,8 @@ from uuid import UUID, uuid4
 import pytest
 from prefect.settings import PREFECT_API_KEY, PREFECT_API_URL, PREFECT_CLIENT_CSRF_SUPPORT_ENABLED, temporary_settings
 
-from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.leases import Denied, Kind, LeaseGone, ServerAway
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases
-from prefect_eachlabs.limits.shared import Denied, LeaseGone, ServerAway
 
 Answer = tuple[int, str]
 
@@ -88,7 +87,7 @@ def granted(lease_id: UUID, *names: str) -> str:
 def test_a_lease_says_its_id_and_the_servers_number(server: Scripted) -> None:
     lease_id = uuid4()
     server.answers = [(200, granted(lease_id, "eachlabs-requests-acme"))]
-    result = ask(lambda leases: leases.lease(Kind.REQUESTS, 3))
+    result = ask(lambda leases: leases.lease(Kind.REQUESTS, 3, 60))
     assert (result.lease_id, result.limit) == (str(lease_id), 60)
     ((_, _, body),) = server.requests
     assert body["lease_duration"] >= 60
@@ -111,7 +110,7 @@ def test_a_lease_says_its_id_and_the_servers_number(server: Scripted) -> None:
 def test_every_answer_has_one_meaning(server: Scripted, answer: Answer, meaning: type[Exception]) -> None:
     server.answers = [answer]
     with pytest.raises(meaning):
-        ask(lambda leases: leases.lease(Kind.REQUESTS, 3))
+        ask(lambda leases: leases.lease(Kind.REQUESTS, 3, 60))
     assert len(server.requests) == 1
 
 
@@ -131,7 +130,7 @@ def test_a_database_that_stays_locked_is_an_absence(server: Scripted) -> None:
 def test_a_refused_key_says_which_setting_to_look_at_and_not_the_key(server: Scripted) -> None:
     server.answers = [(401, "{}")]
     with pytest.raises(ServerAway, match="PREFECT_API_KEY") as caught:
-        ask(lambda leases: leases.count(Kind.REQUESTS))
+        ask(lambda leases: leases.taken(Kind.REQUESTS))
     assert "pnu_secret" not in str(caught.value)
 
 

@@ -22,13 +22,13 @@ from prefect_eachlabs.errors import DownloadFailed, HostNotAllowed, NotAPng, Set
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
 from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
 from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport
 from tests.images.test_download import SMALL, Host
+from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
 
@@ -580,7 +580,7 @@ def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had
         guard = HostGuard(private_hosts, settings.api_host, resolve=None)
         return Engine(
             settings,
-            LocalSlots(requests_per_minute=None, max_in_flight=None),
+            local_limiter(requests_per_minute=None, max_in_flight=None),
             lambda _destination, _access: store,
             client=EachlabsClient(settings, transport=api),
             downloader=Downloader(api, hosts=guard),

@@ -13,9 +13,10 @@ from itertools import chain, islice, pairwise
 from typing import Any, TypeVar
 
 from prefect_eachlabs.errors import EachlabsError, NotSent, Rejected, Throttled
-from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
 from prefect_eachlabs.models import Execution, Prediction, PredictionStatus
 from prefect_eachlabs.polling.poller import Poller
+from tests.limits.local import local_limiter
 from tests.virtual_time import run
 
 T = TypeVar("T")
@@ -226,8 +227,8 @@ def in_shop(
 
     async def whole() -> T:
         model = ModelApi(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight, **api)
-        lots = LocalSlots(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight)
-        shop = Shop(model, RateLimiter(lots))
+        limiter = local_limiter(requests_per_minute=requests_per_minute, max_in_flight=max_in_flight)
+        shop = Shop(model, limiter)
         result = await story(shop)
         await shop.poller.close()
         await asyncio.sleep(61)

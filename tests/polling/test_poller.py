@@ -8,8 +8,8 @@ from datetime import datetime, timedelta, timezone
 import pytest
 
 from prefect_eachlabs.errors import PredictionTimedOut
-from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction, PredictionStatus
+from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi, Shop, gaps_of, in_flight, in_shop, now, seconds
 from tests.virtual_time import run
 
@@ -154,7 +154,7 @@ def test_held_questions_are_bounded() -> None:
     async def story() -> None:
         shop = Shop(
             Counting(holds=True, has_executions=False),
-            RateLimiter(LocalSlots(requests_per_minute=None, max_in_flight=None)),
+            local_limiter(requests_per_minute=None, max_in_flight=None),
         )
         for _ in range(2):
             await asyncio.gather(*(shop.buy() for _ in range(150)))
@@ -232,6 +232,7 @@ def test_close_cancels_the_futures_and_leaves_nothing_behind() -> None:
         await asyncio.sleep(5)
         await shop.poller.close()
         await shop.poller.close()
+        await shop.limiter.close()
         assert [future.cancelled() for future in futures] == [True] * 5
         assert in_flight(shop) == 0.5  # they go on at the API
         assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, Rejected, Throttled, Unanswered
-from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
+from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.models import Prediction
 from prefect_eachlabs.polling.schedule import Schedule
+from tests.limits.local import local_limiter
 from tests.polling.model_api import Job, ModelApi, Shop, gaps_of, in_flight, in_shop, now, refused, seconds
 from tests.virtual_time import run
 
@@ -110,7 +111,7 @@ def test_a_list_that_hangs_does_not_keep_the_ends_from_being_known() -> None:
             raise Unanswered("time-out")
 
     async def story() -> float:
-        shop = Shop(Hanging(duration=seconds(5)), RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10)))
+        shop = Shop(Hanging(duration=seconds(5)), local_limiter(requests_per_minute=60, max_in_flight=10))
         await asyncio.gather(*(shop.buy() for _ in range(10)))
         await shop.poller.close()
         return now()
@@ -148,7 +149,7 @@ def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> None:
             raise NotSent("no route")
 
     async def story() -> float:
-        limiter = RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10))
+        limiter = local_limiter(requests_per_minute=60, max_in_flight=10)
         shop = Shop(Unreachable(), limiter)
         buying = asyncio.ensure_future(shop.buy())
         await asyncio.sleep(50)

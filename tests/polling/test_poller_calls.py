@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import pytest
 from pydantic import SecretStr
 
-from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.webhooks.calls import Call, write_id_in
 from prefect_eachlabs.webhooks.costs import LateCosts
 from prefect_eachlabs.webhooks.webhooks import Webhooks
+from tests.limits.local import local_limiter
 from tests.polling.model_api import Job, ModelApi, Shop, now
 from tests.polling.test_poller_pace import assert_within_the_limits, shop_for
 from tests.virtual_time import run
@@ -84,8 +84,8 @@ class CalledShop(Shop):
 def called_shop(*, callers: int = 20, minutes: float = 4, late: Late = at_once, **api: object) -> CalledShop:
     async def story() -> CalledShop:
         model = ModelApi(**api)  # type: ignore[arg-type]
-        lots = LocalSlots(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
-        shop = CalledShop(model, RateLimiter(lots), late=late)
+        limiter = local_limiter(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
+        shop = CalledShop(model, limiter, late=late)
         tasks = [asyncio.ensure_future(shop.buy_for_ever()) for _ in range(callers)]
         await asyncio.sleep(60 * minutes)
         assert [task for task in tasks if task.done()] == []

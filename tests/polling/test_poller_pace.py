@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.limits.limiter import Kind, LocalSlots, RateLimiter
+from prefect_eachlabs.limits.limiter import Kind
+from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi, Shop
 from tests.virtual_time import run
 
@@ -19,8 +20,8 @@ def shop_for(*, callers: int, minutes: float, **api: Any) -> Shop:
 
     async def story() -> Shop:
         model = ModelApi(**api)
-        lots = LocalSlots(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
-        shop = Shop(model, RateLimiter(lots))
+        limiter = local_limiter(requests_per_minute=model.requests_per_minute, max_in_flight=model.max_in_flight)
+        shop = Shop(model, limiter)
         tasks = [asyncio.ensure_future(shop.buy_for_ever()) for _ in range(callers)]
         await asyncio.sleep(60 * minutes)
         assert [task for task in tasks if task.done()] == []
@@ -141,9 +142,7 @@ def test_hundreds_in_flight_beyond_one_page_are_found_on_further_pages() -> None
 @pytest.mark.parametrize("requests_per_minute", [60, None])
 def test_one_prediction_alone_is_known_soon_and_for_few_questions(requests_per_minute: int | None) -> None:
     async def story() -> tuple[list[float], list[int]]:
-        shop = Shop(
-            ModelApi(seed=3), RateLimiter(LocalSlots(requests_per_minute=requests_per_minute, max_in_flight=10))
-        )
+        shop = Shop(ModelApi(seed=3), local_limiter(requests_per_minute=requests_per_minute, max_in_flight=10))
         questions = []
         for _ in range(12):
             before = len(shop.api.asked)
@@ -163,7 +162,7 @@ def test_a_few_at_once_with_requests_to_spare_are_known_within_half_a_second() -
     async def story() -> Shop:
         shop = Shop(
             ModelApi(requests_per_minute=60, max_in_flight=10),
-            RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10)),
+            local_limiter(requests_per_minute=60, max_in_flight=10),
         )
         await asyncio.gather(*(shop.buy() for _ in range(5)))
         await shop.poller.close()
@@ -178,7 +177,7 @@ def test_a_few_at_once_with_requests_to_spare_are_known_within_half_a_second() -
 def test_nothing_is_asked_and_nothing_kept_when_nothing_is_watched() -> None:
     async def story() -> int:
         api = ModelApi(requests_per_minute=60, max_in_flight=10)
-        limiter = RateLimiter(LocalSlots(requests_per_minute=60, max_in_flight=10))
+        limiter = local_limiter(requests_per_minute=60, max_in_flight=10)
         shop = Shop(api, limiter)
         await asyncio.gather(*(shop.buy() for _ in range(30)))
         await asyncio.sleep(120)

@@ -23,11 +23,11 @@ from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import EachlabsError
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ListedObject, StoredObject
 from prefect_eachlabs.storage.s3 import S3Access, S3Store
+from tests.limits.local import local_limiter
 
 T = TypeVar("T")
 
@@ -103,7 +103,7 @@ async def obtain_all(told: dict[str, Any]) -> None:
     access = S3Access(endpoint_url=told["s3_url"], region="us-east-1", access_key_id="local", secret_access_key="local")
     engine = Engine(
         settings,
-        LocalSlots(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight),
+        local_limiter(requests_per_minute=settings.requests_per_minute, max_in_flight=settings.max_in_flight),
         lambda destination, _: CountedStore(S3Store(destination.bucket, access), boundaries),
         client=EachlabsClient(settings, transport=CountedTransport(boundaries)),
         downloader=Downloader(CountedTransport(boundaries)),

@@ -16,9 +16,9 @@ from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import StoreFailed
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Item, StoredImage
 from prefect_eachlabs.storage.base import ListedObject, PreconditionFailed, StoredObject
+from tests.limits.local import local_limiter
 from tests.protocol.clocks import here
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Process:
         self.settings = world.settings.model_copy(update=settings)
         self.engine = Engine(
             self.settings,
-            LocalSlots(
+            local_limiter(
                 requests_per_minute=self.settings.requests_per_minute, max_in_flight=self.settings.max_in_flight
             ),
             lambda _destination, _access: Bucket(self),

@@ -20,7 +20,6 @@ from pydantic import SecretStr
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.engine.runtime import Gateway, LoopThread
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.limits.limiter import LocalSlots
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
@@ -29,6 +28,7 @@ from prefect_eachlabs.webhooks.calls import Call, call_in, callback_of, secret_o
 from prefect_eachlabs.webhooks.receiver import listen_at
 from prefect_eachlabs.webhooks.stream import HandOn
 from prefect_eachlabs.webhooks.webhooks import Verdict
+from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
 from tests.ui.stage import Stage, free_port, until
 from tests.virtual_time import run
@@ -55,7 +55,7 @@ def buyer(api: EmulatorServer, port: int, **settings: Any) -> Iterator[Gateway]:
     gateway = Gateway(
         account,
         thread,
-        make_source=lambda _: LocalSlots(requests_per_minute=None, max_in_flight=10),
+        make_limiter=lambda _: local_limiter(requests_per_minute=None, max_in_flight=10),
         store_for=lambda _, __: store,
     )
     try:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from prefect_eachlabs.limits.limiter import LocalSlots, RateLimiter
 from prefect_eachlabs.models import Prediction, PredictionStatus
 from prefect_eachlabs.net.redaction import shown
 from prefect_eachlabs.polling.poller import Poller
@@ -18,6 +17,7 @@ from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.webhooks import webhooks as room
 from prefect_eachlabs.webhooks.calls import Call, secret_of
 from prefect_eachlabs.webhooks.webhooks import Verdict, Webhooks
+from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi
 from tests.virtual_time import run
 
@@ -34,7 +34,7 @@ def call(write_id: str | None, prediction_id: str = "p1", *, by: str | None = No
 
 def told(story: Callable[[Webhooks, Poller], Awaitable[None]], **settings: Any) -> None:
     async def whole() -> None:
-        poller = Poller(ModelApi(), RateLimiter(LocalSlots(requests_per_minute=None, max_in_flight=None)))
+        poller = Poller(ModelApi(), local_limiter(requests_per_minute=None, max_in_flight=None))
         webhooks = Webhooks(SETTINGS.model_copy(update=settings), poller)
         await story(webhooks, poller)
         await poller.close()
