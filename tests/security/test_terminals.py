@@ -10,7 +10,7 @@ import pytest
 
 from prefect_eachlabs.testing.s3 import LocalS3
 from tests.security.hostile import ESCAPES, FORGED, hostile_api, hostile_s3
-from tests.security.terminal import assert_unmoved, typed
+from tests.security.terminal import assert_unmoved, typed, typed_in_turn
 
 pytestmark = pytest.mark.slow
 
@@ -30,14 +30,15 @@ def environment(local_s3: LocalS3) -> Iterator[dict[str, str]]:
         }
 
 
-@pytest.mark.parametrize("how", ["refused", "plain", "error", "word", "url"])
-def test_an_answer_moves_no_terminal(environment: dict[str, str], tmp_path: Path, how: str) -> None:
-    words = ["generate", f"{how} {ESCAPES}{FORGED}", "--to", f"s3://{BUCKET}/x", "--item-id", how]
-    status, sent = typed([*words, "--deadline-seconds", "3"], environment, tmp_path)
-    assert status == 1, sent
-    assert "prefect-eachlabs: " in sent
-    assert_unmoved(sent)
-    assert KEY not in sent
+def test_an_answer_moves_no_terminal(environment: dict[str, str], tmp_path: Path) -> None:
+    hows = ("refused", "plain", "error", "word", "url")
+    more = ["--to", f"s3://{BUCKET}/x", "--deadline-seconds", "3"]
+    words = [["generate", f"{how} {ESCAPES}{FORGED}", *more, "--item-id", how] for how in hows]
+    for status, sent in typed_in_turn(words, environment, tmp_path):
+        assert status == 1, sent
+        assert "prefect-eachlabs: " in sent
+        assert_unmoved(sent)
+        assert KEY not in sent
 
 
 def test_the_words_of_a_store_move_no_terminal(environment: dict[str, str], tmp_path: Path) -> None:
