@@ -1,4 +1,4 @@
-"""The whole path at size: 150 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
+"""The whole path at size: 80 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ FAULTS = (
     "prediction:fail_moderation=0.02",
     "picture:truncated=0.02",
 )
-ROWS = 150
-KILLED_AT = (20, 50)
+ROWS = 80
+KILLED_AT = (12, 30)
 BUCKET = "killed-batches"
 DEADLINE_SECONDS = 600
 
