@@ -228,4 +228,4 @@ class LongLifeOfRecords(LifeOfRecords):
 
 
 TestLongLifeOfRecords = pytest.mark.slow(LongLifeOfRecords.TestCase)
-TestLongLifeOfRecords.settings = settings(NORMAL, max_examples=80, stateful_step_count=40)
+TestLongLifeOfRecords.settings = settings(NORMAL, max_examples=50, stateful_step_count=40)
