@@ -54,6 +54,7 @@ def replace_environment(folder: Path) -> None:
             "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": IN_MEMORY,
             "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml"),
+            "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",  # nobody looks at their kinds
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",

@@ -62,6 +62,7 @@ def show(
                 "TMPDIR": str(folder / "tmp"),
                 "PREFECT_API_URL": f"{ui}/api",
                 "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
+                "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "true",
                 "PREFECT_SERVER_UI_API_URL": f"{ui}/api",
                 "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
                 "PREFECT_LOGGING_TO_API_ENABLED": "true",
@@ -69,15 +70,16 @@ def show(
                 "EACHLABS_REFERENCE_ROOTS": TABLES,
             }
         )
-        words = ["server", "start", "--host", "127.0.0.1", "--port", str(port)]
-        server = Child("Prefect's server", words, folder, interrupts, health=f"{ui}/api/health")
+        server = Child(
+            "Prefect's server", [*SERVER, str(port)], folder / "server.log", interrupts, health=f"{ui}/api/health"
+        )
         stage = stack.enter_context(demo_stage.Stage(interrupts, service_seconds=service_seconds, prefect=server))
         clock.say("Prefect's server, the emulator and the local S3 are there")
         from prefect_eachlabs.cli.setup import WORK_POOL, make_work_pool
 
         asyncio.run(_put_table(stage.s3.access, rows))
         make_work_pool()
-        worker = Child("The worker", ["worker", "start", "--pool", WORK_POOL, "--name", "demo"], folder, interrupts)
+        worker = Child("The worker", ["-c", WORKER, WORK_POOL], folder / "worker.log", interrupts)
         stack.callback(worker.stop)  # before the server that it talks to
         worker.start()
         interrupts.check()
@@ -96,6 +98,13 @@ def show(
                 _wait(0.5, [server, worker], interrupts)
 
 
+# What `prefect server start` and `prefect worker start` end in, without the seconds that their command line takes.
+SERVER = ("-m", "uvicorn", "--factory", "prefect.server.api.server:create_app", "--host", "127.0.0.1", "--port")
+WORKER = (
+    "import asyncio, sys; from prefect.workers.process import ProcessWorker; "
+    "asyncio.run(ProcessWorker(sys.argv[1], name='demo').start())"
+)
+
 CLOSING = """
 Look at it: {ui}
   Runs → one of the two → Artifacts → a card: its pictures. Deployments → generate-image → Run: one more.
@@ -103,24 +112,25 @@ The emulator draws the pictures: no model is asked, nothing is bought. Ctrl-C en
 
 
 class Child:
-    """A command of Prefect's in a process group of its own: Ctrl-C is for this process, which ends the others.
+    """A part of Prefect's in a process group of its own: Ctrl-C is for this process, which ends the others.
 
     Args:
+        words: What follows Python's path.
+        log: What it says.
         health: A URL that answers once it has started.
     """
 
     def __init__(
-        self, name: str, words: list[str], folder: Path, interrupts: demo_stage.Interrupts, *, health: str = ""
+        self, name: str, words: list[str], log: Path, interrupts: demo_stage.Interrupts, *, health: str = ""
     ) -> None:
-        self._name, self._words, self._interrupts, self._health = name, words, interrupts, health
-        self._log = folder / f"{words[0]}.log"
+        self._name, self._words, self._log, self._interrupts, self._health = name, words, log, interrupts, health
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, *, timeout: float = 0.0) -> None:
         """Raises SetupError when it does not answer within so many seconds."""
         with self._interrupts.held_back(), self._log.open("wb") as out:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "prefect", *self._words],
+                [sys.executable, *self._words],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
