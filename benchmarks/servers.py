@@ -28,14 +28,18 @@ class PrefectServer:
         folder: Where its home and its logs go.
         name: What it is called.
         database_url: SQLite in its home when None.
+        home: What its home begins as, with a database that needs no migration; empty when None.
     """
 
-    def __init__(self, folder: Path, name: str, *, database_url: str | None = None) -> None:
+    def __init__(self, folder: Path, name: str, *, database_url: str | None = None, home: Path | None = None) -> None:
         self._folder, self._name = folder, f"prefect-server-{name}"
-        home = folder / f"prefect-{name}"
-        home.mkdir()
+        own = folder / f"prefect-{name}"
+        if home is None:
+            own.mkdir()
+        else:
+            shutil.copytree(home, own)
         self._environment = clean_environment(
-            PREFECT_HOME=str(home),
+            PREFECT_HOME=str(own),
             PREFECT_SERVER_ANALYTICS_ENABLED="false",
             DO_NOT_TRACK="1",
             PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE="prefect.server.concurrency.lease_storage.filesystem",
@@ -48,7 +52,9 @@ class PrefectServer:
 
     def start(self) -> None:
         """Begins to start; `wait` comes back when it answers."""
-        command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(self._port)]
+        # What `prefect server start` ends in, without the seconds in which its command line is loaded.
+        command = [sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"]
+        command += ["--host", "127.0.0.1", "--port", str(self._port), "--log-level", "warning"]
         self._starts += 1
         name = self._name if self._starts == 1 else f"{self._name}-{self._starts}"
         self.process = Process(command, self._folder, name, environment=self._environment, is_read=False)

@@ -171,6 +171,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10.0, help="how long everything fails (10)")
     parser.add_argument("--seed", type=int, default=0, help="draws what fails, and when (0)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the page, too")
+    parser.add_argument("--prefect-home", type=Path, metavar="FOLDER", help="what the Prefect server begins with")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="leave all logs and sources here")
     arguments = parser.parse_args(words)
     if not 0.25 <= arguments.minutes <= 240:
@@ -181,7 +182,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, folder: Path) -> int:
     load = report.load_average()
     say(f"{report.machine()}\nload average {load}; seed {arguments.seed}; starting servers")
-    with World(folder, arguments.seed) as world:
+    with World(folder, arguments.seed, arguments.prefect_home) as world:
         soak = Soak(world, arguments.minutes * 60, arguments.seed)
         soak.storm()
         soak.calm()

@@ -22,6 +22,7 @@ from soak_faults import ACCOUNT, BUDGET_PICTURES, EMULATOR_FLAGS, INTERRUPTED, L
 BUCKET = "soak"
 DESTINATION = f"s3://{BUCKET}/pictures"
 SOURCES = 60
+"""So many, who goes on by itself finds there."""
 ROWS, STEADY_ROWS = 150, 50
 INTERRUPTED_ROWS, REPLACED_ROWS, BUDGETED_ROWS, HOPELESS_ROWS = 24, 12, BUDGET_PICTURES * 3, 18
 POISONED_OF_HOPELESS, LATE_OF_HOPELESS = 4, 6
@@ -66,19 +67,19 @@ class Group:
     ) -> None:
         self.name, self._folder, self._rows = name, folder, rows
         self._ids, self._words = ids or name, words
-        for number in range(1, SOURCES + 1):
-            with self.source(number).open("w", newline="") as file:
-                write = csv.writer(file).writerow
-                write(["id", "prompt", *(["notes"] if label_characters else [])])
-                for wanted in self.wanted_of(number):
-                    write([*wanted, *(["x" * label_characters] if label_characters else [])])
+        self._label = ["x" * label_characters] if label_characters else []
 
     @property
     def sources(self) -> str:
         return str(self._folder / f"{self.name}-{{:03}}.csv")
 
-    def source(self, number: int) -> Path:
-        return Path(self.sources.format(number))
+    def write(self, number: int) -> None:
+        """The source, if it is not there yet."""
+        with contextlib.suppress(FileExistsError), Path(self.sources.format(number)).open("x", newline="") as file:
+            write = csv.writer(file).writerow
+            write(["id", "prompt", *["notes" for _ in self._label]])
+            for wanted in self.wanted_of(number):
+                write([*wanted, *self._label])
 
     def wanted_of(self, number: int) -> Iterator[Wanted]:
         for row in range(1, self._rows + 1):
@@ -141,6 +142,9 @@ class Buyer:
         self.lives += 1
         folder = self._world.folder / f"{self.name}-{self.lives}"
         folder.mkdir()
+        once = self._disk_is_full or source is not None
+        for number in [self.at_source] if once else range(1, SOURCES + 1):
+            self.group.write(number)
         told = {
             "name": self.name,
             "sources": self.group.sources if source is None else source,
@@ -150,7 +154,7 @@ class Buyer:
             "results": str(folder / RESULTS),
             "clock": str(self._clock),
             "largest_file_bytes": LARGEST_FILE_BYTES if self._disk_is_full else None,
-            "once": self._disk_is_full or source is not None,
+            "once": once,
             "flags": list(flags),
             "run_id": run_id,
             "emulator": self._world.emulator.url,
@@ -197,9 +201,10 @@ class World:
     Args:
         folder: For all they write.
         seed: Of all that is drawn.
+        prefect_home: What the Prefect server's home begins as; empty when None.
     """
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, prefect_home: Path | None = None) -> None:
         self.folder = folder
         self.stop = folder / "stop"
         self.accepted_before_the_last_run: int | None = None
@@ -213,7 +218,7 @@ class World:
                 Process(python("soak_s3.py", "--bucket", BUCKET, "--seed", str(seed)), folder, "s3")
             )
             self.s3_url = self._s3.first_line()
-            self.prefect = ending.enter_context(PrefectServer(folder, "soak"))
+            self.prefect = ending.enter_context(PrefectServer(folder, "soak", home=prefect_home))
             self.prefect.wait()
             self.environment = {
                 **ACCOUNT,

@@ -24,6 +24,7 @@ from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.engine.runtime import close_gateways
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from tests.flows.flow_fixtures import Studio
+from tests.ui.stage import is_begun_from
 
 SOAK = Path(__file__).resolve().parents[2] / "benchmarks" / "soak.py"
 ENDS_WITHIN_SECONDS = 900
@@ -46,10 +47,15 @@ MUST_BE_ZERO = {
 
 
 @pytest.mark.slow
-def test_a_soak_of_a_minute_or_so_injects_its_faults_and_its_books_are_right(tmp_path: Path) -> None:
+def test_a_soak_of_half_a_minute_injects_its_faults_and_its_books_are_right(
+    kept_database: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("moto")
-    page = tmp_path / "soak.md"
-    command = [sys.executable, str(SOAK), "--minutes", "1", "--seed", "3", "--output", str(page)]
+    page, home = tmp_path / "soak.md", tmp_path / "home"
+    home.mkdir()
+    is_begun_from(kept_database, home)
+    command = [sys.executable, str(SOAK), "--minutes", "0.5", "--seed", "3", "--output", str(page)]
+    command += ["--prefect-home", str(home)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path)
     try:
         said, _ = process.communicate(timeout=ENDS_WITHIN_SECONDS)
@@ -61,7 +67,7 @@ def test_a_soak_of_a_minute_or_so_injects_its_faults_and_its_books_are_right(tmp
     assert dict(zeros) == dict.fromkeys(MUST_BE_ZERO, "0")
     injected = dict(re.findall(r"^  faults injected: (.+?) {2,}([\d,]+)$", said, re.MULTILINE))
     assert len(injected) >= 10, "API, file host, S3, kills, freezes, clock jumps, full disks, a restart, scenes"
-    # Beside other tests a minute is short: a sort or two may not have had its turn.
+    # Half a minute is short: a sort or two may not have had its turn.
     assert sum(count == "0" for count in injected.values()) <= 2, injected
     numbers = dict(re.findall(r"^  (pictures \w+).*? {2,}([\d,]+)$", said, re.MULTILINE))
     assert numbers["pictures stored"] == numbers["pictures wanted"]

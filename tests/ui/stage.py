@@ -108,23 +108,28 @@ def environment_of_server(folder: Path) -> dict[str, str]:
     """For a server whose SQLite database is there."""
     return {
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{folder / 'prefect.db'}",
-        "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo.toml"),  # which blocks it has registered
+        "PREFECT_SERVER_MEMO_STORE_PATH": str(folder / "memo_store.toml"),  # which blocks it has registered
     }
+
+
+def is_begun_from(kept: Path, folder: Path) -> bool:
+    """Copies the database of a server that another has migrated, if there is one."""
+    if is_there := (kept / "prefect.db").exists():
+        for name in ("memo_store.toml", "prefect.db"):
+            shutil.copy(kept / name, folder / name)
+    return is_there
 
 
 @contextlib.contextmanager
 def migrated(folder: Path, kept: Path) -> Iterator[None]:
-    """Around the first start of a server on SQLite: its database is a copy of one that another had migrated.
+    """Around the first start of a server on SQLite, with what is kept.
 
-    Migrations and blocks take 10 s of CPU. The first server makes the kept one; who comes meanwhile waits for it.
+    Migrations and blocks take 10 s of CPU. The first server's are kept; who comes meanwhile waits for it.
     """
-    names = ("memo.toml", "prefect.db")
     with (kept / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if (kept / "prefect.db").exists():
+        if is_begun_from(kept, folder):
             fcntl.flock(lock, fcntl.LOCK_UN)
-            for name in names:
-                shutil.copy(kept / name, folder / name)
             yield
             return
         yield
@@ -135,7 +140,7 @@ def migrated(folder: Path, kept: Path) -> Iterator[None]:
                 both.enter_context(contextlib.closing(sqlite3.connect(one))) for one in (folder / "prefect.db", half)
             )
             made.backup(copy)
-        shutil.copy(folder / "memo.toml", kept / "memo.toml")
+        shutil.copy(folder / "memo_store.toml", kept / "memo_store.toml")
         half.replace(kept / "prefect.db")
 
 
