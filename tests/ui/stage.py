@@ -46,14 +46,6 @@ def until(look: Callable[[], T | None], within_seconds: float, what: str, *, eve
         time.sleep(every_seconds)
 
 
-def parent_of(process: int) -> int:
-    """0 when there is no such process."""
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
 class Process:
     """A program in a session of its own, with a log; it ends with all that it started."""
 
@@ -348,27 +340,6 @@ class Stage:
                 if wanted in (folder / "environ").read_bytes().split(b"\0"):
                     return int(folder.name)
         return None
-
-    def worker_of(self, run_id: str) -> Process:
-        """The worker that runs a flow run: the one its process descends from."""
-        ours = {worker.popen.pid: worker for worker in self.workers}
-        process = until(lambda: self.process_of(run_id), 90, "the run has a process")
-        while process not in ours:
-            assert process > 0, f"no worker of ours runs {run_id}"
-            process = parent_of(process)
-        return ours[process]
-
-    def cut_power(self, worker: Process) -> None:
-        """SIGKILL to a worker and to its runs, which are sessions of their own and would live on."""
-        runs = [
-            int(folder.name)
-            for folder in Path("/proc").glob("[0-9]*")
-            if parent_of(int(folder.name)) == worker.popen.pid
-        ]
-        worker.kill()
-        for run in runs:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(run, signal.SIGKILL)
 
     def kill_run(self, run_id: str) -> None:
         """SIGKILL to a flow run's process: what the kernel does when memory is short."""
