@@ -66,11 +66,18 @@ def attempt(work: Callable[[], object]) -> object:
 
 
 def commands(folder: Path, facts: dict[str, Any]) -> int:
-    """Commands of the command line, whose exit statuses are printed."""
+    """Commands of the command line, whose exit statuses are printed; `NAME=VALUE` before one is for the later, too."""
     from prefect_eachlabs.cli import main as cli
 
     log_everything(folder)
-    print(json.dumps({"statuses": [cli.main(words) for words in facts["commands"]]}))
+
+    def typed(words: list[str]) -> int:
+        while "=" in words[0]:
+            name, _, value = words.pop(0).partition("=")
+            os.environ[name] = value
+        return cli.main(words)
+
+    print(json.dumps({"statuses": [typed(words) for words in facts["commands"]]}))
     return 0
 
 

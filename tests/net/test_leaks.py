@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 import boto3
+import httpx
 import pytest
 
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
@@ -24,7 +25,7 @@ from tests.batch.cli_process import emptied
 from tests.conftest import ROOT
 from tests.net.leak_runs import LOGGERS, OF_PREFECT_TOO, QUOTING
 from tests.security.hostile import hostile_api
-from tests.ui.stage import Stage
+from tests.ui.stage import Stage, until
 
 BUCKET = "leak-search"
 SECRETS = {
@@ -86,18 +87,20 @@ class Scene:
         self.said += done.stdout.decode() + done.stderr.decode()
         assert done.returncode == 0, self.said[-5_000:]
 
-    def commands(self, *words: list[str], **environment: str) -> list[int]:
+    def commands(self, *words: list[str]) -> list[int]:
         """The exit statuses of commands of one process."""
-        self.run("commands", {"commands": words}, **environment)
+        self.run("commands", {"commands": words})
         said: list[int] = json.loads(re.findall(r'^\{"statuses": (.*)\}$', self.said, re.MULTILINE)[-1])
         return said
 
-    def signed(self, prompt: str) -> str:
+    def signed(self) -> str:
         """The signed URL of a picture that the API has made, good as a reference picture."""
         query = f"X-Amz-Signature={SECRETS['the reference picture' + chr(39) + 's signature']}&v=1"
         assert self.api is not None, "it is the emulator's"
-        (made,) = (one["id"] for one in self.api.predictions() if one["input"]["prompt"] == prompt)
-        return f"{self.api.url}/files/{made}.png?{query}"
+        made = self.api.add_foreign({"model": "nano-banana", "version": "0.0.1", "input": {"prompt": "a reference"}})
+        url = f"{self.api.url}/files/{made}.png?{query}"
+        until(lambda: httpx.get(url).is_success, 60, "the picture is there")
+        return url
 
     # ------------------------------------------------------------------ what is searched
 
@@ -250,8 +253,9 @@ def test_a_key_that_answers_quote_is_written_down_nowhere(
     local_s3: LocalS3, server_process: Stage, tmp_path: Path
 ) -> None:
     scene = quoted(local_s3, server_process, tmp_path, SECRETS["the key"], QUOTING)
+    places = [where for where, _ in scene.outputs()]
     for place in (*PLACES, "prefect.db artifact", "s3 quoted-cli/records"):
-        assert any(place in where for where, _ in scene.outputs()), place
+        assert any(place in where for where in places), place
     assert "upstream refused" in scene.said
     read = {kind for kind, text in scene.read_by_people() if "upstream refused" in text}
     assert {"flow_run_state.message", "task_run_state.message", "log.message"} <= read
@@ -276,19 +280,19 @@ def generate(prompt: str, *more: str) -> list[str]:
 
 @pytest.mark.slow
 def test_no_output_of_the_command_line_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
-    assert scene.commands(generate("a reference", "--json")) == [0]
-    signed, table = scene.signed("a reference"), tmp_path / "table.csv"
+    signed, table = scene.signed(), tmp_path / "table.csv"
     lines = [f"{prompt},{signed}" for prompt in ("a hare", "a lynx", "refused by moderation again")]
     table.write_text("\n".join(["prompt,image_url", *lines, "bad row,ftp://x?X-Amz-Signature=1", ""]))
     assert scene.commands(
         generate("a fox", "--image-url", signed),
+        generate("a stoat", "--image-url", signed, "--json"),
         generate("an owl", "--image-url", f"s3://{BUCKET}/cli/images/fox.png"),  # there is none
         generate("refused by moderation", "--image-url", signed, "--json"),
         generate("refused by s3", "--item-id", "refused-by-s3"),
         generate("gone from its host", "--deadline-seconds", "5"),
         ["batch", str(table), "--to", f"s3://{BUCKET}/batch"],
-    ) == [0, 2, 1, 2, 1, 1]
-    assert scene.commands(generate("a wrong key"), EACHLABS_API_KEY=SECRETS["a wrong key"]) == [2]
+        [f"EACHLABS_API_KEY={SECRETS['a wrong key']}", *generate("a wrong key")],
+    ) == [0, 0, 2, 1, 2, 1, 1, 2]
     assert "botocore.auth" in scene.said, "nothing was logged at debug level"
     assert "Traceback" not in scene.said
     assert scene.leaks() == []
@@ -296,8 +300,9 @@ def test_no_output_of_the_command_line_holds_a_secret(scene: Scene, tmp_path: Pa
 
 @pytest.mark.slow
 def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> None:
-    assert scene.commands(generate("a reference", "--item-id", "reference")) == [0]
-    signed = scene.signed("a reference")
+    signed = scene.signed()
+    with closing(boto3.client("s3", endpoint_url=scene.s3.url)) as s3:
+        s3.put_object(Bucket=BUCKET, Key="cli/images/reference.png", Body=httpx.get(signed).content)
     table = tmp_path / "table.csv"
     table.write_text(f"prompt,image_url\na hare,{signed}\na lynx,s3://{BUCKET}/flows/images/reference.png\n")
     facts = {
