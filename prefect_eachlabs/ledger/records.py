@@ -37,7 +37,7 @@ MAX_RECORD_BYTES = 1024 * 1024
 MAX_CLAIM_BYTES = MAX_RECORD_BYTES // 4
 """Of a new record: it may come to hold the input a second time, and what became of it."""
 INDENTED_BYTES = 64 * 1024
-"""A larger record is on one line: indenting takes five times as long as writing it."""
+"""A larger record is on one line: what is nested deep would take many times as much."""
 
 
 class RecordState(str, Enum):
@@ -186,11 +186,12 @@ class Record(BaseModel):
         return self.state is RecordState.CANCELLED
 
     def to_bytes(self) -> bytes:
-        body = self.model_dump(mode="json", by_alias=True, exclude_none=True)
-        # An input is valid Unicode; what the API says about a failure need not be.
-        text = json.dumps(body, ensure_ascii=False)
-        if len(text) <= INDENTED_BYTES:
-            text = json.dumps(body, ensure_ascii=False, indent=1)
+        try:
+            text = self.model_dump_json(by_alias=True, exclude_none=True)
+            if len(text) <= INDENTED_BYTES:
+                text = self.model_dump_json(by_alias=True, exclude_none=True, indent=1)
+        except ValueError:  # half a character: no input holds one, what the API says about a failure may
+            text = json.dumps(self.model_dump(mode="json", by_alias=True, exclude_none=True), ensure_ascii=False)
         return text.encode("utf-8", "replace")
 
     def prediction(self) -> Prediction | None:
