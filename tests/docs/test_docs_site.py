@@ -147,13 +147,30 @@ def test_search_finds_a_word_on_pages_that_are_opened_from_the_disk(site: Path, 
     page.close()
 
 
+SHOWN_IN_PLACE = """async ([address, html]) => {
+    const made = new DOMParser().parseFromString(html, "text/html");
+    const base = document.head.querySelector("base") ?? document.head.appendChild(document.createElement("base"));
+    base.href = address;
+    document.body.replaceWith(document.adoptNode(made.body));
+    await Promise.allSettled([...document.images].map(image => image.decode()));
+}"""
+"""Another page in the one that is open, without its scripts: opening one takes half a second of CPU."""
+
+
 def test_no_page_runs_out_of_a_phones_screen(site: Path, pages: dict[Path, Page], browser: Any) -> None:
     context = browser.new_context(viewport={"width": 390, "height": 844}, is_mobile=True)
     page = context.new_page()
-    for path in pages:
-        page.goto(path.as_uri())
+
+    def fits(path: Path) -> None:
         assert page.evaluate("document.documentElement.scrollWidth") <= 390, path.relative_to(site)
         assert page.evaluate(RUNS_OUT) == [], path.relative_to(site)
+
+    for name in ("how-to/limits-and-accounts.html", "files/SECURITY.md.html", "index.html"):  # scripts wrap tables
+        page.goto((site / name).as_uri())
+        fits(site / name)
+    for path in pages:
+        page.evaluate(SHOWN_IN_PLACE, [path.as_uri(), path.read_text(encoding="utf-8")])
+        fits(path)
     context.close()
 
 

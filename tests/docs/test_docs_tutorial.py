@@ -18,7 +18,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.docs.docs_kit import Block, blocks_of, is_shown
-from tests.ui.stage import Process, free_port, until
+from tests.ui.stage import Process, free_port, is_begun_from, until
 
 pytestmark = pytest.mark.slow
 
@@ -160,15 +160,28 @@ def test_the_tutorial_can_be_walked(tmp_path: Path, ports: dict[str, str], requi
                 raise AssertionError(f"{block}: neither a file, nor commands, nor what they print")
 
 
-def test_the_tests_of_the_page_about_testing_run(tmp_path: Path) -> None:
+BEGUN = """\
+from prefect.testing import utilities
+
+utilities.mkdtemp = lambda: {folder!r}
+"""
+"""A plugin: the harness's database is where it would be, and migrated."""
+
+
+def test_the_tests_of_the_page_about_testing_run(tmp_path: Path, kept_database: Path) -> None:
+    home = tmp_path / "prefect"
+    home.mkdir()
+    if is_begun_from(kept_database, home):
+        (home / "prefect.db").rename(home / "prefect-test.db")
+    (tmp_path / "begun.py").write_text(BEGUN.format(folder=str(home)), encoding="utf-8")
     for block in TESTING:
         if block.title:
             (tmp_path / block.title).write_text(block.text, encoding="utf-8")
     shown = next(block for block in TESTING if block.text.startswith("$ pytest")).commands()[0]
     done = subprocess.run(
-        [sys.executable, "-m", *shown.typed.split(), "-p", "no:cacheprovider"],
+        [sys.executable, "-m", *shown.typed.split(), "-p", "no:cacheprovider", "-p", "begun"],
         cwd=tmp_path,
-        env=a_users_environment(tmp_path, PREFECT_HOME=str(tmp_path / "prefect")),
+        env=a_users_environment(tmp_path, PREFECT_HOME=str(home)),
         capture_output=True,
         text=True,
         check=False,

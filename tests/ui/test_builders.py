@@ -17,7 +17,8 @@ from tests.ui.stage import until
 pytestmark = pytest.mark.slow
 
 
-def test_an_event_of_another_team_becomes_a_picture_bought_once(studio: Studio) -> None:
+def test_an_event_of_another_team_becomes_a_picture_bought_once(studio_on_sqlite: Studio) -> None:
+    studio = studio_on_sqlite
     prompt = """a "quoted" {{ event.id }} {% raw %} fox\nin two lines, 50 % grey"""
     ask = (
         "import sys; from prefect.events import emit_event\n"
