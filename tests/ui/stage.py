@@ -106,8 +106,9 @@ def environment_of_server(folder: Path) -> dict[str, str]:
 
 def is_begun_from(kept: Path, folder: Path) -> bool:
     """Copies the database of a server that another has migrated, if there is one."""
-    if is_there := (kept / "prefect.db").exists():
-        for name in ("memo_store.toml", "prefect.db"):
+    names = ("memo_store.toml", "prefect.db")
+    if is_there := all((kept / name).exists() for name in names):
+        for name in names:
             shutil.copy(kept / name, folder / name)
     return is_there
 
