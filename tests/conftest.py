@@ -95,25 +95,28 @@ def pytest_unconfigure() -> None:
 
 
 SLOW = (
-    ("ui/test_workers.py", "ui/test_shards.py"),
-    ("ui/test_browser.py", "ui/test_builders.py"),
+    ("ui/test_shards.py", "ui/test_workers.py"),
+    ("docs/test_docs_tutorial.py",),
     (
-        "limits/test_limits_server.py",
         "webhooks",
         "security/test_runs.py",
+        "limits/test_limits_server.py",
         "flows/test_automations.py",
         "cli/test_deployments.py",
     ),
-    ("net", "docs/test_docs_code.py", "flows/test_illustrate_postgresql.py"),
-    ("docs/test_docs_tutorial.py",),
-    ("protocol/test_real_processes.py", "storage"),
-    ("security/test_small_inputs.py",),
+    ("ui/test_browser.py", "ui/test_builders.py"),
+    ("net", "flows/test_illustrate_postgresql.py", "docs/test_docs_code.py"),
     ("docs/test_soak.py",),
-    ("cli",),
     ("limits/test_machine_processes.py",),
+    ("security/test_small_inputs.py",),
     ("batch/test_interrupts.py",),
+    ("cli",),
+    ("protocol/test_real_processes.py", "storage"),
 )
-"""Slow tests that share a server or a store, what takes longest first; each other file is a group of its own."""
+"""Slow tests that share a server or a store, what takes longest first; each other file is a group of its own.
+
+A process is given its next group before the last test of the one it has: long tests do not come last in a group.
+"""
 
 
 @functools.cache
@@ -124,10 +127,11 @@ def _group_of(file: str) -> str:
     return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
 
 
-def _slow_group_of(file: str) -> int:
-    """Its place in SLOW, which comes first."""
-    found = (at for at, group in enumerate(SLOW) if file.removeprefix("tests/").startswith(group))
-    return next(found, len(SLOW))
+def _slow_place_of(file: str) -> tuple[int, int]:
+    """In SLOW: its group's, and its own in that."""
+    name = file.removeprefix("tests/")
+    found = ((at, n) for at, group in enumerate(SLOW) for n, one in enumerate(group) if name.startswith(one))
+    return next(found, (len(SLOW), 0))
 
 
 def _is_slow_run(config: pytest.Config) -> bool:
@@ -144,7 +148,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
             file = super()._split_scope(nodeid)
             if not _is_slow_run(config):
                 return _group_of(file)
-            place = _slow_group_of(file)
+            place, _ = _slow_place_of(file)
             return file if place == len(SLOW) else str(place)
 
     return LoadGroupsOfFiles(config, log) if config.getoption("dist") == "loadfile" else None
@@ -157,11 +161,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes longest comes first, as what needs the server; files keep their order."""
+    """What takes longest comes first, as what needs the server; other files keep their order."""
 
-    def place(item: pytest.Item) -> int:
+    def place(item: pytest.Item) -> tuple[int, int]:
         file = item.nodeid.partition("::")[0]
-        return _slow_group_of(file) if _is_slow_run(config) else not _group_of(file).startswith("server")
+        return _slow_place_of(file) if _is_slow_run(config) else (not _group_of(file).startswith("server"), 0)
 
     items.sort(key=place)
 
