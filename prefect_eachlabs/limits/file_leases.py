@@ -6,7 +6,7 @@ Times are the machine's own since it started, which all its processes share; aft
 
 - A process that ends leaves its leases to end by themselves. What a process has leased it puts back into a file that
   somebody damaged or removed, the next time it looks.
-- **A file that cannot be used** stops nobody: the process counts alone and says so, once.
+- **A file that cannot be used** stops nobody: the process counts alone until it can, and says so.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ class FileLeases:
         self._own: Rows = {}
         self._seen: Rows = {}
         """All leases when this process looked last."""
+        self._is_alone = False
+        self._is_written = True
+        """Whether `_seen` stands in the file, as far as this process could read it."""
 
     def __repr__(self) -> str:
         return f"<FileLeases {self.where}: {len(self._own)} of {len(self._seen)} leases>"
@@ -119,6 +122,7 @@ class FileLeases:
             path = (_first_usable(state_folders()) if self._folder is None else _usable(self._folder)) / self._name
         except OSError as error:
             self._count_alone(error)
+            self.turn_seconds = 0.0
             return None
         _remove_old_ones(path.parent)
         return path
@@ -161,7 +165,7 @@ class FileLeases:
         """The leases that have not ended, to be changed; nothing is awaited meanwhile."""
         descriptor = await self._lock()
         try:
-            rows = self._seen if descriptor is None else self._read(descriptor)
+            rows = self._seen if descriptor is None or not self._is_written else self._read(descriptor)
             now = clock()
             self._seen = {name: row for name, row in {**rows, **self._own}.items() if row.ends_at > now}
             self._own = {name: row for name, row in self._seen.items() if name in self._own}
@@ -169,20 +173,24 @@ class FileLeases:
             if descriptor is not None:
                 try:
                     _write(descriptor, self._seen)
+                    self._is_written, self._is_alone = True, False
                 except OSError as error:
+                    self._is_written = False
                     self._count_alone(error)
         finally:
             if descriptor is not None:
                 os.close(descriptor)
 
     async def _lock(self) -> int | None:
-        """The descriptor of the locked file; None: this process counts alone."""
-        until = clock() + LOCK_GIVEN_UP_SECONDS
+        """The descriptor of the locked file; None: this process counts alone, and waits for nobody meanwhile."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + LOCK_GIVEN_UP_SECONDS
         try:
             while self._path is not None:
+                _usable(self._path.parent)
                 if (descriptor := _try_lock(self._path)) is not None:
                     return descriptor
-                if clock() >= until:
+                if self._is_alone or loop.time() >= until:
                     raise OSError("another process holds its lock and does not go on")
                 await asyncio.sleep(LOCK_AGAIN_SECONDS)
         except OSError as error:
@@ -208,8 +216,9 @@ class FileLeases:
         return rows
 
     def _count_alone(self, error: OSError) -> None:
-        self._path = None
-        self.turn_seconds = 0.0
+        if self._is_alone:
+            return
+        self._is_alone = True
         logger.warning(
             "The account's limits are counted in this process alone, since the file that shares them on this machine "
             "cannot be used (%s). Run no other process for account %s meanwhile, or share them through a Prefect "

@@ -54,9 +54,13 @@ USED_SECONDS = 10.0
 RENEWED_SECONDS = COOLING_SECONDS + 2.0
 """More than a window is left of every lease that is used."""
 END_MARGIN_SECONDS = CALL_SECONDS + 2.0
-"""With less left, a lease is neither renewed nor given back: the call could arrive when others have its slots."""
+"""With less left, a lease is not given back: the call could arrive when others have its slots."""
+LOOK_SECONDS = 3.0
+"""A lease is looked at this often: while the machine is asleep timers stand still, and leases do not."""
 ASK_AGAIN_SECONDS = 0.5
 """After a denial; on average."""
+COVER_AGAIN_SECONDS = 0.2
+"""The same for slots that are in use: before others."""
 AWAY_SECONDS = 1.5
 """A server that did not answer is asked again so much later."""
 COVERED_WITHIN_SECONDS = CALL_SECONDS + 2 * AWAY_SECONDS
@@ -92,6 +96,10 @@ class _Lease:
     def is_fresh(self, now: float) -> bool:
         """Slots may be taken from it."""
         return now < min(self.fresh_until, self.until - RENEWED_SECONDS)
+
+    @property
+    def is_gone(self) -> bool:
+        return self.until == -math.inf
 
     def is_covered(self, now: float) -> bool:
         """Its lease is known to last, long enough for a call about it to arrive."""
@@ -370,10 +378,12 @@ class _Limit:
         while (at := self._next_step_at(lease)) is not None:
             lease.changed.clear()
             if at <= clock():
-                await (self._renew(lease) if lease.is_covered(clock()) else self._cover(lease))
+                # Renewed even if it may have ended: while it counts, leasing anew is denied, and others come first.
+                await (self._cover(lease) if lease.is_gone else self._renew(lease))
                 continue
             with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(lease.changed.wait(), max(at - clock(), SHORTEST_SLEEP_SECONDS))
+                pause_seconds = min(max(at - clock(), SHORTEST_SLEEP_SECONDS), LOOK_SECONDS)
+                await asyncio.wait_for(lease.changed.wait(), pause_seconds)
         lease.fresh_until = -math.inf
         if lease.in_use(clock()):  # closed: it counts until its lease ends
             return
@@ -421,7 +431,7 @@ class _Limit:
         """Leases again for slots that are in use without a lease."""
         covering = await self._lease(lease.in_use(clock()), covering=True)
         if covering is None:
-            await asyncio.sleep(AWAY_SECONDS)
+            await asyncio.sleep(COVER_AGAIN_SECONDS if self._away is None else AWAY_SECONDS)
             return
         lease.slots, lease.free = covering.slots, 0
         lease.lease_id, lease.until = covering.lease_id, covering.until

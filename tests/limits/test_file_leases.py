@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -399,15 +400,32 @@ def test_a_lock_that_a_stopped_process_holds_is_waited_for_and_then_done_without
 ) -> None:
     async def story() -> None:
         first, second = FileLeases(account(), tmp_path), Process(tmp_path, Api())
+        await first.lease(Kind.REQUESTS, 1, 60)
         descriptor = await first._lock()
         assert descriptor is not None
         assert await takes(second, Kind.REQUESTS, 4.9) is None
         assert not caplog.records
         assert await takes(second, Kind.REQUESTS, 1) is not None
         os.close(descriptor)
+        assert await takes(second, Kind.REQUESTS, 1) is not None
+        assert await first.taken(Kind.REQUESTS) == 3, "shared again, with what it had taken alone"
 
     run(story())
     assert len(warnings(caplog, "does not go on")) == len(caplog.records) == 1
+
+
+def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tmp_path / "state"
+
+    async def story() -> None:
+        first, second = Process(folder, Api()), FileLeases(account(), folder)
+        assert await takes(first, Kind.REQUESTS, 1) is not None
+        shutil.rmtree(folder)
+        assert await takes(first, Kind.REQUESTS, 1) is not None
+        assert await second.taken(Kind.REQUESTS) == 2
+
+    run(story())
+    assert len(warnings(caplog, "somebody has removed")) == len(caplog.records) == 1
 
 
 def test_without_file_locks_the_limits_are_the_processs_own_and_that_is_said(

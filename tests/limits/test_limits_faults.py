@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from prefect_eachlabs.limits.limiter import Kind
+from prefect_eachlabs.limits.limiter import Kind, RateLimiter
+from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseClient, LeaseServer
 from tests.limits.lease_workers import Api, Worker, warnings
 from tests.virtual_time import run
@@ -99,6 +100,38 @@ def test_with_the_server_away_nothing_is_sent_and_who_waits_says_so(api: Api, ca
     assert api.sent(165, 450) == 0
     assert api.sent(510, 630) >= 0.9 * 120
     assert 2 <= len(warnings(caplog, "which gives no usable answer (ConnectError")) <= 12  # once in two minutes
+
+
+@pytest.mark.parametrize("asleep", [False, True], ids=["the server is away", "the process's machine is asleep"])
+def test_what_is_in_flight_counts_over_an_absence_of_nearly_a_minute(
+    asleep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the time since its leases were renewed; another process asks for slots as soon as it can."""
+
+    async def story(began_after_seconds: float, away_seconds: float) -> None:
+        server = LeaseServer()
+        first, second = (RateLimiter(AccountSettings(api_key="kit"), server.client()) for _ in "ab")
+        for _ in range(10):
+            await first.take_in_flight()
+        await asyncio.sleep(13 + began_after_seconds)
+        waiting = asyncio.ensure_future(second.take_in_flight())
+        await asyncio.sleep(5)
+        if asleep:  # its timers stand still, the server's leases do not
+            for lease in server.leases.values():
+                lease.ends_at -= away_seconds
+            monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: away_seconds)
+        else:
+            server.down = True
+            await asyncio.sleep(away_seconds)
+            server.down = False
+        await asyncio.sleep(60)
+        assert not waiting.done(), f"slots in use were given to another ({began_after_seconds} s, {away_seconds} s)"
+        waiting.cancel()
+        monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
+
+    for away_seconds in (44, 50, 57):
+        for began_after_seconds in range(0, 13, 3):
+            run(story(began_after_seconds, away_seconds))
 
 
 def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
