@@ -43,10 +43,10 @@ def main() -> int:
             "PREFECT_HOME": str(Path(folder) / "prefect"),
             "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
-        pip = [programs / "python", "-m", "pip", "--disable-pip-version-check", "-qq"]
+        pip = [sys.executable, "-m", "pip", "--python", programs / "python", "--disable-pip-version-check", "-qq"]
         for command in (
-            [given.python, "-m", "venv", programs.parent],
-            [*pip, "install", "-c", given.constraints.resolve(), given.wheel.resolve()],
+            [given.python, "-m", "venv", "--without-pip", programs.parent],
+            [*pip, "install", "--no-compile", "-c", given.constraints.resolve(), given.wheel.resolve()],
             [*pip, "check"],
             [programs / "python", "-c", SMOKE],
             [programs / "prefect-eachlabs", "--help"],
