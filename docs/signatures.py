@@ -1,4 +1,4 @@
-"""The reference shows a task as its callers know it: `-> Prediction`, not the plan that both doors go through."""
+"""The reference shows a task as its callers know it: `-> Prediction`, not the plan behind both of its forms."""
 
 from __future__ import annotations
 

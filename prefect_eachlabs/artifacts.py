@@ -22,8 +22,8 @@ from prefect.artifacts import acreate_markdown_artifact, create_markdown_artifac
 
 from prefect_eachlabs.confined import NotInstalled
 from prefect_eachlabs.engine.cleanup import SettleReport
-from prefect_eachlabs.engine.doors import Plan, beside_the_loop, either, on_the_loop
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.engine.sync_async import Plan, beside_the_loop, either, on_the_loop
 from prefect_eachlabs.images.png import SIGNATURE
 from prefect_eachlabs.images.thumbnails import NoThumbnail, thumbnail
 from prefect_eachlabs.models import Destination, StoredImage

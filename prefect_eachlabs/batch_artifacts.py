@@ -16,7 +16,7 @@ from prefect_eachlabs.artifacts import UNSEEN, escaped, plain, quietly, show_mar
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch.run import Batch
-from prefect_eachlabs.engine.doors import Plan, either
+from prefect_eachlabs.engine.sync_async import Plan, either
 from prefect_eachlabs.tasks import log
 
 LOG_EVERY = 6

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-async def to_its_end(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
+async def uncancelled(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
     """What the work returns. A cancel does not reach it: it waits until the work has ended, and is raised then."""
     task = asyncio.ensure_future(work)
     cancelled: asyncio.CancelledError | None = None

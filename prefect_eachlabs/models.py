@@ -706,7 +706,7 @@ class Destination(BaseModel):
     def image_key(self, item_id: str, number: int = 1, suffix: str = "png") -> str:
         return self.key(f"images/{item_id}{'' if number == 1 else f'.{number}'}.{suffix}")
 
-    def picture_key(self, uri: str) -> str:
+    def stored_key(self, uri: str) -> str:
         """The key of a stored picture, by its URI or its file's name; the same after it was copied here."""
         return self.key(f"images/{uri.rpartition('/')[2]}")
 

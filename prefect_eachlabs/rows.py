@@ -28,7 +28,7 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_markdown
-from prefect_eachlabs.batch.given import GivenRows
+from prefect_eachlabs.batch.inline_rows import InlineRows
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.batch.plan import ROWS, open_batch, plan_batch
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
@@ -39,8 +39,8 @@ from prefect_eachlabs.batch.tables import AS_USUAL, Columns, Table
 from prefect_eachlabs.batch.worker import ThreadWorker
 from prefect_eachlabs.batch_artifacts import ProgressShown, chunk_markdown, show_report
 from prefect_eachlabs.blocks import gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, beside_the_loop, on_the_loop, run
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.engine.sync_async import Plan, beside_the_loop, on_the_loop, run
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
@@ -388,7 +388,7 @@ def generate_rows(
         with_rows=True,
     )
     # An iterator may belong to this thread, as a database's cursor does.
-    reading = partial(GivenRows, rows)
+    reading = partial(InlineRows, rows)
     given = reading() if isinstance(rows, Iterator) else (yield from beside_the_loop(reading))
     try:
         columns = Columns(prompt_column, id_column)

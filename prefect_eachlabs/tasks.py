@@ -23,8 +23,8 @@ from prefect.logging import get_run_logger
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_picture
 from prefect_eachlabs.blocks import EachlabsCredentials, S3Destination, gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, alone, awaited_door, beside_the_loop, blocking_door, on_the_loop
 from prefect_eachlabs.engine.runtime import Gateway
+from prefect_eachlabs.engine.sync_async import Plan, alone, async_wrapper, beside_the_loop, on_the_loop, sync_wrapper
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.ledger.rules import PurchaseOptions
@@ -127,13 +127,13 @@ def _raised(error: EachlabsError) -> None:
 
 def sync_task(name: str, kind: type[Task[Any, Any]] = Task) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
     """Makes a plan the task of that name: the door that blocks."""
-    return lambda plan: kind(blocking_door(plan, _raised), name=name, **_TASKS[name])
+    return lambda plan: kind(sync_wrapper(plan, _raised), name=name, **_TASKS[name])
 
 
 def async_task(blocking: Task[P, T]) -> Task[P, Coroutine[Any, Any, T]]:
     """The same task's door for async flows, to be awaited."""
     kind: type[Task[Any, Any]] = type(blocking)
-    return kind(awaited_door(blocking.fn, _raised), name=blocking.name, **_TASKS[blocking.name])
+    return kind(async_wrapper(blocking.fn, _raised), name=blocking.name, **_TASKS[blocking.name])
 
 
 def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]:

@@ -15,9 +15,9 @@ from difflib import get_close_matches
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.schema_check import faults_of, listed
+from prefect_eachlabs.api.single_flight import SingleFlight
 from prefect_eachlabs.confined import ConfinedError, JobFailed, TooCostly
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Rejected
 from prefect_eachlabs.limits.limiter import RateLimiter
@@ -153,8 +153,8 @@ class Catalogue:
     def __init__(self, client: EachlabsClient, limiter: RateLimiter | None) -> None:
         self._client = client
         self._limiter = limiter
-        self._models: Once[str, Model | None] = Once()
-        self._nearest: Once[str, list[str]] = Once()
+        self._models: SingleFlight[str, Model | None] = SingleFlight()
+        self._nearest: SingleFlight[str, list[str]] = SingleFlight()
         self.beside_the_loop = asyncio.to_thread
         """Where inputs are checked; tests whose time is virtual have no threads."""
 

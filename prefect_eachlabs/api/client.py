@@ -21,8 +21,8 @@ from urllib.parse import quote, urlsplit
 
 import httpx
 
-from prefect_eachlabs.api.asked_once import Once
-from prefect_eachlabs.api.waking import within_waking_seconds
+from prefect_eachlabs.api.single_flight import SingleFlight
+from prefect_eachlabs.api.suspension import within_running_seconds
 from prefect_eachlabs.errors import (
     BODY_LIMIT_CHARACTERS,
     EachlabsError,
@@ -214,7 +214,7 @@ class EachlabsClient:
         self.orders_sent = 0
         """While it is 0, nothing can have been bought."""
         # Whoever hands in a transport knows what is at its end.
-        self._checked: Once[str, None] = Once()
+        self._checked: SingleFlight[str, None] = SingleFlight()
         self._is_known = settings.base_url == DEFAULT_BASE_URL or transport is not None
         connections = 100 if settings.max_in_flight is None else min(settings.max_in_flight + 20, 200)
         # A proxy from the environment must not see what goes to an emulator on this machine.
@@ -301,7 +301,7 @@ class EachlabsClient:
         try:
             webhook = {"webhook_url": callback.url, "webhook_secret": callback.secret} if callback is not None else {}
             order = self._send("POST", "/v1/prediction/", json_body={**item.request_body(), **webhook})
-            answer = await within_waking_seconds(order, self._post_seconds)
+            answer = await within_running_seconds(order, self._post_seconds)
         except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout, httpx.UnsupportedProtocol) as error:
             raise NotSent(
                 f"The API at {self._where} could not be reached ({_reason(error)}); nothing was created.{self._hint}",

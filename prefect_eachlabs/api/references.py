@@ -15,9 +15,9 @@ from typing import Any
 
 import httpx
 
-from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
+from prefect_eachlabs.api.single_flight import SingleFlight
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, Unanswered, without_query
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Item, without_signature
@@ -137,8 +137,8 @@ class References:
         resolve = addresses_of if transport is None else None
         hosts = HostGuard(settings.private_hosts, settings.api_host, resolve=resolve)
         self._prober = Prober(transport, hosts=hosts)
-        self._looks: Once[str, object] = Once()
-        self._uploads: Once[str, tuple[str, datetime]] = Once()
+        self._looks: SingleFlight[str, object] = SingleFlight()
+        self._uploads: SingleFlight[str, tuple[str, datetime]] = SingleFlight()
         self._turns = asyncio.Semaphore(UPLOADS_AT_A_TIME)
 
     async def ready(

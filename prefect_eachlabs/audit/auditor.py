@@ -20,8 +20,8 @@ from prefect_eachlabs.batch.outcomes import money
 from prefect_eachlabs.batch.worker import on_disk
 from prefect_eachlabs.engine.account import Account
 from prefect_eachlabs.errors import BadInput, EachlabsError, Rejected, StoreFailed, Unanswered
-from prefect_eachlabs.ledger.costs import correct_cost, lacks_cost
 from prefect_eachlabs.ledger.evidence import fit, newest
+from prefect_eachlabs.ledger.late_costs import correct_cost, lacks_cost
 from prefect_eachlabs.ledger.reconcile import Books
 from prefect_eachlabs.ledger.records import Record, RecordState, VersionedRecord
 from prefect_eachlabs.models import Destination, PredictionStatus
@@ -241,7 +241,7 @@ class Auditor:
         """Whether all pictures of a stored item are in the bucket; those that the listing shows cost no request."""
         place = books.ledger.destination
         for uri in (record.uri or "", *record.more_uris):
-            key = place.picture_key(uri)
+            key = place.stored_key(uri)
             size_bytes = self._scratch.picture_bytes(key)
             if size_bytes is not None and (uri != record.uri or size_bytes == record.size_bytes):
                 continue

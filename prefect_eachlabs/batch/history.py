@@ -139,7 +139,7 @@ class History:
             return not_there(wanted, error)
         if held is None or step not in (Step.REUSE, Step.FINISH):
             return None
-        key = self._folder.destination.picture_key(held.record.uri or f"{item.item_id}.png")
+        key = self._folder.destination.stored_key(held.record.uri or f"{item.item_id}.png")
         if step is Step.REUSE and await retry_while_retryable(lambda: self._folder.store.head(key)) is None:
             if options.rebuy_missing:
                 return None

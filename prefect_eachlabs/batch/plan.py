@@ -1,4 +1,4 @@
-"""The doors to batches: run one, or only look what it would do."""
+"""Opens batches: to run one, or only to see what it would do."""
 
 from __future__ import annotations
 

@@ -297,7 +297,7 @@ class ReportWriter:
         if presigned_seconds is not None:
             end_at = datetime.now(timezone.utc) + timedelta(seconds=presigned_seconds)
             for one in self._shown:
-                key = folder.destination.picture_key(one.file_name)
+                key = folder.destination.stored_key(one.file_name)
                 links[one.item_id or ""] = await folder.store.presigned_get(key, expires_seconds=presigned_seconds)
         totals = self._totals()
 

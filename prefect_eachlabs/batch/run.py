@@ -33,7 +33,7 @@ from prefect_eachlabs.batch.source import Rows, Source, Wanted
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.tables import BadRow
 from prefect_eachlabs.batch.worker import Worker
-from prefect_eachlabs.cancellation import to_its_end
+from prefect_eachlabs.cancellation import uncancelled
 from prefect_eachlabs.errors import EachlabsError, PredictionTimedOut, SetupError, Skipped
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Media
@@ -233,10 +233,10 @@ class Batch:
             await self._obtain_all(window, chunks)
             return await self._finish()
         except asyncio.CancelledError:
-            await to_its_end(self._interrupt(interrupt_seconds))
+            await uncancelled(self._interrupt(interrupt_seconds))
             raise
         finally:
-            await to_its_end(self.close())
+            await uncancelled(self.close())
 
     async def _begin(self) -> None:
         """Learns what earlier runs left. Free."""

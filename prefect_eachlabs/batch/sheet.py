@@ -121,7 +121,7 @@ async def draw_sheet(
     for outcome in outcomes:
         body = small.get(outcome.sha256 or "")
         try:
-            if body is None and (found := await store.get(destination.picture_key(outcome.file_name))) is not None:
+            if body is None and (found := await store.get(destination.stored_key(outcome.file_name))) is not None:
                 body = found.body
         except EachlabsError as error:
             logger.info("Not on the contact sheet: %s", error)

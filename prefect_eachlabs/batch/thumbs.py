@@ -100,7 +100,7 @@ class Thumbs:
                 if self._is_full or time.monotonic() > until:
                     return
                 try:
-                    found = await self._store.get(self._destination.picture_key(outcome.file_name))
+                    found = await self._store.get(self._destination.stored_key(outcome.file_name))
                 except EachlabsError as error:
                     logger.info("Item %s is on the page without a thumbnail: %s", outcome.item_id, error)
                     continue

@@ -130,7 +130,7 @@ def _run(
     from prefect_eachlabs.batch.plan import plan_batch
     from prefect_eachlabs.batch.run import window_for
     from prefect_eachlabs.batch.worker import ThreadWorker
-    from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
+    from prefect_eachlabs.cli.interrupts import Interrupted, call, interrupt_summary
 
     worker = ThreadWorker()
     batch: Batch | None = None
@@ -145,7 +145,7 @@ def _run(
 
     def came_of(gateway: Gateway) -> Interrupted:
         unanswered = batch.unanswered if batch else 0
-        text, numbers = what_came_of(gateway.engine.account.interruptions, unanswered=unanswered)
+        text, numbers = interrupt_summary(gateway.engine.account.interruptions, unanswered=unanswered)
         result = batch.last_result if batch else None
         if result is None:
             return Interrupted(text, numbers)

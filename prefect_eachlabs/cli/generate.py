@@ -91,7 +91,7 @@ def named_value(text: str) -> tuple[str, Any]:
 
 
 def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> StoredImage:
-    from prefect_eachlabs.cli.interrupts import Interrupted, call, what_came_of
+    from prefect_eachlabs.cli.interrupts import Interrupted, call, interrupt_summary
     from prefect_eachlabs.ledger.rules import PurchaseOptions
     from prefect_eachlabs.retry import retry_while_retryable
 
@@ -107,7 +107,7 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
 
     def came_of(gateway: Gateway) -> Interrupted:
         ends = gateway.engine.account.interruptions
-        text, numbers = what_came_of(ends, unanswered=gateway.engine.in_flight)
+        text, numbers = interrupt_summary(ends, unanswered=gateway.engine.in_flight)
         again = " Run the same again, and it goes on from there."
         return Interrupted(text + again, {"item_id": item.item_id, "prediction_id": next(iter(ends), None), **numbers})
 

@@ -88,7 +88,7 @@ def _left_in_flight(count: int) -> Interrupted:
     )
 
 
-def what_came_of(ends: Mapping[str, Interruption], *, unanswered: int) -> tuple[str, dict[str, int]]:
+def interrupt_summary(ends: Mapping[str, Interruption], *, unanswered: int) -> tuple[str, dict[str, int]]:
     """What came of predictions in flight when their run was interrupted, in words and in numbers.
 
     Args:

@@ -38,8 +38,8 @@ def webhooks(
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     from prefect_eachlabs.settings import NEEDED_SECRET
+    from prefect_eachlabs.webhooks.prefect_events import EventForwarder, has_server
     from prefect_eachlabs.webhooks.receiver import listening, server_of
-    from prefect_eachlabs.webhooks.stream import HandOn, has_server
 
     secret = account_for_the_server().webhook_secret
     if not secret:
@@ -50,7 +50,7 @@ def webhooks(
         socket = listening(host, port)
     except OSError as error:
         raise cannot_listen(error, port, host) from None
-    hand_on = HandOn(secret.get_secret_value())
+    hand_on = EventForwarder(secret.get_secret_value())
 
     async def serve() -> None:
         server = server_of(hand_on.take)

@@ -20,10 +20,10 @@ from prefect_eachlabs.api.references import References
 from prefect_eachlabs.errors import EachlabsError, NotSent, PredictionTimedOut, Throttled, Unanswered
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import ImageStore
-from prefect_eachlabs.ledger.costs import correct_cost
+from prefect_eachlabs.ledger.late_costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
 from prefect_eachlabs.ledger.reconcile import Books, Reconciler
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, amended
+from prefect_eachlabs.ledger.records import Ledger, RecordChanged, RecordState, amended
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
 from prefect_eachlabs.net.public_only import HostGuard
@@ -249,7 +249,7 @@ class Account:
                 done = await self.image_store.finish(ledger, held, end, fresh=False)
                 if done.record.state is RecordState.STORED:
                     self.interruptions[prediction_id] = Interruption.STORED
-        except (EachlabsError, Overtaken) as error:
+        except (EachlabsError, RecordChanged) as error:
             logger.warning("Prediction %s could not be cancelled cleanly: %s", prediction_id, error)
 
     async def aclose(self) -> None:

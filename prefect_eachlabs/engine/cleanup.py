@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from prefect_eachlabs.engine.account import Account
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.ledger.purchase import Job
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, Record, RecordState, VersionedRecord
+from prefect_eachlabs.ledger.records import Ledger, Record, RecordChanged, RecordState, VersionedRecord
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.net.redaction import visible
@@ -153,7 +153,7 @@ class Cleanup:
             return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
         except SetupError:
             raise
-        except Overtaken:
+        except RecordChanged:
             return "pending", "Another run works on it."
         except EachlabsError as error:
             return ("ambiguous" if error.kind == "outcome unknown" else "pending"), str(error)

@@ -28,12 +28,12 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
 from prefect_eachlabs.images.store import MAY_BE_GONE_AFTER_SECONDS, is_gone, stored_image
-from prefect_eachlabs.ledger.costs import correct_cost
+from prefect_eachlabs.ledger.late_costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job
 from prefect_eachlabs.ledger.records import (
     Ledger,
-    Overtaken,
     Record,
+    RecordChanged,
     RecordError,
     RecordState,
     VersionedRecord,
@@ -220,7 +220,7 @@ class Engine:
                     if recovered is not None:
                         return stored_image(recovered.record, reused=True)
                 done, end = await self._finish(job, held, fresh=bought)
-            except Overtaken:
+            except RecordChanged:
                 continue
             if done.record.state is RecordState.STORED:
                 return stored_image(done.record, reused=not bought)
@@ -265,7 +265,7 @@ class Engine:
                         ledger, item_id, settled, job.options.formats
                     ),
                 )
-            except Overtaken:
+            except RecordChanged:
                 continue
             self.account.remember(job)
             if held.record.state is RecordState.CREATED:
@@ -326,7 +326,7 @@ class Engine:
             end = await asyncio.shield(future)
             await self.account.image_store.finish(job.ledger, held, end, fresh=False, formats=job.options.formats)
             logger.info("Item %s: its prediction ended after its deadline and is stored.", held.record.item_id)
-        except (EachlabsError, Overtaken) as error:
+        except (EachlabsError, RecordChanged) as error:
             logger.warning("Item %s: %s", held.record.item_id, error)
 
     async def create(
@@ -400,7 +400,7 @@ class Engine:
             held = await ledger.read(item_id)
             if held is not None and held.record.state is RecordState.CREATED and held.record.prediction_id == end.id:
                 await self.account.image_store.finish(ledger, held, end, fresh=False)
-        except (EachlabsError, Overtaken) as error:
+        except (EachlabsError, RecordChanged) as error:
             if isinstance(error, NotYetSafe) and not isinstance(error, StoreFailed):
                 raise  # it succeeded, and its picture may still come
             logger.warning("Item %s: its end could not be written down: %s", item_id, error)
@@ -434,7 +434,7 @@ class Engine:
                 prediction.raise_for_end()
                 try:
                     held = await books.ledger.write(record_of(prediction), replacing=None)
-                except Overtaken:
+                except RecordChanged:
                     continue
             if held.record.prediction_id != prediction.id:
                 raise ItemConflict(
@@ -452,7 +452,7 @@ class Engine:
                 done = await self.account.image_store.finish(
                     books.ledger, held, prediction, fresh=False, formats=formats
                 )
-            except Overtaken:
+            except RecordChanged:
                 continue
             if done.record.state is RecordState.STORED:
                 return stored_image(done.record, reused=False)

@@ -1,4 +1,4 @@
-"""One event loop thread for this process, and the two doors to it: `call` for threads, `acall` for other loops.
+"""One event loop thread for this process, and the two ways into it: `call` for threads, `acall` for other loops.
 
 Tasks in Prefect's thread pool run in threads and loops of their own, and neither a connection pool nor an asyncio
 primitive can be shared between loops. So one daemon thread owns one loop with everything that must be common to a
@@ -16,7 +16,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
 
-from prefect_eachlabs.engine import consoles
+from prefect_eachlabs.engine.broken_pipes import ignore_broken_pipes
 from prefect_eachlabs.engine.engine import CLEAN_UP_SECONDS, Engine
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.limits.file_leases import machine_limiter
@@ -154,7 +154,7 @@ class Gateway:
         downloader: Downloader | None = None,
     ) -> None:
         redaction.install()
-        consoles.outlive_their_readers()
+        ignore_broken_pipes()
         self.settings = settings
         self._thread = thread
 
@@ -198,7 +198,7 @@ def way_in(settings: AccountSettings) -> Way | None:
         from prefect_eachlabs.webhooks.receiver import listen_at
 
         return listen_at(settings.webhook_listen)
-    from prefect_eachlabs.webhooks.stream import has_server, listen_to_events
+    from prefect_eachlabs.webhooks.prefect_events import has_server, listen_to_events
 
     if has_server():
         return listen_to_events

@@ -9,9 +9,9 @@ from prefect_eachlabs.audit.auditor import Auditor, moment_of
 from prefect_eachlabs.audit.pages import text_bar
 from prefect_eachlabs.audit.report import ON_THE_BILL, OPEN, AuditReport
 from prefect_eachlabs.blocks import gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, on_the_loop
+from prefect_eachlabs.engine.sync_async import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
+from prefect_eachlabs.flows.decorators import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.form import Account, field
 
 __all__ = ["aaudit_bill", "audit_bill"]

@@ -10,10 +10,10 @@ from prefect.runtime import flow_run
 from prefect_eachlabs.batch.outcomes import BatchResult
 from prefect_eachlabs.batch.report import BATCH_ID_PATTERN
 from prefect_eachlabs.batch.tables import Columns, base_name
-from prefect_eachlabs.engine.doors import Plan, beside_the_loop
+from prefect_eachlabs.engine.sync_async import Plan, beside_the_loop
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.flows import form
-from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
+from prefect_eachlabs.flows.decorators import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.shards import MOST_SHARDS, end_shares, one_of, start_shares
 from prefect_eachlabs.models import DEFAULT_MODEL
 from prefect_eachlabs.rows import CHUNK_SIZE, MOST_DAYS, MOST_IN_A_CHUNK, Work, options_of

@@ -9,9 +9,9 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from prefect.runtime import flow_run
 
-from prefect_eachlabs.engine.doors import Plan
+from prefect_eachlabs.engine.sync_async import Plan
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.flows.doors import async_flow, both, sync_flow
+from prefect_eachlabs.flows.decorators import async_flow, both, sync_flow
 from prefect_eachlabs.flows.form import Account, Formats, Model, ReferencePicture, Target, Version, field
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, StoredImage

@@ -7,9 +7,9 @@ from typing import Any
 
 from prefect_eachlabs.artifacts import settle_markdown, show_markdown
 from prefect_eachlabs.blocks import gateway_of, where
-from prefect_eachlabs.engine.doors import Plan, on_the_loop
+from prefect_eachlabs.engine.sync_async import Plan, on_the_loop
 from prefect_eachlabs.errors import OutcomeUnknown
-from prefect_eachlabs.flows.doors import async_flow, ended, sync_flow
+from prefect_eachlabs.flows.decorators import async_flow, ended, sync_flow
 from prefect_eachlabs.flows.form import Account, Target
 from prefect_eachlabs.tasks import run_id
 

@@ -20,11 +20,11 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
 from prefect_eachlabs.images.formats import ANY, FORMATS, PNG_ALONE, VERIFIED, MediaError, as_it_came, verify_in_turns
-from prefect_eachlabs.ledger.adoption import give_up_what_another_adopted
+from prefect_eachlabs.ledger.adoption import yield_to_its_owner
 from prefect_eachlabs.ledger.records import (
     Ledger,
-    Overtaken,
     Record,
+    RecordChanged,
     RecordError,
     RecordState,
     VersionedRecord,
@@ -107,15 +107,15 @@ class ImageStore:
         Raises:
             NotYetSafe: The picture is paid for and could not be stored: run again.
             ItemConflict: An object that is not the item's stands where the picture goes.
-            Overtaken: Another writer changed the record, or its prediction is another item's: look again.
+            RecordChanged: Another writer changed the record, or its prediction is another item's: look again.
         """
         if not fresh:
-            await give_up_what_another_adopted(ledger, held)
+            await yield_to_its_owner(ledger, held)
         while True:
             try:
                 ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats, see=see)
                 return await ledger.write(ended, replacing=held)
-            except Overtaken as overtaken:
+            except RecordChanged as overtaken:
                 current = overtaken.current
                 if current is None or current.record.prediction_id != end.id:
                     raise
@@ -167,7 +167,7 @@ class ImageStore:
 
         Asks the API nothing. None when the picture is not there.
         """
-        await give_up_what_another_adopted(ledger, held)
+        await yield_to_its_owner(ledger, held)
         found = await self.find(ledger, held.record, formats=formats)
         whole = found and await ledger.store.get(found.key)
         if not whole or not _is_of(whole, held.record.prediction_id):
@@ -258,7 +258,7 @@ class ImageStore:
                 # Something else stands there; only who is named in the record may replace it, and only the item's own.
                 current = await ledger.read(record.item_id)
                 if current is None or current.record.prediction_id != end.id:
-                    raise Overtaken(current)
+                    raise RecordChanged(current)
                 if not _is_of_any(present, current.record) and not await _is_same(ledger, present, media):
                     raise ItemConflict(
                         f"{ledger.store.uri(key)} is not a picture of item {record.item_id}, and is left as it is. The "
@@ -299,7 +299,7 @@ class ImageStore:
 
         Raises:
             ItemConflict: An object stands there that is not the item's own. Nothing was bought.
-            Overtaken: The record has changed meanwhile: look again.
+            RecordChanged: The record has changed meanwhile: look again.
         """
         record = None if held is None else held.record
         for name in _places(_allowed(record, formats)) or PNG_ALONE:
@@ -311,7 +311,7 @@ class ImageStore:
                 continue
             current = await ledger.read(item_id)
             if (current and current.etag) != (held and held.etag):
-                raise Overtaken(current)  # it is the picture of another run that was quicker, perhaps
+                raise RecordChanged(current)  # it is the picture of another run that was quicker, perhaps
             raise ItemConflict(
                 f"{ledger.store.uri(key)} is there already and is not a picture of item {item_id}; it stays as it is. "
                 "Choose another item id or destination, or move that object away. Nothing was bought.",

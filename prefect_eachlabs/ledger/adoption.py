@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 from urllib.parse import quote
 
 from prefect_eachlabs.errors import OutcomeUnknown, StoreFailed
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordError, RecordState, VersionedRecord, amended
+from prefect_eachlabs.ledger.records import Ledger, RecordChanged, RecordError, RecordState, VersionedRecord, amended
 from prefect_eachlabs.models import ITEM_ID_PATTERN
 from prefect_eachlabs.storage.base import PreconditionFailed, StoredObject
 
@@ -29,9 +29,7 @@ def marker_key(ledger: Ledger, prediction_id: str) -> str:
     return ledger.destination.key(f"adopted/{name}")
 
 
-async def take_adoption_marker(
-    ledger: Ledger, prediction_id: str, item_id: str, *, since: datetime | None = None
-) -> str:
+async def lock_prediction(ledger: Ledger, prediction_id: str, item_id: str, *, since: datetime | None = None) -> str:
     """Claims a prediction for an item, exclusively; returns the item that has it (which may be another).
 
     An item resumes its own marker. The marker of another item that has come by another prediction since, so that it
@@ -67,7 +65,7 @@ async def take_adoption_marker(
     raise StoreFailed(f"The marker {ledger.store.uri(key)} could not be written: run again.", item_id=item_id)
 
 
-async def give_up_what_another_adopted(ledger: Ledger, held: VersionedRecord) -> None:
+async def yield_to_its_owner(ledger: Ledger, held: VersionedRecord) -> None:
     """Before a record is finished by somebody who did not just buy its prediction: is that another item's by now?
 
     It is when the buyer stood still before it wrote the prediction down, and was killed right after that: an equal
@@ -75,14 +73,14 @@ async def give_up_what_another_adopted(ledger: Ledger, held: VersionedRecord) ->
     for then, as this item's.
 
     Raises:
-        Overtaken: It is; the record is to be settled again.
+        RecordChanged: It is; the record is to be settled again.
         StoreFailed: The bucket did not answer.
     """
     record = held.record
     marker = record.prediction_id and await ledger.store.get(marker_key(ledger, record.prediction_id))
     if not marker or record.prediction_id is None or _holder(marker) == record.item_id:
         return
-    holder = await take_adoption_marker(ledger, record.prediction_id, record.item_id)
+    holder = await lock_prediction(ledger, record.prediction_id, record.item_id)
     if holder == record.item_id or not ITEM_ID_PATTERN.fullmatch(holder):
         return
     logger.warning(
@@ -101,7 +99,7 @@ async def give_up_what_another_adopted(ledger: Ledger, held: VersionedRecord) ->
         unsettled_since=order_of(marker),
         error=RecordError(kind=OutcomeUnknown.default_kind, message=said),
     )
-    raise Overtaken(await ledger.write(back, replacing=held))
+    raise RecordChanged(await ledger.write(back, replacing=held))
 
 
 def order_of(marker: StoredObject) -> datetime:

@@ -21,7 +21,7 @@ from datetime import datetime, timedelta, timezone
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.references import References, prepare_input, recorded
-from prefect_eachlabs.api.waking import asleep_seconds
+from prefect_eachlabs.api.suspension import suspended_seconds
 from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,
@@ -34,14 +34,14 @@ from prefect_eachlabs.errors import (
     StoreFailed,
     Throttled,
 )
-from prefect_eachlabs.ledger.adoption import marker_key, order_of, take_adoption_marker
+from prefect_eachlabs.ledger.adoption import lock_prediction, marker_key, order_of
 from prefect_eachlabs.ledger.evidence import Span
 from prefect_eachlabs.ledger.reconcile import Books, Settled, nobody_can_tell
 from prefect_eachlabs.ledger.records import (
     Intent,
     Ledger,
-    Overtaken,
     Record,
+    RecordChanged,
     RecordError,
     RecordState,
     Statement,
@@ -214,7 +214,7 @@ class Purchaser:
             check_place: Looks, before anything is ordered, at where the picture goes; raises ItemConflict.
 
         Raises:
-            Overtaken: Another writer changed the record: look again.
+            RecordChanged: Another writer changed the record: look again.
             NotSent, Throttled, InsufficientBalance, Rejected, StoreFailed, SetupError: Nothing was bought.
             OutcomeUnknown: Nobody can tell whether it was bought; it stands as ambiguous and is not repeated.
         """
@@ -249,7 +249,7 @@ class Purchaser:
                     or posted.held.record.fingerprint != job.item.fingerprint
                 ):
                     # Ours was found by another, and a further order or another input stands there since: look again.
-                    raise Overtaken(posted.held)
+                    raise RecordChanged(posted.held)
                 else:
                     created = posted.held.record
                     if created.possible_loss is not None and created.prediction_id is not None:
@@ -278,7 +278,7 @@ class Purchaser:
         """What a dead claim has bought, without buying: a created record, or an idle claim. Costs requests alone.
 
         Raises:
-            Overtaken: Another writer changed the record.
+            RecordChanged: Another writer changed the record.
             OutcomeUnknown: Nobody can tell; it stands as ambiguous.
         """
         if not held.record.may_have_bought_unseen:
@@ -339,7 +339,7 @@ class Purchaser:
         """Nothing is bought after all: a claim of ours that was settled, and bought nothing, is free at once."""
         if held is not None and held.record.intent is Intent.SETTLE and held.record.run_id == record.run_id:
             free = record if record.fingerprint == held.record.fingerprint else held.record
-            with suppress(Overtaken, StoreFailed):
+            with suppress(RecordChanged, StoreFailed):
                 await job.ledger.write(amended(free, intent=Intent.IDLE, unsettled_since=None), replacing=held)
 
     def _first_claim(self, job: Job, replacing: VersionedRecord | None) -> Record:
@@ -431,7 +431,7 @@ class Purchaser:
 
     def _now(self) -> float:
         """The loop's time, and what it does not know of because the machine was asleep."""
-        return asyncio.get_running_loop().time() + asleep_seconds()
+        return asyncio.get_running_loop().time() + suspended_seconds()
 
     async def _post(self, job: Job, item: Item, request: Slot, callback: Callback | None) -> Prediction:
         """One POST in its slots; the gate learns how it went, the watcher takes over what was created."""
@@ -509,7 +509,7 @@ class Purchaser:
         """Writes down how a purchase has ended that created nothing, as far as is known. Best effort."""
         try:
             await ledger.write(end, replacing=held)
-        except (Overtaken, StoreFailed, SetupError):
+        except (RecordChanged, StoreFailed, SetupError):
             logger.warning("Item %s: it could not be noted as %s.", end.item_id, end.state.value)
 
     async def _note_created(
@@ -543,7 +543,7 @@ class Purchaser:
             what = f"Item {item.item_id}: prediction {prediction.id} is bought and could not be written down"
             try:
                 return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
-            except Overtaken as overtaken:
+            except RecordChanged as overtaken:
                 current = overtaken.current
                 if current is None:
                     base, created = None, self._created(claim.record, prediction)
@@ -560,7 +560,7 @@ class Purchaser:
                         created.ordered_by = claim.record.run_id
                 else:
                     holder = await until_it_succeeds(
-                        lambda: take_adoption_marker(ledger, prediction.id, item.item_id),
+                        lambda: lock_prediction(ledger, prediction.id, item.item_id),
                         errors=BUCKET_ERRORS,
                         what=what,
                     )
@@ -576,7 +576,7 @@ class Purchaser:
         What the other's own order bought, if anything, is ours to find.
         """
         item_id = held.record.item_id
-        holder = await take_adoption_marker(ledger, prediction.id, item_id)
+        holder = await lock_prediction(ledger, prediction.id, item_id)
         if holder == item_id:
             return None
         marker = await ledger.store.get(marker_key(ledger, prediction.id))
@@ -643,7 +643,7 @@ class Purchaser:
             what = f"Prediction {prediction.id} could not be written down"
             try:
                 return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
-            except Overtaken as overtaken:
+            except RecordChanged as overtaken:
                 if overtaken.current is None or prediction.id in overtaken.current.record.named_predictions:
                     return overtaken.current or current
                 current = overtaken.current
@@ -660,7 +660,7 @@ class Purchaser:
         )
         if held is None or held.etag != claim.etag:
             # Our claim was dead, and somebody else's may be live: that one decides.
-            raise Overtaken(held)
+            raise RecordChanged(held)
         logger.warning("Item %s: %s", item.item_id, lost.message)
         for name in held.record.ordered_as:
             self._lost[name] = ledger, item.item_id
@@ -690,7 +690,7 @@ class Purchaser:
                 or held.record.prediction_id is None  # it is still being settled, and adopts it
                 or write_id not in held.record.ordered_as
                 or prediction_id in held.record.named_predictions
-                or await take_adoption_marker(ledger, prediction_id, item_id) != item_id  # an equal item was given it
+                or await lock_prediction(ledger, prediction_id, item_id) != item_id  # an equal item was given it
             ):
                 return
             logger.error(
@@ -792,7 +792,7 @@ def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
     record = held.record
     if not options.retry_ambiguous or options.began_at is None or record.state is not RecordState.AMBIGUOUS:
         return False
-    run_seconds = asyncio.get_running_loop().time() + asleep_seconds() - options.began_at
+    run_seconds = asyncio.get_running_loop().time() + suspended_seconds() - options.began_at
     return (
         held.age_seconds >= run_seconds  # to the second, which is the resolution of the bucket's times
         and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))

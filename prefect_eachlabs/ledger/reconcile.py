@@ -32,7 +32,7 @@ from prefect_eachlabs.errors import (
     Throttled,
     Unanswered,
 )
-from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.adoption import lock_prediction
 from prefect_eachlabs.ledger.evidence import (
     READ_BACK_SECONDS,
     UNCERTAIN,
@@ -48,8 +48,8 @@ from prefect_eachlabs.ledger.evidence import (
 )
 from prefect_eachlabs.ledger.records import (
     Ledger,
-    Overtaken,
     Record,
+    RecordChanged,
     RecordState,
     VersionedRecord,
     amended,
@@ -232,7 +232,7 @@ class Reconciler:
             age_seconds: How long ago the order's claim was written, by the bucket's clock.
 
         Raises:
-            Overtaken: Another writer changed the record.
+            RecordChanged: Another writer changed the record.
             StoreFailed, SetupError: The bucket is missing or refuses us.
         """
         loop = asyncio.get_running_loop()
@@ -317,7 +317,7 @@ class Reconciler:
                 return False
             try:
                 entry.held = await self._ledger.write(amended(entry.record, **changes), replacing=entry.held)
-            except Overtaken as overtaken:
+            except RecordChanged as overtaken:
                 self._end(entry, overtaken)
                 return False
             entry.written_at = asyncio.get_running_loop().time()
@@ -377,7 +377,7 @@ class Reconciler:
             read = await self._ledger.read(entry.item_id)
             if read is not None:
                 return _Moment(read.read_at, before, loop.time())
-            self._end(entry, Overtaken(None))
+            self._end(entry, RecordChanged(None))
         raise StoreFailed("The records that are to be settled are gone.")
 
     async def _walk(self, began: _Moment, oldest_seconds: float) -> Listing:
@@ -517,7 +517,7 @@ class Reconciler:
 
     async def _adopt_named(self, entry: Unsettled, prediction_id: str, by: str) -> None:
         """The vendor's own word names what an order bought: neither its echo nor other buyers matter."""
-        holder = await take_adoption_marker(self._ledger, prediction_id, entry.item_id, since=entry.span.since)
+        holder = await lock_prediction(self._ledger, prediction_id, entry.item_id, since=entry.span.since)
         if holder != entry.item_id:
             entry.heard_until = 0.0  # an equal item was given it: what that one's order bought is this one's
             return
@@ -645,7 +645,7 @@ class Reconciler:
         if rival is not None:
             look.doubts[entry.item_id] = f"what was found may be item {rival}'s, which is not settled"
             return False
-        holder = await take_adoption_marker(self._ledger, row.id, entry.item_id, since=entry.span.since)
+        holder = await lock_prediction(self._ledger, row.id, entry.item_id, since=entry.span.since)
         return holder == entry.item_id
 
     async def _adopt(self, entry: Unsettled, row: Execution, look: _Look) -> None:
@@ -764,7 +764,7 @@ class Reconciler:
                         held = await self._ledger.read(item_id)
                         if held is None or held.record.possible_loss is None:
                             break
-                        with suppress(Overtaken):
+                        with suppress(RecordChanged):
                             await self._ledger.write(amended(held.record, possible_loss=None), replacing=held)
                             break
                     return

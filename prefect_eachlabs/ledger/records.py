@@ -266,7 +266,7 @@ class VersionedRecord:
         return self.modified_at + timedelta(seconds=self.age_seconds)
 
 
-class Overtaken(Exception):
+class RecordChanged(Exception):
     """Somebody else has changed the record in between; `current` is what it says now (None: it is gone)."""
 
     def __init__(self, current: VersionedRecord | None) -> None:
@@ -354,7 +354,7 @@ class Ledger:
         any refusal or failure the record is read: the own `write_id` means success.
 
         Raises:
-            Overtaken: Somebody else's body stands there.
+            RecordChanged: Somebody else's body stands there.
             StoreFailed: Neither the write nor the reading got an answer, or the write did not take place.
             SetupError: The bucket is missing or refuses us, or it ignores conditions.
         """
@@ -381,7 +381,7 @@ class Ledger:
                 return current
             unchanged = (current.etag if current else None) == (replacing.etag if replacing else None)
             if not unchanged:
-                raise Overtaken(current) from error
+                raise RecordChanged(current) from error
             if isinstance(error, StoreFailed):
                 raise
             raise StoreFailed(

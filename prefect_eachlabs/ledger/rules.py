@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol, TypeVar
 
-from prefect_eachlabs.api.waking import asleep_seconds
+from prefect_eachlabs.api.suspension import suspended_seconds
 from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
 from prefect_eachlabs.models import Item, Media
@@ -77,7 +77,7 @@ class PurchaseOptions:
 
     def begun(self: Options) -> Options:
         """These options for a run that begins now, unless it has begun: with a time, and a run id of its own."""
-        now = asyncio.get_running_loop().time() + asleep_seconds()
+        now = asyncio.get_running_loop().time() + suspended_seconds()
         began_at = now if self.began_at is None else self.began_at
         return replace(self, run_id=self.run_id or uuid.uuid4().hex, began_at=began_at)
 

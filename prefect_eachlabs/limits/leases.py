@@ -32,7 +32,7 @@ def numbers_of(settings: AccountSettings) -> dict[Kind, int | None]:
     return {Kind.REQUESTS: settings.requests_per_minute, Kind.IN_FLIGHT: settings.max_in_flight}
 
 
-def asleep_seconds() -> float:
+def suspended_seconds() -> float:
     """How long this machine has been suspended since its start: a laptop with its lid closed, say.
 
     The loop's clock stands still meanwhile and the bucket's does not: what must not be older than a claim, or a
@@ -48,7 +48,7 @@ def asleep_seconds() -> float:
 
 def clock() -> float:
     """The loop's time, and what it does not know of because the machine was asleep: leases ended meanwhile."""
-    return asyncio.get_running_loop().time() + asleep_seconds()
+    return asyncio.get_running_loop().time() + suspended_seconds()
 
 
 class Denied(Exception):

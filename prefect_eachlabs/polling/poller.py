@@ -17,7 +17,7 @@ from typing import Protocol
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Execution, Failure, Prediction, PredictionStatus
-from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
+from prefect_eachlabs.polling.execution_list import PAGE_ROWS, ExecutionList
 from prefect_eachlabs.polling.schedule import LOOK_SECONDS, Durations, Question, Schedule, Watched
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class Poller:
         self._asker = asker
         self._limiter = limiter
         self._durations = Durations()
-        self._executions = Executions()
+        self._executions = ExecutionList()
         self._schedule = Schedule(limiter, self._executions, self._durations)
         self._ends: OrderedDict[str, Prediction] = OrderedDict()
         self._questions: set[asyncio.Task[None]] = set()

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from prefect_eachlabs.limits.limiter import Kind, RateLimiter, Slot
 from prefect_eachlabs.models import Prediction
-from prefect_eachlabs.polling.executions import PAGE_ROWS, Executions
+from prefect_eachlabs.polling.execution_list import PAGE_ROWS, ExecutionList
 
 PRIOR_SECONDS = 5.0
 """What the model's page states."""
@@ -187,7 +187,7 @@ class Question:
 class Schedule:
     """All that is watched, and what of it to ask about now."""
 
-    def __init__(self, limiter: RateLimiter, executions: Executions, durations: Durations) -> None:
+    def __init__(self, limiter: RateLimiter, executions: ExecutionList, durations: Durations) -> None:
         self.watched: dict[str, Watched] = {}
         self.newest = 0
         """The number of the newest prediction."""

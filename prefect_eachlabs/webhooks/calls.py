@@ -96,7 +96,7 @@ def write_id_in(url: str) -> str | None:
     return names[0] if len(names) == 1 and _WRITE_ID.fullmatch(names[0]) else None
 
 
-def end_in(body: bytes) -> Prediction | None:
+def parse_end(body: bytes) -> Prediction | None:
     """What a call's body says, of either form and in any vocabulary; None: it is unreadable or names no prediction.
 
     `{"exec_id", "status": "succeeded", "output", "error"}` of 2026, or `{"id", "status": "success", "output", ...}`.
@@ -127,13 +127,13 @@ def _object_in(body: bytes) -> Mapping[str, Any] | None:
     return said if isinstance(said, Mapping) else None
 
 
-def handed_on(call: Call, secret: str) -> dict[str, Any] | None:
+def event_payload(call: Call, secret: str) -> dict[str, Any] | None:
     """A call that was found good, as an event may show it: what it says, and a proof that opens nothing else.
 
     None: its body is unreadable.
     """
     said = _object_in(call.body)
-    if said is None or end_in(call.body) is None:
+    if said is None or parse_end(call.body) is None:
         return None
     told = {name: said[name] for name in ("exec_id", "id", "status", "output", "error") if name in said}
     body = json.dumps(told)
@@ -142,8 +142,8 @@ def handed_on(call: Call, secret: str) -> dict[str, Any] | None:
     return {"write_id": call.write_id, "body": body, "signature": signature_of(secret, body.encode())}
 
 
-def call_in(payload: object) -> Call | None:
-    """The call that an event's payload holds, of `handed_on` or of a template in Prefect Cloud; None: it is not one."""
+def parse_call(payload: object) -> Call | None:
+    """The call in an event's payload, of `event_payload` or of Prefect Cloud's template; None: it is not one."""
     if not isinstance(payload, Mapping):
         return None
     body = payload.get("body")

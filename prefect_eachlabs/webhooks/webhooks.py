@@ -22,7 +22,7 @@ from prefect_eachlabs.net import redaction
 from prefect_eachlabs.polling.poller import Poller
 from prefect_eachlabs.polling.schedule import CALL_SECONDS
 from prefect_eachlabs.settings import AccountSettings
-from prefect_eachlabs.webhooks.calls import Call, callback_of, end_in, secret_of
+from prefect_eachlabs.webhooks.calls import Call, callback_of, parse_end, secret_of
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ class Webhooks:
         write_id = self._write_id_proven_by(call)
         if write_id is None:
             return Verdict.REFUSED
-        end = end_in(call.body)
+        end = parse_end(call.body)
         if end is None:
             return Verdict.UNREADABLE
         if (expected := self._expected.get(write_id)) is not None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.api import schema_check
-from prefect_eachlabs.api.asked_once import Once
 from prefect_eachlabs.api.catalogue import Catalogue, Model, ReferenceField
+from prefect_eachlabs.api.single_flight import SingleFlight
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.cli.models import _described, _line
 from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, PredictionFailed, Rejected, Unanswered
@@ -293,7 +293,7 @@ def test_a_key_that_is_refused_is_no_missing_model() -> None:
 
 def test_once_is_once_for_all_who_ask_and_each_gets_an_error_of_its_own() -> None:
     async def story() -> None:
-        once: Once[str, int] = Once(most=2)
+        once: SingleFlight[str, int] = SingleFlight(most=2)
         asked: list[str] = []
 
         async def answer() -> int:

@@ -13,7 +13,7 @@ from uuid import UUID
 
 import pytest
 
-from prefect_eachlabs.batch.given import GivenRows
+from prefect_eachlabs.batch.inline_rows import InlineRows
 from prefect_eachlabs.batch.outcomes import RowResult
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.tables import BadRow
@@ -22,7 +22,7 @@ KEY = UUID("6f1c2f4e-3b1e-4b43-9a52-8b7a4cf0c1d2")
 
 
 def rows_of(rows: Any) -> list[Wanted | BadRow]:
-    with closing(Source(GivenRows(rows), "rows")) as source:
+    with closing(Source(InlineRows(rows), "rows")) as source:
         return list(source.rows())
 
 
@@ -126,7 +126,7 @@ def test_a_bad_row_costs_itself_alone_and_keeps_its_number(row: Any) -> None:
 
 
 def test_the_number_of_rows_is_known_from_the_start() -> None:
-    table = GivenRows({"prompt": f"fox {number}"} for number in range(4))
+    table = InlineRows({"prompt": f"fox {number}"} for number in range(4))
     with closing(table):
         seen = [table.fraction_read() for _ in table.rows()]
     assert seen == [0.25, 0.5, 0.75, 1.0]

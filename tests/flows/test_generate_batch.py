@@ -28,7 +28,7 @@ from prefect_eachlabs import rows as rows_module
 from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
 from prefect_eachlabs.batch.progress import Progress
 from prefect_eachlabs.batch_artifacts import ProgressShown, chunk_markdown, report_markdown
-from prefect_eachlabs.engine.doors import Plan
+from prefect_eachlabs.engine.sync_async import Plan
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.flows.batch import generate_batch
 from prefect_eachlabs.testing.emulator import EmulatorOptions

@@ -33,7 +33,7 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.flows.schedule import filled
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.adoption import lock_prediction
 from prefect_eachlabs.ledger.evidence import fit
 from prefect_eachlabs.ledger.records import MAX_CLAIM_BYTES, Ledger, Record, RecordState, amended, new_record
 from prefect_eachlabs.models import MAX_INPUT_NESTING, Destination, Item, parse_executions
@@ -145,7 +145,7 @@ def test_a_marker_that_names_nobody_is_not_taken_over(body: bytes) -> None:
     async def story() -> None:
         store = MemoryStore()
         await store.put(DESTINATION.key("adopted/p-1"), body, content_type="application/json")
-        holder = await take_adoption_marker(Ledger(store, DESTINATION), "p-1", "cat")
+        holder = await lock_prediction(Ledger(store, DESTINATION), "p-1", "cat")
         assert holder == "(an unreadable marker)"
         assert store.objects[DESTINATION.key("adopted/p-1")].body == body
 

@@ -8,7 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from prefect_eachlabs.errors import EachlabsError, StoreFailed
-from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.adoption import lock_prediction
 from prefect_eachlabs.ledger.records import Ledger, RecordState, VersionedRecord, amended
 from prefect_eachlabs.models import Destination, parse_prediction_id
 from tests.fuzz import hostile
@@ -88,7 +88,7 @@ def test_an_adoption_marker_that_cannot_be_read_is_nobodys_to_take(body: bytes, 
         if not absent:
             await store.put("daily/adopted/p-1", body, content_type="application/json")
         try:
-            holder = await take_adoption_marker(Ledger(store, DESTINATION), "p-1", "cat")
+            holder = await lock_prediction(Ledger(store, DESTINATION), "p-1", "cat")
         except EachlabsError:
             return
         assert isinstance(holder, str)

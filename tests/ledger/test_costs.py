@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.ledger.costs import correct_cost
+from prefect_eachlabs.ledger.late_costs import correct_cost
 from prefect_eachlabs.ledger.records import Ledger, RecordState, VersionedRecord, amended, new_record
 from prefect_eachlabs.models import Destination, Item
 from tests.memory_store import MemoryStore

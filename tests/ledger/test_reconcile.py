@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import SecretStr
 
 from prefect_eachlabs.errors import StoreFailed
-from prefect_eachlabs.ledger.adoption import take_adoption_marker
+from prefect_eachlabs.ledger.adoption import lock_prediction
 from prefect_eachlabs.ledger.evidence import (
     CLOCK_MARGIN,
     READ_BACK_SECONDS,
@@ -160,11 +160,11 @@ async def record(ledger: Ledger, item_id: str, **changes: Any) -> None:
 def test_a_marker_names_the_item_that_found_the_prediction_and_is_resumed_by_it_alone() -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         await record(ledger, "fox", intent=Intent.SETTLE)
-        assert await take_adoption_marker(ledger, "p-1", "fox") == "fox"
+        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
         assert store.json(MARKER)["item_id"] == "fox"
         assert store.json(MARKER)["prediction_id"] == "p-1"
-        assert await take_adoption_marker(ledger, "p-1", "hare") == "fox"
-        assert await take_adoption_marker(ledger, "p-1", "fox") == "fox"
+        assert await lock_prediction(ledger, "p-1", "hare") == "fox"
+        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
 
     with_ledger(story)
 
@@ -189,11 +189,11 @@ def test_a_marker_is_taken_over_where_its_holder_will_never_take_the_prediction(
 ) -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         await record(ledger, "fox", intent=Intent.SETTLE)
-        await take_adoption_marker(ledger, "p-1", "fox")
+        await lock_prediction(ledger, "p-1", "fox")
         now = await ledger.read("fox")
         assert now is not None
         await ledger.write(amended(now.record, **changes), replacing=now)
-        assert await take_adoption_marker(ledger, "p-1", "hare") == holder
+        assert await lock_prediction(ledger, "p-1", "hare") == holder
         assert store.json(MARKER)["item_id"] == holder
 
     with_ledger(story)
@@ -203,7 +203,7 @@ def test_a_marker_is_taken_over_where_its_holder_will_never_take_the_prediction(
 def test_a_marker_whose_answer_was_lost_is_ones_own(refused: bool) -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         store.lose_put(refused=refused)
-        assert await take_adoption_marker(ledger, "p-1", "fox") == "fox"
+        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
 
     with_ledger(story)
 
@@ -213,7 +213,7 @@ def test_a_marker_that_cannot_be_written_is_a_failure_of_the_store() -> None:
         for nth in range(1, 6):
             store.fail_put(nth)
         with pytest.raises(StoreFailed):
-            await take_adoption_marker(ledger, "p-1", "fox")
+            await lock_prediction(ledger, "p-1", "fox")
         assert not store.keys("kit/adopted/")
 
     with_ledger(story)
@@ -223,7 +223,7 @@ def test_a_marker_that_cannot_be_written_is_a_failure_of_the_store() -> None:
 def test_an_unreadable_marker_is_respected(body: bytes) -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         await store.put(MARKER, body, content_type="application/json")
-        assert await take_adoption_marker(ledger, "p-1", "fox") != "fox"
+        assert await lock_prediction(ledger, "p-1", "fox") != "fox"
         assert store.objects[MARKER].body == body
 
     with_ledger(story)
@@ -231,7 +231,7 @@ def test_an_unreadable_marker_is_respected(body: bytes) -> None:
 
 def test_an_id_of_any_form_is_one_key() -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await take_adoption_marker(ledger, "../records/fox.json?x#y", "fox")
+        await lock_prediction(ledger, "../records/fox.json?x#y", "fox")
         assert store.keys() == ["kit/adopted/..%2Frecords%2Ffox.json%3Fx%23y"]
 
     with_ledger(story)

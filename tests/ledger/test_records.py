@@ -23,8 +23,8 @@ from prefect_eachlabs.ledger.records import (
     SCHEMA,
     Intent,
     Ledger,
-    Overtaken,
     Record,
+    RecordChanged,
     RecordError,
     RecordState,
     VersionedRecord,
@@ -138,7 +138,7 @@ def test_what_a_failure_says_is_written_down_even_when_it_is_no_unicode() -> Non
 def test_the_first_write_must_find_nothing() -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         mine = await ledger.write(claim("run-1"), replacing=None)
-        with pytest.raises(Overtaken) as overtaken:
+        with pytest.raises(RecordChanged) as overtaken:
             await ledger.write(claim("run-2"), replacing=None)
         assert overtaken.value.current is not None
         assert overtaken.value.current.record.run_id == "run-1"
@@ -151,7 +151,7 @@ def test_a_change_must_find_what_it_replaces() -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         first = await ledger.write(claim(), replacing=None)
         second = await ledger.write(amended(first.record, epoch=2), replacing=first)
-        with pytest.raises(Overtaken) as overtaken:
+        with pytest.raises(RecordChanged) as overtaken:
             await ledger.write(amended(first.record, epoch=3), replacing=first)
         assert overtaken.value.current is not None
         assert overtaken.value.current.etag == second.etag
@@ -164,7 +164,7 @@ def test_a_record_that_was_deleted_is_not_changed_back_into_being() -> None:
     async def story(ledger: Ledger, store: MemoryStore) -> None:
         held = await ledger.write(claim(), replacing=None)
         del store.objects[KEY]
-        with pytest.raises(Overtaken) as overtaken:
+        with pytest.raises(RecordChanged) as overtaken:
             await ledger.write(amended(held.record), replacing=held)
         assert overtaken.value.current is None
         assert KEY not in store.objects
@@ -220,7 +220,7 @@ def test_a_write_that_failed_while_another_succeeded_is_overtaken() -> None:
         other = Ledger(store.beside(), DESTINATION)
         await other.write(amended(held.record, run_id="other"), replacing=held)
         store.fail_put()
-        with pytest.raises(Overtaken):
+        with pytest.raises(RecordChanged):
             await ledger.write(amended(held.record), replacing=held)
 
     with_ledger(story)

@@ -26,7 +26,7 @@ from tests.virtual_time import run
 @pytest.fixture(autouse=True)
 def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
+    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_a_process_that_was_stopped_for_minutes_takes_nothing_from_its_old_lease
         held = [await sleeper.limiter.take_in_flight() for _ in range(4)]
         spare = await sleeper.limiter.take_in_flight()
         spare.unused()
-        monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 300.0)
+        monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 300.0)
         other = Process(tmp_path, api, "other")
         others = [await other.limiter.take_in_flight() for _ in range(8)]
         waiting = asyncio.ensure_future(sleeper.limiter.take_in_flight())

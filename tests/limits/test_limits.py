@@ -21,7 +21,7 @@ from tests.virtual_time import run
 @pytest.fixture(autouse=True)
 def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
+    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from tests.virtual_time import run
 @pytest.fixture(autouse=True)
 def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
+    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_is_in_flight_counts_over_an_absence_of_nearly_a_minute(
         if asleep:  # its timers stand still, the server's leases do not
             for lease in server.leases.values():
                 lease.ends_at -= away_seconds
-            monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: away_seconds)
+            monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: away_seconds)
         else:
             server.down = True
             await asyncio.sleep(away_seconds)
@@ -127,7 +127,7 @@ def test_what_is_in_flight_counts_over_an_absence_of_nearly_a_minute(
         await asyncio.sleep(60)
         assert not waiting.done(), f"slots in use were given to another ({began_after_seconds} s, {away_seconds} s)"
         waiting.cancel()
-        monkeypatch.setattr("prefect_eachlabs.limits.leases.asleep_seconds", lambda: 0.0)
+        monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
 
     for away_seconds in (44, 50, 57):
         for began_after_seconds in range(0, 13, 3):

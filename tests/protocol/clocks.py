@@ -41,7 +41,7 @@ class MachineDatetime(datetime):
         return (MACHINE_DATE + timedelta(seconds=seconds)).astimezone(tz)
 
 
-async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
+async def within_running_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
     """As the client's own, for a process that the kit has frozen: its timers stand still."""
     machine = here.get()
     task = asyncio.ensure_future(work)
@@ -62,5 +62,5 @@ def patched_clocks() -> Callable[[], None]:
     for name, room in list(sys.modules.items()):
         if name.startswith("prefect_eachlabs.") and getattr(room, "datetime", None) is datetime:
             patch.setattr(room, "datetime", MachineDatetime)
-    patch.setattr(client_room, "within_waking_seconds", within_waking_seconds)
+    patch.setattr(client_room, "within_running_seconds", within_running_seconds)
     return patch.undo

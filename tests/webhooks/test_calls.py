@@ -15,10 +15,10 @@ from prefect_eachlabs.webhooks.calls import (
     MAX_BODY_BYTES,
     MAX_HANDED_ON_BYTES,
     Call,
-    call_in,
     callback_of,
-    end_in,
-    handed_on,
+    event_payload,
+    parse_call,
+    parse_end,
     secret_of,
     signature_of,
     write_id_in,
@@ -69,7 +69,7 @@ def test_a_url_that_names_no_order_names_none(query: str) -> None:
 @pytest.mark.parametrize("name", ["exec_id", "id", "prediction_id", "predictionID"])
 @pytest.mark.parametrize("word", ["succeeded", "success", "COMPLETED"])
 def test_both_forms_and_three_vocabularies_tell_a_success(name: str, word: str) -> None:
-    end = end_in(json.dumps({name: "p-1", "status": word, "output": ["https://x.test/1.png"]}).encode())
+    end = parse_end(json.dumps({name: "p-1", "status": word, "output": ["https://x.test/1.png"]}).encode())
     assert end is not None
     assert (end.id, end.status, end.output_urls) == ("p-1", PredictionStatus.SUCCEEDED, ("https://x.test/1.png",))
 
@@ -77,7 +77,7 @@ def test_both_forms_and_three_vocabularies_tell_a_success(name: str, word: str) 
 @pytest.mark.parametrize("word", ["failed", "error"])
 def test_a_failures_reason_stands_in_the_first_output(word: str) -> None:
     said = {"exec_id": "p-1", "status": word, "output": [{"error": "out of memory\x1b[2J"}], "error": ""}
-    end = end_in(json.dumps(said).encode())
+    end = parse_end(json.dumps(said).encode())
     assert end is not None
     assert end.failure is not None
     assert end.failure.message == "out of memory\\x1b[2J"
@@ -86,7 +86,7 @@ def test_a_failures_reason_stands_in_the_first_output(word: str) -> None:
 
 def test_what_a_call_says_of_cost_time_and_input_is_not_taken() -> None:
     said = {"id": "p-1", "status": "success", "output": "https://x.test/1.png", "input": {"prompt": "x"}}
-    end = end_in(json.dumps({**said, "metrics": {"cost": 9.0, "predict_time": 9.0}}).encode())
+    end = parse_end(json.dumps({**said, "metrics": {"cost": 9.0, "predict_time": 9.0}}).encode())
     assert end is not None
     assert (end.cost_usd, end.predict_time_seconds, end.input) == (None, None, None)
 
@@ -96,19 +96,19 @@ def test_what_a_call_says_of_cost_time_and_input_is_not_taken() -> None:
     [b"", b"\xff", b"null", b"[]", b"{}", b'{"exec_id": ""}', b'{"exec_id": "a b"}', b'{"exec_id": {}}', b"[" * 50_000],
 )
 def test_what_cannot_be_read_says_nothing(body: bytes) -> None:
-    assert end_in(body) is None
+    assert parse_end(body) is None
 
 
 def test_an_event_carries_a_proof_of_what_it_says_and_not_the_secret() -> None:
     secret = secret_of(MASTER, ORDER)
-    payload = handed_on(call(x_webhook_secret=secret), secret)
+    payload = event_payload(call(x_webhook_secret=secret), secret)
     assert payload is not None
     assert secret not in json.dumps(payload)
-    again = call_in(payload)
+    again = parse_call(payload)
     assert again is not None
     assert again.write_id == ORDER
     assert again.is_proven_by(secret)
-    forged = call_in({**payload, "body": payload["body"].replace("x.test", "y.test")})
+    forged = parse_call({**payload, "body": payload["body"].replace("x.test", "y.test")})
     assert forged is not None
     assert not forged.is_proven_by(secret)
 
@@ -119,26 +119,26 @@ def test_an_event_stays_small() -> None:
         {"exec_id": "p-1", "status": "succeeded", "output": "x" * 200_000, "input": "y" * 10_000}
     ).encode()
     assert len(body) < MAX_BODY_BYTES
-    payload = handed_on(call(body, x_webhook_secret=secret), secret)
+    payload = event_payload(call(body, x_webhook_secret=secret), secret)
     assert payload is not None
     assert len(payload["body"]) <= MAX_HANDED_ON_BYTES
-    end = end_in(payload["body"].encode())
+    end = parse_end(payload["body"].encode())
     assert end is not None
     assert end.id == "p-1"
 
 
 def test_a_template_in_prefect_cloud_gives_the_secret_and_the_body_as_an_object() -> None:
     secret = secret_of(MASTER, ORDER)
-    found = call_in({"secret": secret, "body": json.loads(BODY)})
+    found = parse_call({"secret": secret, "body": json.loads(BODY)})
     assert found is not None
     assert found.write_id is None
     assert found.is_proven_by(secret)
-    assert end_in(found.body) == end_in(BODY)
+    assert parse_end(found.body) == parse_end(BODY)
 
 
 @pytest.mark.parametrize("payload", [None, [], {}, {"body": 1}, {"body": "x" * (MAX_BODY_BYTES + 1)}])
 def test_another_event_is_no_call(payload: object) -> None:
-    assert call_in(payload) is None
+    assert parse_call(payload) is None
 
 
 def test_no_secret_shows_in_a_log_an_answer_or_a_repr(caplog: pytest.LogCaptureFixture) -> None:

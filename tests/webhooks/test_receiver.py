@@ -12,8 +12,8 @@ import httpx
 import pytest
 
 from prefect_eachlabs.webhooks.calls import MAX_BODY_BYTES, Call, secret_of
+from prefect_eachlabs.webhooks.prefect_events import EventForwarder
 from prefect_eachlabs.webhooks.receiver import BODY_WITHIN_SECONDS, receiver_app
-from prefect_eachlabs.webhooks.stream import HandOn
 from prefect_eachlabs.webhooks.webhooks import Verdict
 from tests.virtual_time import run
 
@@ -34,7 +34,7 @@ def ask(take: Callable[[Call], Verdict], method: str = "POST", **given: Any) -> 
 
 
 def test_good_calls_are_acknowledged_and_all_others_refused() -> None:
-    hand_on = HandOn(MASTER)
+    hand_on = EventForwarder(MASTER)
     good = {"X-Webhook-Secret": SECRET}
     assert ask(hand_on.take, content=BODY, headers=good).status_code == 202
     assert ask(hand_on.take, content=BODY, headers=good).status_code == 202, "twice"
@@ -92,8 +92,8 @@ def test_a_caller_who_leaves_is_nobodys_fault() -> None:
 
 
 def test_when_too_many_wait_the_vendor_is_asked_to_call_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prefect_eachlabs.webhooks.stream.MOST_WAITING", 1)
-    hand_on = HandOn(MASTER)
+    monkeypatch.setattr("prefect_eachlabs.webhooks.prefect_events.MOST_WAITING", 1)
+    hand_on = EventForwarder(MASTER)
     good = {"X-Webhook-Secret": SECRET}
     assert ask(hand_on.take, content=BODY, headers=good).status_code == 202
     assert ask(hand_on.take, content=BODY, headers=good).status_code == 503
@@ -101,7 +101,7 @@ def test_when_too_many_wait_the_vendor_is_asked_to_call_again(monkeypatch: pytes
 
 def test_nothing_of_a_request_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="prefect_eachlabs"), caplog.at_level(logging.DEBUG, logger="uvicorn"):
-        hand_on = HandOn(MASTER)
+        hand_on = EventForwarder(MASTER)
         for secret in (SECRET, "a-wrong-secret"):
             ask(hand_on.take, content=b'{"prompt": "of a body"}', headers={"X-Webhook-Secret": secret})
     said = "\n".join(record.getMessage() for record in caplog.records if not record.name.startswith("httpx"))

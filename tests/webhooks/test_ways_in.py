@@ -24,9 +24,9 @@ from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.webhooks import stream
-from prefect_eachlabs.webhooks.calls import Call, call_in, callback_of, secret_of
+from prefect_eachlabs.webhooks.calls import Call, callback_of, parse_call, secret_of
+from prefect_eachlabs.webhooks.prefect_events import EventForwarder
 from prefect_eachlabs.webhooks.receiver import listen_at
-from prefect_eachlabs.webhooks.stream import HandOn
 from prefect_eachlabs.webhooks.webhooks import Verdict
 from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
@@ -96,7 +96,7 @@ def test_accounts_of_one_process_share_its_port() -> None:
     async def story() -> list[int]:
         port = free_port()
         orders = {"the first account's own secret": "0" * 32, "the other account's own secret": "1" * 32}
-        takers = [HandOn(secret).take for secret in orders]
+        takers = [EventForwarder(secret).take for secret in orders]
         closes = [await listen_at(f"127.0.0.1:{port}")(take) for take in takers]
         statuses = []
         async with httpx.AsyncClient() as http:
@@ -136,7 +136,7 @@ def test_calls_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(stream, "get_client", lambda **_: client)
 
     async def story() -> None:
-        hand_on = HandOn(MASTER)
+        hand_on = EventForwarder(MASTER)
         for number in range(120):
             name = f"{number:032x}"
             assert hand_on.take(Call(BODY, name, secret_of(MASTER, name))) is Verdict.KEPT
@@ -148,7 +148,7 @@ def test_calls_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -
     names = [event["payload"]["write_id"] for event in client.events]
     assert names == [f"{number:032x}" for number in range(120)]
     for event in client.events:
-        found = call_in(event["payload"])
+        found = parse_call(event["payload"])
         assert found is not None
         assert found.is_proven_by(secret_of(MASTER, found.write_id or ""))
         assert "whs_" not in json.dumps(event)

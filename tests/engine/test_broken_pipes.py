@@ -11,7 +11,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from prefect_eachlabs.engine.consoles import outlive_their_readers
+from prefect_eachlabs.engine.broken_pipes import ignore_broken_pipes
 
 
 class ConsoleHandler(logging.Handler):
@@ -27,7 +27,7 @@ class ConsoleHandler(logging.Handler):
 
 @pytest.fixture
 def logger() -> Iterator[logging.Logger]:
-    logger = logging.getLogger("tests.consoles")
+    logger = logging.getLogger("tests.broken_pipes")
     logger.propagate = False
     yield logger
     for handler in list(logger.handlers):
@@ -61,7 +61,7 @@ def test_a_log_line_without_a_reader_would_end_the_program(logger: logging.Logge
 def test_a_worker_that_died_does_not_end_the_run_that_writes_to_it(logger: logging.Logger, unread: int) -> None:
     with os.fdopen(os.dup(unread), "w") as pipe:
         logger.addHandler(ConsoleHandler(Console(file=pipe)))
-        outlive_their_readers()
+        ignore_broken_pipes()
         for _ in range(3):
             logger.warning("the server does not answer")
 
@@ -69,7 +69,7 @@ def test_a_worker_that_died_does_not_end_the_run_that_writes_to_it(logger: loggi
 def test_a_console_without_a_file_is_left_alone(logger: logging.Logger) -> None:
     text = StringIO()
     logger.addHandler(ConsoleHandler(Console(file=text)))
-    outlive_their_readers()
-    outlive_their_readers()
+    ignore_broken_pipes()
+    ignore_broken_pipes()
     logger.warning("said")
     assert text.getvalue() == "said\n"

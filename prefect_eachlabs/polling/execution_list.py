@@ -37,7 +37,7 @@ def names_several(input: Mapping[str, Any] | None) -> bool:
     return False
 
 
-class Executions:
+class ExecutionList:
     """What is known about the list of executions of this account."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 
-def outlive_their_readers() -> None:
+def ignore_broken_pipes() -> None:
     """From now on a log line that nobody can read any more ends nothing; as often as one likes."""
     rich_console: Any = sys.modules.get("rich.console")
     if rich_console is None:

@@ -15,7 +15,7 @@ V = TypeVar("V")
 FAILURES_REMEMBERED_SECONDS = 60.0
 
 
-class Once(Generic[K, V]):
+class SingleFlight(Generic[K, V]):
     """Answers by key, each asked for once, however many want it at the same time.
 
     An error that may be repeated is forgotten at once, any other after a minute: whoever fixes it runs again.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from prefect_eachlabs.api.waking import asleep_seconds, within_waking_seconds
+from prefect_eachlabs.api.suspension import suspended_seconds, within_running_seconds
 from prefect_eachlabs.ledger import purchase as purchasing
 from prefect_eachlabs.limits import leases
 from tests.protocol.kit import World, patched_clocks, play, wanted
@@ -18,14 +18,14 @@ from tests.virtual_time import run
 
 def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
     async def story() -> None:
-        assert await within_waking_seconds(asyncio.sleep(29.9, "done"), 30.0) == "done"
+        assert await within_running_seconds(asyncio.sleep(29.9, "done"), 30.0) == "done"
 
         async def fail() -> None:
             await asyncio.sleep(1)
             raise ValueError("no")
 
         with pytest.raises(ValueError, match="no"):
-            await within_waking_seconds(fail(), 30.0)
+            await within_running_seconds(fail(), 30.0)
 
     run(story())
 
@@ -43,7 +43,7 @@ def test_work_that_takes_too_long_is_cancelled() -> None:
                 raise
 
         with pytest.raises(asyncio.TimeoutError):
-            await within_waking_seconds(work(), 2.5)
+            await within_running_seconds(work(), 2.5)
         assert cancelled
         return asyncio.get_running_loop().time()
 
@@ -59,7 +59,7 @@ def test_work_whose_result_comes_while_it_is_being_cancelled_is_not_lost() -> No
                 return "bought"
             return ""
 
-        return await within_waking_seconds(work(), 1.0)
+        return await within_running_seconds(work(), 1.0)
 
     assert run(story()) == "bought"
 
@@ -74,7 +74,7 @@ def test_a_caller_that_is_cancelled_cancels_the_work() -> None:
             finally:
                 ended.set()
 
-        waiting = asyncio.ensure_future(within_waking_seconds(work(), 30.0))
+        waiting = asyncio.ensure_future(within_running_seconds(work(), 30.0))
         await asyncio.sleep(1)
         waiting.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -96,7 +96,7 @@ def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_tha
             await asyncio.sleep(1.0)
             return "bought"
 
-        return await within_waking_seconds(work(), 30.0)
+        return await within_running_seconds(work(), 30.0)
 
     assert run(story()) == "bought"
 
@@ -105,8 +105,8 @@ def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_tha
 
 
 def test_a_machine_that_is_awake_has_slept_for_the_same_time_as_a_moment_ago() -> None:
-    assert asleep_seconds() >= 0.0
-    assert asleep_seconds() == pytest.approx(asleep_seconds(), abs=1e-2)
+    assert suspended_seconds() >= 0.0
+    assert suspended_seconds() == pytest.approx(suspended_seconds(), abs=1e-2)
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux")
@@ -121,14 +121,14 @@ def test_a_thread_that_is_stopped_between_two_clocks_has_not_slept(monkeypatch: 
 
     monkeypatch.setattr(leases.time, "monotonic", read)
     monkeypatch.setattr(leases.time, "clock_gettime", lambda _: 600.0 + read(next(stops, 0.0)))
-    assert asleep_seconds() == 600.0
+    assert suspended_seconds() == 600.0
 
 
 @pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="Linux")
 def test_what_the_loop_does_not_know_of_is_the_time_since_boot(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(leases.time, "clock_gettime", {time.CLOCK_BOOTTIME: 1000.0}.__getitem__)
     monkeypatch.setattr(leases.time, "monotonic", lambda: 400.0)
-    assert asleep_seconds() == 600.0
+    assert suspended_seconds() == 600.0
 
 
 @pytest.mark.parametrize("boundary", ["after S3 PUT kit/records", "after POST"])
@@ -138,7 +138,7 @@ def test_a_machine_that_was_suspended_in_a_purchase_knows_that_its_claim_is_dead
     """Its lid is closed for ten minutes, which its loop does not notice; another worker takes over meanwhile."""
     undo = patched_clocks()
     asleep = 0.0
-    monkeypatch.setattr(purchasing, "asleep_seconds", lambda: asleep)
+    monkeypatch.setattr(purchasing, "suspended_seconds", lambda: asleep)
 
     async def story() -> None:
         nonlocal asleep

@@ -24,7 +24,7 @@ MISSING_BY_NAME = ("NAType", "NaTType")
 """What pandas puts where a value is missing, besides NaN; known by name, for pandas is not needed here."""
 
 
-class GivenRows:
+class InlineRows:
     """A table of rows that were handed over; a row's line is its number, from 1 on.
 
     Args:

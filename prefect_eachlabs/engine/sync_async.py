@@ -49,7 +49,7 @@ def beside_the_loop(work: Callable[[], T]) -> Plan[T]:
 
 
 def either(blocking: Callable[P, T], awaiting: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> Plan[T]:
-    """A call of a library that has two doors itself."""
+    """A call of a library that has both forms itself."""
     done: T = yield Step(lambda: blocking(*args, **kwargs), lambda: awaiting(*args, **kwargs))
     return done
 
@@ -90,7 +90,7 @@ Failed = Callable[[EachlabsError], Any]
 """What comes of an error of this package: it is raised, or returns what the caller gets instead."""
 
 
-def blocking_door(plan: Callable[P, Plan[T]], failed: Failed) -> Callable[P, T]:
+def sync_wrapper(plan: Callable[P, Plan[T]], failed: Failed) -> Callable[P, T]:
     """The plan for callers that may block."""
 
     @wraps(plan)
@@ -103,8 +103,8 @@ def blocking_door(plan: Callable[P, Plan[T]], failed: Failed) -> Callable[P, T]:
     return door
 
 
-def awaited_door(blocking: Callable[P, Any], failed: Failed) -> Callable[P, Coroutine[Any, Any, Any]]:
-    """The plan of a `blocking_door` for callers that await; its name has an `a` in front."""
+def async_wrapper(blocking: Callable[P, Any], failed: Failed) -> Callable[P, Coroutine[Any, Any, Any]]:
+    """The plan of a `sync_wrapper` for callers that await; its name has an `a` in front."""
     plan: Callable[P, Plan[Any]] = blocking.__wrapped__  # type: ignore[attr-defined]  # by functools.wraps
 
     @wraps(plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prefect_eachlabs.ledger.records import Ledger, Overtaken, RecordState, VersionedRecord, amended
+from prefect_eachlabs.ledger.records import Ledger, RecordChanged, RecordState, VersionedRecord, amended
 
 CLOSED = (RecordState.STORED, RecordState.FAILED, RecordState.CANCELLED)
 LEAST_DIFFERENCE_USD = 1e-9
@@ -37,7 +37,7 @@ async def correct_cost(
     while held.record.prediction_id == prediction_id and lacks_cost(held, cost_usd):
         try:
             return await ledger.write(amended(held.record, cost_usd=cost_usd), replacing=held)
-        except Overtaken as overtaken:
+        except RecordChanged as overtaken:
             if overtaken.current is None:
                 return None
             held = overtaken.current

@@ -16,7 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import FlowRunContext
 from prefect.states import Completed, Failed
 
-from prefect_eachlabs.engine.doors import Plan, alone, awaited_door, blocking_door, either
+from prefect_eachlabs.engine.sync_async import Plan, alone, async_wrapper, either, sync_wrapper
 from prefect_eachlabs.errors import EachlabsError
 
 P = ParamSpec("P")
@@ -29,13 +29,13 @@ def sync_flow(
     """Makes a plan the flow of that name: the one that is deployed, and that sync code calls."""
 
     facts: dict[str, Any] = {"name": name, "description": description, "flow_run_name": flow_run_name}
-    return lambda plan: _kept_as_json(Flow(_typed(blocking_door(plan, _failed)), **facts))
+    return lambda plan: _kept_as_json(Flow(_typed(sync_wrapper(plan, _failed)), **facts))
 
 
 def async_flow(blocking: Flow[P, T]) -> Flow[P, Coroutine[Any, Any, T]]:
     """The same flow for async callers, to be awaited."""
     facts = {name: getattr(blocking, name) for name in ("name", "description", "flow_run_name")}
-    return _kept_as_json(Flow(_typed(awaited_door(blocking.fn, _failed)), **facts))
+    return _kept_as_json(Flow(_typed(async_wrapper(blocking.fn, _failed)), **facts))
 
 
 def _typed(door: Callable[P, T]) -> Callable[P, T]:

@@ -20,7 +20,7 @@ from prefect.settings import PREFECT_API_URL
 
 from prefect_eachlabs.errors import without_query
 from prefect_eachlabs.limits.prefect_leases import context_without_retries
-from prefect_eachlabs.webhooks.calls import Call, call_in, handed_on, secret_of
+from prefect_eachlabs.webhooks.calls import Call, event_payload, parse_call, secret_of
 from prefect_eachlabs.webhooks.webhooks import Close, Take, Verdict
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def has_server() -> bool:
     return bool(PREFECT_API_URL.value())
 
 
-class HandOn:
+class EventForwarder:
     """Checks calls and hands the good ones on as events, in the background; keeps them while the server is away.
 
     Args:
@@ -63,7 +63,7 @@ class HandOn:
         secret = secret_of(self._master, call.write_id or "")
         if not call.is_proven_by(secret) or call.write_id is None:
             return Verdict.REFUSED
-        payload = handed_on(call, secret)
+        payload = event_payload(call, secret)
         if payload is None:
             return Verdict.UNREADABLE
         try:
@@ -140,7 +140,7 @@ async def _listen(take: Take, ready: asyncio.Future[None]) -> None:
                     logger.warning("The Prefect server's events come again.")
                 pause_seconds, is_away = FIRST_PAUSE_SECONDS, False
                 async for event in subscriber:
-                    call = call_in(event.payload)
+                    call = parse_call(event.payload)
                     if call is not None:
                         take(call)
         except asyncio.CancelledError:

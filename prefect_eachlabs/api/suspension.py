@@ -6,14 +6,14 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from prefect_eachlabs.limits.leases import asleep_seconds
+from prefect_eachlabs.limits.leases import suspended_seconds
 
-__all__ = ["asleep_seconds", "within_waking_seconds"]
+__all__ = ["suspended_seconds", "within_running_seconds"]
 
 T = TypeVar("T")
 
 
-async def within_waking_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
+async def within_running_seconds(work: Coroutine[Any, Any, T], seconds: float) -> T:
     """What `work` returns, within so many seconds during which this process ran.
 
     A process that was frozen when it was about to send sends when it thaws, and then must hear what it has bought:
