@@ -56,7 +56,7 @@ RENEWED_SECONDS = COOLING_SECONDS + 2.0
 END_MARGIN_SECONDS = CALL_SECONDS + 2.0
 """With less left, a lease is not given back: the call could arrive when others have its slots."""
 LOOK_SECONDS = 3.0
-"""A lease is looked at this often: while the machine is asleep timers stand still, and leases do not."""
+"""So often it is looked whether the machine was asleep: timers stand still meanwhile, and leases do not."""
 ASK_AGAIN_SECONDS = 0.5
 """After a denial; on average."""
 COVER_AGAIN_SECONDS = 0.2
@@ -157,6 +157,7 @@ class _Limit:
         self._source = source
         self._account = account
         self._tasks: set[asyncio.Task[None]] = set()
+        self._noticing: asyncio.Task[None] | None = None
         self._asking = self._closed = False
         self._away: str | None = None
         """What came in place of the last answer, when it was not usable."""
@@ -303,6 +304,8 @@ class _Limit:
                 elif (lease := await self._lease(self._missing())) is not None:
                     self._leases.append(lease)
                     self._start(self._keep(lease))
+                    if self._noticing is None or self._noticing.done():
+                        self._noticing = asyncio.ensure_future(self._notice_sleep())
                     self._serve()
         finally:
             self._asking = False
@@ -382,8 +385,7 @@ class _Limit:
                 await (self._cover(lease) if lease.is_gone else self._renew(lease))
                 continue
             with suppress(asyncio.TimeoutError):
-                pause_seconds = min(max(at - clock(), SHORTEST_SLEEP_SECONDS), LOOK_SECONDS)
-                await asyncio.wait_for(lease.changed.wait(), pause_seconds)
+                await asyncio.wait_for(lease.changed.wait(), max(at - clock(), SHORTEST_SLEEP_SECONDS))
         lease.fresh_until = -math.inf
         if lease.in_use(clock()):  # closed: it counts until its lease ends
             return
@@ -412,6 +414,16 @@ class _Limit:
             return lease.until - RENEWED_SECONDS
         return lease.cool_at if lease.cool_at + END_MARGIN_SECONDS < lease.until else now
 
+    async def _notice_sleep(self) -> None:
+        loop = asyncio.get_running_loop()
+        asleep_seconds = clock() - loop.time()
+        while self._leases:
+            await asyncio.sleep(LOOK_SECONDS)
+            if clock() - loop.time() > asleep_seconds + 0.1:
+                asleep_seconds = clock() - loop.time()
+                for lease in self._leases:
+                    lease.changed.set()
+
     async def _renew(self, lease: _Lease) -> None:
         sent_at = clock()
         try:
@@ -439,6 +451,8 @@ class _Limit:
 
     async def close(self) -> None:
         self._closed = True
+        if self._noticing is not None:
+            self._noticing.cancel()
         for lease in self._leases:
             lease.changed.set()
         loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -113,23 +114,27 @@ def test_a_big_account_leases_many_slots_at_once() -> None:
 # ------------------------------------------------------- who joins, who is killed
 
 
-def test_a_process_that_joins_gets_its_part_within_half_a_minute(api: Api) -> None:
-    server = LeaseServer()
-    joined_at: list[float] = []
+def test_a_process_that_joins_gets_its_part_within_half_a_minute() -> None:
+    """On average: a minute in which the others had more is followed by one in which they have less."""
+    sent: dict[tuple[str, int], int] = Counter()
+    for seed in range(3):
+        random.seed(seed)
+        server, api = LeaseServer(), Api()
 
-    async def story() -> None:
-        Worker(server, api, "first").start()
-        for name, at in (("second", 150.0), ("third", 330.0)):
-            await asyncio.sleep(at - now())
-            Worker(server, api, name).start()
-            joined_at.append(now())
-        await asyncio.sleep(180)
+        async def story(server: LeaseServer = server, api: Api = api) -> None:
+            Worker(server, api, "first").start()
+            for name, at in (("second", 150.0), ("third", 330.0)):
+                await asyncio.sleep(at - now())
+                Worker(server, api, name).start()
+            await asyncio.sleep(180)
 
-    run(story())
-    for name, at, part in (("second", joined_at[0], 30), ("third", joined_at[1], 20)):
-        assert api.sent(at, at + 20, name) >= 1
-        assert api.sent(at + 30, at + 90, name) >= 0.6 * part
-        assert api.sent(at + 90, at + 150, name) >= 0.6 * part
+        run(story())
+        assert api.worst_window() <= 60
+        assert api.most_in_flight <= 10
+        for name, at in (("second", 150), ("third", 330)):
+            for begin in (30, 90):
+                sent[name, begin] += api.sent(at + begin, at + begin + 60, name)
+    assert all(count >= 0.8 * 3 * (30 if name == "second" else 20) for (name, _), count in sent.items()), sent
 
 
 def test_a_killed_process_gives_its_part_back_when_its_leases_end(api: Api) -> None:

@@ -23,7 +23,7 @@ from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
-from prefect_eachlabs.webhooks import stream
+from prefect_eachlabs.webhooks import prefect_events
 from prefect_eachlabs.webhooks.calls import Call, callback_of, parse_call, secret_of
 from prefect_eachlabs.webhooks.prefect_events import EventForwarder
 from prefect_eachlabs.webhooks.receiver import listen_at
@@ -133,7 +133,7 @@ class _Client:
 
 def test_calls_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     client = _Client(away=3)
-    monkeypatch.setattr(stream, "get_client", lambda **_: client)
+    monkeypatch.setattr(prefect_events, "get_client", lambda **_: client)
 
     async def story() -> None:
         hand_on = EventForwarder(MASTER)
@@ -217,7 +217,7 @@ def test_through_a_receiver_and_a_server_that_are_killed_and_started_again(
 
                 # Somebody who may emit events, and knows no secret.
                 forged = {"write_id": ORDER, "body": BODY.decode(), "signature": "0" * 64}
-                httpx.post(f"{server.url}/events", json=[stream.event_of(forged)]).raise_for_status()
+                httpx.post(f"{server.url}/events", json=[prefect_events.event_of(forged)]).raise_for_status()
                 until(lambda: counts(gateway).get(Verdict.REFUSED) == 1, 120, "the forged event was refused")
 
                 receiver.kill()
