@@ -24,7 +24,6 @@ import math
 import random
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
 from typing import Any, TypeVar
 
 from prefect_eachlabs.limits.breaker import CircuitBreaker
@@ -378,14 +377,16 @@ class _Limit:
 
     async def _keep(self, lease: _Lease) -> None:
         """Renews a lease while its slots are in use, and gives it back."""
+        loop = asyncio.get_running_loop()
         while (at := self._next_step_at(lease)) is not None:
             lease.changed.clear()
             if at <= clock():
                 # Renewed even if it may have ended: while it counts, leasing anew is denied, and others come first.
                 await (self._cover(lease) if lease.is_gone else self._renew(lease))
                 continue
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(lease.changed.wait(), max(at - clock(), SHORTEST_SLEEP_SECONDS))
+            timer = loop.call_later(max(at - clock(), SHORTEST_SLEEP_SECONDS), lease.changed.set)
+            await lease.changed.wait()
+            timer.cancel()
         lease.fresh_until = -math.inf
         if lease.in_use(clock()):  # closed: it counts until its lease ends
             return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import time
+from collections import Counter
+from contextlib import closing
 from datetime import datetime, timezone
 from typing import Any
 
@@ -87,21 +88,19 @@ def test_a_run_on_a_worker_without_a_clone_leaves_a_picture_an_artifact_and_an_e
 
 def test_a_cancelled_batch_ends_its_chunks_as_cancelled_and_says_what_it_has_bought(studio: Studio) -> None:
     prompts = ["a hare", "a hare in snow", *(f"a mole that stays for day {number}" for number in range(6))]
-    s3 = studio.client()
-    try:
-        s3.put_object(Bucket=BUCKET, Key="tables/moles.csv", Body="\n".join(["prompt", *prompts]).encode())
-    finally:
-        s3.close()
     studio.api.set_faults("prediction:slow,seconds=120,matching=stays")
     place = f"s3://{BUCKET}/moles"
-    run_id = studio.stage.run(BATCH, source=f"s3://{BUCKET}/tables/moles.csv", destination=place, chunk_size=4)
+    with closing(studio.client()) as s3:
+        s3.put_object(Bucket=BUCKET, Key="tables/moles.csv", Body="\n".join(["prompt", *prompts]).encode())
+        run_id = studio.stage.run(BATCH, source=f"s3://{BUCKET}/tables/moles.csv", destination=place, chunk_size=4)
 
-    def is_under_way() -> bool:
-        ends = [one["status"] for one in studio.api.predictions() if one["input"]["prompt"] in prompts]
-        return len(ends) == len(prompts) and ends.count("success") == 2
+        def is_under_way() -> bool:
+            listed = s3.list_objects_v2(Bucket=BUCKET, Prefix="moles/records/").get("Contents", [])
+            records = [json.load(s3.get_object(Bucket=BUCKET, Key=one["Key"])["Body"]) for one in listed]
+            states = Counter(record["state"] for record in records)
+            return states == {"created": len(prompts) - 2, "stored": 2}
 
-    until(is_under_way, 240, "all are ordered, and two are there")
-    time.sleep(2)  # the two are stored
+        until(is_under_way, 240, "all are ordered, and two are stored")
     studio.stage.cancel(run_id)
     assert studio.stage.ended(run_id)["state"]["type"] == "CANCELLED"
     studio.api.set_faults()
@@ -155,20 +154,25 @@ def test_scheduled_runs_fire_by_themselves_and_those_of_one_date_buy_once(studio
     parameters = {"prompt_template": prompt, "destination": f"{PLACE}-scheduled", "item_id_template": "{date:%Y}"}
     anchor = datetime.now(timezone.utc).isoformat()
     # A short interval: whenever the server comes to look at the new schedule, the next run is near.
-    schedule = {"schedule": {"interval": 5, "anchor_date": anchor}, "active": True, "parameters": parameters}
+    schedule = {"schedule": {"interval": 20, "anchor_date": anchor}, "active": True, "parameters": parameters}
     (made,) = studio.stage.ask("POST", path, [schedule])
 
-    def begun() -> list[str] | None:
+    def runs() -> list[dict[str, Any]]:
         wanted = {"deployment_id": {"any_": [deployment["id"]]}}
         found: list[dict[str, Any]] = studio.stage.ask("POST", "/flow_runs/filter", {"flow_runs": wanted})
-        runs = [run["id"] for run in found if run["auto_scheduled"] and run["state"]["type"] != "SCHEDULED"]
-        return runs if len(runs) > 1 else None
+        return [run for run in found if run["auto_scheduled"]]
+
+    def ended() -> list[dict[str, Any]] | None:
+        over = [run for run in runs() if run["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED")]
+        return over if len(over) > 1 else None
 
     try:
-        runs = until(begun, 240, f"two scheduled runs begin; {studio.stage.tails()}")
+        over = until(ended, 240, "two scheduled runs end", every_seconds=1)
+    except AssertionError:
+        print([(run["expected_start_time"], run["state"]) for run in runs()], studio.stage.tails())
+        raise
     finally:
-        studio.stage.ask("DELETE", f"{path}/{made['id']}")  # and runs that have not begun
-    over = [studio.stage.ended(run) for run in runs]
+        studio.stage.ask("DELETE", f"{path}/{made['id']}")
     assert {(run["state"]["type"], run["state"]["message"]) for run in over} == {("COMPLETED", None)}
     assert {run["name"] for run in over} == {f"{datetime.now(timezone.utc):%Y}"}
     assert len(studio.predictions(prompt)) == 1
