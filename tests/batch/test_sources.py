@@ -348,17 +348,17 @@ def test_reading_takes_no_more_memory_for_a_long_table(tmp_path: Path) -> None:
     path = tmp_path / "long.csv"
     with path.open("w") as file:
         file.write("prompt\n")
-        file.writelines(f"fox number {number}\n" for number in range(3_000))
+        file.writelines(f"fox number {number}\n" for number in range(12_000))
     with closing(open_source(str(path))) as source:
         rows: Iterator[Wanted | BadRow] = source.rows()
         next(rows)
         tracemalloc.start()
         try:
-            assert sum(1 for _ in rows) == 2_999
+            assert sum(1 for _ in rows) == 11_999
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
-    assert peak_bytes < 100_000, "3,000 rows are some 300 kB"
+    assert peak_bytes < 400_000, "12,000 rows are some 1.2 MB; threads of other tests may still end meanwhile"
 
 
 # The same from a bucket.
