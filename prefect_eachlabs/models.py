@@ -394,27 +394,19 @@ def _shared(text: str) -> str:
     return text
 
 
-KnownRows = dict[str, tuple[Mapping[str, Any], Execution]]
-"""Rows of a page by their ids: each as it came, and what it said."""
-
-
-def parse_executions(answer: object, known: KnownRows | None = None) -> tuple[Execution, ...]:
-    """The rows of a page, newest first as sent; rows without a usable id are left out.
-
-    Those that are as they were in the `known` page are not read again; this page takes its place.
-    """
+def parse_executions(answer: object) -> tuple[Execution, ...]:
+    """The rows of a page, newest first as sent; rows without a usable id are left out."""
     rows = answer.get("executions") if isinstance(answer, Mapping) else answer
-    executions, now = [], KnownRows()
+    executions = []
     turns = iter(range(_MAX_VALUES))
     # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.
     text = functools.cache(lambda said: _shared(_text(said) or ""))
     for row in rows if isinstance(rows, list) else ():
         if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
-            was, execution = (known or {}).get(found, (None, None))
-            if execution is None or was != row:
-                output = _unwrap_json(row.get("output"))
-                word = row.get("status")
-                execution = Execution(
+            output = _unwrap_json(row.get("output"))
+            word = row.get("status")
+            executions.append(
+                Execution(
                     id=found,
                     model=text(model) if isinstance(model := row.get("model"), str) else _text(model),
                     status=parse_status(word),
@@ -424,11 +416,7 @@ def parse_executions(answer: object, known: KnownRows | None = None) -> tuple[Ex
                     created_at=parse_date(row.get("created_at")),
                     output_urls=_urls_in(output, turns) if _failure_in(output) is None else (),
                 )
-            executions.append(execution)
-            now[found] = row, execution
-    if known is not None:
-        known.clear()
-        known.update(now)
+            )
     return tuple(executions)
 
 

@@ -18,7 +18,6 @@ from prefect_eachlabs.errors import (
     PredictionFailed,
 )
 from prefect_eachlabs.models import (
-    KnownRows,
     Prediction,
     PredictionStatus,
     collect_urls,
@@ -306,18 +305,6 @@ def test_the_echoed_input_is_an_object_or_json_of_one(echo: object, read: object
 def test_a_row_of_executions_has_a_date_or_none(text: object, date: datetime | None) -> None:
     (row,) = parse_executions({"executions": [{"id": "p-1", "created_at": text}]})
     assert row.created_at == date
-
-
-def test_a_row_that_is_as_it_was_in_the_page_before_is_not_read_again() -> None:
-    known: KnownRows = {}
-    rows: list[dict[str, Any]] = [{"id": f"p-{number}", "status": "running", "output": None} for number in range(3)]
-    first = parse_executions(rows, known)
-    rows[1] = {**rows[1], "status": "success", "output": URL}
-    again = parse_executions([{"id": "p-3"}, *[dict(row) for row in rows[:2]], dict(rows[1])], known)
-    assert [(row.id, row.output_urls) for row in again] == [("p-3", ()), ("p-0", ()), ("p-1", (URL,)), ("p-1", (URL,))]
-    assert again[1] is first[0]
-    assert again[2].status is PredictionStatus.SUCCEEDED
-    assert known.keys() == {"p-0", "p-1", "p-3"}, "no more than the last page"
 
 
 def test_rows_without_an_id_are_left_out_and_a_bare_list_is_read_too() -> None:

@@ -40,7 +40,6 @@ from prefect_eachlabs.models import (
     Callback,
     Execution,
     Item,
-    KnownRows,
     ListedWebhook,
     Prediction,
     created_id,
@@ -209,8 +208,6 @@ class EachlabsClient:
         self._where = f"{urlsplit(settings.base_url).netloc} (EACHLABS_BASE_URL)"
         self._hint = " Is `prefect-eachlabs emulator` running?" if is_loopback(self._host) else ""
         self._auth_headers = tuple(auth)
-        self._newest_rows: KnownRows = {}
-        """Of the newest executions, which are asked for again and again."""
         self.orders_sent = 0
         """While it is 0, nothing can have been bought."""
         # Whoever hands in a transport knows what is at its end.
@@ -389,8 +386,7 @@ class EachlabsClient:
         answer = await self._ask("/v1/executions", params=params)
         rows, said = answer.rows("executions"), answer.json if isinstance(answer.json, Mapping) else {}
         total = None if said.get("total_capped") is True else _count(said.get("total_count"))
-        known = None if offset or since or until else self._newest_rows
-        return ExecutionsPage(parse_executions(rows, known), len(rows), answer.date(), _count(said.get("limit")), total)
+        return ExecutionsPage(parse_executions(rows), len(rows), answer.date(), _count(said.get("limit")), total)
 
     async def webhooks(self, *, limit: int = 100, offset: int = 0) -> tuple[tuple[ListedWebhook, ...], int]:
         """GET /v1/webhooks: one page of the webhooks of the organization, newest first, and its row count. Free.
