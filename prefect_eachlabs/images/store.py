@@ -115,8 +115,8 @@ class ImageStore:
             try:
                 ended = await self._ended_record(ledger, held, end, fresh=fresh, formats=formats, see=see)
                 return await ledger.write(ended, replacing=held)
-            except RecordChanged as overtaken:
-                current = overtaken.current
+            except RecordChanged as changed:
+                current = changed.current
                 if current is None or current.record.prediction_id != end.id:
                     raise
                 if current.record.state is not RecordState.CREATED:

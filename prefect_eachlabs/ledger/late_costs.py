@@ -37,8 +37,8 @@ async def correct_cost(
     while held.record.prediction_id == prediction_id and lacks_cost(held, cost_usd):
         try:
             return await ledger.write(amended(held.record, cost_usd=cost_usd), replacing=held)
-        except RecordChanged as overtaken:
-            if overtaken.current is None:
+        except RecordChanged as changed:
+            if changed.current is None:
                 return None
-            held = overtaken.current
+            held = changed.current
     return None

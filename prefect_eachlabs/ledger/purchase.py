@@ -543,8 +543,8 @@ class Purchaser:
             what = f"Item {item.item_id}: prediction {prediction.id} is bought and could not be written down"
             try:
                 return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
-            except RecordChanged as overtaken:
-                current = overtaken.current
+            except RecordChanged as changed:
+                current = changed.current
                 if current is None:
                     base, created = None, self._created(claim.record, prediction)
                 elif prediction.id in current.record.named_predictions:
@@ -643,10 +643,10 @@ class Purchaser:
             what = f"Prediction {prediction.id} could not be written down"
             try:
                 return await until_it_succeeds(write, errors=BUCKET_ERRORS, what=what)
-            except RecordChanged as overtaken:
-                if overtaken.current is None or prediction.id in overtaken.current.record.named_predictions:
-                    return overtaken.current or current
-                current = overtaken.current
+            except RecordChanged as changed:
+                if changed.current is None or prediction.id in changed.current.record.named_predictions:
+                    return changed.current or current
+                current = changed.current
 
     async def _after_a_lost_answer(self, job: Job, claim: VersionedRecord, lost: OutcomeUnknown) -> Settled:
         """What our own POST without an answer has come to: a created record, or a claim that bought nothing."""

@@ -317,8 +317,8 @@ class Reconciler:
                 return False
             try:
                 entry.held = await self._ledger.write(amended(entry.record, **changes), replacing=entry.held)
-            except RecordChanged as overtaken:
-                self._end(entry, overtaken)
+            except RecordChanged as changed:
+                self._end(entry, changed)
                 return False
             entry.written_at = asyncio.get_running_loop().time()
             return True
