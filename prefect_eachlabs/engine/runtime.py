@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import atexit
 import logging
+import math
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future, wait
 from typing import Any, Generic, TypeVar
@@ -35,6 +37,9 @@ T = TypeVar("T")
 CLOSE_SECONDS = 10.0
 INTERRUPTED_SECONDS = CLEAN_UP_SECONDS + 2
 """How long interrupted work may clean up, when its caller does not say."""
+SIGNAL_SECONDS = 0.25
+"""How late a Ctrl-C is heard at most that another thread has caught: Python runs its handler in the main thread, and
+only there where that comes back to Python (measured: it waited on for all of a clean-up)."""
 
 MakeLimiter = Callable[[AccountSettings], RateLimiter]
 
@@ -107,9 +112,16 @@ class _Handed(Generic[T]):
         assert self._task is not None
         return self._task.result()
 
+    def _wait(self, seconds: float = math.inf) -> None:
+        is_main = threading.current_thread() is threading.main_thread()
+        turn_seconds = SIGNAL_SECONDS if is_main else threading.TIMEOUT_MAX
+        give_up_at = time.monotonic() + seconds
+        while not self._ended.done() and (left_seconds := give_up_at - time.monotonic()) > 0:
+            wait({self._ended}, min(turn_seconds, left_seconds))
+
     def wait(self, clean_up_seconds: float) -> T:
         try:
-            self._ended.result()
+            self._wait()
         except BaseException as interrupt:
             try:
                 self._loop.call_soon_threadsafe(self._cancel)
@@ -119,7 +131,7 @@ class _Handed(Generic[T]):
                         "account's requests: %.0f s at most. Ctrl-C again ends it at once.",
                         clean_up_seconds,
                     )
-                wait({self._ended}, clean_up_seconds)
+                self._wait(clean_up_seconds)
             except KeyboardInterrupt as again:
                 raise CutShort from again
             if not self._ended.done() and isinstance(interrupt, KeyboardInterrupt):

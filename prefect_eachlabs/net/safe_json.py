@@ -9,6 +9,8 @@ from prefect_eachlabs.net import redaction
 
 MAX_NESTING = 100
 """Of an answer; an input of ours has 64. What is deeper could be decoded, but neither written down nor compared."""
+MAX_BRACKETS = 100_000
+"""`[` and `{` of an answer, also in its strings, which may be JSON themselves: more would stop the loop for long."""
 
 
 def loads(text: bytes | str) -> Any:
@@ -18,9 +20,11 @@ def loads(text: bytes | str) -> Any:
     use (an answer may quote the request's headers) becomes `***` in every string, here, before anybody writes it down.
 
     Raises:
-        ValueError, RecursionError: It is not JSON, or nested too deeply.
+        ValueError, RecursionError: It is not JSON, nested too deeply, or of too many parts.
     """
     said = text if isinstance(text, str) else text.decode(json.detect_encoding(text), "surrogatepass")
+    if said.count("[") + said.count("{") > MAX_BRACKETS:
+        raise ValueError(f"it has more than {MAX_BRACKETS:,} lists and objects")
     value = json.loads(said)
     if _is_deeper(value, MAX_NESTING):
         raise ValueError(f"it is nested more than {MAX_NESTING} levels deep")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -67,6 +68,13 @@ class Command:
 
     def press_ctrl_c(self, instead: int = signal.SIGINT) -> None:
         self.process.send_signal(instead)
+
+    def interrupt_another_thread(self) -> None:
+        """SIGINT as the kernel may deliver it: to a thread that is not the main one. Linux alone."""
+        process_id = self.process.pid
+        threads = {int(name) for name in os.listdir(f"/proc/{process_id}/task")} - {process_id}
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.tgkill(process_id, min(threads), signal.SIGINT) == 0, os.strerror(ctypes.get_errno())
 
     def wait(self) -> int:
         return self.process.wait(DEADLINE_SECONDS)

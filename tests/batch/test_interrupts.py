@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,9 +132,23 @@ def test_a_second_ctrl_c_ends_it_at_once_and_says_how_many_are_left(
         running.until(lambda: "Ctrl-C again" in running.said)
         running.press_ctrl_c()
         assert running.wait() == 130
-    assert running.answer["left_in_flight"] == 10
+    assert running.answer["left_in_flight"] == 10, running.said
     assert "10 predictions in flight left" in running.said
     assert api.tallies()["cancelled"] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux delivers a signal to a thread of another process")
+def test_a_ctrl_c_that_another_thread_catches_is_heard_at_once(
+    api: EmulatorServer, s3: LocalS3, tmp_path: Path
+) -> None:
+    api.set_faults("cancel:late,seconds=120")
+    with command(batch(tmp_path, 12), api, s3, tmp_path / "run") as running:
+        running.until(lambda: api.tallies()["in_flight"] == 10)
+        running.interrupt_another_thread()
+        running.until(lambda: "Ctrl-C again" in running.said)
+        running.interrupt_another_thread()
+        assert running.wait() == 130
+    assert running.answer["left_in_flight"] == 10, running.said
 
 
 def test_cancels_that_the_api_does_not_confirm_are_counted_as_left(
