@@ -14,12 +14,27 @@ in virtual time. Threads do not: `run_in_executor` and calls from other threads 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import selectors
 import threading
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 T = TypeVar("T")
+
+
+class Machine(Protocol):
+    """Whose code is running."""
+
+    dead: bool
+    clock_error_seconds: float
+
+    @property
+    def is_frozen(self) -> bool: ...
+
+
+here: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("here", default=None)
+"""Timers that the dead set do not ring: their machine asks and renews nothing for hours any more."""
 
 _STANDSTILL_LIMIT = 1_000_000
 """So many turns of the loop without time passing are an endless loop, not work."""
@@ -41,6 +56,7 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
         self._now = 0.0
         self._turns_at_this_time = 0
+        self._never: list[asyncio.TimerHandle] = []
         self._thread = threading.get_ident()
         selector = _JumpingSelector()
         selector.loop = self
@@ -63,6 +79,16 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self._turns_at_this_time += 1
         if self._turns_at_this_time > _STANDSTILL_LIMIT:
             raise AssertionError(f"endless loop at t={self._now:.6f}: {_STANDSTILL_LIMIT} turns and no time passes")
+
+    def call_at(
+        self, when: float, callback: Callable[..., object], *args: Any, context: contextvars.Context | None = None
+    ) -> asyncio.TimerHandle:
+        machine = here.get()
+        if machine is None or not machine.dead:
+            return super().call_at(when, callback, *args, context=context)
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._never.append(timer)  # who waits for it is not forgotten
+        return timer
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Any = None

@@ -3,32 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import sys
 from collections.abc import Callable, Coroutine
 from datetime import datetime, timedelta, timezone, tzinfo
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from prefect_eachlabs.api import client as client_room
+from tests.virtual_time import here
 
 T = TypeVar("T")
 
 MACHINE_DATE = datetime(2026, 11, 22, 9, 0, tzinfo=timezone.utc)
 """The machines' date when the loop's clock says 0. The bucket's is another one, so nobody may compare the two."""
-
-
-class Machine(Protocol):
-    """Whose code is running."""
-
-    clock_error_seconds: float
-
-    @property
-    def is_frozen(self) -> bool: ...
-
-
-here: contextvars.ContextVar[Machine | None] = contextvars.ContextVar("here", default=None)
 
 
 class MachineDatetime(datetime):

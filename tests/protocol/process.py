@@ -19,7 +19,7 @@ from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Item, StoredImage
 from prefect_eachlabs.storage.base import ListedObject, PreconditionFailed, StoredObject
 from tests.limits.local import local_limiter
-from tests.protocol.clocks import here
+from tests.virtual_time import here
 
 if TYPE_CHECKING:
     from tests.protocol.kit import World
@@ -183,6 +183,7 @@ class Process:
             raise asyncio.CancelledError
 
         async def work() -> T:
+            here.set(None)  # what is sent goes on without it
             operation = Operation(len(self.operations) + 1, name, self.world.now())
             self.operations.append(operation)
             is_order = name == "POST /v1/prediction"
