@@ -18,6 +18,9 @@ LEASE_SECONDS = 75.0
 """The window of a request and a little; Prefect takes no lease below 60 s."""
 CALL_SECONDS = 8.0
 """No call to a server takes longer."""
+READ_WITHIN_SECONDS = 0.002
+# Linux has a clock of its own that goes on while it sleeps; on macOS CLOCK_MONOTONIC does, and Python's does not.
+_CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
 
 class Kind(str, Enum):
@@ -38,12 +41,14 @@ def suspended_seconds() -> float:
     The loop's clock stands still meanwhile and the bucket's does not: what must not be older than a claim, or a
     lease, is measured with this added. 0 where the loop's clock goes on.
     """
-    # Linux has a clock of its own for it; on macOS CLOCK_MONOTONIC goes on and Python's `monotonic` does not.
-    clock = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
-    if clock is None:
+    if _CLOCK is None:
         return 0.0
-    # A thread that a busy machine stops between the two reads too much, and a slot would come back too early.
-    return round(min(-time.monotonic() + time.clock_gettime(clock) for _ in range(3)), 2)
+    while True:
+        before = time.monotonic()
+        asleep_seconds = time.clock_gettime(_CLOCK) - before
+        # A thread that a busy machine stopped in between has read too much, and a slot would come back too early.
+        if time.monotonic() - before < READ_WITHIN_SECONDS:
+            return round(asleep_seconds, 2)
 
 
 def clock() -> float:
