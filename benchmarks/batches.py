@@ -12,7 +12,7 @@ from processes import S3, Emulator, Process, clean_environment, python
 
 SPEED_ITEMS = 2_000
 FEW_ITEMS, MANY_ITEMS = 1_000, 10_000
-WANTED_SHARE = 0.45
+WANTED_SHARE = 0.53
 WANTED_APART_MB = 50.0
 WANTED_REQUESTS_AGAIN = 25
 
