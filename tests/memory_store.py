@@ -15,6 +15,7 @@ import asyncio
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -74,6 +75,7 @@ class MemoryStore:
         self.page_size = page_size
         self.objects: dict[str, _Object] = {}
         self.operations: list[tuple[Operation, str]] = []
+        self._counts: Counter[Operation] = Counter()
         self._faults = _Faults()
         self.ahead_seconds = 0.0
         """How far its clock is ahead of the loop's."""
@@ -105,6 +107,8 @@ class MemoryStore:
 
     def count(self, name: Operation, key_contains: str = "") -> int:
         """How many operations of that name began."""
+        if not key_contains:
+            return self._counts[name]
         return sum(1 for done, key in self.operations if done == name and key_contains in key)
 
     def keys(self, prefix: str = "") -> list[str]:
@@ -199,6 +203,7 @@ class MemoryStore:
 
     async def _perform(self, name: Operation, key: str, effect: Callable[[], Awaitable[T]]) -> T:
         self.operations.append((name, key))
+        self._counts[name] += 1
         if self.on_operation is not None:
             await self.on_operation(name, key, "before")
         await asyncio.sleep(self.latency_seconds / 2)

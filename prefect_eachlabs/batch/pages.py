@@ -6,6 +6,7 @@ loads nothing but pictures.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ SHORT_CHARACTERS = 110
 LONGEST_CHARACTERS = 2_000
 
 
+@functools.cache
 def page_template(folder: str, name: str) -> Template:
     """A page of this package: what is put into it is escaped, and control and direction characters are written out."""
     jinja = Environment(
