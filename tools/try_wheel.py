@@ -19,12 +19,16 @@ SMOKE = """\
 import importlib.util
 from importlib.metadata import version
 
+from prefect.plugins import load_prefect_collections
+
 import prefect_eachlabs
 from prefect_eachlabs.cli import deployments
 
 public = [getattr(prefect_eachlabs, name) for name in prefect_eachlabs.__all__]
 extras = [name for name in ("PIL", "moto", "flask", "pyarrow", "prefect_aws") if importlib.util.find_spec(name)]
 assert not extras, f"run-time dependencies bring {extras}: is an extra a dependency?"
+found = load_prefect_collections()
+assert getattr(found.get("prefect_eachlabs"), "__file__", None), f"Prefect does not find the blocks: {found}"
 assert deployments.IN_A_WHEEL.is_file(), "setup --deploy has nothing to deploy"
 print(f"prefect-eachlabs {version('prefect-eachlabs')}: {len(public)} public names work without extras")
 """
@@ -41,7 +45,6 @@ def main() -> int:
         environment = {
             **{name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
             "PREFECT_HOME": str(Path(folder) / "prefect"),
-            "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
         }
         pip = [sys.executable, "-m", "pip", "--python", programs / "python", "--disable-pip-version-check", "-qq"]
         for command in (
@@ -50,7 +53,6 @@ def main() -> int:
             [*pip, "check"],
             [programs / "python", "-c", SMOKE],
             [programs / "prefect-eachlabs", "--help"],
-            [programs / "prefect", "block", "register", "-m", "prefect_eachlabs"],
         ):
             words = [str(word) for word in command]
             done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
