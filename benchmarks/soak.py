@@ -62,8 +62,13 @@ class Soak:
         """Everything fails, for so long."""
         world = self._world
         world.set_faults((*API_FAULTS, *FILE_FAULTS), s3=True)
-        for buyer in (*world.pair, world.steady):
+        first_ones = (*world.pair, world.steady)
+        for buyer in first_ones:
             buyer.start()
+        # Importing takes seconds, and who has nothing in flight does not mind to be killed.
+        while not world.emulator.tallies()["billed"] and all(buyer.is_running for buyer in first_ones):
+            time.sleep(TICK_SECONDS)
+        self._began = time.monotonic()
         first_memory_at = min(FIRST_MEMORY_AT_SECONDS, self._seconds / 2)
         while self._now() < self._seconds:
             self._chaos.look(self._now())
@@ -182,7 +187,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 def run(arguments: argparse.Namespace, folder: Path) -> int:
     load = report.load_average()
     say(f"{report.machine()}\nload average {load}; seed {arguments.seed}; starting servers")
-    with World(folder, arguments.seed, arguments.prefect_home) as world:
+    with World(folder, arguments.seed, arguments.prefect_home, arguments.minutes * 60) as world:
         soak = Soak(world, arguments.minutes * 60, arguments.seed)
         soak.storm()
         soak.calm()

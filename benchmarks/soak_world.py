@@ -23,12 +23,13 @@ BUCKET = "soak"
 DESTINATION = f"s3://{BUCKET}/pictures"
 SOURCES = 60
 """So many, who goes on by itself finds there."""
-ROWS, STEADY_ROWS = 150, 50
+ROWS = {"pair": 150, "steady": 50}
+WHOLE_BATCHES_FROM_SECONDS = 90.0
 INTERRUPTED_ROWS, REPLACED_ROWS, BUDGETED_ROWS, HOPELESS_ROWS = 24, 12, BUDGET_PICTURES * 3, 18
 POISONED_OF_HOPELESS, LATE_OF_HOPELESS = 4, 6
 TWIN_EVERY = 20
 """So often a row wants the same picture as the row before it: two items with one input, which are two purchases."""
-WIDE_ROWS, WIDE_CHARACTERS = 60, 60_000
+WIDE_ROWS, WIDE_CHARACTERS = 30, 120_000
 """A label of so many characters, and the rows of a batch do not fit into memory: they go to the disk."""
 LARGEST_FILE_BYTES = 65_536
 AUDIT_SECONDS = 300
@@ -202,9 +203,10 @@ class World:
         folder: For all they write.
         seed: Of all that is drawn.
         prefect_home: What the Prefect server's home begins as; empty when None.
+        seconds: How long everything fails: a short soak has shorter batches.
     """
 
-    def __init__(self, folder: Path, seed: int, prefect_home: Path | None = None) -> None:
+    def __init__(self, folder: Path, seed: int, prefect_home: Path | None, seconds: float) -> None:
         self.folder = folder
         self.stop = folder / "stop"
         self.accepted_before_the_last_run: int | None = None
@@ -230,7 +232,8 @@ class World:
                 "AWS_REGION": "us-east-1",
                 "AWS_DEFAULT_REGION": "us-east-1",
             }
-            pair, steady = Group(sources, "pair", ROWS), Group(sources, "steady", STEADY_ROWS)
+            share = min(1.0, seconds / WHOLE_BATCHES_FROM_SECONDS)
+            pair, steady = (Group(sources, name, round(rows * share)) for name, rows in ROWS.items())
             wide = Group(sources, "wide", WIDE_ROWS, label_characters=WIDE_CHARACTERS)
             self.pair = (Buyer(self, "A", pair), Buyer(self, "B", pair))
             self.steady = Buyer(self, "steady", steady)
