@@ -165,7 +165,7 @@ def console_link(image: StoredImage, access: S3Access | None) -> str | None:
 
 async def _read(gateway: Gateway, image: StoredImage, place: Destination, access: S3Access | None) -> bytes | None:
     key = image.uri.removeprefix(f"s3://{place.bucket}/")
-    found = await gateway.engine.account.books(place, access).ledger.store.get(key)
+    found = await gateway.engine.account.ledger(place, access).store.get(key)
     return found.body if found is not None else None
 
 

@@ -22,8 +22,7 @@ from prefect_eachlabs.engine.account import Account
 from prefect_eachlabs.errors import BadInput, EachlabsError, Rejected, StoreFailed, Unanswered
 from prefect_eachlabs.ledger.evidence import fit, newest
 from prefect_eachlabs.ledger.late_costs import correct_cost, lacks_cost
-from prefect_eachlabs.ledger.reconcile import Books
-from prefect_eachlabs.ledger.records import Record, RecordState, VersionedRecord
+from prefect_eachlabs.ledger.records import Ledger, Record, RecordState, VersionedRecord
 from prefect_eachlabs.models import Destination, PredictionStatus
 from prefect_eachlabs.retry import retry_while_retryable
 from prefect_eachlabs.storage.s3_client import S3Access
@@ -99,7 +98,7 @@ class Auditor:
             try:
                 await self._walk()
                 for place, access in places:
-                    await self._read_records(self._account.books(place, access))
+                    await self._read_records(self._account.ledger(place, access))
                 await self._ask_about_lost_orders()
                 return self._report([str(place) for place, _ in places])
             finally:
@@ -141,9 +140,9 @@ class Auditor:
 
     # -------------------------------------------------------------------------------------------- the records
 
-    async def _read_records(self, books: Books) -> None:
+    async def _read_records(self, ledger: Ledger) -> None:
         """Pictures first: what is stored after this listing is looked at by itself."""
-        ledger, place = books.ledger, books.ledger.destination
+        place = ledger.destination
         prefix = place.key("images/")
         async for listed in ledger.store.list(prefix):
             if self._is_of_the_window(listed.date, listed.age_seconds):
@@ -156,13 +155,13 @@ class Auditor:
             if self._is_of_the_window(listed.date, listed.age_seconds):
                 several.append(item_id)
             if len(several) == READ_AT_A_TIME:
-                await asyncio.gather(*(self._read(books, one) for one in several))
+                await asyncio.gather(*(self._read(ledger, one) for one in several))
                 read += len(several)
                 several.clear()
                 self._show(f"{read:,} records of {place}")
-        await asyncio.gather(*(self._read(books, one) for one in several))
+        await asyncio.gather(*(self._read(ledger, one) for one in several))
         for key, item_id in self._scratch.without_record(MOST_STRAYS):
-            await self._look_at_stray(books, key, item_id)
+            await self._look_at_stray(ledger, key, item_id)
         self._scratch.next_destination()
 
     def _is_of_the_window(self, date: datetime, age_seconds: float) -> bool:
@@ -170,52 +169,52 @@ class Auditor:
         written_at = date - timedelta(seconds=age_seconds) + self._ahead_of(date)
         return self._since is None or written_at >= self._since - READ_BACK
 
-    async def _read(self, books: Books, item_id: str) -> None:
+    async def _read(self, ledger: Ledger, item_id: str) -> None:
         try:
-            held = await retry_while_retryable(partial(books.ledger.read, item_id))
+            held = await retry_while_retryable(partial(ledger.read, item_id))
         except StoreFailed as error:  # of this record alone: the listing was answered
-            self._find(Kind.UNREADABLE, books, item_id, said=str(error))
+            self._find(Kind.UNREADABLE, ledger, item_id, said=str(error))
             return
         if held is None:
             return
         record = held.record
         for prediction_id in record.also_bought:
             said = f"bought beside {record.prediction_id}, and not cancelled in time; its picture is not stored"
-            self._name(books, record, prediction_id, Kind.ONE_TOO_MANY, said)
+            self._name(ledger, record, prediction_id, Kind.ONE_TOO_MANY, said)
         for prediction_id in record.earlier:
-            self._name(books, record, prediction_id, Kind.REPLACED, "an earlier purchase of this item")
+            self._name(ledger, record, prediction_id, Kind.REPLACED, "an earlier purchase of this item")
         for prediction_id in record.adopted_among:
-            self._scratch.note(prediction_id, f"could as well be what item {item_id} of {_place(books)} ordered")
+            self._scratch.note(prediction_id, f"could as well be what item {item_id} of {_place(ledger)} ordered")
         if record.prediction_id is not None:
-            await self._judge(books, held, record.prediction_id)
-        self._take_lost_order(books, held)
+            await self._judge(ledger, held, record.prediction_id)
+        self._take_lost_order(ledger, held)
 
-    async def _judge(self, books: Books, held: VersionedRecord, prediction_id: str) -> None:
+    async def _judge(self, ledger: Ledger, held: VersionedRecord, prediction_id: str) -> None:
         """What the prediction that a record is about comes to."""
         record = held.record
         row = self._scratch.billed(prediction_id)
         if row is None:
-            self._look_for_unlisted(books, record, prediction_id)
+            self._look_for_unlisted(ledger, record, prediction_id)
             return
         if row.model not in (None, record.model):
             self._scratch.add_name(record.model, row.model or "")
-        if row.kind in RECORDED[:3] and (row.item_id, row.destination) != (record.item_id, _place(books)):
+        if row.kind in RECORDED[:3] and (row.item_id, row.destination) != (record.item_id, _place(ledger)):
             said = f"item {row.item_id} of {row.destination} names it too: one of both lacks its own picture"
-            self._find(Kind.NAMED_TWICE, books, record.item_id, prediction_id, cost_usd=row.cost_usd, said=said)
+            self._find(Kind.NAMED_TWICE, ledger, record.item_id, prediction_id, cost_usd=row.cost_usd, said=said)
         # A failure may be listed as a success.
         is_paid = row.is_paid and not (row.cost_usd == 0 and record.state is RecordState.FAILED and record.ended_free)
         is_open = row.status is PredictionStatus.PENDING
-        kind, said = await self._kind_of(books, held, prediction_id, is_paid=is_paid, is_open=is_open)
-        self._name(books, record, prediction_id, kind, said)
+        kind, said = await self._kind_of(ledger, held, prediction_id, is_paid=is_paid, is_open=is_open)
+        self._name(ledger, record, prediction_id, kind, said)
         if lacks_cost(held, row.cost_usd):
-            await self._correct(books, held, prediction_id, row.cost_usd)
+            await self._correct(ledger, held, prediction_id, row.cost_usd)
 
     async def _kind_of(
-        self, books: Books, held: VersionedRecord, prediction_id: str, *, is_paid: bool, is_open: bool
+        self, ledger: Ledger, held: VersionedRecord, prediction_id: str, *, is_paid: bool, is_open: bool
     ) -> tuple[Kind, str]:
-        record, place = held.record, _place(books)
+        record, place = held.record, _place(ledger)
         if record.state is RecordState.STORED:
-            if await self._has_pictures(books, record):
+            if await self._has_pictures(ledger, record):
                 return Kind.STORED, ""
             if not is_paid and not is_open:
                 return Kind.ENDED, ""
@@ -237,22 +236,22 @@ class Auditor:
             return Kind.NOT_STORED, f"{_store_again(prediction_id, place)}; {why}"
         return Kind.NOT_STORED, f"its record says that it was cancelled: {_store_again(prediction_id, place)}"
 
-    async def _has_pictures(self, books: Books, record: Record) -> bool:
+    async def _has_pictures(self, ledger: Ledger, record: Record) -> bool:
         """Whether all pictures of a stored item are in the bucket; those that the listing shows cost no request."""
-        place = books.ledger.destination
+        place = ledger.destination
         for uri in (record.uri or "", *record.more_uris):
             key = place.stored_key(uri)
             size_bytes = self._scratch.picture_bytes(key)
             if size_bytes is not None and (uri != record.uri or size_bytes == record.size_bytes):
                 continue
-            found = await retry_while_retryable(partial(books.ledger.store.head, key))
+            found = await retry_while_retryable(partial(ledger.store.head, key))
             if found is None or found.metadata.get("prediction-id", record.prediction_id) != record.prediction_id:
                 return False
             if "prediction-id" not in found.metadata and uri == record.uri and found.size_bytes != record.size_bytes:
                 return False
         return True
 
-    def _look_for_unlisted(self, books: Books, record: Record, prediction_id: str) -> None:
+    def _look_for_unlisted(self, ledger: Ledger, record: Record, prediction_id: str) -> None:
         """A record whose prediction is not on the bill: is that outside the window, or missing?"""
         created_at = record.created_at
         if created_at is None or record.state is RecordState.CANCELLED or record.cancel_requested:
@@ -261,9 +260,9 @@ class Auditor:
         latest = min(self._ends_at - MARGIN, self._walked_at - settling) if self._until else self._walked_at - settling
         if self._begins_at + MARGIN < created_at < latest:
             said = "the vendor's list does not show it: look in the dashboard whether it was billed"
-            self._find(Kind.NOT_LISTED, books, record.item_id, prediction_id, cost_usd=record.cost_usd, said=said)
+            self._find(Kind.NOT_LISTED, ledger, record.item_id, prediction_id, cost_usd=record.cost_usd, said=said)
 
-    def _name(self, books: Books, record: Record, prediction_id: str, kind: Kind, said: str) -> None:
+    def _name(self, ledger: Ledger, record: Record, prediction_id: str, kind: Kind, said: str) -> None:
         if kind in (Kind.REPLACED, Kind.ONE_TOO_MANY):
             row = self._scratch.billed(prediction_id)
             if row is not None and not row.is_paid:
@@ -271,45 +270,45 @@ class Auditor:
         self._scratch.name(
             prediction_id,
             kind,
-            destination=_place(books),
+            destination=_place(ledger),
             item_id=record.item_id,
             said=said,
             pictures=1 + len(record.more_uris) if prediction_id == record.prediction_id else 1,
             uri=record.uri,
         )
 
-    async def _correct(self, books: Books, held: VersionedRecord, prediction_id: str, cost_usd: float) -> None:
+    async def _correct(self, ledger: Ledger, held: VersionedRecord, prediction_id: str, cost_usd: float) -> None:
         """The only change that an audit makes."""
         before = "no cost" if not held.record.cost_usd else f"${held.record.cost_usd:.6g}"
         kind, said = Kind.CORRECTED, f"its record said {before}"
         try:
-            if await correct_cost(books.ledger, held, prediction_id, cost_usd) is None:
+            if await correct_cost(ledger, held, prediction_id, cost_usd) is None:
                 return
         except EachlabsError as error:
             kind, said = Kind.NOT_CORRECTED, f"it says {before}: {error}"
-        self._find(kind, books, held.record.item_id, prediction_id, cost_usd=cost_usd, said=said)
+        self._find(kind, ledger, held.record.item_id, prediction_id, cost_usd=cost_usd, said=said)
 
-    async def _look_at_stray(self, books: Books, key: str, item_id: str) -> None:
+    async def _look_at_stray(self, ledger: Ledger, key: str, item_id: str) -> None:
         """A picture of which there is no record: it may say itself what it is."""
-        found = await retry_while_retryable(partial(books.ledger.store.head, key))
+        found = await retry_while_retryable(partial(ledger.store.head, key))
         if found is None:
             return
         prediction_id = found.metadata.get("prediction-id")
         row = self._scratch.billed(prediction_id) if prediction_id else None
-        said = f"{books.ledger.store.uri(key)} has no record"
+        said = f"{ledger.store.uri(key)} has no record"
         if prediction_id and row is not None and row.kind is Kind.FOREIGN:
-            uri = books.ledger.store.uri(key)
+            uri = ledger.store.uri(key)
             self._scratch.name(
-                prediction_id, Kind.WITHOUT_RECORD, destination=_place(books), item_id=item_id, said=said, uri=uri
+                prediction_id, Kind.WITHOUT_RECORD, destination=_place(ledger), item_id=item_id, said=said, uri=uri
             )
         else:
-            self._find(Kind.STRAYS, books, item_id, prediction_id, said=said)
+            self._find(Kind.STRAYS, ledger, item_id, prediction_id, said=said)
 
     # ------------------------------------------------------------------------------------------- lost orders
 
-    def _take_lost_order(self, books: Books, held: VersionedRecord) -> None:
+    def _take_lost_order(self, ledger: Ledger, held: VersionedRecord) -> None:
         """An order of this item that may have bought something which no record names."""
-        record, place = held.record, _place(books)
+        record, place = held.record, _place(ledger)
         ahead = self._ahead_of(held.read_at)
         sent_at, until = held.modified_at + ahead, held.modified_at + ahead + MARGIN
         since, count = sent_at - MARGIN, 1
@@ -322,12 +321,12 @@ class Auditor:
                 kind, said = Kind.IN_FLIGHT, "a run waits for the answer to this order, or looks for it"
             else:
                 why = record.error.message if record.error is not None else "its order got no answer"
-                self._find(Kind.AMBIGUOUS, books, record.item_id, said=f"prefect-eachlabs settle {place}: {why}")
+                self._find(Kind.AMBIGUOUS, ledger, record.item_id, said=f"prefect-eachlabs settle {place}: {why}")
                 said += f": prefect-eachlabs settle {place}"
         elif record.orders_without_trace or record.possible_loss:
             since, count = since - LOOKED_BACK, max(1, record.orders_without_trace)
             if record.possible_loss and not self._scratch.has_bill():
-                self._find(Kind.AMBIGUOUS, books, record.item_id, record.prediction_id, said=record.possible_loss)
+                self._find(Kind.AMBIGUOUS, ledger, record.item_id, record.prediction_id, said=record.possible_loss)
         else:
             return
         for _ in range(count):
@@ -363,8 +362,8 @@ class Auditor:
 
     # --------------------------------------------------------------------------------------------- the report
 
-    def _find(self, kind: Kind, books: Books, item_id: str, prediction_id: str | None = None, **facts: Any) -> None:
-        self._scratch.find(kind, Named(prediction_id, item_id, _place(books), **facts))
+    def _find(self, kind: Kind, ledger: Ledger, item_id: str, prediction_id: str | None = None, **facts: Any) -> None:
+        self._scratch.find(kind, Named(prediction_id, item_id, _place(ledger), **facts))
 
     def _report(self, destinations: list[str]) -> AuditReport:
         executions, billed_usd, unsettled = self._scratch.sums()
@@ -405,8 +404,8 @@ def moment_of(text: str | None, name: str) -> datetime | None:
     return moment if moment.tzinfo is not None else moment.replace(tzinfo=timezone.utc)
 
 
-def _place(books: Books) -> str:
-    return str(books.ledger.destination)
+def _place(ledger: Ledger) -> str:
+    return str(ledger.destination)
 
 
 def _store_again(prediction_id: str, place: str) -> str:

@@ -70,7 +70,7 @@ async def open_batch(
         await engine.account.catalogue.check_slug(defaults.model)
     if batch_id is None:
         batch_id = base_name(source) if isinstance(source, str) else ROWS
-    store = engine.account.books(destination, access).ledger.store
+    store = engine.account.ledger(destination, access).store
     folder = BatchFolder(store, S3Files(destination.bucket, access), destination, batch_id, worker)
     roots = Roots.parse(engine.settings.reference_roots)
     if access is not None:

@@ -22,7 +22,6 @@ from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.images.store import ImageStore
 from prefect_eachlabs.ledger.late_costs import correct_cost
 from prefect_eachlabs.ledger.purchase import Job, Purchaser
-from prefect_eachlabs.ledger.reconcile import Books, Reconciler
 from prefect_eachlabs.ledger.records import Ledger, RecordChanged, RecordState, amended
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.models import Destination, Execution, Prediction, PredictionStatus
@@ -70,7 +69,7 @@ class Interruption(str, Enum):
 
 
 class Account:
-    """Client, slots, watcher, purchaser and finisher of one account, wired; and the account's books."""
+    """Client, slots, watcher, purchaser and finisher of one account, wired; and its ledgers."""
 
     def __init__(
         self,
@@ -100,12 +99,13 @@ class Account:
             catalogue=self.catalogue,
             references=self.references,
             webhooks=self.webhooks,
+            known=self.known,
         )
         self.image_store = ImageStore(
             downloader or Downloader(hosts=HostGuard(settings.private_hosts, settings.api_host))
         )
         self._store_for = store_for
-        self._books: dict[tuple[Destination, S3Access | None], Books] = {}
+        self._ledgers: dict[tuple[Destination, S3Access | None], Ledger] = {}
         self._bought: OrderedDict[str, Bought] = OrderedDict()
         self._waiting: Counter[str] = Counter()
         """Prediction id → how many wait for its end right now."""
@@ -113,18 +113,14 @@ class Account:
         self.interruptions: dict[str, Interruption] = {}
         """Prediction id → what became of it, of those whose runs were cancelled in this process."""
 
-    def books(self, destination: Destination, access: S3Access | None = None) -> Books:
+    def ledger(self, destination: Destination, access: S3Access | None = None) -> Ledger:
         """The ledger of a destination, made once."""
         key = (destination, access)
-        if key not in self._books:
+        if key not in self._ledgers:
             conditional = self.settings.conditional_writes == "require"
             store = self._store_for(destination, access)
-            ledger = Ledger(store, destination, conditional=conditional, access=access)
-            reconciler = Reconciler(
-                self.client, self.limiter, ledger, self.settings, known=self.known, webhooks=self.webhooks
-            )
-            self._books[key] = Books(ledger, reconciler)
-        return self._books[key]
+            self._ledgers[key] = Ledger(store, destination, conditional=conditional, access=access)
+        return self._ledgers[key]
 
     def known(self) -> Mapping[str, float]:
         now = asyncio.get_running_loop().time()
@@ -256,8 +252,7 @@ class Account:
         """Ends cleanly: cancels that are under way are waited for, connections closed, leased slots given back."""
         if self._clean_ups:
             await asyncio.wait(self._clean_ups, timeout=CLEAN_UP_SECONDS)
-        for books in self._books.values():
-            await books.reconciler.aclose()
+        await self.purchaser.aclose()
         await self.webhooks.aclose()
         await self._late_costs.aclose()
         await self.poller.close()

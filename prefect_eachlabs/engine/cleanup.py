@@ -92,8 +92,8 @@ class Cleanup:
             SetupError: The bucket or the key is missing or refused.
             StoreFailed: The bucket did not answer.
         """
-        books = self._account.books(destination, access)
-        memory = await _Memory.read(books.ledger)
+        ledger = self._account.ledger(destination, access)
+        memory = await _Memory.read(ledger)
         report = SettleReport()
         old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
         turns = asyncio.Semaphore(AT_A_TIME)
@@ -102,7 +102,7 @@ class Cleanup:
         async def one(item_id: str) -> None:
             try:
                 async with turns:
-                    held = await books.ledger.read(item_id)
+                    held = await ledger.read(item_id)
             except StoreFailed as error:  # of this record alone: the listing was answered
                 report.pending += 1
                 report.problems[visible(item_id)] = str(error)
@@ -117,7 +117,7 @@ class Cleanup:
                 return
             report.looked_at += 1
             options = PurchaseOptions(run_id=run_id)
-            outcome, problem = await self._settle_one(Job(item_of(held.record), books, options), held)
+            outcome, problem = await self._settle_one(Job(item_of(held.record), ledger, options), held)
             setattr(report, outcome, getattr(report, outcome) + 1)
             if problem:
                 report.problems[visible(item_id)] = problem
@@ -125,7 +125,7 @@ class Cleanup:
 
         began: datetime | None = None  # by the bucket's clock
         suspects = []
-        async for item_id, listed in books.ledger.listed():
+        async for item_id, listed in ledger.listed():
             began = began or listed.date
             report.records += 1
             looked_at = memory.looked_at
@@ -133,7 +133,7 @@ class Cleanup:
                 suspects.append(item_id)
         await asyncio.gather(*map(one, suspects))
         if began is not None:
-            await memory.write(books.ledger, began, left)
+            await memory.write(ledger, began, left)
         return report
 
     async def _settle_one(self, job: Job, held: VersionedRecord) -> tuple[str, str]:

@@ -66,7 +66,7 @@ MOST_RESUBMISSIONS = 2
 
 
 _Key = tuple[int, str, str]
-"""The books, the item id and the fingerprint: another input under the same id is another job, as in another process."""
+"""Ledger, item id and fingerprint: another input under the same id is another job, as in another process."""
 
 
 @dataclass
@@ -150,8 +150,8 @@ class Engine:
         Raises:
             EachlabsError: As `errors.py` draws them; each says what to do next.
         """
-        job = Job(item, self.account.books(destination, access), options.begun())
-        key = (id(job.books), item.item_id, item.fingerprint)
+        job = Job(item, self.account.ledger(destination, access), options.begun())
+        key = (id(job.ledger), item.item_id, item.fingerprint)
         while (running := self._running.get(key)) is not None and running.interrupted is not None:
             # It is being cancelled with its run: this one comes after it, and is not cancelled with it.
             await running.interrupted.wait()
@@ -338,7 +338,7 @@ class Engine:
         access: S3Access | None = None,
     ) -> Prediction:
         """Buys the item's prediction, or finds the one its record names. **Costs money.**"""
-        job = Job(item, self.account.books(destination, access), options.begun())
+        job = Job(item, self.account.ledger(destination, access), options.begun())
         rules = Rules(item, job.options, claim_seconds=self.settings.claim_seconds)
         task = asyncio.ensure_future(self._ordered(job, rules, job.options))
         try:
@@ -392,7 +392,7 @@ class Engine:
             if bought is not None:
                 await self._note_end(bought.ledger, bought.item_id, end)
             elif end.destination is not None and end.item_id is not None:
-                await self._note_end(self.account.books(Destination.parse(end.destination)).ledger, end.item_id, end)
+                await self._note_end(self.account.ledger(Destination.parse(end.destination)), end.item_id, end)
             raise
 
     async def _note_end(self, ledger: Ledger, item_id: str, end: Prediction) -> None:
@@ -426,14 +426,14 @@ class Engine:
         """
         if not prediction.status.ended:
             raise BadInput("store_image wants a finished prediction: await it first.", prediction_id=prediction.id)
-        books = self.account.books(destination, access)
+        ledger = self.account.ledger(destination, access)
         item_id = item_id_of(prediction)
         while True:
-            held = await books.ledger.read(item_id)
+            held = await ledger.read(item_id)
             if held is None:
                 prediction.raise_for_end()
                 try:
-                    held = await books.ledger.write(record_of(prediction), replacing=None)
+                    held = await ledger.write(record_of(prediction), replacing=None)
                 except RecordChanged:
                     continue
             if held.record.prediction_id != prediction.id:
@@ -444,14 +444,12 @@ class Engine:
                     prediction_id=prediction.id,
                 )
             if held.record.state is RecordState.STORED:
-                if await self.account.image_store.find(books.ledger, held.record) is not None:
+                if await self.account.image_store.find(ledger, held.record) is not None:
                     return stored_image(held.record, reused=True)
                 if not any(url.startswith("http") for url in prediction.output_urls):
                     raise PictureMissing(f"{held.record.uri} was stored and is gone from the bucket.", item_id=item_id)
             try:
-                done = await self.account.image_store.finish(
-                    books.ledger, held, prediction, fresh=False, formats=formats
-                )
+                done = await self.account.image_store.finish(ledger, held, prediction, fresh=False, formats=formats)
             except RecordChanged:
                 continue
             if done.record.state is RecordState.STORED:
@@ -494,7 +492,7 @@ class Engine:
     ) -> None:
         """Writes what a prediction cost into its item's record, where that lacks it. Raises nothing; free."""
         try:
-            ledger = self.account.books(destination, access).ledger
+            ledger = self.account.ledger(destination, access)
             if (held := await ledger.read(item_id)) is not None:
                 await correct_cost(ledger, held, prediction_id, cost_usd)
         except EachlabsError as error:

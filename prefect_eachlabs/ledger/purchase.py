@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta, timezone
@@ -36,7 +36,7 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.ledger.adoption import lock_prediction, marker_key, order_of
 from prefect_eachlabs.ledger.evidence import Span
-from prefect_eachlabs.ledger.reconcile import Books, Settled, nobody_can_tell
+from prefect_eachlabs.ledger.reconcile import Reconciler, Settled, nobody_can_tell
 from prefect_eachlabs.ledger.records import (
     Intent,
     Ledger,
@@ -101,7 +101,7 @@ class Job:
     """
 
     item: Item
-    books: Books
+    ledger: Ledger
     options: PurchaseOptions
     slot: Slot | None = None
     """The slot in flight it holds; None before, and after the watcher has taken it over."""
@@ -115,10 +115,6 @@ class Job:
 
     def __post_init__(self) -> None:
         self.may_be_interrupted.set()
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.books.ledger
 
     @property
     def run_id(self) -> str:
@@ -174,7 +170,11 @@ class Job:
 
 
 class Purchaser:
-    """Buys predictions for items, each once."""
+    """Buys predictions for items, each once.
+
+    Args:
+        known: Predictions that this process bought itself (id → seconds since then), whatever the destination.
+    """
 
     def __init__(
         self,
@@ -186,6 +186,7 @@ class Purchaser:
         catalogue: Catalogue,
         references: References,
         webhooks: Webhooks,
+        known: Callable[[], Mapping[str, float]],
     ) -> None:
         self._client = client
         self._limiter = limiter
@@ -194,6 +195,8 @@ class Purchaser:
         self._catalogue = catalogue
         self._references = references
         self._webhooks = webhooks
+        self._known = known
+        self._reconcilers: dict[Ledger, Reconciler] = {}
         self._lost: OrderedDict[str, tuple[Ledger, str]] = OrderedDict()
         """`write_id` of an order whose answer was lost → its record."""
         self._noting: set[asyncio.Task[None]] = set()
@@ -253,7 +256,7 @@ class Purchaser:
                 else:
                     created = posted.held.record
                     if created.possible_loss is not None and created.prediction_id is not None:
-                        job.books.reconciler.prove(job.item.item_id, created.prediction_id)
+                        self.reconciler_of(job.ledger).prove(job.item.item_id, created.prediction_id)
                     return posted.held
             assert replacing is not None
             self._adopt(job, replacing)
@@ -784,7 +787,21 @@ class Purchaser:
         with job.critical():
             mine = await job.ledger.write(settling, replacing=held)
         age_seconds = (held.read_at - since).total_seconds()
-        return await job.books.reconciler.settle(mine, span=span, conclusive_at=conclusive_at, age_seconds=age_seconds)
+        reconciler = self.reconciler_of(job.ledger)
+        return await reconciler.settle(mine, span=span, conclusive_at=conclusive_at, age_seconds=age_seconds)
+
+    def reconciler_of(self, ledger: Ledger) -> Reconciler:
+        """Who settles the claims of this ledger, all together; made once."""
+        if ledger not in self._reconcilers:
+            self._reconcilers[ledger] = Reconciler(
+                self._client, self._limiter, ledger, self._settings, known=self._known, webhooks=self._webhooks
+            )
+        return self._reconcilers[ledger]
+
+    async def aclose(self) -> None:
+        """Stops settling; the claims that wait are settled by the next run."""
+        for reconciler in self._reconcilers.values():
+            await reconciler.aclose()
 
 
 def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:

@@ -785,14 +785,6 @@ class Reconciler:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-@dataclass(frozen=True)
-class Books:
-    """A destination's ledger, and who settles it."""
-
-    ledger: Ledger
-    reconciler: Reconciler
-
-
 def _remember(memory: OrderedDict[str, T], name: str, value: T) -> T:
     """What is remembered under the name: the first value, of the last 10,000 names."""
     value = memory.setdefault(name, value)

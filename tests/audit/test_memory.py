@@ -77,7 +77,7 @@ def peak_bytes(count: int) -> int:
             settings=AccountSettings(api_key="key-0123456789"),  # type: ignore[arg-type]  # pydantic makes a secret of it
             client=made_up,
             limiter=local_limiter(requests_per_minute=None, max_in_flight=None),
-            books=lambda place, access: SimpleNamespace(ledger=Ledger(made_up, place)),
+            ledger=lambda place, access: Ledger(made_up, place),
         )
         await asyncio.sleep(0)
         tracemalloc.start()

@@ -34,7 +34,7 @@ def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, B
     """A run over so many prompts, as a process makes it."""
 
     async def run() -> BatchResult:
-        store = process.engine.account.books(DESTINATION).ledger.store
+        store = process.engine.account.ledger(DESTINATION).store
         folder = BatchFolder(store, MemoryFiles(process.world.store), DESTINATION, "spring", inline)
         given = BatchOptions(**{"run_id": process.run_id, **options})
         made = Batch(EngineBuyer(process.engine), source_of(prompts(count)), folder, given, worker=inline)
@@ -357,7 +357,7 @@ def test_a_dry_run_reads_the_records_that_no_report_knows() -> None:
         changed = [*prompts(3), {"id": "item-00003", "prompt": "another"}, {"id": "item-00004", "prompt": "new"}]
         looking = world.process()
         looking.engine.account.catalogue.beside_the_loop = inline
-        store = looking.engine.account.books(DESTINATION).ledger.store
+        store = looking.engine.account.ledger(DESTINATION).store
         folder = BatchFolder(store, MemoryFiles(world.store), DESTINATION, "spring", inline)
         made = Batch(EngineBuyer(looking.engine), source_of(changed), folder, BatchOptions(run_id="dry"), worker=inline)
         plan = await looking.run(plan_batch(made, looking.settings))
@@ -376,7 +376,7 @@ def test_a_dry_run_knows_that_a_recorded_picture_is_gone() -> None:
         del world.store.objects["kit/images/item-00001.png"]
         looking = world.process()
         looking.engine.account.catalogue.beside_the_loop = inline
-        store = looking.engine.account.books(DESTINATION).ledger.store
+        store = looking.engine.account.ledger(DESTINATION).store
         folder = BatchFolder(store, MemoryFiles(world.store), DESTINATION, "spring", inline)
         for rebuy_missing, counts in ((False, (1, 0, 1)), (True, (1, 1, 0))):
             options = BatchOptions(run_id="dry", rebuy_missing=rebuy_missing)

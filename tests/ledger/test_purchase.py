@@ -33,8 +33,8 @@ async def create(process: Process, item: Item = ITEM, **given: Any) -> Predictio
 
 
 def a_job() -> Job:
-    books: Any = None
-    return Job(ITEM, books, options())
+    ledger: Any = None
+    return Job(ITEM, ledger, options())
 
 
 def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:

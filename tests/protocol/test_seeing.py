@@ -182,7 +182,7 @@ def test_an_input_that_is_not_near_holds_nothing_up() -> None:
 
 def suspend(process: Any, world: World, seconds: float) -> None:
     """What a loop whose clock stood still knows: its own times move along with the world's."""
-    reconciler = process.engine.account.books(world.destination).reconciler
+    reconciler = process.engine.account.purchaser.reconciler_of(process.engine.account.ledger(world.destination))
     for entry in reconciler._waiting:
         for name in ("look_at", "given_up_at", "written_at"):
             setattr(entry, name, getattr(entry, name) + seconds)
@@ -382,7 +382,7 @@ def test_who_finishes_what_it_did_not_buy_leaves_it_to_the_item_that_adopted_it(
 def test_a_marker_has_a_key_that_every_store_takes() -> None:
     async def story() -> None:
         world = World()
-        ledger = world.process().engine.account.books(Destination.parse("s3://bucket/" + "p" * 700)).ledger
+        ledger = world.process().engine.account.ledger(Destination.parse("s3://bucket/" + "p" * 700))
         assert len(marker_key(ledger, "/" * 256).encode()) <= 1024
 
     play(story)
