@@ -155,12 +155,8 @@ def _text(value: object) -> str | None:
     return shown(str(value))[:500] if isinstance(value, (str, int, float)) and not isinstance(value, bool) else None
 
 
-def parse_failure(output: object, logs: object = None) -> Failure | None:
-    """The error envelope in `output`, else in `logs`; None when neither holds one."""
-    return _failure_in(_unwrap_json(output), _unwrap_json(logs))
-
-
 def _failure_in(*places: object) -> Failure | None:
+    """The error envelope in the first of these opened texts that holds one."""
     for opened in places:
         if not isinstance(opened, Mapping):
             continue
@@ -178,13 +174,11 @@ def _failure_in(*places: object) -> Failure | None:
     return None
 
 
-def collect_urls(output: object) -> tuple[str, ...]:
-    """The http(s) URLs in an output of any documented shape, in order, each once, at most 64."""
-    return _urls_in(_unwrap_json(output), iter(range(_MAX_VALUES)))
-
-
 def _urls_in(opened: object, turns: Iterator[int]) -> tuple[str, ...]:
-    """The URLs in an opened output; each value that is looked at takes one of the `turns` that are left."""
+    """The http(s) URLs in an opened output of any documented shape, in order, each once, at most 64.
+
+    Each value that is looked at takes one of the `turns` that are left.
+    """
     found: dict[str, None] = {}
 
     def walk(value: object, depth: int) -> None:
@@ -252,7 +246,6 @@ class Prediction(BaseModel):
         created_at: When our POST was answered, by this machine's clock; deadlines count from here.
         item_id: The item it was bought for, when it was bought for one.
         destination: Where the item's record is, when it was bought under one.
-        picture_is_gone: It had a picture, which the vendor no longer keeps.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -271,7 +264,6 @@ class Prediction(BaseModel):
     created_at: datetime | None = None
     item_id: str | None = None
     destination: str | None = None
-    picture_is_gone: bool = False
 
     def raise_for_end(self) -> Prediction:
         """Itself when it succeeded with a picture (or has not ended).
@@ -394,14 +386,13 @@ def _shared(text: str) -> str:
     return text
 
 
-def parse_executions(answer: object) -> tuple[Execution, ...]:
+def parse_executions(rows: Iterable[object]) -> tuple[Execution, ...]:
     """The rows of a page, newest first as sent; rows without a usable id are left out."""
-    rows = answer.get("executions") if isinstance(answer, Mapping) else answer
     executions = []
     turns = iter(range(_MAX_VALUES))
     # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.
     text = functools.cache(lambda said: _shared(_text(said) or ""))
-    for row in rows if isinstance(rows, list) else ():
+    for row in rows:
         if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
             output = _unwrap_json(row.get("output"))
             word = row.get("status")

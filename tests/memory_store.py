@@ -22,7 +22,7 @@ from datetime import datetime, timedelta, timezone
 from typing import Any, Literal, TypeVar
 
 from prefect_eachlabs.errors import StoreFailed
-from prefect_eachlabs.storage.s3 import ListedObject, PreconditionFailed, StoredObject, ascii_metadata
+from prefect_eachlabs.storage.base import ListedObject, PreconditionFailed, StoredObject, ascii_metadata
 
 T = TypeVar("T")
 Phase = Literal["before", "after"]

@@ -12,8 +12,7 @@ from pathlib import Path
 
 import botocore.exceptions
 
-from prefect_eachlabs.storage.s3 import S3Access
-from prefect_eachlabs.storage.s3_client import client_of
+from prefect_eachlabs.storage.s3_client import S3Access, client_of
 
 KEY = "local"
 START_SECONDS = 60.0

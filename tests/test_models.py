@@ -20,11 +20,9 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.models import (
     Prediction,
     PredictionStatus,
-    collect_urls,
     created_id,
     is_http_url,
     parse_executions,
-    parse_failure,
     parse_prediction,
     parse_prediction_id,
     parse_status,
@@ -52,13 +50,16 @@ anything = st.recursive(
 """What a hostile or a future API might send."""
 
 
+def ended(output: object, status: str = "success") -> Prediction:
+    return parse_prediction({"status": status, "output": output, "logs": output}, prediction_id="p-1")
+
+
 @given(anything)
 def test_whatever_the_api_says_is_read_without_an_error(said: Any) -> None:
     parse_status(said)
     created_id(said)
-    parse_failure(said, said)
-    assert all(map(is_http_url, collect_urls(said)))
-    for row in parse_executions(said):
+    assert all(map(is_http_url, ended(said).output_urls))
+    for row in parse_executions([said]):
         assert parse_prediction_id(row.id) == row.id
     if isinstance(said, dict):
         prediction = parse_prediction(said, prediction_id="p-1")
@@ -149,16 +150,16 @@ def test_the_first_name_that_holds_an_id_counts() -> None:
     ],
 )
 def test_urls_are_collected_from_any_documented_shape_in_order(output: object, urls: tuple[str, ...]) -> None:
-    assert collect_urls(output) == urls
+    assert ended(output).output_urls == urls
 
 
 def test_nesting_and_number_of_urls_are_bounded() -> None:
     deep: Any = URL
     for _ in range(20):
         deep = [deep]
-    assert collect_urls(deep) == ()
-    assert len(collect_urls([f"https://files.invalid/{number}.png" for number in range(1000)])) == 64
-    assert collect_urls("[" * 100_000) == ()
+    assert ended(deep).output_urls == ()
+    assert len(ended([f"https://files.invalid/{number}.png" for number in range(1000)]).output_urls) == 64
+    assert ended("[" * 100_000).output_urls == ()
 
 
 # ----------------------------------------------------------------------------- failures
@@ -228,7 +229,7 @@ def test_a_refusal_by_moderation_is_never_resubmitted(envelope: dict[str, Any]) 
     ],
 )
 def test_what_may_be_resubmitted_is_what_the_api_says(envelope: dict[str, Any], may: bool) -> None:
-    failure = parse_failure(envelope)
+    failure = ended(envelope, "error").failure
     assert failure is not None
     assert failure.may_be_resubmitted is may
 
@@ -303,10 +304,10 @@ def test_the_echoed_input_is_an_object_or_json_of_one(echo: object, read: object
     ],
 )
 def test_a_row_of_executions_has_a_date_or_none(text: object, date: datetime | None) -> None:
-    (row,) = parse_executions({"executions": [{"id": "p-1", "created_at": text}]})
+    (row,) = parse_executions([{"id": "p-1", "created_at": text}])
     assert row.created_at == date
 
 
-def test_rows_without_an_id_are_left_out_and_a_bare_list_is_read_too() -> None:
+def test_rows_without_an_id_are_left_out() -> None:
     rows = parse_executions([{"id": "p-1", "output": URL}, {"id": ""}, {}, "x", None, {"id": 7, "output": ENVELOPE}])
     assert [(row.id, row.output_urls) for row in rows] == [("p-1", (URL,)), ("7", ())]

@@ -1,14 +1,10 @@
-"""Time for a process that may be frozen and a machine that may be suspended."""
+"""Time for a process that may be frozen."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
 from typing import Any, TypeVar
-
-from prefect_eachlabs.limits.leases import suspended_seconds
-
-__all__ = ["suspended_seconds", "within_running_seconds"]
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ import logging
 import platform
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial, wraps
@@ -230,7 +230,8 @@ def bucket(to: str | None) -> Said:
         return SKIPPED, "not checked: give --to s3://bucket/prefix"
     from prefect_eachlabs.blocks import S3Destination, where
     from prefect_eachlabs.cli.setup import server_errors
-    from prefect_eachlabs.storage.s3 import S3Store, check_conditional_writes
+    from prefect_eachlabs.storage.base import PreconditionFailed, honours_conditions
+    from prefect_eachlabs.storage.s3 import S3Store
     from prefect_eachlabs.storage.s3_client import S3Access
 
     with server_errors() if to.startswith(f"{S3Destination.get_block_type_slug()}/") else nullcontext():
@@ -240,7 +241,12 @@ def bucket(to: str | None) -> Said:
         store = S3Store(place.bucket, access or S3Access())
         async for _ in store.list(place.key(PROBE)):
             break
-        return await check_conditional_writes(store, place.key(PROBE))
+        body, kind = b"Written by prefect-eachlabs doctor to see whether conditional writes work.\n", "text/plain"
+        etag = await store.put(place.key(PROBE), body, content_type=kind)
+        with suppress(PreconditionFailed):
+            await store.put(place.key(PROBE), body, content_type=kind, if_match=etag)
+            return await honours_conditions(store, place.key(PROBE), body, content_type=kind)
+        return False
 
     if asyncio.run(look()):
         return OK, f"{place} can be listed and written and keeps conditions"

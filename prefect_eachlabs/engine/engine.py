@@ -231,7 +231,7 @@ class Engine:
                 # The run that bought it was cancelled; this one wants the picture.
                 allowed = options
             elif (is_passing and done.record.resubmissions < most) or (
-                end.picture_is_gone and options.rebuy_missing and not allowed.retry_failed
+                done.record.picture_is_gone and not allowed.retry_failed
             ):
                 logger.info("Item %s: prediction %s gave no picture; it is bought again.", item.item_id, end.id)
                 allowed = replace(options, retry_failed=True)
@@ -300,7 +300,7 @@ class Engine:
                 item_id=held.record.item_id,
                 prediction_id=prediction.id,
             )
-            return await self._picture_is_gone(job, held, prediction, lost)
+            return await self._picture_is_gone(job, held, lost), prediction
         try:
             finish, options = self.account.image_store.finish, job.options
             done = await finish(job.ledger, held, end, fresh=fresh, formats=options.formats, see=options.see)
@@ -308,17 +308,15 @@ class Engine:
         except DownloadFailed as error:
             if not is_gone(error) or held.age_seconds < MAY_BE_GONE_AFTER_SECONDS:
                 raise
-            return await self._picture_is_gone(job, held, end, error)
+            return await self._picture_is_gone(job, held, error), end
 
-    async def _picture_is_gone(
-        self, job: Job, held: VersionedRecord, end: Prediction, error: EachlabsError
-    ) -> tuple[VersionedRecord, Prediction]:
+    async def _picture_is_gone(self, job: Job, held: VersionedRecord, error: EachlabsError) -> VersionedRecord:
         """Writes down that a picture cannot be had any more, when it may be bought again; else raises the error."""
         if not job.options.rebuy_missing:
             raise error
         said = RecordError(kind=PictureMissing.default_kind, message=error.message)
         gone = amended(held.record, state=RecordState.FAILED, error=said)
-        return await job.ledger.write(gone, replacing=held), end.model_copy(update={"picture_is_gone": True})
+        return await job.ledger.write(gone, replacing=held)
 
     async def _finish_late(self, job: Job, held: VersionedRecord, future: asyncio.Future[Prediction]) -> None:
         """It is paid for: as long as the process lives, it is stored when it ends."""

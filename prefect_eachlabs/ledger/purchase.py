@@ -21,7 +21,6 @@ from datetime import datetime, timedelta, timezone
 from prefect_eachlabs.api.catalogue import Catalogue
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.references import References, prepare_input, recorded
-from prefect_eachlabs.api.suspension import suspended_seconds
 from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,
@@ -50,6 +49,7 @@ from prefect_eachlabs.ledger.records import (
     new_record,
 )
 from prefect_eachlabs.ledger.rules import PurchaseOptions
+from prefect_eachlabs.limits.leases import clock
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Callback, Item, Prediction
 from prefect_eachlabs.polling.poller import Poller
@@ -381,13 +381,13 @@ class Purchaser:
         try:
             record = amended(record, sent_input=recorded(item))
             earlier = record.ordered_as[-MOST_ORDERS_NAMED:]
-            slots_seen_at = self._now()
+            slots_seen_at = clock()
             for _ in range(RECLAIMS_BEFORE_GIVING_UP):
                 name = self._webhooks.name()
                 named = {"write_id": name, "ordered_as": [*earlier, name]} if name else {}
-                claim_sent_at = self._now()
+                claim_sent_at = clock()
                 claim = await ledger.write(amended(record, **named), replacing=replacing)
-                if self._now() - claim_sent_at <= self._settings.post_begins_within_seconds:
+                if clock() - claim_sent_at <= self._settings.post_begins_within_seconds:
                     break
                 # The bucket was so slow that the claim may be dead before the POST's answer: claim again.
                 replacing = claim
@@ -397,7 +397,7 @@ class Purchaser:
                     "nothing was bought. Look at the bucket or raise EACHLABS_CLAIM_SECONDS.",
                     item_id=item.item_id,
                 )
-            if self._now() - slots_seen_at > SLOTS_GOOD_FOR_SECONDS:
+            if clock() - slots_seen_at > SLOTS_GOOD_FOR_SECONDS:
                 job.give_back_slot()
                 return _Posted(await self._give_back(ledger, claim), is_unused=True)
             callback = self._webhooks.callback(name)
@@ -431,10 +431,6 @@ class Purchaser:
             return _Posted(claim, error)
         self._webhooks.bought([name], prediction)
         return await self._note_created(job, claim, prediction, claim_sent_at)
-
-    def _now(self) -> float:
-        """The loop's time, and what it does not know of because the machine was asleep."""
-        return asyncio.get_running_loop().time() + suspended_seconds()
 
     async def _post(self, job: Job, item: Item, request: Slot, callback: Callback | None) -> Prediction:
         """One POST in its slots; the gate learns how it went, the watcher takes over what was created."""
@@ -528,14 +524,14 @@ class Purchaser:
 
         async def write() -> _Posted:
             nonlocal base, marked
-            if not marked and self._now() > safe_until:
+            if not marked and clock() > safe_until:
                 # The claim may be dead by now, and whoever settles for another item with the same input may adopt
                 # this prediction: so it is adopted first, which is exclusive.
                 if (lost := await self._adopted_by_another(ledger, claim, prediction)) is not None:
                     return lost
                 marked = True
             written = await ledger.write(created, replacing=base)
-            if not marked and self._now() > dead_at:
+            if not marked and clock() > dead_at:
                 base = written
                 # The write took so long, or we were frozen in it, that the same may have happened meanwhile.
                 if (lost := await self._adopted_by_another(ledger, written, prediction)) is not None:
@@ -809,7 +805,7 @@ def _may_be_overruled(held: VersionedRecord, options: PurchaseOptions) -> bool:
     record = held.record
     if not options.retry_ambiguous or options.began_at is None or record.state is not RecordState.AMBIGUOUS:
         return False
-    run_seconds = asyncio.get_running_loop().time() + suspended_seconds() - options.began_at
+    run_seconds = clock() - options.began_at
     return (
         held.age_seconds >= run_seconds  # to the second, which is the resolution of the bucket's times
         and options.run_id not in (record.run_id, *(said.run_id for said in record.statements))

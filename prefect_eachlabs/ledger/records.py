@@ -27,7 +27,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from prefect_eachlabs.errors import BadInput, OutputMissing, PictureMissing, SetupError, StoreFailed
 from prefect_eachlabs.models import Destination, Item, Prediction, parse_prediction_id
 from prefect_eachlabs.net.redaction import visible
-from prefect_eachlabs.storage.base import ListedObject, ObjectStore, PreconditionFailed, StoredObject
+from prefect_eachlabs.storage.base import (
+    ListedObject,
+    ObjectStore,
+    PreconditionFailed,
+    StoredObject,
+    honours_conditions,
+)
 from prefect_eachlabs.storage.s3_client import S3Access
 
 logger = logging.getLogger(__name__)
@@ -178,11 +184,15 @@ class Record(BaseModel):
         return self.state is RecordState.AMBIGUOUS
 
     @property
+    def picture_is_gone(self) -> bool:
+        """Whether it had a picture, which can be had nowhere any more."""
+        return self.error is not None and self.error.kind == PictureMissing.default_kind
+
+    @property
     def ended_free(self) -> bool:
         """Whether its prediction ended with nothing that is paid for: it failed or was cancelled."""
         if self.state is RecordState.FAILED:
-            kind = None if self.error is None else self.error.kind
-            return kind not in (PictureMissing.default_kind, OutputMissing.default_kind)
+            return not self.picture_is_gone and (self.error is None or self.error.kind != OutputMissing.default_kind)
         return self.state is RecordState.CANCELLED
 
     def to_bytes(self) -> bytes:
@@ -392,25 +402,19 @@ class Ledger:
         return VersionedRecord(record, etag, 0.0, datetime.now(timezone.utc))
 
     async def _probe(self, key: str, body: bytes) -> None:
-        """Once a process: would this store have refused? The same body again changes nothing, whatever it answers."""
+        """Once a process: would this store have refused?"""
         if self._probed:
             return
         async with self._probing:
             if not self._probed:
-                await self._try_to_break(key, body)
+                if not await honours_conditions(self.store, key, body, content_type="application/json"):
+                    raise SetupError(
+                        f"{self.store.uri(key)}: this store ignores conditional writes (If-None-Match, If-Match), "
+                        "without which two workers can buy the same picture. Nothing was bought. Use a store that "
+                        "honours them, or set EACHLABS_CONDITIONAL_WRITES=ignore to go on with one worker at a time, "
+                        "at your own risk."
+                    )
                 self._probed = True
-
-    async def _try_to_break(self, key: str, body: bytes) -> None:
-        for condition in ({"if_absent": True}, {"if_match": '"00000000000000000000000000000000"'}):
-            try:
-                await self.store.put(key, body, content_type="application/json", **condition)
-            except PreconditionFailed:
-                continue
-            raise SetupError(
-                f"{self.store.uri(key)}: this store ignores conditional writes (If-None-Match, If-Match), without "
-                "which two workers can buy the same picture. Nothing was bought. Use a store that honours them, or "
-                "set EACHLABS_CONDITIONAL_WRITES=ignore to go on with one worker at a time, at your own risk."
-            )
 
 
 def amended(record: Record, **changes: Any) -> Record:

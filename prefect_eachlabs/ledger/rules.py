@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Literal, Protocol, TypeVar
 
-from prefect_eachlabs.api.suspension import suspended_seconds
-from prefect_eachlabs.errors import ContentRefused, ItemConflict, PictureMissing, PredictionFailed
+from prefect_eachlabs.errors import ContentRefused, ItemConflict, PredictionFailed
 from prefect_eachlabs.ledger.records import Intent, Record, RecordError, RecordState, VersionedRecord
+from prefect_eachlabs.limits.leases import clock
 from prefect_eachlabs.models import Item, Media
 
 SHOWN_CHARACTERS = 80
 """Of a prompt, in an error."""
 
 
-class Budget(Protocol):
+class Approval(Protocol):
     """Who is asked before money is spent (both raise Skipped when it must not be), and told what it bought."""
 
     async def approve(self, item: Item) -> None:
@@ -68,7 +67,7 @@ class PurchaseOptions:
     on_ambiguous: Literal["settle", "fail"] = "settle"
     deadline_seconds: float | None = None
     presume_new: bool = False
-    budget: Budget | None = None
+    budget: Approval | None = None
     see: See | None = None
     formats: tuple[str, ...] | None = None
     any_reference: bool = False
@@ -77,8 +76,7 @@ class PurchaseOptions:
 
     def begun(self: Options) -> Options:
         """These options for a run that begins now, unless it has begun: with a time, and a run id of its own."""
-        now = asyncio.get_running_loop().time() + suspended_seconds()
-        began_at = now if self.began_at is None else self.began_at
+        began_at = clock() if self.began_at is None else self.began_at
         return replace(self, run_id=self.run_id or uuid.uuid4().hex, began_at=began_at)
 
 
@@ -86,7 +84,7 @@ class Step(str, Enum):
     """What a record asks for."""
 
     BUY = "buy"
-    SETTLE = "settle"
+    """Where an earlier order may have bought unseen, that is settled first."""
     LOOK_AGAIN = "look again"
     FINISH = "finish"
     REUSE = "reuse"
@@ -164,28 +162,23 @@ def next_step(held: VersionedRecord | None, item: Item, options: PurchaseOptions
         # Both times have a resolution of 1 s.
         and held.age_seconds <= claim_seconds + 1
     )
+    if record.fingerprint != item.fingerprint and record.may_have_bought and not options.replace:
+        raise ItemConflict(
+            f"item_id {item.item_id!r} already stands for another input: {_difference(record, item)}. Choose "
+            "another item id, or replace it on purpose (--replace, replace=True).",
+            item_id=item.item_id,
+            prediction_id=record.prediction_id,
+        )
+    if live_claim:
+        return Step.LOOK_AGAIN
     if record.fingerprint != item.fingerprint:
-        if record.may_have_bought and not options.replace:
-            raise ItemConflict(
-                f"item_id {item.item_id!r} already stands for another input: {_difference(record, item)}. Choose "
-                "another item id, or replace it on purpose (--replace, replace=True).",
-                item_id=item.item_id,
-                prediction_id=record.prediction_id,
-            )
-        return Step.LOOK_AGAIN if live_claim else Step.BUY
-    if record.state is RecordState.CLAIMED:
-        if live_claim:
-            return Step.LOOK_AGAIN
-        return Step.SETTLE if record.may_have_bought else Step.BUY
-    if record.state is RecordState.AMBIGUOUS:
-        return Step.SETTLE
+        return Step.BUY
     if record.state is RecordState.CREATED:
         return Step.FINISH
     if record.state is RecordState.STORED:
         return Step.REUSE
-    is_gone = record.error is not None and record.error.kind == PictureMissing.default_kind
     # A run may have died right before it bought again what it was asked to.
-    may_try_again = options.retry_failed or (options.rebuy_missing and is_gone)
+    may_try_again = options.retry_failed or (options.rebuy_missing and record.picture_is_gone)
     if record.state is RecordState.FAILED and not may_try_again:
         said = record.error or RecordError(kind="error", message="the record gives no reason")
         failed = ContentRefused if said.kind == ContentRefused.default_kind else PredictionFailed

@@ -5,22 +5,15 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import quote
-
-from prefect_eachlabs.errors import SetupError
 
 
 class PreconditionFailed(Exception):
     """A conditional put was refused (412), met a concurrent one (409), or its If-Match object is gone (404)."""
-
-
-class ConditionsNotSupported(SetupError):
-    """The store answered that it does not implement conditional writes."""
 
 
 @dataclass(frozen=True)
@@ -90,39 +83,18 @@ def ascii_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-async def check_conditional_writes(store: ObjectStore, probe_key: str) -> bool:
-    """Whether this store really honours `If-None-Match: *` and `If-Match`: it tries to break its own probe object.
+async def honours_conditions(store: ObjectStore, key: str, body: bytes, *, content_type: str) -> bool:
+    """Whether a store refuses what `If-None-Match: *` and `If-Match` forbid, tried over the object at `key`.
 
-    Sends 4 to 5 requests and leaves one small object at `probe_key`. Safe while others check with the same key.
+    Two requests. `body` is what stands there: the same body again changes nothing, whatever the store answers.
 
     Raises:
         StoreFailed, SetupError: As any other write.
     """
-
-    async def write(**condition: Any) -> str:
-        # A body of its own each time: two equal bodies have one ETag, and a stale one would seem current.
-        body = f"Written by prefect-eachlabs to see whether conditional writes work: {secrets.token_hex(8)}\n"
-        return await store.put(probe_key, body.encode(), content_type="text/plain", **condition)
-
-    try:
-        if not await _is_refused(write(if_absent=True)) and not await _is_refused(write(if_absent=True)):
-            return False
-        for _ in range(5):
-            if (seen := await store.head(probe_key)) is None:
-                return False
-            try:
-                await write(if_match=seen.etag)
-            except PreconditionFailed:
-                continue  # somebody else writes the same probe
-            return await _is_refused(write(if_match=seen.etag))
-    except ConditionsNotSupported:
+    for condition in ({"if_absent": True}, {"if_match": '"00000000000000000000000000000000"'}):
+        try:
+            await store.put(key, body, content_type=content_type, **condition)
+        except PreconditionFailed:
+            continue
         return False
-    return False
-
-
-async def _is_refused(write: Awaitable[object]) -> bool:
-    try:
-        await write
-    except PreconditionFailed:
-        return True
-    return False
+    return True

@@ -22,15 +22,7 @@ from typing import Any, TypeVar
 from botocore.exceptions import ClientError
 
 from prefect_eachlabs.errors import BadInput, SetupError
-from prefect_eachlabs.storage.base import (
-    ConditionsNotSupported,
-    ListedObject,
-    ObjectStore,
-    PreconditionFailed,
-    StoredObject,
-    ascii_metadata,
-    check_conditional_writes,
-)
+from prefect_eachlabs.storage.base import ListedObject, PreconditionFailed, StoredObject, ascii_metadata
 from prefect_eachlabs.storage.s3_client import (
     ATTEMPTS,
     CUT_OR_SILENT,
@@ -42,18 +34,6 @@ from prefect_eachlabs.storage.s3_client import (
 )
 
 MAX_PRESIGNED_SECONDS = 7 * 86_400
-
-__all__ = [
-    "ConditionsNotSupported",
-    "ListedObject",
-    "ObjectStore",
-    "PreconditionFailed",
-    "S3Access",
-    "S3Store",
-    "StoredObject",
-    "ascii_metadata",
-    "check_conditional_writes",
-]
 
 T = TypeVar("T")
 
@@ -206,7 +186,7 @@ class S3Store:
             if conditional and (status in (409, 412) or gone):
                 raise PreconditionFailed(f"{self.uri(arguments['Key'])}: {code}") from error
             if conditional and (status == HTTPStatus.NOT_IMPLEMENTED or code == "NotImplemented"):
-                raise ConditionsNotSupported(
+                raise SetupError(
                     f"The store of bucket {self.bucket!r} does not implement conditional writes (If-None-Match, "
                     "If-Match), which keep pictures from being bought twice: use a store that does, such as AWS S3."
                 ) from error

@@ -32,7 +32,7 @@ from urllib.parse import parse_qs, quote, unquote
 
 from prefect_eachlabs.errors import SetupError
 from prefect_eachlabs.net.redaction import shown
-from prefect_eachlabs.storage.s3 import S3Access
+from prefect_eachlabs.storage.s3_client import S3Access
 
 try:
     from moto.moto_server.werkzeug_app import create_backend_app

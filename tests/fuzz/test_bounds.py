@@ -15,7 +15,7 @@ import pytest
 from prefect_eachlabs.api.client import CONNECT_TIMEOUT_SECONDS, MAX_ANSWER_BYTES, READ_TIMEOUT_SECONDS, EachlabsClient
 from prefect_eachlabs.errors import DownloadFailed, EachlabsError, OutcomeUnknown, Unanswered
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.models import collect_urls, parse_prediction
+from prefect_eachlabs.models import parse_prediction
 from tests.api.client_answers import ITEM
 from tests.fuzz.kit import Wire, account
 from tests.virtual_time import run
@@ -131,4 +131,5 @@ def test_an_output_of_megabytes_is_read_within_bounds() -> None:
     inner = "https://files.invalid/a.png"
     for _ in range(5):
         inner = '["' + inner.replace("\\", "\\\\").replace('"', '\\"') + '"]'
-    assert collect_urls(inner) == ("https://files.invalid/a.png",)
+    end = parse_prediction({"status": "success", "output": inner}, prediction_id="p-1")
+    assert end.output_urls == ("https://files.invalid/a.png",)

@@ -26,7 +26,8 @@ from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.storage.base import ListedObject, StoredObject
-from prefect_eachlabs.storage.s3 import S3Access, S3Store
+from prefect_eachlabs.storage.s3 import S3Store
+from prefect_eachlabs.storage.s3_client import S3Access
 from tests.limits.local import local_limiter
 
 T = TypeVar("T")

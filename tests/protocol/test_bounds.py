@@ -372,7 +372,7 @@ def test_a_word_given_before_the_machine_slept_is_not_about_what_became_ambiguou
 ) -> None:
     asleep = 0.0
     for module in (purchase, rules):
-        monkeypatch.setattr(module, "suspended_seconds", lambda: asleep)
+        monkeypatch.setattr(module, "clock", lambda: asyncio.get_running_loop().time() + asleep)
 
     async def story() -> None:
         nonlocal asleep

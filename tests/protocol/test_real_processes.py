@@ -23,7 +23,8 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.ledger.records import Record, RecordState
-from prefect_eachlabs.storage.s3 import PreconditionFailed, S3Store
+from prefect_eachlabs.storage.base import PreconditionFailed
+from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import client_of
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3

@@ -15,7 +15,7 @@ from prefect_eachlabs.blocks import load_block
 from prefect_eachlabs.errors import SetupError, without_query
 from prefect_eachlabs.events import asset_key
 from prefect_eachlabs.images.formats import format_by_name
-from prefect_eachlabs.models import parse_failure
+from prefect_eachlabs.models import parse_prediction
 from prefect_eachlabs.net import redaction
 from prefect_eachlabs.net.endpoints import checked_endpoint
 from prefect_eachlabs.net.urls import has_odd_host
@@ -69,7 +69,8 @@ def test_what_a_failure_says_is_cleaned_before_it_is_cut() -> None:
     redaction.hide(KEY)
     for secret in (KEY, f"https://b.example/x?X-Amz-Signature={SIGNATURE}"):
         said = "y" * (500 - len(secret) + 20) + secret
-        failure = parse_failure({"error_code": "x", "error_message": said})
+        envelope = {"error_code": "x", "error_message": said}
+        failure = parse_prediction({"status": "error", "output": envelope}, prediction_id="p-1").failure
         assert failure is not None
         assert len(failure.message) <= 500
         assert KEY[:8] not in failure.message

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from prefect_eachlabs.errors import StoreFailed
-from prefect_eachlabs.storage.s3 import (
+from prefect_eachlabs.storage.base import (
     ListedObject,
     ObjectStore,
     PreconditionFailed,
     StoredObject,
-    check_conditional_writes,
+    honours_conditions,
 )
 from tests.memory_store import MemoryStore
 from tests.virtual_time import run
@@ -41,17 +41,17 @@ async def refusal(write: Coroutine[Any, Any, object]) -> bool:
     return False
 
 
-def test_a_store_that_ignores_conditions_is_found_out() -> None:
-    store = MemoryStore(honours_conditions=False)
-    assert not run(check_conditional_writes(store, "probe"))
-
-
 def test_a_store_that_honours_if_absent_alone_is_found_out() -> None:
     class Half(MemoryStore):
         async def put(self, key: str, body: bytes, **arguments: Any) -> str:
             return await super().put(key, body, **{**arguments, "if_match": None})
 
-    assert not run(check_conditional_writes(Half(), "probe"))
+    async def story() -> None:
+        store = Half()
+        await store.put("probe", b"", content_type=JSON)
+        assert not await honours_conditions(store, "probe", b"", content_type=JSON)
+
+    run(story())
 
 
 def test_the_clock_of_the_memory_store_is_the_loops_in_whole_seconds() -> None:

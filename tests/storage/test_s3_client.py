@@ -15,7 +15,8 @@ from moto.s3.models import s3_backends
 
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.storage import s3_client as s3_access
-from prefect_eachlabs.storage.s3 import S3Access, S3Store
+from prefect_eachlabs.storage.s3 import S3Store
+from prefect_eachlabs.storage.s3_client import S3Access
 from prefect_eachlabs.testing.s3 import ACCOUNT, Fault, LocalS3
 from tests.storage.test_memory_store import found, listed, refusal
 
