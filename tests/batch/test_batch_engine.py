@@ -29,6 +29,8 @@ __all__ = ["patched_clocks"]
 PRICE_USD = 0.039
 ITEM = wanted()
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def batch(process: Process, count: int, **options: Any) -> Coroutine[Any, Any, BatchResult]:
     """A run over so many prompts, as a process makes it."""

@@ -43,6 +43,8 @@ from tests.batch.batch_kit import (
 )
 from tests.memory_store import MemoryStore
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def states_of(store: MemoryStore) -> list[str]:
     return [row["state"] for row in lines_of(store)]
