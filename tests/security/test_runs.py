@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,28 +10,20 @@ import httpx
 import pytest
 
 from prefect_eachlabs.cli.work_pool import openings
-from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
-from prefect_eachlabs.testing.s3 import LocalS3
 from tests.security.hostile import hostile_api
+from tests.ui.conftest import BUCKET, Studio
 from tests.ui.stage import Stage, until
 
 pytestmark = pytest.mark.slow
 
-KEY = "a-key-of-the-team-123456"
-BUCKET = "of-the-team"
+KEY = "a-key-of-tests"
 DEPLOYMENT = "generate-image/generate-image"
 
 
 @pytest.fixture(scope="module")
-def stage(server_process: Stage) -> Iterator[Stage]:
+def stage(studio_on_sqlite: Studio) -> Stage:
     """Set up as the documentation says, with one worker."""
-    options = EmulatorOptions(service_seconds=0.1, image_size_px=64)
-    with EmulatorServer(options) as api, LocalS3(buckets=[BUCKET]) as s3:
-        server_process.given = {"EACHLABS_BASE_URL": api.url, "EACHLABS_API_KEY": KEY, "AWS_ENDPOINT_URL_S3": s3.url}
-        server_process.command("prefect-eachlabs", "setup", "--deploy")
-        worker = server_process.start_worker()
-        yield server_process
-        worker.stop()
+    return studio_on_sqlite.stage
 
 
 def hostile_variables(told: Path, url: str) -> list[dict[str, Any]]:

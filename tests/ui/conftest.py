@@ -86,10 +86,3 @@ def made(folder: Path, database: str | Path) -> Iterator[Studio]:
 def studio(database: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
     with made(tmp_path_factory.mktemp("stage"), database.url) as studio:
         yield studio
-
-
-@pytest.fixture(scope="session")
-def studio_on_sqlite(kept_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    """It starts in half the time."""
-    with made(tmp_path_factory.mktemp("stage"), kept_database) as studio:
-        yield studio
