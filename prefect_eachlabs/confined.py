@@ -275,8 +275,6 @@ def main(job: str, may_grow_bytes: str, idle_seconds: str) -> None:
         _limit_time(arguments["seconds"])
         try:
             said, body = work(arguments, data, read)
-        except EOFError:
-            return
         except MemoryError:
             said, body = {"too_costly": True}, b""
         except JobFailed as failed:

@@ -15,7 +15,6 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,47 +116,6 @@ def _checked(what: str, size_bytes: int, head: bytes) -> str:
         seen = content_type or "by its first bytes"
         raise BadInput(f"image_url: {what}: no picture ({seen}). Give a PNG, JPEG, WebP or GIF.")
     return content_type
-
-
-@dataclass(frozen=True)
-class UploadSlot:
-    """Where the API lets a picture be put.
-
-    Attributes:
-        presigned_url: Takes one PUT within 15 minutes; it is a secret.
-        public_url: Where the picture is afterwards, for everybody who has the link.
-        required_headers: Sent with the PUT exactly as they are, and no others that matter.
-        expires_at: When the vendor deletes the picture; None: not told.
-    """
-
-    presigned_url: str = field(repr=False)
-    public_url: str
-    required_headers: dict[str, str]
-    expires_at: datetime | None = None
-
-    @classmethod
-    def parse(cls, answer: object, *, may_be_http: bool) -> UploadSlot | None:
-        """The API's answer; None when it lacks what is needed. `may_be_http`: the API is an emulator here."""
-        if not isinstance(answer, Mapping):
-            return None
-        urls = [answer.get("presigned_url"), answer.get("public_url")]
-        schemes = ("https://", "http://") if may_be_http else ("https://",)
-        headers = answer.get("required_headers") or {}
-        if not isinstance(headers, Mapping) or not all(isinstance(u, str) and u.startswith(schemes) for u in urls):
-            return None
-        fine = {str(name): str(value) for name, value in headers.items() if value is not None}
-        return cls(str(urls[0]), str(urls[1]), fine, parse_date(answer.get("expires_at")))
-
-
-def parse_date(text: object) -> datetime | None:
-    """An RFC 3339 date of another's; None when it is none. Beyond these years reckoning ends in an OverflowError."""
-    try:
-        # Python 3.10 reads neither Z nor a fraction of other than three or six digits.
-        six_digits = re.sub(r"\.(\d+)", lambda fraction: f".{fraction[1][:6]:0<6}", str(text).strip()[:64])
-        date = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", six_digits))
-    except ValueError:
-        return None
-    return date if date.tzinfo is not None and 1970 <= date.year < 9000 else None
 
 
 def names_in(input: Mapping[str, object]) -> list[str]:

@@ -8,7 +8,6 @@ import io
 import logging
 import re
 from hashlib import sha256
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
@@ -35,6 +34,7 @@ from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
 from prefect_eachlabs.net.redaction import visible
 from tests.flows.flow_fixtures import Studio
+from tests.html_seen import Seen
 
 HOSTILE = [
     "a | b | c\n| --- |",
@@ -73,22 +73,6 @@ def image(**facts: Any) -> StoredImage:
     return StoredImage(**{**given, **facts})
 
 
-class Seen(HTMLParser):
-    """The elements and the text of a page, as a browser would find them."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
 def rendered(markdown: str) -> Seen:
     """As the UIs render it: GitHub's markdown with raw HTML, which must be one block of HTML from end to end."""
     tokens = MarkdownIt("gfm-like", {"html": True, "linkify": False}).parse(markdown)
@@ -100,7 +84,7 @@ def rendered(markdown: str) -> Seen:
 def test_a_hostile_prompt_is_shown_as_the_words_it_is(prompt: str) -> None:
     plain = rendered(picture_markdown(image(), thumbnail=None))
     seen = rendered(picture_markdown(image(prompt=prompt, prediction_id=prompt, model=prompt[:100]), thumbnail=None))
-    assert [name for name, _ in seen.elements if name != "wbr"] == [name for name, _ in plain.elements if name != "wbr"]
+    assert [name for name, _ in seen.tags if name != "wbr"] == [name for name, _ in plain.tags if name != "wbr"]
     assert visible(" ".join(prompt.split())) in seen.text
     assert not re.search(r"https?://|www\.|@", escaped(prompt))
 
@@ -113,8 +97,8 @@ def test_the_facts_are_there_and_what_was_not_told_says_so() -> None:
     )
     for fact in ("0.0390 USD", "4.2 s", "512 × 512 px, 12 kB", "a red fox", "bought nothing", "ab" * 32):
         assert fact in seen.text
-    assert ("img", {"alt": "fox-1", "width": "320", "src": "data:image/png;base64,AA"}) in seen.elements
-    assert ("a", {"href": "https://x.invalid"}) in seen.elements
+    assert ("img", {"alt": "fox-1", "width": "320", "src": "data:image/png;base64,AA"}) in seen.tags
+    assert ("a", {"href": "https://x.invalid"}) in seen.tags
 
 
 def test_a_thumbnail_is_a_small_jpeg_of_the_whole_picture() -> None:
@@ -166,7 +150,7 @@ def test_an_item_without_a_name_of_its_own_fits_onto_its_card() -> None:
 def test_the_janitors_report_escapes_what_it_quotes() -> None:
     report = SettleReport(records=3, looked_at=1, ambiguous=1, problems={"fox": HOSTILE[2] + " | more"})
     seen = rendered(settle_markdown("s3://acme/daily", report))
-    assert "img" not in [name for name, _ in seen.elements]
+    assert "img" not in [name for name, _ in seen.tags]
     assert HOSTILE[2] in seen.text.replace("\u200b", "")
 
 
@@ -254,7 +238,7 @@ class TestOnAServer:
         artifact = artifact_of("eachlabs-fox-of-the-flow")
         assert (artifact.type, artifact.description) == ("markdown", "$0.0390 · a red -fox-")
         seen = rendered(artifact.data)
-        (picture,) = [attributes for name, attributes in seen.elements if name == "img"]
+        (picture,) = [attributes for name, attributes in seen.tags if name == "img"]
         assert str(picture["src"]).startswith("data:image/jpeg;base64,")
         assert "a red <fox>" in seen.text
         assert "0.0390" in seen.text

@@ -42,6 +42,7 @@ from prefect_eachlabs.models import (
     Item,
     ListedWebhook,
     Prediction,
+    UploadSlot,
     created_id,
     parse_executions,
     parse_prediction,
@@ -52,7 +53,6 @@ from prefect_eachlabs.net.bodies import ENCODINGS, decoded, encoding_of
 from prefect_eachlabs.net.pools import pools
 from prefect_eachlabs.net.public_get import NoCookies
 from prefect_eachlabs.net.public_only import is_loopback
-from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import DEFAULT_BASE_URL, AccountSettings
 
 logger = logging.getLogger(__name__)

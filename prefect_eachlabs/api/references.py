@@ -20,7 +20,7 @@ from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.api.single_flight import SingleFlight
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError, Unanswered, without_query
 from prefect_eachlabs.limits.limiter import RateLimiter
-from prefect_eachlabs.models import Destination, Item, without_signature
+from prefect_eachlabs.models import Destination, Item, UploadSlot, without_signature
 from prefect_eachlabs.net.bodies import byte_count, encoding_of
 from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
 from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused, addresses_of
@@ -29,7 +29,6 @@ from prefect_eachlabs.reference_images import (
     SNIFFED_BYTES,
     Picture,
     Roots,
-    UploadSlot,
     content_type_of,
     names_in,
     parse_s3_name,

@@ -170,12 +170,8 @@ class Budget:
         """Model → orders in progress that were sent and whose cost is not told."""
         return Counter(order.model for order in self._all_orders() if order.is_sent and order.cost_usd is None)
 
-    def mean_usd(self, model: str) -> float | None:
-        """What a picture of the model costs on average; None: nobody knows yet."""
-        return self._prices[model].mean_usd
-
     def price_of(self, model: str) -> ModelPrice | None:
-        """The same, from how many pictures, and who told; None: nobody knows yet."""
+        """What a picture of the model costs on average, from how many, and who told; None: nobody knows yet."""
         price = self._prices[model]
         if price.mean_usd is None:
             return None

@@ -5,7 +5,6 @@ A batch may take hours, and no store keeps a connection open for as long. Everyt
 
 from __future__ import annotations
 
-import errno
 import tempfile
 from contextlib import closing
 from pathlib import Path
@@ -38,8 +37,7 @@ class S3Files:
 
     def open(self, key: str) -> BinaryIO:
         """Reads an object. Raises BadInput when there is none."""
-        # Python finds no folder for it, it says ENOENT, when the disk is full.
-        with on_disk(errno.ENOENT):
+        with on_disk():
             file = cast(BinaryIO, tempfile.TemporaryFile(prefix="eachlabs-"))  # noqa: SIM115 - the caller closes it
         try:
             self._download(key, file)

@@ -6,7 +6,6 @@ thread, and must not stay open for the hours that a batch may take.
 
 from __future__ import annotations
 
-import errno
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,8 +40,7 @@ class InlineRows:
     def __init__(self, rows: Any) -> None:
         self._count = self._read = 0
         columns: dict[str, None] = {}
-        # Python finds no folder for it, it says ENOENT, when the disk is full.
-        with on_disk(errno.ENOENT):
+        with on_disk():
             self._file: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", prefix="eachlabs-rows-")  # noqa: SIM115 - closed with the batch
         try:
             for row in each(rows):

@@ -21,7 +21,6 @@ MOST_BYTES_AT_A_TIME = 1024 * 1024
 """Of JSON, which may be twenty times as large in memory."""
 BUFFER_BYTES = 1024 * 1024
 """A column is read in pieces of this size, instead of as a whole."""
-SHOWN_CHARACTERS = 200
 READER = "prefect_eachlabs.batch.parquet:ParquetReader"
 
 
@@ -50,21 +49,14 @@ def opened(value: dict[str, Any]) -> Any:
 class Reader(ABC):
     """A job: opens a file, and gives its rows, each as JSON: its values, what is wrong with it, or null."""
 
-    errors: tuple[type[Exception], ...] = (Exception,)
-    """What its library raises for a file that it cannot read."""
     _most_row_bytes = 0
     _rows: Iterator[str] | None = None
 
     def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
-        try:
-            if "open" in arguments:
-                self._most_row_bytes = arguments["most_row_bytes"]
-                return self._opened(Remote(arguments["open"], read)), b""
-            return self._next()
-        except (MemoryError, JobFailed):
-            raise
-        except self.errors as error:
-            raise JobFailed(f"{type(error).__name__}: {str(error)[:SHOWN_CHARACTERS]}") from error
+        if "open" in arguments:
+            self._most_row_bytes = arguments["most_row_bytes"]
+            return self._opened(Remote(arguments["open"], read)), b""
+        return self._next()
 
     @abstractmethod
     def _opened(self, file: Remote) -> dict[str, Any]:
@@ -102,7 +94,6 @@ class ParquetReader(Reader):
         pyarrow.set_cpu_count(1)
         pyarrow.set_io_thread_count(1)
         self._arrow, self._parquet = pyarrow, parquet
-        self.errors = (pyarrow.ArrowException, OSError, ValueError)
 
     def _opened(self, file: Remote) -> dict[str, Any]:
         table = self._parquet.ParquetFile(file, pre_buffer=False, buffer_size=BUFFER_BYTES)

@@ -35,9 +35,7 @@ class Progress:
     stored: int
     reused: int
     not_there: int
-    in_progress: int
     cost_usd: float
-    seconds: float
     per_minute: float
     left_seconds: float | None
     past_deadline: int = 0

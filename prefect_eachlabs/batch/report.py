@@ -12,7 +12,6 @@ A row that is as the last report has it is in no part: it is written once, at th
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import logging
 import re
@@ -339,8 +338,7 @@ class ReportWriter:
 
     async def merge(self, *, is_whole: bool) -> None:
         """Writes the report, in the order of the source: the run's own first, which marks one that lacks no row."""
-        # Python finds no folder for it, it says ENOENT, when the disk is full.
-        with on_disk(errno.ENOENT), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
+        with on_disk(), tempfile.TemporaryDirectory(prefix="eachlabs-report-") as scratch_folder:
             path = Path(scratch_folder) / "report.jsonl"
 
             def write(*names: str) -> None:

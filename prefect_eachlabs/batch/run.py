@@ -204,7 +204,6 @@ class Batch:
         self._news = 0
         self._stored_now = 0
         """Rows that this attempt has stored: an earlier one of the same run was no part of its minutes."""
-        self._has_sheet = False
         self._state = "running"
         self._stopped_by: EachlabsError | None = None
         self._began = 0.0
@@ -242,7 +241,6 @@ class Batch:
         """Learns what earlier runs left. Free."""
         self._began = asyncio.get_running_loop().time()
         await self.history.load()
-        self._has_sheet = self.folder.has_sheet
         # With a budget an item that was bought already must not be asked whether it may be.
         presume_new = not self.history.earlier.rows and self.options.budget_usd is None
         see = self._see if self.options.shard is None else None
@@ -463,11 +461,11 @@ class Batch:
         self._state = "completed" if self._stopped_by is None else INTERRUPTED if self.is_interrupted else "stopped"
         self._ended_at = datetime.now(timezone.utc)
         await self.folder.worker(self.scratch.flush)
-        is_news = self._news > 0 or not self._has_sheet
+        is_news = self._news > 0 or not self.folder.has_sheet
         await self._writer.see_pictures(may_read=is_news and not self.is_interrupted)
         self.gallery = self._writer.gallery(MOST_IN_GALLERY)
         if not self.is_interrupted and self._has_every_row and is_news:
-            self._has_sheet = await self._writer.write_sheet() or self._has_sheet
+            self.folder.has_sheet = await self._writer.write_sheet() or self.folder.has_sheet
         home = self._home
         await retry_while_retryable(lambda: self._writer.write_page(self.options.presigned_seconds, home=home))
         if home:
@@ -544,10 +542,8 @@ class Batch:
             stored=stored,
             reused=totals.count(RowState.REUSED),
             not_there=totals.not_there,
-            in_progress=len(self._obtaining),
             past_deadline=self._buyer.slots_past_deadline,
             cost_usd=self.budget.spent_usd,
-            seconds=now - self._began,
             per_minute=per_minute,
             left_seconds=left,
         )
@@ -583,7 +579,7 @@ class Batch:
             **self.totals.as_json(),
             "report": self.folder.uri("report.jsonl"),
             "index": self.folder.uri("index.html"),
-            "contact_sheet": self.folder.uri("contact-sheet.png") if self._has_sheet else None,
+            "contact_sheet": self.folder.uri("contact-sheet.png") if self.folder.has_sheet else None,
         }
 
     def result(self, rows: RowResults | None = None) -> BatchResult:

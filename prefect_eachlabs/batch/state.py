@@ -155,12 +155,12 @@ class Scratch:
             ((one.row, one.state.value, one.prediction_id if lacks else None, line) for one, line, lacks in added),
         )
 
-    def lines(self, *states: RowState, most: int = -1, skip: int = 0) -> Iterator[bytes]:
+    def lines(self, *states: RowState, most: int = -1) -> Iterator[bytes]:
         """The report's lines in the order of the source; only those of some states, when given."""
         words = [state.value for state in states or RowState]
         marks = ", ".join("?" * len(words))
-        query = f"SELECT line FROM rows WHERE state IN ({marks}) ORDER BY row LIMIT ? OFFSET ?"
-        for (line,) in self._db.execute(query, (*words, most, skip)):
+        query = f"SELECT line FROM rows WHERE state IN ({marks}) ORDER BY row LIMIT ?"
+        for (line,) in self._db.execute(query, (*words, most)):
             yield line
 
     def pictures(self, count: int) -> list[Outcome]:

@@ -108,18 +108,7 @@ class Table(Protocol):
 def open_table(
     source: str, access: S3Access | None = None, columns: Columns = AS_USUAL, within: Roots | None = None
 ) -> Table:
-    """Opens a source and reads its head. Blocks.
-
-    Args:
-        source: A path or `s3://bucket/key` that ends in .csv, .tsv, .jsonl, .parquet or .xlsx.
-        access: How to reach a bucket; boto3's own chain when None.
-        columns: Which are meant.
-        within: Where a file of this machine must be; None: anywhere.
-
-    Raises:
-        BadInput: It is not there, or not a table.
-        SetupError: It may not be read, or what reads it is missing.
-    """
+    """Opens a source and reads its head; arguments and errors are those of `open_source`. Blocks."""
     kind = kind_of(source)
     if columns.delimiter is not None and kind != "csv":
         raise BadInput(f"delimiter: only CSV has one, and {source} is not CSV by its name.")

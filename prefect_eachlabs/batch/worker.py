@@ -14,20 +14,17 @@ from prefect_eachlabs.errors import SetupError
 
 T = TypeVar("T")
 
-_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
+_DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ENOENT})
+"""ENOENT, for Python finds no folder for a temporary file where the disk is full."""
 
 
 @contextlib.contextmanager
-def on_disk(*errors: int) -> Iterator[None]:
-    """Whatever the disk refuses inside comes out as a SetupError that says what to do.
-
-    Args:
-        errors: Further numbers of an OSError that mean the disk here.
-    """
+def on_disk() -> Iterator[None]:
+    """Whatever the disk refuses inside comes out as a SetupError that says what to do."""
     try:
         yield
     except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS.union(errors):
+        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
             raise
         raise SetupError(
             f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "

@@ -12,11 +12,13 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from prefect_eachlabs.batch.parquet import SHOWN_CHARACTERS, Reader, Remote
+from prefect_eachlabs.batch.parquet import Reader, Remote
 from prefect_eachlabs.confined import JobFailed
 
 MOST_ROWS = 1_048_576
 """Of a sheet, by Excel's own bound."""
+SHOWN_CHARACTERS = 200
+"""Of a column's name."""
 ERRORS = frozenset({"#NULL!", "#DIV/0!", "#VALUE!", "#REF!", "#NAME?", "#NUM!", "#N/A", "#GETTING_DATA"})
 READER = "prefect_eachlabs.batch.xlsx:XlsxReader"
 

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from prefect_eachlabs.cli.generate import limiter_maker
 from prefect_eachlabs.cli.main import ITEM_FAILED, SET_UP_WRONG
-from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, flag
+from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, destination_of, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.net.redaction import shown
 
@@ -89,7 +89,7 @@ def batch(
         presigned_seconds=None if presigned_days is None else max(1, round(presigned_days * DAY_SECONDS)),
         **flags.options(),
     )
-    destination = flags.destination()
+    destination = destination_of(flags.to)
     if Path(source).is_dir():
         raise BadInput(f"{source} is a folder: name the table in it.")
     columns = Columns(prompt_column, id_column, delimiter)

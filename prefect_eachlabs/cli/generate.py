@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, flag
+from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, destination_of, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 from prefect_eachlabs.net import safe_json
 
@@ -66,7 +66,7 @@ def generate(
         item_id=item_id,
         input=dict(map(named_value, input)),
     )
-    destination = flags.destination()
+    destination = destination_of(flags.to)
     if sys.stderr.isatty() and not flags.in_json:
         print(f"{item.model} is asked for it; that takes some seconds ...", file=sys.stderr, flush=True)
     try:

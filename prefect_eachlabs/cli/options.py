@@ -72,10 +72,6 @@ class PurchaseFlags:
     ] = None
     in_json: InJson = False
 
-    def destination(self) -> Destination:
-        """Where pictures and records go; SetupError where neither flag nor environment says so."""
-        return destination_of(self.to)
-
     def options(self) -> dict[str, Any]:
         """What `PurchaseOptions` and `BatchOptions` both take."""
         from prefect_eachlabs.images.formats import check_formats
@@ -88,7 +84,7 @@ NONE_GIVEN = PurchaseFlags()
 
 
 def destination_of(text: str | None) -> Destination:
-    """The destination that was named, or the environment's."""
+    """The destination that was named, or the environment's. Raises SetupError where neither says so."""
     from prefect_eachlabs.models import Destination
     from prefect_eachlabs.settings import destination_from_environment
 

@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 
 from prefect_eachlabs.errors import DownloadFailed, FormatNotAllowed, HostNotAllowed, NotAPng, without_query
-from prefect_eachlabs.images.formats import PNG_ALONE, FormatRefused, MediaError, MediaReader, wanted_words
-from prefect_eachlabs.images.png import MAX_BYTES, PngError
+from prefect_eachlabs.images.formats import PNG_ALONE, FormatRefused, MediaReader, wanted_words
+from prefect_eachlabs.images.png import MAX_BYTES, MediaError
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.bodies import ENCODINGS, byte_count, decoded, encoding_of
 from prefect_eachlabs.net.public_get import LeadsNowhere, PublicWeb
@@ -24,6 +24,8 @@ from prefect_eachlabs.net.public_only import SETTING, HostGuard, HostRefused
 TOTAL_SECONDS = 1800.0
 """No host holds a slot for longer; the largest picture needs 150 kB a second for that."""
 WINDOW_SECONDS = 60.0
+SILENCE_SECONDS = 20.0
+CONNECT_SECONDS = 10.0
 SLOWEST_BYTES_PER_SECOND = 8192
 """Of a picture that takes longer than a window: what comes more slowly than that does not come."""
 LARGE_BYTES = 64 * 1024 * 1024
@@ -48,8 +50,6 @@ class Downloader:
         max_bytes: The largest picture that is taken.
         total_seconds: For one picture, redirects included, from its first request to its last byte.
         window_seconds: For the answer's head; and in each of these 8 kB a second must come.
-        read_seconds: The longest silence.
-        connect_seconds: For one connection.
         hosts: Which hosts may be asked, redirects too. When left out: public ones, and any by a given `transport`.
     """
 
@@ -60,14 +60,12 @@ class Downloader:
         max_bytes: int = MAX_BYTES,
         total_seconds: float = TOTAL_SECONDS,
         window_seconds: float = WINDOW_SECONDS,
-        read_seconds: float = 20.0,
-        connect_seconds: float = 10.0,
         hosts: HostGuard | None = None,
     ) -> None:
         self._web = PublicWeb(
             transport,
             hosts,
-            timeout=httpx.Timeout(read_seconds, connect=connect_seconds, pool=None),
+            timeout=httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS, pool=None),
             accept="image/png, image/*;q=0.9, */*;q=0.1",
         )
         self._max_bytes = max_bytes
@@ -108,7 +106,7 @@ class Downloader:
         try:
             count, reason = self._refused.get(without_query(url), (0, ""))
             if count >= COSTLY_ATTEMPTS:
-                raise PngError(f"{reason} (seen {count} times; this process does not take it apart again)")
+                raise MediaError(f"{reason} (seen {count} times; this process does not take it apart again)")
             return await asyncio.wait_for(self._fetch(url, reader, what, failed), self._total_seconds)
         except FormatRefused as error:
             raise FormatNotAllowed(
@@ -117,7 +115,7 @@ class Downloader:
                 f"formats=({', '.join(repr(name) for name in (*(formats or ()), error.format))}).",
                 **about,
             ) from error
-        except (PngError, MediaError) as error:
+        except MediaError as error:
             if reader.is_costly:
                 place = without_query(url)
                 self._refused[place] = (self._refused.pop(place, (0, ""))[0] + 1, str(error))
@@ -192,7 +190,7 @@ class Downloader:
         if encoding not in ENCODINGS:
             raise failed(f"{what} came encoded ({encoding[:12]}), which was not asked for: run again.")
         if (_announced_bytes(response) or 0) > self._max_bytes:
-            raise PngError(f"it is larger than {self._max_bytes} bytes")
+            raise MediaError(f"it is larger than {self._max_bytes} bytes")
 
     async def aclose(self) -> None:
         """Closes its connections; a later fetch opens new ones."""
@@ -228,7 +226,7 @@ async def _pieces(response: httpx.Response) -> AsyncIterator[bytes]:
     async for piece in decoded(response):
         came_bytes += len(piece)
         if is_encoded and came_bytes > MOST_INFLATED * response.num_bytes_downloaded + 1024 * 1024:
-            raise PngError("it inflates to far more than a picture does")
+            raise MediaError("it inflates to far more than a picture does")
         yield piece
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, PngError, PngReader, verify_png
+from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, MediaError, PngReader, verify_png
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import content_type_of
@@ -135,10 +135,6 @@ _SHOW_THEMSELVES = {*VERIFIED, "tiff", "bmp", "heic", "mp4", "m4a", "webm", "mkv
 """Whatever is called so begins as such; where it does not, its host has sent something else in its place."""
 
 
-class MediaError(ValueError):
-    """The bytes are not what they seem, not whole, or cannot be verified here; the message says why."""
-
-
 class FormatRefused(MediaError):
     """They are of a format that is known and not allowed; `format` is its name."""
 
@@ -153,7 +149,7 @@ def _title(name: str) -> str:
 
 
 def _a(title: str) -> str:
-    return f"{'an' if title[:1] in 'AEIMOS' else 'a'} {title}"
+    return f"{'an' if re.match('[AEIMOSX]|HTML', title) else 'a'} {title}"
 
 
 def wanted_words(formats: Iterable[str] | None) -> str:
@@ -235,7 +231,7 @@ class MediaReader:
         """The next bytes.
 
         Raises:
-            PngError, MediaError: They are refused; no more need come.
+            MediaError: They are refused; no more need come.
         """
         self.size_bytes += len(data)
         if self.format is None:
@@ -252,7 +248,9 @@ class MediaReader:
         head, self._head = self._head, b""
         self.format = format_of(head) or ""
         wants_pictures_alone = self._formats is not None and not set(self._formats) - set(VERIFIED)
-        if self.format and not (wants_pictures_alone and self.format in _TEXTS):
+        if wants_pictures_alone and self.format in _TEXTS:
+            raise MediaError(f"it begins like {_a(_title(self.format))}, not like {_a(wanted_words(self._formats))}")
+        if self.format:
             self._check_allowed(self.format)
         elif wants_pictures_alone:
             self.format = "png"  # what is no picture at all is refused there, in words that say what it is
@@ -296,7 +294,7 @@ class MediaReader:
         """The whole file.
 
         Raises:
-            PngError, MediaError: It is not whole, or not what it seems.
+            MediaError: It is not whole, or not what it seems.
         """
         if self.format is None:
             self._decide()
@@ -348,11 +346,8 @@ async def verify_in_turns(data: bytes) -> Media:
     if format_of(data[:SNIFFED_BYTES]) != "png":
         return await asyncio.to_thread(verify, data)
     reader = MediaReader()
-    try:
-        await reader.feed_in_turns(data)
-        return reader.finish()
-    except PngError as error:
-        raise MediaError(str(error)) from error
+    await reader.feed_in_turns(data)
+    return reader.finish()
 
 
 def verify(data: bytes) -> Media:
@@ -363,10 +358,7 @@ def verify(data: bytes) -> Media:
     """
     name = format_of(data[:SNIFFED_BYTES])
     if name == "png":
-        try:
-            return verify_png(data)
-        except PngError as error:
-            raise MediaError(str(error)) from error
+        return verify_png(data)
     if name not in _WALKS:
         raise MediaError("it is of no format that is verified here")
     title = FORMATS[name].title

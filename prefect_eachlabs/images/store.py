@@ -19,7 +19,8 @@ from prefect_eachlabs.errors import (
     StoreFailed,
 )
 from prefect_eachlabs.images.download import RETENTION_HOURS, Downloader
-from prefect_eachlabs.images.formats import ANY, FORMATS, PNG_ALONE, VERIFIED, MediaError, as_it_came, verify_in_turns
+from prefect_eachlabs.images.formats import ANY, FORMATS, PNG_ALONE, VERIFIED, as_it_came, verify_in_turns
+from prefect_eachlabs.images.png import MediaError
 from prefect_eachlabs.ledger.adoption import yield_to_its_owner
 from prefect_eachlabs.ledger.records import (
     Ledger,
@@ -45,8 +46,8 @@ LOOKED_FOR_SECONDS = 30.0
 """A picture that its host does not have is looked for so long: it may be some seconds late."""
 MAY_BE_GONE_AFTER_SECONDS = RETENTION_HOURS * 3600.0
 """The vendor keeps outputs at least so long: a younger picture that is not there is late, or kept from us, not gone."""
-OUTPUT_MISSING_AFTER_SECONDS = 3600.0
 MOST_OUTPUTS = 64
+OUTPUT_MISSING_AFTER_SECONDS = 3600.0
 """So long after the purchase a prediction that succeeded without an output may still get it."""
 
 

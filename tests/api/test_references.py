@@ -19,13 +19,12 @@ from prefect_eachlabs.api import references
 from prefect_eachlabs.api.references import Prober, Seen
 from prefect_eachlabs.errors import BadInput, Throttled, Unanswered
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Item, without_signature
+from prefect_eachlabs.models import Destination, Item, UploadSlot, without_signature
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.reference_images import (
     MAX_PICTURE_BYTES,
     Picture,
     Roots,
-    UploadSlot,
     content_type_of,
     opened,
     parse_s3_name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
-from html.parser import HTMLParser
 
 import pytest
 
@@ -11,6 +10,7 @@ from prefect_eachlabs.audit.auditor import moment_of
 from prefect_eachlabs.audit.pages import CHART_PX, audit_page, chart, text_bar
 from prefect_eachlabs.audit.report import NAMED, AuditReport, Dear, Finding, Kind, Named, Spent
 from prefect_eachlabs.errors import BadInput
+from tests.html_seen import Seen
 
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[2J"
 
@@ -30,28 +30,16 @@ def hostile_report() -> AuditReport:
     return report
 
 
-class Tags(HTMLParser):
-    """Counts what a browser would see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self.seen.append(tag)
-
-
 def test_what_came_from_outside_is_text_on_the_page() -> None:
     page = audit_page(hostile_report())
-    tags = Tags()
-    tags.feed(page)
-    assert "script" not in tags.seen
+    tags = Seen(page).names
+    assert "script" not in tags
     assert "\u202e" not in page
     assert "\x1b" not in page
-    assert tags.seen.count("rect") == 4
+    assert tags.count("rect") == 4
     assert "&lt;script&gt;" in page
     assert "&lt;table" not in page
-    assert tags.seen.count("table") == len(NAMED) + 5
+    assert tags.count("table") == len(NAMED) + 5
 
 
 def test_an_account_without_executions_has_a_page() -> None:

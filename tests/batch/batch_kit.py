@@ -7,8 +7,6 @@ import copy
 import hashlib
 import io
 import json
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -23,6 +21,7 @@ from prefect_eachlabs.errors import BadInput, EachlabsError, OutcomeUnknown, Pre
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Execution, Item, Media, PredictionStatus, StoredImage
 from prefect_eachlabs.storage.s3_client import S3Access
+from tests.images.test_png import IEND, header, idat, png
 from tests.memory_store import MemoryStore
 
 T = TypeVar("T")
@@ -33,13 +32,7 @@ Ending = Callable[[Item], EachlabsError | None]
 
 def tiny_png(shade: int = 0) -> bytes:
     """A whole picture of four pixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    rows = b"".join(b"\0" + bytes([shade, 80, 160] * 2) for _ in range(2))
-    header = struct.pack(">IIBBBBB", 2, 2, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return png(header(2, 2, 8, 2), idat((b"\0" + bytes([shade, 80, 160] * 2)) * 2), IEND)
 
 
 class CountingShop:

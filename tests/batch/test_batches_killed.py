@@ -1,23 +1,20 @@
-"""The whole path at size: 80 real prompts, a bad network, a bad vendor, two kills; each picture is billed once."""
+"""Batches in processes of their own, on a bad day, killed twice: each picture is billed once, and a budget is kept."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import boto3
 import pytest
 
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
+from tests.batch.cli_process import command, emptied, objects_of, table_of
+
+pytestmark = pytest.mark.slow
 
 FAULTS = (
     "create:lost_answer=0.04",
@@ -29,98 +26,107 @@ FAULTS = (
     "picture:truncated=0.02",
 )
 ROWS = 80
-KILLED_AT = (12, 30)
 BUCKET = "killed-batches"
-DEADLINE_SECONDS = 600
+PRICE_USD = 0.039
+QUICK = {"EACHLABS_CLAIM_SECONDS": "12", "EACHLABS_SETTLING_SECONDS": "4"}
+"""Settling waits for the end of claims: shorter ones make a shorter test."""
+
+ONE_RUN = """
+import asyncio, json, sys
+from prefect_eachlabs.batch.plan import open_batch
+from prefect_eachlabs.batch.worker import ThreadWorker
+from prefect_eachlabs.batch.run import BatchOptions
+from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
+from prefect_eachlabs.models import Destination
+
+source, destination, run_id, budget_usd = sys.argv[1:]
+gateway, worker = gateway_for(), ThreadWorker()
+
+async def work():
+    options = BatchOptions(run_id=run_id, budget_usd=float(budget_usd))
+    batch = await open_batch(gateway.engine, source, Destination.parse(destination), options, worker=worker)
+    return await batch.run(window=40)
+
+result = gateway.call(work())
+close_gateways()
+worker.close()
+print(json.dumps(result.as_json()))
+"""
+"""A run with an id, as a flow run's is, which Prefect may start again."""
 
 
-def stored(s3: LocalS3) -> int:
-    return s3.counts().get(f"PUT {BUCKET}/p/images", 0)
+@pytest.fixture
+def s3() -> Iterator[LocalS3]:
+    with LocalS3(buckets=[BUCKET]) as server:
+        yield emptied(server, BUCKET)
 
 
-def start(
-    source: Path, api: EmulatorServer, s3: LocalS3, folder: Path, number: int, *flags: str
-) -> subprocess.Popen[bytes]:
-    environment = {
-        **os.environ,
-        "EACHLABS_API_KEY": "a-key-of-tests",
-        "EACHLABS_BASE_URL": api.url,
-        "EACHLABS_REQUESTS_PER_MINUTE": "none",
-        "EACHLABS_MAX_IN_FLIGHT": "none",
-        # Settling waits for the end of claims: shorter ones make a shorter test.
-        "EACHLABS_CLAIM_SECONDS": "12",
-        "EACHLABS_SETTLING_SECONDS": "4",
-        "AWS_ENDPOINT_URL_S3": s3.url,
-        "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
-    }
-    with (folder / f"{number}.json").open("wb") as out, (folder / f"{number}.log").open("wb") as log:
-        command = [sys.executable, "-m", "prefect_eachlabs", "batch", str(source), "--to", f"s3://{BUCKET}/p", "--json"]
-        return subprocess.Popen([*command, *flags], stdout=out, stderr=log, env=environment, cwd=folder)
-
-
-def finish(process: subprocess.Popen[bytes], folder: Path, number: int) -> dict[str, Any]:
-    """What a run said in the end: some rows fail for good."""
-    try:
-        assert process.wait(DEADLINE_SECONDS) == 1, (folder / f"{number}.log").read_text()
-    finally:
-        process.kill()
-        process.wait()
-    answer: dict[str, Any] = json.loads((folder / f"{number}.json").read_text())
-    assert answer["items"] == sum(answer[state] for state in ("stored", "reused", "failed", "ambiguous")) == ROWS
-    return answer
-
-
-@pytest.mark.slow
 def test_a_batch_killed_twice_on_a_bad_day_is_finished_and_billed_once(
-    local_s3: LocalS3, require_shared: Callable[[str], Path], tmp_path: Path
+    s3: LocalS3, require_shared: Callable[[str], Path], tmp_path: Path
 ) -> None:
     lines = require_shared("PartiPrompts.tsv").read_text().splitlines(keepends=True)
     source = tmp_path / "PartiPrompts.tsv"
     source.write_text("".join(lines[: ROWS + 1]))
-    local_s3.create_bucket(BUCKET)
+    words = ["batch", str(source), "--to", f"s3://{BUCKET}/p", "--json"]
+    unlimited = {**QUICK, "EACHLABS_MAX_IN_FLIGHT": "none"}
     options = EmulatorOptions(
         service_seconds=0.05, requests_per_minute=None, max_in_flight=None, image_size_px=64, pictures="plain"
     )
+
+    def finished(number: int, *flags: str) -> dict[str, int]:
+        """What a run says in the end: some rows fail for good."""
+        with command([*words, *flags], api, s3, tmp_path / str(number), **unlimited) as running:
+            assert running.wait() == 1, running.said
+        states = ("stored", "reused", "failed", "ambiguous")
+        assert running.answer["items"] == sum(running.answer[state] for state in states) == ROWS
+        return running.answer
+
     with EmulatorServer(options) as api:
         api.set_faults(*FAULTS)
-        for number, most in enumerate(KILLED_AT):
-            process = start(source, api, local_s3, tmp_path, number)
-            try:
-                deadline = time.monotonic() + DEADLINE_SECONDS
-                while stored(local_s3) < most:
-                    assert process.poll() is None, (tmp_path / f"{number}.log").read_text()
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
-            finally:
-                process.kill()
-                process.wait()
-        answer = finish(start(source, api, local_s3, tmp_path, 2), tmp_path, 2)
+        for number, most in enumerate((12, 30)):
+            with command(words, api, s3, tmp_path / str(number), **unlimited) as running:
+                running.until(lambda most=most: s3.counts().get(f"PUT {BUCKET}/p/images", 0) >= most)  # type: ignore[misc]
+        answer = finished(2)
         # Killed in its first order and answered 500 in its second, a row waits for a person who says that it may.
         assert api.tallies()["billed"] == ROWS - answer["ambiguous"]
         api.set_faults()
         for number in (3, 4):  # a word is about what was ambiguous when its run began, told by whole seconds
-            answer = finish(start(source, api, local_s3, tmp_path, number, "--retry-ambiguous"), tmp_path, number)
+            answer = finished(number, "--retry-ambiguous")
             if not answer["ambiguous"]:
                 break
         tallies = api.tallies()
 
-    with (
-        closing(boto3.client("s3", endpoint_url=local_s3.url)) as s3,
-        s3.get_object(Bucket=BUCKET, Key="p/batches/PartiPrompts/report.jsonl")["Body"] as body,
-    ):
-        lines = [line for line in body.read().decode().splitlines() if '"ambiguous"' in line]
-    assert answer["ambiguous"] == 0, lines
+    lines = objects_of(s3, BUCKET, "p/batches/PartiPrompts/")["report.jsonl"].decode().splitlines()
+    assert answer["ambiguous"] == 0, [line for line in lines if '"ambiguous"' in line]
     assert set(answer["failures_by_kind"]["failed"]) <= {"prediction failed", "content refused", "not a PNG"}
     assert tallies["billed_too_often"] == 0
     assert tallies["billed"] == tallies["distinct_inputs"]
-
-    with closing(boto3.client("s3", endpoint_url=local_s3.url)) as s3:
-        with s3.get_object(Bucket=BUCKET, Key="p/batches/PartiPrompts/report.jsonl")["Body"] as body:
-            report = [json.loads(line) for line in body.read().splitlines()]
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="p/images/")
-        pictures = {row["Key"].rpartition("/")[2] for page in pages for row in page.get("Contents", [])}
-    states = Counter(row["state"] for row in report)
+    report, pictures = [json.loads(line) for line in lines], set(objects_of(s3, BUCKET, "p/images/"))
     assert [row["row"] for row in report] == list(range(2, ROWS + 2))
     assert {f"{row['item_id']}.png" for row in report if row["state"] in ("stored", "reused")} == pictures
-    assert answer["stored"] == states["stored"]
+    assert answer["stored"] == Counter(row["state"] for row in report)["stored"]
     assert answer["pictures_cost_usd"] == pytest.approx(len(pictures) * options.cost_usd)
+
+
+def test_one_run_killed_twice_keeps_its_one_budget_and_tells_it_to_the_cent(s3: LocalS3, tmp_path: Path) -> None:
+    words = [table_of(tmp_path, 30), f"s3://{BUCKET}/p", "flow-run-1", "0.40"]
+    script = [sys.executable, "-c", ONE_RUN, *words]
+    quick = {**QUICK, "EACHLABS_REFERENCE_ROOTS": str(tmp_path)}
+    options = EmulatorOptions(service_seconds=0.5, requests_per_minute=None, image_size_px=64, pictures="plain")
+    with EmulatorServer(options) as api:
+        api.set_faults("picture:error,status=503,first=4", "create:lost_answer=0.2")
+        for number, kill_at in enumerate((3, 7)):
+            with command(script, api, s3, tmp_path / str(number), **quick) as running:
+                running.until(lambda kill_at=kill_at: api.tallies()["billed"] >= kill_at)  # type: ignore[misc]
+        with command(script, api, s3, tmp_path / "last", **quick) as running:
+            assert running.wait() == 0
+        tallies, answer = api.tallies(), running.answer
+    assert tallies["in_flight"] == 0
+    assert tallies["cost_usd"] <= 0.4
+    left_usd = tallies["cost_usd"] - answer["cost_usd"]
+    assert -1e-9 <= left_usd <= answer["cost_unknown"] * PRICE_USD + 1e-9
+    report = json.loads(objects_of(s3, BUCKET, "p/batches/spring/")["report.json"])
+    assert (report["cost_usd"], report["cost_unknown"]) == (answer["cost_usd"], answer["cost_unknown"])
+    # An item whose orders were killed twice, and left no trace, waits for a person and keeps its share of the budget.
+    assert (answer["stored"] + answer["ambiguous"], answer["reused"], answer["skipped"]) == (10, 0, 20)
+    assert answer["cost_unknown"] == answer["ambiguous"]

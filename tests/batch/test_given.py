@@ -14,7 +14,6 @@ from uuid import UUID
 import pytest
 
 from prefect_eachlabs.batch.inline_rows import InlineRows
-from prefect_eachlabs.batch.outcomes import RowResult
 from prefect_eachlabs.batch.source import Source, Wanted
 from prefect_eachlabs.batch.tables import BadRow
 
@@ -130,36 +129,3 @@ def test_the_number_of_rows_is_known_from_the_start() -> None:
     with closing(table):
         seen = [table.fraction_read() for _ in table.rows()]
     assert seen == [0.25, 0.5, 0.75, 1.0]
-
-
-def test_a_data_frame_of_pandas_keeps_its_types_and_loses_its_index() -> None:
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame(
-        {
-            "id": [7, 8],
-            "prompt": ["a fox", None],
-            "input.seed": [1, 2],
-            "added": pandas.to_datetime(["2026-11-22"] * 2),
-        },
-        index=["x", "y"],
-    )
-    first, second = rows_of(frame)
-    assert isinstance(first, Wanted)
-    assert (first.item.item_id, first.item.input["seed"], list(first.item.labels)) == ("7", 1, ["added"])
-    assert isinstance(second, BadRow)
-
-
-@pytest.mark.parametrize("is_lazy", [False, True])
-def test_a_data_frame_of_polars_keeps_its_types(is_lazy: bool) -> None:
-    polars = pytest.importorskip("polars")
-    frame = polars.DataFrame({"id": ["a", "b"], "prompt": ["a fox", None], "input.seed": [1, None]})
-    first, second = rows_of(frame.lazy() if is_lazy else frame)
-    assert isinstance(first, Wanted)
-    assert first.item.input["seed"] == 1
-    assert isinstance(second, BadRow)
-
-
-def test_records_make_a_data_frame() -> None:
-    pandas = pytest.importorskip("pandas")
-    frame = pandas.DataFrame([row._asdict() for row in (RowResult("a", "stored", "s3://b/a.png", 0.04, None),)])
-    assert list(frame.columns) == ["id", "status", "uri", "cost_usd", "error"]

@@ -193,21 +193,6 @@ def test_run_again_after_a_ctrl_c_it_buys_what_was_cancelled(s3: LocalS3, tmp_pa
         assert (running.answer["stored"], running.answer["reused"]) == (14 - before["succeeded"], before["succeeded"])
 
 
-def test_a_generate_that_is_interrupted_says_what_came_of_its_prediction(
-    api: EmulatorServer, s3: LocalS3, tmp_path: Path
-) -> None:
-    words = ["generate", "a fox", "--to", f"s3://{BUCKET}/p", "--item-id", "fox", "--json"]
-    with command(words, api, s3, tmp_path / "run") as running:
-        running.until(lambda: api.tallies()["in_flight"] == 1)
-        running.press_ctrl_c()
-        assert running.wait() == 130
-    (prediction,) = api.predictions()
-    assert prediction["status"] == "cancelled"
-    answer = running.answer
-    assert (answer["item_id"], answer["prediction_id"], answer["cancelled"]) == ("fox", prediction["id"], 1)
-    assert json.loads(objects_of(s3, BUCKET, "p/records/")["fox.json"])["state"] == "cancelled"
-
-
 def test_a_lost_order_that_is_being_settled_is_counted_as_left(
     api: EmulatorServer, s3: LocalS3, tmp_path: Path
 ) -> None:

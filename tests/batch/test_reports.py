@@ -9,7 +9,6 @@ import io
 import logging
 import sys
 from datetime import datetime, timezone
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +43,7 @@ from tests.batch.batch_kit import (
     tiny_png,
     totals_of,
 )
+from tests.html_seen import Seen
 from tests.memory_store import MemoryStore
 
 HOSTILE = [
@@ -221,37 +221,7 @@ def test_a_picture_whose_cost_nobody_told_is_counted_as_such_until_it_is_told(st
     assert (said["pictures_cost_usd"], said["pictures_without_a_told_cost"]) == (0.08, 0)
 
 
-def test_totals_take_no_more_memory_for_more_rows() -> None:
-    totals = Totals()
-    for row in range(5_000):
-        totals.add(outcome(row, seconds=float(row % 97), cost_usd=0.04))
-    assert len(totals.as_json()["slowest"]) == 10
-    assert totals.as_json()["pictures_cost_usd"] == pytest.approx(200)
-
-
 # The page.
-
-
-class Seen(HTMLParser):
-    """Every tag with its attributes, and the text between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.words: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-
-def seen(page: str) -> Seen:
-    parser = Seen()
-    parser.feed(page)
-    parser.close()
-    return parser
 
 
 ALLOWED = {
@@ -271,28 +241,27 @@ def test_nothing_from_outside_becomes_markup_of_the_page() -> None:
     ]
     counts = {"items": 16, "stored": 8, "failed": 8}
     texts = dict.fromkeys(("batch_id", "source", "destination", "run", "ended_at", "stopped_by"), HOSTILE[1])
-    page = seen("".join(index_page({**counts, **texts}, pictures=pictures, not_there=failures)))
+    page = Seen("".join(index_page({**counts, **texts}, pictures=pictures, not_there=failures)))
     assert {tag for tag, _ in page.tags} <= ALLOWED
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     links = [attributes[name] for _, attributes in page.tags for name in ("href", "src") if name in attributes]
     assert all(str(link).startswith(("../../images/i", "report.")) for link in links)
-    everything = "".join(page.words)
-    assert all(visible(text, keeping="\n\t") in everything for text in HOSTILE)
+    assert all(visible(text, keeping="\n\t") in page.text for text in HOSTILE)
     assert sum(tag == "figure" for tag, _ in page.tags) == len(HOSTILE)
 
 
 def test_the_page_says_in_words_what_it_is_of_and_a_pace_only_where_something_was_stored() -> None:
     told = {"batch_id": "spring", "source": "rows", "destination": "s3://acme", "run": "a-1", "reused": 1}
     told |= {"ended_at": "2026-11-27T13:05:09+00:00", "pictures_per_minute": 0.0}
-    words = " ".join("".join(seen("".join(index_page(told, pictures=[outcome(2)], not_there=[]))).words).split())
+    words = " ".join(Seen("".join(index_page(told, pictures=[outcome(2)], not_there=[]))).text.split())
     assert "spring A flow's rows, stored in s3://acme. Run a-1, ended on 27 November 2026, 13:05 UTC." in words
     assert "a minute" not in words
-    again = seen("".join(index_page({**told, "stored": 1}, pictures=[outcome(2)], not_there=[])))
-    assert "stored a minute" in again.words
+    again = Seen("".join(index_page({**told, "stored": 1}, pictures=[outcome(2)], not_there=[])))
+    assert "stored a minute" in again.text
 
 
 def test_pictures_are_linked_beside_the_page_and_load_when_they_are_scrolled_to() -> None:
-    page = seen("".join(index_page({"stored": 1}, pictures=[outcome(2)], not_there=[])))
+    page = Seen("".join(index_page({"stored": 1}, pictures=[outcome(2)], not_there=[])))
     (image,) = [attributes for tag, attributes in page.tags if tag == "img"]
     assert image["src"] == "../../images/i2.png"
     assert image["loading"] == "lazy"
@@ -300,7 +269,7 @@ def test_pictures_are_linked_beside_the_page_and_load_when_they_are_scrolled_to(
 
 
 def thumbs_on(page: str) -> list[bytes]:
-    urls = [attributes.get("src") or "" for tag, attributes in seen(page).tags if tag == "img"]
+    urls = [attributes.get("src") or "" for tag, attributes in Seen(page).tags if tag == "img"]
     return [base64.b64decode(url.partition(",")[2]) for url in urls if url.startswith("data:image/webp;base64,")]
 
 
@@ -350,8 +319,8 @@ def test_the_page_is_the_same_whether_its_pictures_were_seen_or_read(
         ]
         for shop in (seen_page, read_page):
             await run(shop, source_of(prompts(rows)), window=window)
-        shown = [attributes for tag, attributes in seen(page_of(seen_page)).tags if tag == "img"]
-        assert shown == [attributes for tag, attributes in seen(page_of(read_page)).tags if tag == "img"]
+        shown = [attributes for tag, attributes in Seen(page_of(seen_page)).tags if tag == "img"]
+        assert shown == [attributes for tag, attributes in Seen(page_of(read_page)).tags if tag == "img"]
         assert all(str(attributes["src"]).startswith("data:image/webp") for attributes in shown)
         assert len(pictures_read(read_page)) >= len(shown)
 
@@ -566,12 +535,6 @@ def test_a_part_with_strange_lines_is_read_as_far_as_it_goes(caplog: pytest.LogC
 
     virtual_time.run(story())
     assert "1 lines are none of a report" in caplog.text
-
-
-def test_tiny_pictures_are_pictures() -> None:
-    image = pytest.importorskip("PIL.Image")
-    with image.open(io.BytesIO(tiny_png(9))) as picture:
-        assert picture.size == (2, 2)
 
 
 def test_a_batch_that_never_began_leaves_nothing() -> None:

@@ -485,12 +485,3 @@ def test_no_bytes_in_a_line_make_a_reader_fall_or_lose_the_lines_around_it(junk:
     assert found[0] == "before"
     assert found[-1] == "after"
     assert len(found) <= 3
-
-
-@given(st.binary(max_size=400), st.sampled_from(["csv", "tsv", "jsonl"]))
-def test_a_file_of_anything_is_refused_or_read_but_never_a_riddle(data: bytes, kind: str) -> None:
-    try:
-        rows = rows_of(data, kind)
-    except BadInput:
-        return
-    assert [row.line for row in rows] == sorted(row.line for row in rows)

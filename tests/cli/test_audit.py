@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from contextlib import closing
 from pathlib import Path
 
-import boto3
 import pytest
 
 from prefect_eachlabs.cli.main import main
@@ -28,9 +26,7 @@ def test_a_bill_is_accounted_for_until_a_picture_is_deleted(studio: Studio, caps
     assert [one["pictures"] for one in said["by_day"]] == [1]
     assert f"{studio.destination}/images/fox.png" in page.read_text(encoding="utf-8")
 
-    with closing(boto3.client("s3")) as s3:
-        key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/images/fox.png"
-        s3.delete_object(Bucket=BUCKET, Key=key)
+    studio.delete("images/fox.png")
     assert main(["audit", studio.destination]) == 1
     printed = capsys.readouterr().out
     assert "1 paid and not stored:" in printed

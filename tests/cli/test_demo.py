@@ -252,14 +252,6 @@ def test_the_environment_of_the_demo_holds_nothing_of_the_users(
     assert os.environ["PATH"] == hostile["PATH"]
 
 
-def test_an_interrupt_that_a_library_swallowed_is_not_forgotten() -> None:
-    with demo_stage.Interrupts() as interrupts:
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            interrupts.check()
-
-
 def test_a_second_interrupt_does_not_disturb_the_cleaning_up() -> None:
     with demo_stage.Interrupts() as interrupts, interrupts.held_back():
         signal.raise_signal(signal.SIGINT)

@@ -32,9 +32,25 @@ class Studio:
     def billed(self) -> int:
         return int(self.api.tallies()["billed"])
 
+    def key(self, name: str) -> str:
+        """Where something of the destination lies in the bucket."""
+        return f"{self.destination.removeprefix(f's3://{BUCKET}/')}/{name}"
+
+    def get(self, name: str) -> bytes:
+        with closing(boto3.client("s3")) as s3, s3.get_object(Bucket=BUCKET, Key=self.key(name))["Body"] as body:
+            return bytes(body.read())
+
+    def put(self, name: str, body: bytes) -> None:
+        with closing(boto3.client("s3")) as s3:
+            s3.put_object(Bucket=BUCKET, Key=self.key(name), Body=body)
+
+    def delete(self, name: str) -> None:
+        with closing(boto3.client("s3")) as s3:
+            s3.delete_object(Bucket=BUCKET, Key=self.key(name))
+
     def keys(self, folder: str = "images/") -> list[str]:
         """The keys under a folder of the destination."""
-        prefix = self.destination.removeprefix(f"s3://{BUCKET}/") + "/" + folder
+        prefix = self.key(folder)
         with closing(boto3.client("s3")) as s3:
             rows: list[Any] = s3.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
         return [row["Key"].removeprefix(prefix) for row in rows]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import closing
 from typing import Any
 
-import boto3
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
 from prefect_eachlabs.errors import BadInput, OutcomeUnknown
 from prefect_eachlabs.flows import audit_bill, generate_image
-from tests.flows.flow_fixtures import BUCKET, Studio
+from tests.flows.flow_fixtures import Studio
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -44,9 +42,7 @@ def test_a_bill_that_is_accounted_for_completes_and_one_that_is_not_fails_and_sa
     for words in ("paid and stored", "█", "0.0390", "fox&#46;png"):
         assert words in artifact.data
 
-    with closing(boto3.client("s3")) as s3:
-        key = studio.destination.removeprefix(f"s3://{BUCKET}/") + "/images/fox.png"
-        s3.delete_object(Bucket=BUCKET, Key=key)
+    studio.delete("images/fox.png")
     state = audited(studio.destination, since="")
     assert state.is_failed()
     assert "1 paid and not stored" in str(state.message)

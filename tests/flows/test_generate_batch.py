@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import boto3
 import pytest
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -137,10 +135,8 @@ def test_a_dry_run_buys_nothing_and_says_what_it_would(studio: Studio, tmp_path:
 
 def test_a_source_may_stand_in_the_bucket(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EACHLABS_REFERENCE_ROOTS", studio.destination)
-    key = f"{studio.destination.removeprefix(f's3://{BUCKET}/')}/in/foxes.csv"
-    with closing(boto3.client("s3")) as s3:
-        s3.put_object(Bucket=BUCKET, Key=key, Body=b"prompt,id\nfox,f1\ndog,d1\n")
-    state = ended(f"s3://{BUCKET}/{key}", studio, batch_id="zoo")
+    studio.put("in/foxes.csv", b"prompt,id\nfox,f1\ndog,d1\n")
+    state = ended(f"{studio.destination}/in/foxes.csv", studio, batch_id="zoo")
     assert state.is_completed()
     assert sorted(studio.keys()) == ["d1.png", "f1.png"]
     assert sorted(studio.keys("batches/zoo/"))[:4] == [

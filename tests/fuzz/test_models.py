@@ -14,9 +14,8 @@ from prefect_eachlabs.api.catalogue import Model
 from prefect_eachlabs.errors import BadInput, EachlabsError
 from prefect_eachlabs.ledger.evidence import fit, may_share_an_echo, newest
 from prefect_eachlabs.ledger.records import Record, RecordError, new_record
-from prefect_eachlabs.models import Item, created_id, is_http_url, parse_executions, parse_prediction
+from prefect_eachlabs.models import Item, UploadSlot, created_id, is_http_url, parse_executions, parse_prediction
 from prefect_eachlabs.net import safe_json
-from prefect_eachlabs.reference_images import UploadSlot
 from tests.api.client_answers import ITEM
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed

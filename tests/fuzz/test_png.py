@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
-from prefect_eachlabs.images.png import PngError, PngReader
+from prefect_eachlabs.images.png import MediaError, PngReader
 from prefect_eachlabs.models import Media
 from tests.fuzz import hostile
 from tests.fuzz.kit import fuzzed
@@ -89,7 +89,7 @@ def verdict(pieces: list[bytes]) -> Media | str:
         for piece in pieces:
             reader.feed(piece)
         return reader.finish()
-    except PngError as error:
+    except MediaError as error:
         return str(error)
 
 

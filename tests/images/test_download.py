@@ -186,7 +186,9 @@ def test_a_url_that_cannot_be_asked_is_a_failed_download(url: str) -> None:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b"<!doctype html><html><body>Sign in</body></html>", "it begins like HTML, not like a PNG"),
+        (b"\xef\xbb\xbf \n<!doctype html><body>Sign in", "it begins like an HTML page, not like a PNG"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "it begins like an XML, not like a PNG"),
+        (b'{"error": "expired"}', "it begins like a JSON, not like a PNG"),
         (SMALL[:-5], "it is truncated"),
         (SMALL + b"\0", "bytes follow its end"),
         (b"", "it is empty (0 bytes)"),

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import prefect_eachlabs.images.png
-from prefect_eachlabs.images.png import SIGNATURE, PngError, PngReader, verify_png
+from prefect_eachlabs.images.png import SIGNATURE, MediaError, PngReader, verify_png
 from prefect_eachlabs.models import Media
 
 
@@ -66,9 +66,9 @@ def refused(data: bytes, *, piece_bytes: int | None = None, **limits: int) -> st
     reasons = set()
     for size in (piece_bytes,) if piece_bytes else (len(data) or 1, 1, 7):
         reader = PngReader(**limits)
-        with pytest.raises(PngError) as caught:
+        with pytest.raises(MediaError) as caught:
             read(reader, data, size)
-        with pytest.raises(PngError, match=r".") as again:
+        with pytest.raises(MediaError, match=r".") as again:
             reader.finish()
         assert str(again.value) == str(caught.value), "a refused picture stays refused"
         reasons.add(str(caught.value))
@@ -157,14 +157,6 @@ def test_pieces_of_any_size_give_the_same_picture() -> None:
     ("data", "reason"),
     [
         (b"", "it is empty (0 bytes)"),
-        (b"<!DOCTYPE html><html><body>Not found</body></html>", "it begins like HTML, not like a PNG"),
-        (b"\xef\xbb\xbf \n<HTML>", "it begins like HTML, not like a PNG"),
-        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "it begins like XML, not like a PNG"),
-        (b'{"error": "expired"}', "it begins like JSON, not like a PNG"),
-        (b"\xff\xd8\xff\xe0\x00\x10JFIF" + bytes(100), "it is a JPEG file, not a PNG"),
-        (b"GIF89a" + bytes(100), "it is a GIF file, not a PNG"),
-        (b"RIFF\x24\x00\x00\x00WEBPVP8 ", "it is a WebP file, not a PNG"),
-        (b"\x1f\x8b\x08\x00" + bytes(20), "it is a gzip file, not a PNG"),
         (b"hello", "it does not begin like a PNG (its first bytes are 68 65 6c 6c 6f)"),
         (
             b"\x89PNG\n\n\x1a\n" + bytes(80),
@@ -172,7 +164,7 @@ def test_pieces_of_any_size_give_the_same_picture() -> None:
         ),
     ],
 )
-def test_what_is_no_png_is_called_by_its_name(data: bytes, reason: str) -> None:
+def test_what_is_no_png_is_told_by_its_first_bytes(data: bytes, reason: str) -> None:
     assert refused(data) == reason
 
 
@@ -208,7 +200,7 @@ def test_random_bytes_never_raise_anything_but_png_error(noise: bytes, piece_byt
     for data in (noise, SIGNATURE + noise, SMALL[:33] + noise, SMALL[:-12] + noise):
         try:
             verify_png(data)
-        except PngError:
+        except MediaError:
             refused(data, piece_bytes=piece_bytes)
 
 
@@ -292,12 +284,12 @@ def test_what_breaks_the_specification_is_refused_with_its_reason(data: bytes, r
 
 
 def test_a_picture_at_the_size_limit_is_taken_and_one_byte_above_refused() -> None:
-    assert verify_png(SMALL, max_bytes=len(SMALL)).data == SMALL
+    assert read(PngReader(max_bytes=len(SMALL)), SMALL, 7).data == SMALL
     assert refused(SMALL, max_bytes=len(SMALL) - 1) == f"it is larger than {len(SMALL) - 1} bytes"
 
 
 def test_a_picture_at_the_pixel_limit_is_taken_and_one_above_refused() -> None:
-    assert verify_png(SMALL, max_pixels=4).width_px == 2
+    assert read(PngReader(max_pixels=4), SMALL, 7).width_px == 2
     assert refused(SMALL, max_pixels=3) == "its 2 x 2 pixels are more than 3"
 
 

@@ -22,9 +22,8 @@ from prefect_eachlabs.errors import DownloadFailed, HostNotAllowed, NotAPng, Set
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
-from prefect_eachlabs.models import Destination, Item
+from prefect_eachlabs.models import Destination, Item, UploadSlot
 from prefect_eachlabs.net.public_only import GuardedTransport, HostGuard, HostRefused
-from prefect_eachlabs.reference_images import UploadSlot
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
 from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport
 from tests.images.test_download import SMALL, Host

@@ -6,8 +6,6 @@ import asyncio
 import io
 import json
 import os
-import struct
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +31,7 @@ from prefect_eachlabs.storage import s3_client
 from prefect_eachlabs.storage.s3_client import S3Access
 from tests import virtual_time
 from tests.batch.batch_kit import MemoryFiles, inline
+from tests.images.test_png import IEND, header, idat, png
 from tests.memory_store import MemoryStore
 
 PROMPT = "a fox " * 20_000
@@ -172,18 +171,9 @@ def test_a_record_is_indented_where_a_person_may_read_it_and_reads_back_either_w
 # Pictures.
 
 
-def png_of(width_px: int, height_px: int) -> bytes:
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-    head = struct.pack(">IIBBBBB", width_px, height_px, 8, 0, 0, 0, 0)
-    data = zlib.compress(bytes(1_000_000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-
-
 def test_a_picture_of_900_megapixels_is_on_the_sheet_as_none() -> None:
     pytest.importorskip("PIL")
-    assert frame(png_of(30_000, 30_000), "a fox", "fox", "").picture is None
+    assert frame(png(header(30_000, 30_000), idat(bytes(1_000_000)), IEND), "a fox", "fox", "").picture is None
 
 
 # Links that come after a path was looked at.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import closing
 from typing import Any
 
-import boto3
 import pytest
 import yaml
 from markdown_it import MarkdownIt
@@ -108,9 +106,7 @@ def test_the_deployment_that_events_start_says_that_each_spends_and_runs_few_at_
 def test_a_key_that_somebody_writes_to_the_bucket_moves_no_terminal(
     studio: Studio, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    prefix = studio.destination.removeprefix(f"s3://{BUCKET}/")
-    with closing(boto3.client("s3")) as s3:
-        s3.put_object(Bucket=BUCKET, Key=f"{prefix}/records/\x1b[2J\u202e.json", Body=b"{}")
+    studio.put("records/\x1b[2J\u202e.json", b"{}")
     assert main(["settle", studio.destination]) == 1
     said = capsys.readouterr().out
     assert "\\x1b[2J\\u202e" in said

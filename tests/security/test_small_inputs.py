@@ -22,6 +22,8 @@ import pytest
 from PIL import Image
 
 from tests.batch.workbooks import TEXTS, workbook
+from tests.images.test_png import IEND, chunk, header
+from tests.images.test_png import png as a_png
 
 pytest.importorskip("openpyxl")
 pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -34,10 +36,6 @@ pytestmark = [
 MOST_MB = 300
 MOST_STOPPED_SECONDS = 0.5
 SMALL_BYTES = 1_000_000
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def nothing(size: int, checked: Callable[[int], bytes], head: bytes) -> bytes:
@@ -71,9 +69,7 @@ def gzipped(size: int) -> bytes:
 def png(width_px: int, height_px: int, *more: bytes, depth: int = 8, end: bool = True) -> bytes:
     """RGBA, all of it nothing; `more` are chunks before its image data."""
     data = zlibbed((1 + width_px * depth // 2) * height_px)
-    head = struct.pack(">IIBBBBB", width_px, height_px, depth, 6, 0, 0, 0)
-    parts = [chunk(b"IHDR", head), *more, chunk(b"IDAT", data), *([chunk(b"IEND", b"")] if end else [])]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+    return a_png(header(width_px, height_px, depth, 6), *more, chunk(b"IDAT", data), IEND if end else b"")
 
 
 def bombs() -> list[bytes]:

@@ -29,6 +29,7 @@ from prefect_eachlabs.models import (
     Item,
     Prediction,
     PredictionStatus,
+    UploadSlot,
     parse_executions,
     parse_prediction,
 )
@@ -36,7 +37,7 @@ from prefect_eachlabs.net import safe_json
 from prefect_eachlabs.net.public_get import PublicWeb
 from prefect_eachlabs.net.public_only import HostGuard
 from prefect_eachlabs.polling.execution_list import names_several
-from prefect_eachlabs.reference_images import Picture, UploadSlot
+from prefect_eachlabs.reference_images import Picture
 from prefect_eachlabs.settings import AccountSettings, settings_from_environment
 from prefect_eachlabs.webhooks import receiver
 from prefect_eachlabs.webhooks.calls import Call
