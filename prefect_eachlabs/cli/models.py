@@ -7,12 +7,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from prefect_eachlabs.cli.generate import account_gateway
 from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
@@ -58,20 +56,9 @@ def models(
 
 
 def ask_catalogue(question: Callable[[Catalogue], Awaitable[T]]) -> T:
-    """The catalogue's answer; in the account's places where there is a key, without one otherwise."""
+    """The catalogue's answer. No key goes with the question, so that it takes none of the account's slots."""
     from prefect_eachlabs.api.catalogue import Catalogue
     from prefect_eachlabs.api.client import EachlabsClient
-    from prefect_eachlabs.settings import ENVIRONMENT
-
-    if os.environ.get(ENVIRONMENT["api_key"], "").strip():
-        with account_gateway() as gateway:
-            account = gateway.engine.account
-
-            async def asked() -> T:
-                await account.client.check_api(account.limiter)
-                return await retry_while_retryable(lambda: question(account.catalogue))
-
-            return gateway.call(asked())
 
     async def ask() -> T:
         client = EachlabsClient(account_for_the_server(), anonymous=True)

@@ -70,16 +70,6 @@ def test_each_prediction_in_flight_is_cancelled_once_and_the_report_says_so(
     is_true_to_the_vendor(running, api, s3)
 
 
-def test_what_is_past_its_deadline_is_told_and_cancelled_too(api: EmulatorServer, s3: LocalS3, tmp_path: Path) -> None:
-    with command([*batch(tmp_path, 12), "--deadline-seconds", "4"], api, s3, tmp_path / "run") as running:
-        running.until(lambda: "held by predictions past their deadlines: 10" in running.said)
-        running.press_ctrl_c()
-        assert running.wait() == 130
-    assert (api.tallies()["cancelled"], api.tallies()["in_flight"]) == (10, 0)
-    assert "10 predictions in progress: the API confirms 10 as cancelled" in running.said
-    is_true_to_the_vendor(running, api, s3)
-
-
 def test_before_the_first_order_nothing_is_bought(api: EmulatorServer, s3: LocalS3, tmp_path: Path) -> None:
     s3.set_faults(latency_seconds=0.2)
     before = s3.counts()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -317,26 +316,3 @@ def test_progress_follows_the_task_runs_of_rows_line_by_line(capsys: pytest.Capt
     told(progress, "rows 1 to 1", "1 failed")
     steps = [line.split(" s  ")[1].split() for line in capsys.readouterr().out.splitlines()]
     assert steps == [["02-fox", "stored"], ["01-lighthouse", "failed"]]
-
-
-def test_the_table_has_a_line_for_each_row() -> None:
-    there = {
-        "item_id": "01-lighthouse",
-        "state": "stored",
-        "uri": "s3://demo/images/01-lighthouse.png",
-        "width_px": 512,
-        "height_px": 512,
-        "cost_usd": 0.039,
-        "predict_time_seconds": 5.04,
-    }
-    failed = {"item_id": "02-fox", "state": "failed", "uri": None, "error": {"message": "[bold] the model said no"}}
-    head, first, second = demo._table("\n".join(map(json.dumps, (there, failed))).encode()).splitlines()
-    assert head.split() == ["item", "S3", "URI", "px", "time", "cost"]
-    assert first.split("  ")[0] == "01-lighthouse"
-    assert [word for word in first.split("  ") if word][1:] == [
-        "s3://demo/images/01-lighthouse.png",
-        "512 x 512",
-        "5.0 s",
-        "$0.039",
-    ]
-    assert second.split() == ["02-fox", "failed:", "[bold]", "the", "model", "said", "no"]

@@ -293,15 +293,6 @@ def test_what_was_paid_for_is_stored_whatever_it_is_and_runs_in_no_browser(
     assert (again.reused, again.verified, again.uri, studio.billed) == (True, False, told["uri"], 1)
 
 
-def test_a_run_that_asks_for_pictures_refuses_a_film_and_says_how_to_have_it(studio: Studio) -> None:
-    studio.api.set_faults("prediction:output_format,value=mp4")
-    given: dict[str, Any] = {"destination": studio.destination, "item_id": "fox"}
-    with pytest.raises(FormatNotAllowed, match=r"it is an MP4 where a PNG is promised.* --formats png,mp4"):
-        generate_and_store.fn("a fox", formats=["png"], **given)
-    assert generate_and_store.fn("a fox", formats=["png", "mp4"], **given).format == "mp4"
-    assert studio.billed == 1
-
-
 def objects_of(studio: Studio) -> dict[str, Any]:
     with closing(boto3.client("s3")) as s3:
         return {key: s3.head_object(Bucket=BUCKET, Key=studio.key(f"images/{key}")) for key in sorted(studio.keys())}
