@@ -153,17 +153,6 @@ def test_a_dead_claim_that_bought_nothing_is_free_again_when_the_purse_says_no()
 # Whole batches.
 
 
-def test_a_batch_buys_each_row_once() -> None:
-    async def story() -> None:
-        world = World()
-        result = await batch(world.process(), 40)
-        assert result.stored == 40
-        assert result.cost_usd == pytest.approx(40 * PRICE_USD)
-        world.check(items(40))
-
-    play(story)
-
-
 @pytest.mark.parametrize("die_at", range(20, 330, 31))
 def test_a_batch_killed_anywhere_and_run_again_bills_each_row_once(die_at: int) -> None:
     async def story() -> None:

@@ -23,7 +23,6 @@ from prefect_eachlabs.errors import (
     OutcomeUnknown,
     PredictionFailed,
     PredictionTimedOut,
-    SetupError,
     StoreFailed,
 )
 from prefect_eachlabs.models import Item
@@ -142,19 +141,6 @@ def test_a_fault_of_ours_is_a_failed_row_and_not_the_end() -> None:
 
 
 # What ends a batch.
-
-
-def test_a_missing_bucket_ends_the_batch_before_anything_is_bought() -> None:
-    async def missing(name: str, key: str, phase: str) -> None:
-        raise SetupError("there is no such bucket")
-
-    async def story() -> None:
-        shop = CountingShop(MemoryStore(on_operation=missing))
-        with pytest.raises(SetupError, match="no such bucket"):
-            await run(shop, source_of(prompts(3)))
-        assert shop.asked == []
-
-    virtual_time.run(story())
 
 
 class TornStream(io.BytesIO):

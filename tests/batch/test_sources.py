@@ -455,12 +455,6 @@ def test_a_source_that_is_missing_in_its_bucket_says_which(bucket: LocalS3) -> N
         open_source("s3://bucket.csv", bucket.access)
 
 
-def test_an_empty_object_is_no_table(bucket: LocalS3) -> None:
-    _put(bucket, "in/empty.csv", b"")
-    with pytest.raises(BadInput, match="empty"):
-        open_source("s3://in-bucket/in/empty.csv", bucket.access)
-
-
 # Whatever a file holds.
 
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), max_size=30)

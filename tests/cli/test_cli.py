@@ -36,7 +36,6 @@ from prefect_eachlabs.errors import (
     Throttled,
 )
 from prefect_eachlabs.retry import retry_while_retryable
-from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from tests.flows.flow_fixtures import Studio
 from tests.virtual_time import run
 
@@ -254,15 +253,6 @@ def test_a_wrong_set_up_ends_with_2_and_names_the_variable(
     assert main(["generate", "a fox", "--to", studio.destination, "--json"]) == 2
     assert said in the_json(capsys)["error"]
     assert studio.api.tallies()["requests"] == 0
-
-
-def test_a_key_that_is_refused_ends_with_2(studio: Studio, capsys: Printed, monkeypatch: pytest.MonkeyPatch) -> None:
-    with EmulatorServer(EmulatorOptions(api_keys=frozenset({"the-good-one"}))) as api:
-        monkeypatch.setenv("EACHLABS_BASE_URL", api.url)
-        assert main(["generate", "a fox", "--to", studio.destination, "--json"]) == 2
-    answer = the_json(capsys)
-    assert answer["status"] == "failed"
-    assert "a-key-of-tests" not in answer["error"]
 
 
 def test_a_failed_prediction_ends_with_1_and_is_bought_again_only_when_asked(studio: Studio, capsys: Printed) -> None:
