@@ -344,6 +344,12 @@ class Budget:
         order.is_sent = True
         order.prediction_id = prediction_id
 
+    def disown(self, item: Item, prediction_id: str) -> None:
+        """Another item's order counts for this prediction: what this item's bought is not known any more."""
+        for order in self._orders.get(item.item_id, ()):
+            if order.prediction_id == prediction_id:
+                order.prediction_id = None
+
     async def ended(
         self, item: Item, image: StoredImage | None, error: EachlabsError | None, *, may_ask: bool = True
     ) -> list[Order]:

@@ -140,6 +140,14 @@ class Job:
         if self.options.budget is not None:
             self.options.budget.ordered(self.item, prediction_id)
 
+    def disown_unnamed(self, record: Record) -> None:
+        """What this job's order bought is another item's if that has adopted it: its own is not known any more."""
+        if self.prediction_id is None or self.prediction_id in record.named_predictions:
+            return
+        if self.options.budget is not None:
+            self.options.budget.disown(self.item, self.prediction_id)
+        self.prediction_id = None
+
     def give_back_slot(self) -> None:
         if self.slot is not None:
             self.slot.done()
@@ -239,6 +247,7 @@ class Purchaser:
                     raise
                 with job.critical():
                     posted = await self._claim_and_post(job, sent, record, replacing, request)
+                job.disown_unnamed(posted.held.record)
                 if posted.lost is not None:
                     settled = await self._after_a_lost_answer(job, posted.held, posted.lost)
                     replacing = settled.held

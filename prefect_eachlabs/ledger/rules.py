@@ -32,6 +32,10 @@ class Approval(Protocol):
         """A POST of this run bought this prediction; None: its answer was lost, and it may have bought."""
         ...
 
+    def disown(self, item: Item, prediction_id: str) -> None:
+        """The prediction counts for another item's order: what this item's bought is not known any more."""
+        ...
+
 
 See = Callable[[Media], Awaitable[None]]
 

@@ -9,8 +9,10 @@ from itertools import product
 
 import pytest
 
+from prefect_eachlabs.batch.budget import Budget
 from prefect_eachlabs.errors import EachlabsError, OutcomeUnknown
 from prefect_eachlabs.ledger.records import RecordState
+from prefect_eachlabs.models import Item
 from tests.protocol.kit import Fault, Process, World, play, wanted
 from tests.protocol.test_one_item import BOUNDARIES, NUMBERED, named
 
@@ -107,23 +109,34 @@ def test_within_the_limits_of_an_account_one_process_keeps_to_them_while_it_sett
 A, B = wanted(1, prompt="the same picture"), wanted(2, prompt="the same picture")
 
 
+async def counted(process: Process, item: Item, budget: Budget) -> None:
+    """A row of a batch: its picture, and what that cost."""
+    await budget.ended(item, await process.obtain(item, budget=budget), None)
+
+
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
 def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_prediction_each(
     boundary: tuple[int, str],
 ) -> None:
-    """B's answer is lost while A is frozen, and A's claim dies: B may take what A has bought. A thaws, and knows."""
+    """B's answer is lost while A is frozen, and A's claim dies: B may take what A has bought. A thaws, and knows.
+
+    Each run says that it was billed for one picture, whichever order bought it.
+    """
 
     async def story() -> None:
         world = World()
         first = world.process(freeze_at=boundary[0])
-        slow = asyncio.ensure_future(first.obtain(A))
+        second = world.process(by_name=[("POST", "lose", 1)])
+        budgets = [Budget(ours=frozenset({process.run_id})) for process in (first, second)]
+        slow = asyncio.ensure_future(counted(first, A, budgets[0]))
         await first.froze.wait()
         await asyncio.sleep(1)
-        second = world.process(by_name=[("POST", "lose", 1)])
-        await second.obtain(B)
+        await counted(second, B, budgets[1])
         first.thaw()
         await slow
         world.check([A, B])
+        assert [budget.spent_usd for budget in budgets] == [0.039, 0.039]
+        assert [budget.untold for budget in budgets] == [0, 0]
 
     play(story)
 
