@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 import os
 import re
@@ -104,8 +105,12 @@ class Scene:
 
     # ------------------------------------------------------------------ what is searched
 
-    def outputs(self) -> Iterator[tuple[str, bytes]]:
-        """Everything that runs have left behind, by name."""
+    @functools.cached_property
+    def outputs(self) -> list[tuple[str, bytes]]:
+        """Everything that runs have left behind, by name, once all have ended."""
+        return list(self._left_behind())
+
+    def _left_behind(self) -> Iterator[tuple[str, bytes]]:
         yield "stdout and stderr", self.said.encode()
         for folder in (self.home, self.server.folder):
             for path in sorted(folder.rglob("*")):
@@ -125,7 +130,7 @@ class Scene:
 
     def read_by_people(self) -> Iterator[tuple[str, str]]:
         """What a person reads at a terminal, in a file or on a page of the Prefect UI, by name."""
-        for where, data in self.outputs():
+        for where, data in self.outputs:
             if where in ("stdout and stderr", "debug.log") or where.endswith((".html", ".txt")):
                 yield where, data.decode(errors="replace")
         with closing(self.database()) as database:
@@ -153,8 +158,9 @@ class Scene:
         }
         pattern = re.compile(b"|".join(re.escape(spelling) for spelling in wanted))
         leaks = []
-        for where, text in self.outputs():
-            spans = [(wanted[found[0]], *found.span()) for found in pattern.finditer(text)]
+        for where, text in self._left_behind():  # the server may have been told more by now
+            is_there = any(spelling in text for spelling in wanted)  # which is much faster
+            spans = [(wanted[found[0]], *found.span()) for found in pattern.finditer(text)] if is_there else []
             # Signatures are many: looked for where something of their kind stands.
             spans += [("a signature", *span) for span in signatures_in(text, made)]
             for run in re.finditer(rb"[A-Za-z0-9+/]{80,}", text):
@@ -253,7 +259,7 @@ def test_a_key_that_answers_quote_is_written_down_nowhere(
     local_s3: LocalS3, server_process: Stage, tmp_path: Path
 ) -> None:
     scene = quoted(local_s3, server_process, tmp_path, SECRETS["the key"], QUOTING)
-    places = [where for where, _ in scene.outputs()]
+    places = [where for where, _ in scene.outputs]
     for place in (*PLACES, "prefect.db artifact", "s3 quoted-cli/records"):
         assert any(place in where for where in places), place
     assert "upstream refused" in scene.said
@@ -320,7 +326,7 @@ def test_no_output_of_flow_runs_holds_a_secret(scene: Scene, tmp_path: Path) -> 
     assert None not in (said["well"], said["by_blocks"]), scene.said[-20_000:]
     failed = ("refused by moderation", "refused by s3", "gone from its host", "spoilt on its way", "wrong key")
     assert [said[name] for name in failed] == [None] * len(failed)
-    places = [where for where, _ in scene.outputs()]
+    places = [where for where, _ in scene.outputs]
     for kind in (
         "debug.log",
         "prefect.db log",
