@@ -98,6 +98,12 @@ def client(prefect_server: None) -> Iterator[SyncPrefectClient]:
         yield found
 
 
+def test_a_server_takes_every_automation_that_is_shipped(client: SyncPrefectClient) -> None:
+    for shipped in SHIPPED.values():
+        made = client.request("POST", "/automations/", json=AutomationCore(**shipped).model_dump(mode="json"))
+        client.request("DELETE", f"/automations/{made.raise_for_status().json()['id']}").raise_for_status()
+
+
 @pytest.mark.parametrize(
     ("name", "fault", "count"),
     [

@@ -261,7 +261,7 @@ class Stage:
             [sys.executable, "-m", "prefect", "worker", "start", "--pool", "eachlabs", "--name", f"worker-{number}"],
             self.environment(
                 f"worker-{number}",
-                PREFECT_WORKER_QUERY_SECONDS="1",
+                PREFECT_WORKER_QUERY_SECONDS="2",
                 PREFECT_RUNNER_POLL_FREQUENCY="2",
                 PREFECT_FLOWS_HEARTBEAT_FREQUENCY=str(BEAT_SECONDS),
             ),
