@@ -64,7 +64,7 @@ class Command:
         while not condition():
             assert self.process.poll() is None, self.err.read_text()
             assert time.monotonic() < give_up_at, self.err.read_text()
-            time.sleep(0.005)
+            time.sleep(0.02)
 
     def press_ctrl_c(self, instead: int = signal.SIGINT) -> None:
         self.process.send_signal(instead)

@@ -192,9 +192,9 @@ INPUTS: dict[str, tuple[str, Callable[[], bytes]]] = {
     ),
     "a Parquet file of 80 cells of 5 MB": ("parquet", lambda: said_once("x" * 5_000_000, 80)),
     "a Parquet file of 20 cells of 20 MB": ("parquet", lambda: said_once("x" * 20_000_000, 20)),
-    "a Parquet file with a page of 400 MB": (
+    "a Parquet file with a page of 320 MB": (
         "parquet",
-        lambda: table(pyarrow.array(["x" * 400_000_000]), use_dictionary=False),
+        lambda: table(pyarrow.array(["x" * 320_000_000]), use_dictionary=False),
     ),
     "a Parquet file with a list of 50 million nothings": (
         "parquet",
