@@ -38,6 +38,8 @@ class Verdict:
     """Orders that the API took; of those some failed or were cancelled, which costs nothing."""
     billed: int
     stored: int
+    left_open: int
+    """Without a picture: two orders in a row were lost and left no trace, which a person decides."""
     replaced: int
     """Billed, and replaced by a picture of another text, as was asked."""
     once_too_many: int
@@ -90,7 +92,10 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
     items = [item for item in (*wanted, *in_the_end) if POISON not in item.prompt]
     pictures, records = _bucket(world)
     stored, faults = _stored(items, pictures, sold)
-    not_stored = [f"{item_id}: {fault}; its record: {records.get(item_id)}" for item_id, fault in faults.items()]
+    left_open = {item_id for item_id in faults if _is_open(json.loads(records.get(item_id, "{}")))}
+    not_stored = [
+        f"{one}: {fault}; its record: {records.get(one)}" for one, fault in faults.items() if one not in left_open
+    ]
     may_be_billed = Counter(item.prompt for item in (*items, *replaced))
     billed_of = Counter(map(sold.prompt, sold.billed))
     late = {item.prompt for item in items if LATE in item.prompt}
@@ -115,6 +120,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
         accepted=len(sold.predictions),
         billed=len(sold.billed),
         stored=len(stored),
+        left_open=len(left_open),
         replaced=sum(sold.prompt(id) in overwritten for id in sold.billed),
         once_too_many=len(unstored) - len(lost),
         worst_window=tallies["worst_window"],
@@ -173,6 +179,11 @@ def _stored(
         else:
             stored[id] = item.item_id
     return stored, faults
+
+
+def _is_open(record: Mapping[str, Any]) -> bool:
+    """Whether the record waits for a person: what was billed for it is found by its prompt, as paid and not there."""
+    return record.get("state") == "ambiguous" and record.get("orders_without_trace") == POSTS_OF_THE_HOPELESS
 
 
 def _told(world: World, prompt: str, sold: Sold, records: Mapping[str, str]) -> str:
