@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import ipaddress
 import os
 import re
@@ -90,6 +91,21 @@ def pytest_collection() -> Generator[None, object, object]:
 
 def pytest_unconfigure() -> None:
     shutil.rmtree(_SCRATCH, ignore_errors=True)
+
+
+# ------------------------------------------------------------------- virtual time
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """An async test runs in virtual time: see `tests.virtual_time`."""
+    if not inspect.iscoroutinefunction(pyfuncitem.obj):
+        return None
+    from tests.protocol.kit import play  # the emulator, which many files need not load
+
+    given = {name: pyfuncitem.funcargs[name] for name in inspect.signature(pyfuncitem.obj).parameters}
+    play(lambda: pyfuncitem.obj(**given))
+    return True
 
 
 # ------------------------------------------------- which process of several runs what

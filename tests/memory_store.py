@@ -178,8 +178,8 @@ class MemoryStore:
 
         return await self._perform("put", key, write)
 
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
-        last = start_after
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        last = ""
         while True:
 
             async def page(after: str = last) -> tuple[ListedObject, ...]:

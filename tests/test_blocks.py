@@ -66,11 +66,6 @@ def test_credentials_out_of_bounds_are_refused(wrong: dict[str, Any]) -> None:
     assert KEY not in str(refused.value)
 
 
-@pytest.mark.parametrize("url", ["https://api.example.com", "http://127.0.0.1:8700", "http://localhost:8700/"])
-def test_a_base_url_is_https_or_loopback(url: str) -> None:
-    assert EachlabsCredentials(api_key=KEY, base_url=url).base_url == url.rstrip("/")
-
-
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -18,7 +18,7 @@ from prefect_eachlabs.errors import BadInput, EachlabsError, KeyRefused, Predict
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.tasks import generate_and_store
 from prefect_eachlabs.testing.emulator.state import MODELS
-from tests.api.reference_kit import Shop, buy, picture_bytes, play
+from tests.api.reference_kit import Shop, buy, picture_bytes
 from tests.flows.flow_fixtures import Studio
 from tests.virtual_time import run
 
@@ -101,36 +101,30 @@ def test_faults_are_told_field_by_field(slug: str, input: dict[str, Any], faults
         assert said.startswith(wanted)
 
 
-def test_many_faults_are_all_counted_and_some_are_told() -> None:
-    async def story() -> None:
-        engine, wrong = Shop().process(), {**dict.fromkeys("abc", 1), "seed": -1}
-        with pytest.raises(
-            BadInput, match=r"input.a, b, c: not known.*; prompt: 10,001 characters, at most 10,000; input.seed"
-        ) as info:
-            await buy(engine, "x" * 10_001, model="flux-1-1-pro", input=wrong)
-        assert "`prefect-eachlabs models flux-1-1-pro` shows what flux-1-1-pro takes" in info.value.message
-        assert "Nothing was bought." in info.value.message
-        assert len(info.value.message) < 1_500
-        assert info.value.item_id
-
-    play(story)
+async def test_many_faults_are_all_counted_and_some_are_told() -> None:
+    engine, wrong = Shop().process(), {**dict.fromkeys("abc", 1), "seed": -1}
+    with pytest.raises(
+        BadInput, match=r"input.a, b, c: not known.*; prompt: 10,001 characters, at most 10,000; input.seed"
+    ) as info:
+        await buy(engine, "x" * 10_001, model="flux-1-1-pro", input=wrong)
+    assert "`prefect-eachlabs models flux-1-1-pro` shows what flux-1-1-pro takes" in info.value.message
+    assert "Nothing was bought." in info.value.message
+    assert len(info.value.message) < 1_500
+    assert info.value.item_id
 
 
-def test_a_bound_that_was_passed_is_told_in_numbers() -> None:
-    async def story() -> None:
-        shop = Shop()
-        with pytest.raises(Rejected) as info:  # the first model's input is held against its schema by the API alone
-            await buy(shop.process(), "x" * 20_000)
-        assert info.value.message == (
-            "prompt: 20,000 characters, at most 10,000. `prefect-eachlabs models gemini` shows what gemini takes. "
-            "Nothing was bought."
-        )
-        assert "xxx" not in str(info.value)
-        assert info.value.details is None
-        with pytest.raises(PredictionFailed, match="20,000 characters, at most 10,000"):  # from the record
-            await buy(shop.process(), "x" * 20_000)
-
-    play(story)
+async def test_a_bound_that_was_passed_is_told_in_numbers() -> None:
+    shop = Shop()
+    with pytest.raises(Rejected) as info:  # the first model's input is held against its schema by the API alone
+        await buy(shop.process(), "x" * 20_000)
+    assert info.value.message == (
+        "prompt: 20,000 characters, at most 10,000. `prefect-eachlabs models gemini` shows what gemini takes. "
+        "Nothing was bought."
+    )
+    assert "xxx" not in str(info.value)
+    assert info.value.details is None
+    with pytest.raises(PredictionFailed, match="20,000 characters, at most 10,000"):  # from the record
+        await buy(shop.process(), "x" * 20_000)
 
 
 GEMNI = (
@@ -139,26 +133,20 @@ GEMNI = (
 )
 
 
-def test_a_misspelt_model_is_told_with_the_nearest_ones_and_asked_about_once() -> None:
-    async def story() -> None:
-        shop = Shop()
-        engine = shop.process()
-        for number in range(3):
-            with pytest.raises(Rejected) as info:
-                await buy(engine, f"a fox {number}", model="gemni")
-            assert info.value.message == GEMNI
-        assert (shop.requests()["model"], shop.requests()["models"]) == (1, 1)
-
-    play(story)
+async def test_a_misspelt_model_is_told_with_the_nearest_ones_and_asked_about_once() -> None:
+    shop = Shop()
+    engine = shop.process()
+    for number in range(3):
+        with pytest.raises(Rejected) as info:
+            await buy(engine, f"a fox {number}", model="gemni")
+        assert info.value.message == GEMNI
+    assert (shop.requests()["model"], shop.requests()["models"]) == (1, 1)
 
 
-def test_a_refusal_that_the_catalogue_cannot_explain_keeps_the_apis_words() -> None:
-    async def story() -> None:
-        shop = Shop("create:error,status=422", "models:error,status=500")
-        with pytest.raises(Rejected, match=r"HTTP 422\)"):
-            await buy(shop.process(), "a fox")
-
-    play(story)
+async def test_a_refusal_that_the_catalogue_cannot_explain_keeps_the_apis_words() -> None:
+    shop = Shop("create:error,status=422", "models:error,status=500")
+    with pytest.raises(Rejected, match=r"HTTP 422\)"):
+        await buy(shop.process(), "a fox")
 
 
 @pytest.mark.parametrize(
@@ -223,40 +211,31 @@ def test_a_schema_of_megabytes_checks_nothing(caplog: pytest.LogCaptureFixture) 
 # --------------------------------------------------------------------------------------------------- asked
 
 
-def test_the_first_model_is_known_without_a_request() -> None:
-    async def story() -> None:
-        shop = Shop()
-        engine = shop.process()
-        await asyncio.gather(*(buy(engine, f"fox {n}", "https://cdn.example.org/a.png") for n in range(5)))
-        assert set(shop.requests()) == {"create", "get", "executions", "picture"} & set(shop.requests())
-
-    play(story)
+async def test_the_first_model_is_known_without_a_request() -> None:
+    shop = Shop()
+    engine = shop.process()
+    await asyncio.gather(*(buy(engine, f"fox {n}", "https://cdn.example.org/a.png") for n in range(5)))
+    assert set(shop.requests()) == {"create", "get", "executions", "picture"} & set(shop.requests())
 
 
-def test_another_model_is_asked_for_once_a_run_and_its_question_takes_a_request_place() -> None:
-    async def story() -> None:
-        shop = Shop()
-        engine = shop.process()
-        await asyncio.gather(*(buy(engine, f"fox {n}", model="imagen-4") for n in range(5)))
-        assert (shop.requests()["model"], shop.requests()["create"]) == (1, 5)
-        await buy(shop.process(), "one more", model="imagen-4")
-        assert shop.requests()["model"] == 2
-
-    play(story)
+async def test_another_model_is_asked_for_once_a_run_and_its_question_takes_a_request_place() -> None:
+    shop = Shop()
+    engine = shop.process()
+    await asyncio.gather(*(buy(engine, f"fox {n}", model="imagen-4") for n in range(5)))
+    assert (shop.requests()["model"], shop.requests()["create"]) == (1, 5)
+    await buy(shop.process(), "one more", model="imagen-4")
+    assert shop.requests()["model"] == 2
 
 
 @pytest.mark.parametrize("fault", ["models:error,next=1", "models:malformed,next=1", "models:throttled,next=1"])
-def test_a_catalogue_that_stumbles_is_asked_again_and_nothing_is_bought_meanwhile(fault: str) -> None:
-    async def story() -> None:
-        shop = Shop(fault)
-        engine = shop.process()
-        with pytest.raises(EachlabsError) as info:
-            await buy(engine, "a fox", model="imagen-4")
-        assert info.value.retryable
-        assert shop.requests()["create"] == 0
+async def test_a_catalogue_that_stumbles_is_asked_again_and_nothing_is_bought_meanwhile(fault: str) -> None:
+    shop = Shop(fault)
+    engine = shop.process()
+    with pytest.raises(EachlabsError) as info:
         await buy(engine, "a fox", model="imagen-4")
-
-    play(story)
+    assert info.value.retryable
+    assert shop.requests()["create"] == 0
+    await buy(engine, "a fox", model="imagen-4")
 
 
 class Librarian:
@@ -274,16 +253,13 @@ class Librarian:
         raise self.error
 
 
-def test_a_model_that_the_catalogue_does_not_show_gets_what_the_user_wrote() -> None:
-    async def story() -> None:
-        librarian = Librarian(Rejected("no", status_code=404))
-        catalogue = Catalogue(librarian, None)
-        item = Item.wanted(model="secret-model", image_url=URL, input={"size": 7})
-        for _ in range(3):
-            assert await catalogue.checked(item) == {"size": 7, "image_url": URL}
-        assert librarian.asked == 1
-
-    run(story())
+async def test_a_model_that_the_catalogue_does_not_show_gets_what_the_user_wrote() -> None:
+    librarian = Librarian(Rejected("no", status_code=404))
+    catalogue = Catalogue(librarian, None)
+    item = Item.wanted(model="secret-model", image_url=URL, input={"size": 7})
+    for _ in range(3):
+        assert await catalogue.checked(item) == {"size": 7, "image_url": URL}
+    assert librarian.asked == 1
 
 
 def test_a_key_that_is_refused_is_no_missing_model() -> None:
@@ -291,41 +267,38 @@ def test_a_key_that_is_refused_is_no_missing_model() -> None:
         run(Catalogue(Librarian(KeyRefused("no", status_code=401)), None).model("m"))
 
 
-def test_once_is_once_for_all_who_ask_and_each_gets_an_error_of_its_own() -> None:
-    async def story() -> None:
-        once: SingleFlight[str, int] = SingleFlight(most=2)
-        asked: list[str] = []
+async def test_once_is_once_for_all_who_ask_and_each_gets_an_error_of_its_own() -> None:
+    once: SingleFlight[str, int] = SingleFlight()
+    asked: list[str] = []
 
-        async def answer() -> int:
-            asked.append("x")
-            await asyncio.sleep(1)
-            return len(asked)
+    async def answer() -> int:
+        asked.append("x")
+        await asyncio.sleep(1)
+        return len(asked)
 
-        async def fail() -> int:
-            asked.append("f")
-            raise BadInput("no")
+    async def fail() -> int:
+        asked.append("f")
+        raise BadInput("no")
 
-        async def stumble() -> int:
-            asked.append("s")
-            raise Unanswered("again")
+    async def stumble() -> int:
+        asked.append("s")
+        raise Unanswered("again")
 
-        impatient = asyncio.ensure_future(once.get("a", answer))
-        waiting = [asyncio.ensure_future(once.get("a", answer)) for _ in range(5)]
-        await asyncio.sleep(0.5)
-        impatient.cancel()
-        assert [await each for each in waiting] == [1] * 5
-        for key, ask, times in (("b", fail, 1), ("c", stumble, 2)):
-            errors = await asyncio.gather(*(once.get(key, ask) for _ in range(2)), return_exceptions=True)
-            errors += await asyncio.gather(once.get(key, ask), return_exceptions=True)
-            assert len({id(error) for error in errors}) == 3
-            assert asked.count(key.translate({98: "f", 99: "s"})) == times
-        await asyncio.sleep(61)
-        with pytest.raises(BadInput):
-            await once.get("b", fail)
-        assert asked.count("f") == 2, "a minute later somebody may have mended it"
-        await once.aclose()
-
-    run(story())
+    impatient = asyncio.ensure_future(once.get("a", answer))
+    waiting = [asyncio.ensure_future(once.get("a", answer)) for _ in range(5)]
+    await asyncio.sleep(0.5)
+    impatient.cancel()
+    assert [await each for each in waiting] == [1] * 5
+    for key, ask, times in (("b", fail, 1), ("c", stumble, 2)):
+        errors = await asyncio.gather(*(once.get(key, ask) for _ in range(2)), return_exceptions=True)
+        errors += await asyncio.gather(once.get(key, ask), return_exceptions=True)
+        assert len({id(error) for error in errors}) == 3
+        assert asked.count(key.translate({98: "f", 99: "s"})) == times
+    await asyncio.sleep(61)
+    with pytest.raises(BadInput):
+        await once.get("b", fail)
+    assert asked.count("f") == 2, "a minute later somebody may have mended it"
+    await once.aclose()
 
 
 # ------------------------------------------------------------------------------- three models, all the way

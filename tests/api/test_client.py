@@ -202,20 +202,6 @@ def test_a_refused_key_says_what_to_check(status: int, ask: Any) -> None:
     assert isinstance(refused.value, SetupError)
 
 
-@pytest.mark.parametrize("status", [300, 301, 302, 303, 304, 307, 308])
-@pytest.mark.parametrize("ask", [create, get, cancel, executions])
-def test_a_redirect_is_never_followed(status: int, ask: Any) -> None:
-    asked: list[str] = []
-
-    def answer(request: httpx.Request) -> httpx.Response:
-        asked.append(str(request.url))
-        return httpx.Response(status, headers={"Location": "https://elsewhere.invalid/v1/prediction"})
-
-    with pytest.raises(Rejected, match="EACHLABS_BASE_URL"):
-        answered(answer, ask)
-    assert len(asked) == 1
-
-
 # -------------------------------------------------------------------------- Retry-After
 
 NOW = datetime(2026, 11, 22, 12, 0, 0, tzinfo=timezone.utc)

@@ -31,7 +31,7 @@ from prefect_eachlabs.reference_images import (
 )
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.tasks import create_prediction, generate_and_store
-from tests.api.reference_kit import Shop, buy, picture_bytes, play
+from tests.api.reference_kit import Shop, buy, picture_bytes
 from tests.flows.flow_fixtures import BUCKET, Studio
 from tests.virtual_time import run
 
@@ -389,102 +389,81 @@ def test_a_host_of_this_network_alone_is_not_even_asked(url: str) -> None:
     assert host.asked == []
 
 
-def test_a_name_that_leads_to_an_address_of_this_network_is_not_asked_either() -> None:
-    async def story() -> None:
-        async def rebound(host: str) -> list[str]:
-            return ["93.184.215.14", "192.168.1.5"]
+async def test_a_name_that_leads_to_an_address_of_this_network_is_not_asked_either() -> None:
+    async def rebound(host: str) -> list[str]:
+        return ["93.184.215.14", "192.168.1.5"]
 
-        host = Host(head())
-        prober = Prober(httpx.MockTransport(host), hosts=HostGuard(resolve=rebound))
-        with pytest.raises(BadInput, match="an address of this network alone"):
-            await prober.check("https://evil.example.org/a.png")
-        assert host.asked == []
-
-    run(story())
+    host = Host(head())
+    prober = Prober(httpx.MockTransport(host), hosts=HostGuard(resolve=rebound))
+    with pytest.raises(BadInput, match="an address of this network alone"):
+        await prober.check("https://evil.example.org/a.png")
+    assert host.asked == []
 
 
 # ------------------------------------------------------------------------------------- the whole, in memory
 
 
-def test_forty_items_with_one_picture_upload_it_once_and_send_its_public_url() -> None:
-    async def story() -> None:
-        shop, data = Shop(), picture_bytes(1, "JPEG")
-        engine = shop.process()
-        await asyncio.gather(*(buy(engine, f"fox {n}", data) for n in range(40)))
-        assert (shop.uploads, shop.requests()["presign"]) == (1, 1)
-        (url,) = {sent["image_url"] for sent in shop.sent()}
-        assert shop.api.journal.violations == Counter(), "the key went along, or not the required headers"
-        record = shop.store.json(shop.store.keys("p/records/")[0])
-        assert record["input"]["image_url"] == Picture.of_bytes(data).name
-        assert record["sent_input"]["image_url"] == url
-
-    play(story)
+async def test_forty_items_with_one_picture_upload_it_once_and_send_its_public_url() -> None:
+    shop, data = Shop(), picture_bytes(1, "JPEG")
+    engine = shop.process()
+    await asyncio.gather(*(buy(engine, f"fox {n}", data) for n in range(40)))
+    assert (shop.uploads, shop.requests()["presign"]) == (1, 1)
+    (url,) = {sent["image_url"] for sent in shop.sent()}
+    assert shop.api.journal.violations == Counter(), "the key went along, or not the required headers"
+    record = shop.store.json(shop.store.keys("p/records/")[0])
+    assert record["input"]["image_url"] == Picture.of_bytes(data).name
+    assert record["sent_input"]["image_url"] == url
 
 
-def test_another_destination_of_the_same_process_knows_the_upload() -> None:
-    async def story() -> None:
-        shop, data = Shop(), picture_bytes(1)
-        engine = shop.process()
-        await buy(engine, "one", data)
-        other = Destination.parse("s3://bucket/other")
-        await engine.generate_and_store(Item.wanted("two", image_url=data), other, options=PurchaseOptions())
-        assert shop.uploads == 1
-
-    play(story)
+async def test_another_destination_of_the_same_process_knows_the_upload() -> None:
+    shop, data = Shop(), picture_bytes(1)
+    engine = shop.process()
+    await buy(engine, "one", data)
+    other = Destination.parse("s3://bucket/other")
+    await engine.generate_and_store(Item.wanted("two", image_url=data), other, options=PurchaseOptions())
+    assert shop.uploads == 1
 
 
-def test_an_upload_whose_time_is_about_to_end_is_done_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
-        shop, data = Shop(), picture_bytes(1)
-        engine = shop.process()
-        monkeypatch.setattr(references, "KEPT_SECONDS", 3_000)
-        await buy(engine, "one", data)
-        monkeypatch.undo()
-        await buy(engine, "two", data)
-        await buy(engine, "three", data)
-        assert shop.uploads == 2
-
-    play(story)
+async def test_an_upload_whose_time_is_about_to_end_is_done_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    shop, data = Shop(), picture_bytes(1)
+    engine = shop.process()
+    monkeypatch.setattr(references, "KEPT_SECONDS", 3_000)
+    await buy(engine, "one", data)
+    monkeypatch.undo()
+    await buy(engine, "two", data)
+    await buy(engine, "three", data)
+    assert shop.uploads == 2
 
 
 @pytest.mark.parametrize(
     "fault",
     ["upload:error,next=2", "upload:lost_answer,next=1", "upload:cut,next=2", "presign:lost_answer,next=1"],
 )
-def test_an_upload_that_stumbles_is_repeated(fault: str) -> None:
-    async def story() -> None:
-        shop, data = Shop(fault), picture_bytes(1)
-        engine = shop.process()
-        if fault.startswith("presign"):  # a question: whoever asked repeats it
-            with pytest.raises(Unanswered):
-                await buy(engine, "one", data)
-        await buy(engine, "one", data)
-        assert shop.requests()["create"] == 1
-
-    play(story)
+async def test_an_upload_that_stumbles_is_repeated(fault: str) -> None:
+    shop, data = Shop(fault), picture_bytes(1)
+    engine = shop.process()
+    if fault.startswith("presign"):  # a question: whoever asked repeats it
+        with pytest.raises(Unanswered):
+            await buy(engine, "one", data)
+    await buy(engine, "one", data)
+    assert shop.requests()["create"] == 1
 
 
-def test_an_upload_that_fails_buys_nothing_and_the_next_run_uploads_it() -> None:
-    async def story() -> None:
-        shop, data = Shop("upload:error,status=500,next=3"), picture_bytes(1)
-        with pytest.raises(Unanswered, match="could not be uploaded \\(HTTP 500 from the store\\): run again") as info:
-            await buy(shop.process(), "one", data)
-        assert (info.value.retryable, info.value.kind) == (True, "upload failed")
-        assert info.value.item_id == Item.wanted("one", image_url=data).item_id
-        assert (shop.requests()["create"], shop.store.keys("p/records/")) == (0, [])
+async def test_an_upload_that_fails_buys_nothing_and_the_next_run_uploads_it() -> None:
+    shop, data = Shop("upload:error,status=500,next=3"), picture_bytes(1)
+    with pytest.raises(Unanswered, match="could not be uploaded \\(HTTP 500 from the store\\): run again") as info:
         await buy(shop.process(), "one", data)
+    assert (info.value.retryable, info.value.kind) == (True, "upload failed")
+    assert info.value.item_id == Item.wanted("one", image_url=data).item_id
+    assert (shop.requests()["create"], shop.store.keys("p/records/")) == (0, [])
+    await buy(shop.process(), "one", data)
 
-    play(story)
 
-
-def test_a_throttled_presign_is_an_error_that_may_be_repeated() -> None:
-    async def story() -> None:
-        shop = Shop("presign:throttled,next=1")
-        with pytest.raises(Throttled):
-            await buy(shop.process(), "one", picture_bytes())
-        assert shop.requests()["create"] == 0
-
-    play(story)
+async def test_a_throttled_presign_is_an_error_that_may_be_repeated() -> None:
+    shop = Shop("presign:throttled,next=1")
+    with pytest.raises(Throttled):
+        await buy(shop.process(), "one", picture_bytes())
+    assert shop.requests()["create"] == 0
 
 
 def test_what_the_presign_says_is_taken_with_care() -> None:
@@ -498,46 +477,40 @@ def test_what_the_presign_says_is_taken_with_care() -> None:
     assert UploadSlot.parse([], may_be_http=True) is None
 
 
-def test_an_object_is_taken_only_where_a_setting_or_the_person_allows_it() -> None:
-    async def story() -> None:
-        shop = Shop(reference_roots="")
-        refused = "may not be taken: EACHLABS_REFERENCE_ROOTS does not name its place"
-        with pytest.raises(BadInput, match=f"s3://bucket/p/a.png {refused}"):
-            await buy(shop.process(), "one", "s3://bucket/p/a.png")
-        with pytest.raises(BadInput, match=refused):
-            await buy(shop.process(), "one", "s3://other/a.png")
-        with pytest.raises(BadInput, match=refused):
-            await buy(shop.process(reference_roots="s3://other/refs"), "one", "s3://other/a.png")
-        with pytest.raises(BadInput, match=refused):
-            await buy(shop.process(), "one", input={"images": ["s3://other/a.png"]})
-        assert (shop.requests()["create"], shop.store.keys()) == (0, [])
-        await buy(shop.process(reference_roots="s3://bucket/anything"), "two", "s3://bucket/anything/a.png")
-        await buy(shop.process(reference_roots="s3://other"), "three", "s3://other/a.png")
-        await buy(shop.process(), "four", "s3://other/a.png", any_reference=True)
-        assert [sent["image_url"].partition("?")[0] for sent in shop.sent()] == [
-            "https://bucket.memory.invalid/anything/a.png",
-            "https://other.memory.invalid/a.png",
-            "https://other.memory.invalid/a.png",
-        ]
-
-    play(story)
+async def test_an_object_is_taken_only_where_a_setting_or_the_person_allows_it() -> None:
+    shop = Shop(reference_roots="")
+    refused = "may not be taken: EACHLABS_REFERENCE_ROOTS does not name its place"
+    with pytest.raises(BadInput, match=f"s3://bucket/p/a.png {refused}"):
+        await buy(shop.process(), "one", "s3://bucket/p/a.png")
+    with pytest.raises(BadInput, match=refused):
+        await buy(shop.process(), "one", "s3://other/a.png")
+    with pytest.raises(BadInput, match=refused):
+        await buy(shop.process(reference_roots="s3://other/refs"), "one", "s3://other/a.png")
+    with pytest.raises(BadInput, match=refused):
+        await buy(shop.process(), "one", input={"images": ["s3://other/a.png"]})
+    assert (shop.requests()["create"], shop.store.keys()) == (0, [])
+    await buy(shop.process(reference_roots="s3://bucket/anything"), "two", "s3://bucket/anything/a.png")
+    await buy(shop.process(reference_roots="s3://other"), "three", "s3://other/a.png")
+    await buy(shop.process(), "four", "s3://other/a.png", any_reference=True)
+    assert [sent["image_url"].partition("?")[0] for sent in shop.sent()] == [
+        "https://bucket.memory.invalid/anything/a.png",
+        "https://other.memory.invalid/a.png",
+        "https://other.memory.invalid/a.png",
+    ]
 
 
-def test_a_signature_is_sent_and_never_written_down() -> None:
-    async def story() -> None:
-        shop = Shop()
-        await buy(shop.process(), "one", "s3://bucket/a.png")
-        await buy(shop.process(), "two", "https://cdn.example.org/b.png?X-Amz-Signature=abc&v=1")
-        assert ["ignature=" in sent["image_url"] for sent in shop.sent()] == [True, True]
-        for key in shop.store.keys("p/"):
-            assert b"ignature=" not in shop.store.objects[key].body, key
-        records = [shop.store.json(key) for key in shop.store.keys("p/records/")]
-        assert {(r["input"]["image_url"], r.get("sent_input", {}).get("image_url")) for r in records} == {
-            ("s3://bucket/a.png", "https://bucket.memory.invalid/a.png"),
-            ("https://cdn.example.org/b.png?v=1", None),
-        }
-
-    play(story)
+async def test_a_signature_is_sent_and_never_written_down() -> None:
+    shop = Shop()
+    await buy(shop.process(), "one", "s3://bucket/a.png")
+    await buy(shop.process(), "two", "https://cdn.example.org/b.png?X-Amz-Signature=abc&v=1")
+    assert ["ignature=" in sent["image_url"] for sent in shop.sent()] == [True, True]
+    for key in shop.store.keys("p/"):
+        assert b"ignature=" not in shop.store.objects[key].body, key
+    records = [shop.store.json(key) for key in shop.store.keys("p/records/")]
+    assert {(r["input"]["image_url"], r.get("sent_input", {}).get("image_url")) for r in records} == {
+        ("s3://bucket/a.png", "https://bucket.memory.invalid/a.png"),
+        ("https://cdn.example.org/b.png?v=1", None),
+    }
 
 
 @pytest.mark.parametrize(
@@ -552,39 +525,33 @@ def test_a_signature_is_sent_and_never_written_down() -> None:
     ids=["bytes", "object", "signed", "bytes, other field", "object, list"],
 )
 @pytest.mark.parametrize("by", ["the same run", "another run"])
-def test_an_order_whose_answer_was_lost_is_found_by_what_was_sent(image_url: object, model: str, by: str) -> None:
+async def test_an_order_whose_answer_was_lost_is_found_by_what_was_sent(image_url: object, model: str, by: str) -> None:
     """The API echoes URLs; the record has what they stand for."""
 
-    async def story() -> None:
-        shop = Shop("create:lost_answer,next=1")
-        engine = shop.process()
-        buying = asyncio.ensure_future(buy(engine, "one", image_url, model=model))
-        if by == "another run":
-            while not shop.api.ledger.billed:
-                await asyncio.sleep(0.01)
-            buying.cancel()
-            await asyncio.gather(buying, return_exceptions=True)
-            await asyncio.sleep(100)
-            buying = asyncio.ensure_future(buy(shop.process(), "one", image_url, model=model))
-        await buying
-        assert shop.api.ledger.billed == 1
-
-    play(story)
+    shop = Shop("create:lost_answer,next=1")
+    engine = shop.process()
+    buying = asyncio.ensure_future(buy(engine, "one", image_url, model=model))
+    if by == "another run":
+        while not shop.api.ledger.billed:
+            await asyncio.sleep(0.01)
+        buying.cancel()
+        await asyncio.gather(buying, return_exceptions=True)
+        await asyncio.sleep(100)
+        buying = asyncio.ensure_future(buy(shop.process(), "one", image_url, model=model))
+    await buying
+    assert shop.api.ledger.billed == 1
 
 
-def test_equal_prompts_with_different_pictures_are_not_mistaken_for_each_other() -> None:
-    async def story() -> None:
-        shop = Shop("create:lost_answer,at=1+2")
-        engine = shop.process()
-        await asyncio.gather(*(buy(engine, "one", picture_bytes(n)) for n in range(3)))
-        assert shop.api.ledger.billed == 3
-        for key in shop.store.keys("p/records/"):
-            record = shop.store.json(key)
-            job = shop.api.ledger.get(record["prediction_id"], asyncio.get_running_loop().time())
-            assert job is not None
-            assert job.input == record["sent_input"]
-
-    play(story)
+async def test_equal_prompts_with_different_pictures_are_not_mistaken_for_each_other() -> None:
+    shop = Shop("create:lost_answer,at=1+2")
+    engine = shop.process()
+    await asyncio.gather(*(buy(engine, "one", picture_bytes(n)) for n in range(3)))
+    assert shop.api.ledger.billed == 3
+    for key in shop.store.keys("p/records/"):
+        record = shop.store.json(key)
+        job = shop.api.ledger.get(record["prediction_id"], asyncio.get_running_loop().time())
+        assert job is not None
+        assert job.input == record["sent_input"]
 
 
 # ------------------------------------------------------------------------- the whole, over real connections

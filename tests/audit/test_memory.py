@@ -53,7 +53,7 @@ class MadeUp(MemoryStore):
         )
         return ExecutionsPage(rows, len(rows), NOW, limit, self.count_)
 
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
         suffix = "png" if "images" in prefix else "json"
         for number in range(self.count_):
             yield ListedObject(f"{prefix}item-{number:08}.{suffix}", '"e"', 1_000, 30.0, NOW)

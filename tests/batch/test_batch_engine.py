@@ -21,10 +21,8 @@ from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.storage.base import ListedObject
 from tests.batch.batch_kit import MemoryFiles, inline, prompts, source_of
-from tests.protocol.kit import DESTINATION, Process, World, patched_clocks, play, wanted
+from tests.protocol.kit import DESTINATION, Process, World, play, wanted
 from tests.protocol.process import Bucket
-
-__all__ = ["patched_clocks"]
 
 PRICE_USD = 0.039
 ITEM = wanted()
@@ -415,10 +413,10 @@ def test_a_bucket_that_is_slow_hides_nothing_that_the_run_had_bought_before_it_w
 ) -> None:
     listed = Bucket.list
 
-    async def slow(self: Bucket, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
+    async def slow(self: Bucket, prefix: str) -> AsyncIterator[ListedObject]:
         if "/images/" in prefix:
             await asyncio.sleep(20.0)
-        async for row in listed(self, prefix, start_after=start_after):
+        async for row in listed(self, prefix):
             yield row
 
     async def story() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from prefect_eachlabs.engine import runtime as gateway_room
 from prefect_eachlabs.engine.runtime import Gateway, LoopThread, close_gateways, gateway_for, machine_limiter
-from prefect_eachlabs.errors import BadInput, PredictionTimedOut, SetupError
+from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.limits.limiter import RateLimiter
@@ -266,14 +266,6 @@ def test_a_cancelled_await_of_a_purchase_leaves_nothing_in_flight(gateway: Gatew
     assert emulator.tallies()["in_flight"] == 0
 
 
-def test_a_deadline_comes_out_as_a_time_out(gateway: Gateway, emulator: EmulatorServer) -> None:
-    emulator.set_faults("prediction:slow,seconds=60")
-    item = Item.wanted("slow", item_id="slow")
-    options = PurchaseOptions(run_id="run", deadline_seconds=0.2)
-    with pytest.raises(PredictionTimedOut):
-        gateway.call(gateway.engine.generate_and_store(item, DESTINATION, options=options))
-
-
 # ------------------------------------------------------------------- one a process, anew after a fork
 
 
@@ -308,18 +300,6 @@ def test_after_closing_a_new_one_is_made(settings: AccountSettings) -> None:
         close_gateways()
     assert gateway_room._process.thread is None
     close_gateways()
-
-
-def test_without_a_key_there_is_no_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("EACHLABS_API_KEY", raising=False)
-    with pytest.raises(SetupError, match="EACHLABS_API_KEY"):
-        gateway_for()
-
-
-def test_neither_a_gateway_nor_its_parts_show_the_key(gateway: Gateway) -> None:
-    shown = repr(gateway)
-    assert "127.0.0.1" in shown
-    assert "api_key" not in shown
 
 
 @pytest.fixture

@@ -56,6 +56,15 @@ class Studio:
         return [row["Key"].removeprefix(prefix) for row in rows]
 
 
+def last_artifact(key: str) -> Any:
+    """The newest of that key at the server."""
+    from prefect.client.orchestration import get_client  # a second that most tests need not pay
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(limit=200)
+    return max((one for one in found if one.key == key), key=lambda one: one.created)
+
+
 @pytest.fixture(scope="session")
 def prefect_server(kept_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A Prefect server, once for all tests; its global limits are the account's, as on a server of one's own.

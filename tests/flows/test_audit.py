@@ -6,12 +6,11 @@ import asyncio
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
 from prefect_eachlabs.errors import BadInput, OutcomeUnknown
 from prefect_eachlabs.flows import audit_bill, generate_image
-from tests.flows.flow_fixtures import Studio
+from tests.flows.flow_fixtures import Studio, last_artifact
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -21,15 +20,6 @@ def audited(destinations: str, **given: str) -> State[Any]:
     return state
 
 
-def last_artifact() -> Any:
-    async def read() -> Any:
-        async with get_client() as client:
-            found = await client.read_artifacts(limit=200)
-        return max((one for one in found if one.key == "eachlabs-audit"), key=lambda one: one.created)
-
-    return asyncio.run(read())
-
-
 def test_a_bill_that_is_accounted_for_completes_and_one_that_is_not_fails_and_says_what_to_do(studio: Studio) -> None:
     generate_image("a red fox", studio.destination, item_id="fox")
     state = audited(f"{studio.destination}, {studio.destination}/elsewhere")
@@ -37,7 +27,7 @@ def test_a_bill_that_is_accounted_for_completes_and_one_that_is_not_fails_and_sa
     said = asyncio.run(state.aresult())
     assert (said["executions"], said["stored"]["count"], said["billed_usd"]) == (1, 1, 0.039)
     assert "every cent of these destinations is accounted for" in str(state.message)
-    artifact = last_artifact()
+    artifact = last_artifact("eachlabs-audit")
     assert artifact.description == "The bill accounted for"
     for words in ("paid and stored", "█", "0.0390", "fox&#46;png"):
         assert words in artifact.data
@@ -46,7 +36,7 @@ def test_a_bill_that_is_accounted_for_completes_and_one_that_is_not_fails_and_sa
     state = audited(studio.destination, since="")
     assert state.is_failed()
     assert "1 paid and not stored" in str(state.message)
-    assert "&#45;&#45;rebuy&#45;missing" in last_artifact().data
+    assert "&#45;&#45;rebuy&#45;missing" in last_artifact("eachlabs-audit").data
     with pytest.raises(OutcomeUnknown, match="paid and not stored"):
         audit_bill(studio.destination)
     assert studio.billed == 1

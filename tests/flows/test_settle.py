@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
 
 from prefect_eachlabs import create_prediction
@@ -16,7 +15,7 @@ from prefect_eachlabs.errors import OutcomeUnknown, SetupError
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.flows import settle as settle_flow
 from prefect_eachlabs.flows.settle import settle_leftovers
-from tests.flows.flow_fixtures import Studio
+from tests.flows.flow_fixtures import Studio, last_artifact
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
@@ -26,21 +25,12 @@ def settled(destination: str) -> State[Any]:
     return state
 
 
-def last_artifact() -> Any:
-    async def read() -> Any:
-        async with get_client() as client:
-            found = await client.read_artifacts(limit=200)
-        return max((one for one in found if one.key == "eachlabs-settle"), key=lambda one: one.created)
-
-    return asyncio.run(read())
-
-
 def test_a_tidy_bucket_is_completed(studio: Studio) -> None:
     generate_image("a red fox", studio.destination)
     state = settled(studio.destination)
     assert state.is_completed()
     assert "1 records, 0 to settle" in str(state.message)
-    assert last_artifact().description == "What runs left behind"
+    assert last_artifact("eachlabs-settle").description == "What runs left behind"
 
 
 def test_what_was_bought_and_left_is_stored(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +71,7 @@ def test_ambiguous_items_fail_the_run_with_their_reasons(studio: Studio, monkeyp
     assert state.is_failed()
     for words in ("7 ambiguous", "item-0: it may have been bought", "and 2 more in the artifact"):
         assert words in str(state.message)
-    assert "item&#45;6" in last_artifact().data
+    assert "item&#45;6" in last_artifact("eachlabs-settle").data
     with pytest.raises(OutcomeUnknown, match="7 ambiguous"):
         settle_leftovers(studio.destination)
 

@@ -110,18 +110,15 @@ def test_a_json_of_ten_thousand_levels_is_an_answer_that_cannot_be_read() -> Non
         assert isinstance(error, Unanswered)
 
 
-def test_redirects_without_end_are_given_up() -> None:
+async def test_redirects_without_end_are_given_up() -> None:
     wire = Wire(itertools.repeat(b"HTTP/1.1 302 Go\r\nLocation: https://files.invalid/on\r\nContent-Length: 0\r\n\r\n"))
 
-    async def story() -> None:
-        downloader = Downloader(wire.transport())
-        try:
-            with pytest.raises(DownloadFailed, match="more than 5 redirects"):
-                await downloader.fetch("https://files.invalid/a.png", prediction_id="p-1")
-        finally:
-            await downloader.aclose()
-
-    run(story())
+    downloader = Downloader(wire.transport())
+    try:
+        with pytest.raises(DownloadFailed, match="more than 5 redirects"):
+            await downloader.fetch("https://files.invalid/a.png", prediction_id="p-1")
+    finally:
+        await downloader.aclose()
     assert wire.sent.count(b"GET ") == 6
 
 

@@ -109,47 +109,38 @@ def test_an_input_that_no_record_could_hold_is_refused_before_it_is_bought() -> 
         new_record(Item.wanted("a" * MAX_CLAIM_BYTES, item_id="fox"), run_id="r")
 
 
-def test_a_copied_record_is_not_taken_for_the_items_own() -> None:
+async def test_a_copied_record_is_not_taken_for_the_items_own() -> None:
     """A change of it would have gone to the other item's key."""
 
-    async def story() -> None:
-        store = MemoryStore()
-        ledger = Ledger(store, DESTINATION)
-        body = new_record(Item.wanted("a fox", item_id="fox"), run_id="r").to_bytes()
-        await store.put(DESTINATION.record_key("hare"), body, content_type="application/json")
-        with pytest.raises(StoreFailed, match=r"hare\.json .*another item, 'fox'.*nothing is bought"):
-            await ledger.read("hare")
-
-    run(story())
+    store = MemoryStore()
+    ledger = Ledger(store, DESTINATION)
+    body = new_record(Item.wanted("a fox", item_id="fox"), run_id="r").to_bytes()
+    await store.put(DESTINATION.record_key("hare"), body, content_type="application/json")
+    with pytest.raises(StoreFailed, match=r"hare\.json .*another item, 'fox'.*nothing is bought"):
+        await ledger.read("hare")
 
 
 @pytest.mark.parametrize("prediction_id", [None, "", "..", "a b", "a\n"])
-def test_a_record_of_a_purchase_without_its_prediction_is_named(prediction_id: str | None) -> None:
+async def test_a_record_of_a_purchase_without_its_prediction_is_named(prediction_id: str | None) -> None:
     """It was asked about under an empty id."""
 
-    async def story() -> None:
-        store = MemoryStore()
-        record = new_record(Item.wanted("a fox", item_id="fox"), run_id="r")
-        body = amended(record, state=RecordState.CREATED, intent=None, prediction_id=prediction_id).to_bytes()
-        await store.put(DESTINATION.record_key("fox"), body, content_type="application/json")
-        with pytest.raises(StoreFailed, match=r"fox\.json .*no prediction's id.*nothing is bought"):
-            await Ledger(store, DESTINATION).read("fox")
-
-    run(story())
+    store = MemoryStore()
+    record = new_record(Item.wanted("a fox", item_id="fox"), run_id="r")
+    body = amended(record, state=RecordState.CREATED, intent=None, prediction_id=prediction_id).to_bytes()
+    await store.put(DESTINATION.record_key("fox"), body, content_type="application/json")
+    with pytest.raises(StoreFailed, match=r"fox\.json .*no prediction's id.*nothing is bought"):
+        await Ledger(store, DESTINATION).read("fox")
 
 
 @pytest.mark.parametrize("body", [b'{"item_id": null}', b'{"item_id": ["cat"]}', b"[" * 10_000, b"\xff"])
-def test_a_marker_that_names_nobody_is_not_taken_over(body: bytes) -> None:
+async def test_a_marker_that_names_nobody_is_not_taken_over(body: bytes) -> None:
     """`null` was read as an item called None, which has no record, so that the prediction was there for the taking."""
 
-    async def story() -> None:
-        store = MemoryStore()
-        await store.put(DESTINATION.key("adopted/p-1"), body, content_type="application/json")
-        holder = await lock_prediction(Ledger(store, DESTINATION), "p-1", "cat")
-        assert holder == "(an unreadable marker)"
-        assert store.objects[DESTINATION.key("adopted/p-1")].body == body
-
-    run(story())
+    store = MemoryStore()
+    await store.put(DESTINATION.key("adopted/p-1"), body, content_type="application/json")
+    holder = await lock_prediction(Ledger(store, DESTINATION), "p-1", "cat")
+    assert holder == "(an unreadable marker)"
+    assert store.objects[DESTINATION.key("adopted/p-1")].body == body
 
 
 def test_a_number_without_end_in_an_echo_is_compared_like_any_other() -> None:

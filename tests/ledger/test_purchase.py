@@ -13,16 +13,9 @@ from prefect_eachlabs.ledger.purchase import LOST_SLOT_SECONDS, Job
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.models import Item, Prediction
-from tests.protocol.kit import Process, World, options, patched_clocks, play, wanted
+from tests.protocol.kit import Process, World, options, play, wanted
 
 ITEM = wanted()
-
-
-@pytest.fixture(autouse=True)
-def _machine_clocks() -> Any:
-    undo = patched_clocks()
-    yield
-    undo()
 
 
 async def create(process: Process, item: Item = ITEM, **given: Any) -> Prediction:
@@ -99,127 +92,103 @@ def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(("fault", "kind"), [("create:error,status=422", Rejected), ("create:cut", OutcomeUnknown)])
-def test_a_refusal_gives_the_slots_back(fault: str, kind: type[Exception]) -> None:
-    async def story() -> None:
-        world = World(f"{fault},next=30")
-        process = world.process(max_in_flight=1)
-        for number in range(3):
-            with pytest.raises(kind):
-                await create(process, wanted(number), on_ambiguous="fail")
-        if kind is OutcomeUnknown:
-            # What it may have bought may be in flight for about so long.
-            await asyncio.sleep(LOST_SLOT_SECONDS)
-        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
-
-    play(story)
+async def test_a_refusal_gives_the_slots_back(fault: str, kind: type[Exception]) -> None:
+    world = World(f"{fault},next=30")
+    process = world.process(max_in_flight=1)
+    for number in range(3):
+        with pytest.raises(kind):
+            await create(process, wanted(number), on_ambiguous="fail")
+    if kind is OutcomeUnknown:
+        # What it may have bought may be in flight for about so long.
+        await asyncio.sleep(LOST_SLOT_SECONDS)
+    assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
 
 
-def test_a_throttled_order_waits_and_is_sent_again() -> None:
-    async def story() -> None:
-        world = World("create:throttled,next=3", retry_after="seconds")
-        process = world.process()
-        await create(process)
-        assert len(world.bought()) == 1
-        assert process.count("POST") == 4
-
-    play(story)
+async def test_a_throttled_order_waits_and_is_sent_again() -> None:
+    world = World("create:throttled,next=3", retry_after="seconds")
+    process = world.process()
+    await create(process)
+    assert len(world.bought()) == 1
+    assert process.count("POST") == 4
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(at_once: bool) -> None:
-    async def story() -> None:
-        world = World("create:no_balance")
-        process = world.process()
-        with pytest.raises(InsufficientBalance, match="Top"):
-            await (process.obtain(ITEM) if at_once else create(process))
-        assert not world.bought()
-        assert process.count("POST") == 3
-        world.set_faults()
-        began = world.now()
-        await process.obtain(ITEM)
-        assert world.now() - began < 45, "its claim was given back"
-        world.check([ITEM])
-
-    play(story)
+async def test_a_balance_that_stays_too_low_ends_with_what_the_api_says(at_once: bool) -> None:
+    world = World("create:no_balance")
+    process = world.process()
+    with pytest.raises(InsufficientBalance, match="Top"):
+        await (process.obtain(ITEM) if at_once else create(process))
+    assert not world.bought()
+    assert process.count("POST") == 3
+    world.set_faults()
+    began = world.now()
+    await process.obtain(ITEM)
+    assert world.now() - began < 45, "its claim was given back"
+    world.check([ITEM])
 
 
-def test_an_empty_balance_is_not_waited_for_by_one_item_after_the_other() -> None:
-    async def story() -> None:
-        world = World("create:no_balance")
-        process = world.process()
-        items = [wanted(number) for number in range(10)]
-        began = world.now()
-        ends = await asyncio.gather(*(process.obtain(item) for item in items), return_exceptions=True)
-        assert {type(end) for end in ends} == {InsufficientBalance}
-        assert world.now() - began < 15, "ten trials one after the other take minutes"
-        world.set_faults()
-        await asyncio.gather(*(process.obtain(item) for item in items))
-        world.check(items)
-
-    play(story)
+async def test_an_empty_balance_is_not_waited_for_by_one_item_after_the_other() -> None:
+    world = World("create:no_balance")
+    process = world.process()
+    items = [wanted(number) for number in range(10)]
+    began = world.now()
+    ends = await asyncio.gather(*(process.obtain(item) for item in items), return_exceptions=True)
+    assert {type(end) for end in ends} == {InsufficientBalance}
+    assert world.now() - began < 15, "ten trials one after the other take minutes"
+    world.set_faults()
+    await asyncio.gather(*(process.obtain(item) for item in items))
+    world.check(items)
 
 
-def test_a_cancelled_order_is_cancelled_at_the_api() -> None:
-    async def story() -> None:
-        world = World(service_seconds=20.0)
-        process = world.process()
-        work = asyncio.ensure_future(create(process))
-        while not process.count("POST"):
-            await asyncio.sleep(0.01)
-        work.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await work
-        (job,) = world.bought()
-        assert job.cancelled is not None
-
-    play(story)
+async def test_a_cancelled_order_is_cancelled_at_the_api() -> None:
+    world = World(service_seconds=20.0)
+    process = world.process()
+    work = asyncio.ensure_future(create(process))
+    while not process.count("POST"):
+        await asyncio.sleep(0.01)
+    work.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await work
+    (job,) = world.bought()
+    assert job.cancelled is not None
 
 
-def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process()
+async def test_an_unexpected_error_of_the_client_may_have_bought() -> None:
+    world = World()
+    process = world.process()
 
-        async def strange(*_: object) -> Prediction:
-            raise ZeroDivisionError("a bug")
+    async def strange(*_: object) -> Prediction:
+        raise ZeroDivisionError("a bug")
 
-        process.engine.account.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
-        with pytest.raises(OutcomeUnknown, match="ZeroDivisionError"):
-            await create(process, on_ambiguous="fail")
-
-    play(story)
+    process.engine.account.client.create = strange  # type: ignore[method-assign]  # a bug, for this test
+    with pytest.raises(OutcomeUnknown, match="ZeroDivisionError"):
+        await create(process, on_ambiguous="fail")
 
 
 # ---------------------------------------------------------------------------- slow buckets
 
 
-def test_a_claim_that_took_too_long_is_claimed_again_before_the_post() -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process(freeze_at="after S3 PUT kit/records/item-1.json claimed")
-        work = asyncio.ensure_future(process.obtain(ITEM))
-        await process.froze.wait()
-        await asyncio.sleep(11)
-        process.thaw()
-        await work
-        world.check([ITEM])
-        names = [operation.name for operation in process.operations]
-        assert names.count("S3 PUT kit/records/item-1.json claimed post") == 2 + 2, "two claims and two probes"
-
-    play(story)
+async def test_a_claim_that_took_too_long_is_claimed_again_before_the_post() -> None:
+    world = World()
+    process = world.process(freeze_at="after S3 PUT kit/records/item-1.json claimed")
+    work = asyncio.ensure_future(process.obtain(ITEM))
+    await process.froze.wait()
+    await asyncio.sleep(11)
+    process.thaw()
+    await work
+    world.check([ITEM])
+    names = [operation.name for operation in process.operations]
+    assert names.count("S3 PUT kit/records/item-1.json claimed post") == 2 + 2, "two claims and two probes"
 
 
-def test_a_bucket_that_is_always_too_slow_buys_nothing_and_says_so() -> None:
-    async def story() -> None:
-        world = World(latency_seconds=12.0)
-        process = world.process()
-        with pytest.raises(StoreFailed, match="EACHLABS_CLAIM_SECONDS"):
-            await process.obtain(ITEM)
-        assert process.count("POST") == 0
-        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
-        assert process.engine.account.limiter.pressure(Kind.REQUESTS) == 0
-
-    play(story)
+async def test_a_bucket_that_is_always_too_slow_buys_nothing_and_says_so() -> None:
+    world = World(latency_seconds=12.0)
+    process = world.process()
+    with pytest.raises(StoreFailed, match="EACHLABS_CLAIM_SECONDS"):
+        await process.obtain(ITEM)
+    assert process.count("POST") == 0
+    assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
+    assert process.engine.account.limiter.pressure(Kind.REQUESTS) == 0
 
 
 # ------------------------------------------------------------------- places always come back
@@ -239,32 +208,26 @@ LEAKS = [
 
 
 @pytest.mark.parametrize("fault", LEAKS)
-def test_no_place_in_flight_is_lost_whatever_goes_wrong(fault: str) -> None:
-    async def story() -> None:
-        world = World(fault)
-        process = world.process(max_in_flight=1, requests_per_minute=None, deadline_seconds=60.0)
-        for number in range(1, 4):
-            with contextlib.suppress(OutcomeUnknown, NotSent, Throttled, Exception):
-                await process.obtain(wanted(number))
-            if "stuck" in fault:
-                for job in world.bought():
-                    world.emulator.cancel(job)
-            await asyncio.sleep(30)
-        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
-        await process.obtain(wanted(9))
-        assert world.record(wanted(9)).state is RecordState.STORED
-
-    play(story)
+async def test_no_place_in_flight_is_lost_whatever_goes_wrong(fault: str) -> None:
+    world = World(fault)
+    process = world.process(max_in_flight=1, requests_per_minute=None, deadline_seconds=60.0)
+    for number in range(1, 4):
+        with contextlib.suppress(OutcomeUnknown, NotSent, Throttled, Exception):
+            await process.obtain(wanted(number))
+        if "stuck" in fault:
+            for job in world.bought():
+                world.emulator.cancel(job)
+        await asyncio.sleep(30)
+    assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 0
+    await process.obtain(wanted(9))
+    assert world.record(wanted(9)).state is RecordState.STORED
 
 
-def test_a_prediction_that_has_not_ended_keeps_its_place_though_nobody_waits_for_it() -> None:
-    async def story() -> None:
-        world = World("prediction:slow,seconds=500,next=1")
-        process = world.process(max_in_flight=1, deadline_seconds=10.0)
-        with contextlib.suppress(TimeoutError):
-            await process.obtain(ITEM)
-        assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 1
-        await process.obtain(wanted(2))
-        assert world.emulator.tallies()["worst_in_flight"] == 1
-
-    play(story)
+async def test_a_prediction_that_has_not_ended_keeps_its_place_though_nobody_waits_for_it() -> None:
+    world = World("prediction:slow,seconds=500,next=1")
+    process = world.process(max_in_flight=1, deadline_seconds=10.0)
+    with contextlib.suppress(TimeoutError):
+        await process.obtain(ITEM)
+    assert process.engine.account.limiter.pressure(Kind.IN_FLIGHT) == 1
+    await process.obtain(wanted(2))
+    assert world.emulator.tallies()["worst_in_flight"] == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +33,6 @@ from prefect_eachlabs.ledger.records import Intent, Ledger, RecordState, Version
 from prefect_eachlabs.models import Destination, Execution, Item, PredictionStatus
 from prefect_eachlabs.settings import AccountSettings
 from tests.memory_store import MemoryStore
-from tests.virtual_time import run
 
 # ------------------------------------------------------------------------------- echoes
 
@@ -140,16 +138,7 @@ def test_whose_echo_fits_two_inputs_may_be_that_of_either(sent: dict[str, Any], 
 
 # ------------------------------------------------------------------------------- markers
 
-DESTINATION = Destination.parse("s3://bucket/kit")
 MARKER = "kit/adopted/p-1"
-
-
-def with_ledger(story: Callable[[Ledger, MemoryStore], Awaitable[Any]]) -> Any:
-    async def whole() -> Any:
-        store = MemoryStore()
-        return await story(Ledger(store, DESTINATION), store)
-
-    return run(whole())
 
 
 async def record(ledger: Ledger, item_id: str, **changes: Any) -> None:
@@ -157,16 +146,15 @@ async def record(ledger: Ledger, item_id: str, **changes: Any) -> None:
     await ledger.write(amended(first, **changes), replacing=None)
 
 
-def test_a_marker_names_the_item_that_found_the_prediction_and_is_resumed_by_it_alone() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await record(ledger, "fox", intent=Intent.SETTLE)
-        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
-        assert store.json(MARKER)["item_id"] == "fox"
-        assert store.json(MARKER)["prediction_id"] == "p-1"
-        assert await lock_prediction(ledger, "p-1", "hare") == "fox"
-        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
-
-    with_ledger(story)
+async def test_a_marker_names_the_item_that_found_the_prediction_and_is_resumed_by_it_alone(
+    ledger: Ledger, store: MemoryStore
+) -> None:
+    await record(ledger, "fox", intent=Intent.SETTLE)
+    assert await lock_prediction(ledger, "p-1", "fox") == "fox"
+    assert store.json(MARKER)["item_id"] == "fox"
+    assert store.json(MARKER)["prediction_id"] == "p-1"
+    assert await lock_prediction(ledger, "p-1", "hare") == "fox"
+    assert await lock_prediction(ledger, "p-1", "fox") == "fox"
 
 
 @pytest.mark.parametrize(
@@ -184,57 +172,42 @@ def test_a_marker_names_the_item_that_found_the_prediction_and_is_resumed_by_it_
         ({"intent": Intent.IDLE}, "hare"),
     ],
 )
-def test_a_marker_is_taken_over_where_its_holder_will_never_take_the_prediction(
-    changes: dict[str, Any], holder: str
+async def test_a_marker_is_taken_over_where_its_holder_will_never_take_the_prediction(
+    ledger: Ledger, store: MemoryStore, changes: dict[str, Any], holder: str
 ) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await record(ledger, "fox", intent=Intent.SETTLE)
-        await lock_prediction(ledger, "p-1", "fox")
-        now = await ledger.read("fox")
-        assert now is not None
-        await ledger.write(amended(now.record, **changes), replacing=now)
-        assert await lock_prediction(ledger, "p-1", "hare") == holder
-        assert store.json(MARKER)["item_id"] == holder
-
-    with_ledger(story)
+    await record(ledger, "fox", intent=Intent.SETTLE)
+    await lock_prediction(ledger, "p-1", "fox")
+    now = await ledger.read("fox")
+    assert now is not None
+    await ledger.write(amended(now.record, **changes), replacing=now)
+    assert await lock_prediction(ledger, "p-1", "hare") == holder
+    assert store.json(MARKER)["item_id"] == holder
 
 
 @pytest.mark.parametrize("refused", [False, True])
-def test_a_marker_whose_answer_was_lost_is_ones_own(refused: bool) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        store.lose_put(refused=refused)
-        assert await lock_prediction(ledger, "p-1", "fox") == "fox"
-
-    with_ledger(story)
+async def test_a_marker_whose_answer_was_lost_is_ones_own(ledger: Ledger, store: MemoryStore, refused: bool) -> None:
+    store.lose_put(refused=refused)
+    assert await lock_prediction(ledger, "p-1", "fox") == "fox"
 
 
-def test_a_marker_that_cannot_be_written_is_a_failure_of_the_store() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        for nth in range(1, 6):
-            store.fail_put(nth)
-        with pytest.raises(StoreFailed):
-            await lock_prediction(ledger, "p-1", "fox")
-        assert not store.keys("kit/adopted/")
-
-    with_ledger(story)
+async def test_a_marker_that_cannot_be_written_is_a_failure_of_the_store(ledger: Ledger, store: MemoryStore) -> None:
+    for nth in range(1, 6):
+        store.fail_put(nth)
+    with pytest.raises(StoreFailed):
+        await lock_prediction(ledger, "p-1", "fox")
+    assert not store.keys("kit/adopted/")
 
 
 @pytest.mark.parametrize("body", [b"", b"{}", b"[]", b'{"item_id": "../../x"}', b"\xff"])
-def test_an_unreadable_marker_is_respected(body: bytes) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await store.put(MARKER, body, content_type="application/json")
-        assert await lock_prediction(ledger, "p-1", "fox") != "fox"
-        assert store.objects[MARKER].body == body
-
-    with_ledger(story)
+async def test_an_unreadable_marker_is_respected(ledger: Ledger, store: MemoryStore, body: bytes) -> None:
+    await store.put(MARKER, body, content_type="application/json")
+    assert await lock_prediction(ledger, "p-1", "fox") != "fox"
+    assert store.objects[MARKER].body == body
 
 
-def test_an_id_of_any_form_is_one_key() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await lock_prediction(ledger, "../records/fox.json?x#y", "fox")
-        assert store.keys() == ["kit/adopted/..%2Frecords%2Ffox.json%3Fx%23y"]
-
-    with_ledger(story)
+async def test_an_id_of_any_form_is_one_key(ledger: Ledger, store: MemoryStore) -> None:
+    await lock_prediction(ledger, "../records/fox.json?x#y", "fox")
+    assert store.keys() == ["kit/adopted/..%2Frecords%2Ffox.json%3Fx%23y"]
 
 
 # --------------------------------------------------------------------------- one look
@@ -414,23 +387,20 @@ def test_a_claim_that_is_settled_here_is_no_other_claim() -> None:
     assert 2 * CLOCK_MARGIN.total_seconds() < READ_BACK_SECONDS, "records of all candidates are read"
 
 
-def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
+async def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
     """So much may a batch without limits have bought since the claim that is to be settled."""
 
-    async def story() -> None:
-        tasks = asked = 0
+    tasks = asked = 0
 
-        async def counted(*_: str) -> None:
-            nonlocal tasks, asked
-            asked += 1
-            tasks = max(tasks, len(asyncio.all_tasks()))
+    async def counted(*_: str) -> None:
+        nonlocal tasks, asked
+        asked += 1
+        tasks = max(tasks, len(asyncio.all_tasks()))
 
-        ledger = Ledger(MemoryStore(on_operation=counted, latency_seconds=0.01), Destination(bucket="b", prefix="p"))
-        nobody: Any = SimpleNamespace(named_listeners=[])
-        settings = AccountSettings(api_key=SecretStr("k"))
-        reconciler = Reconciler(nobody, nobody, ledger, settings, known=dict, webhooks=nobody)
-        await reconciler._read_each([f"item-{number}" for number in range(10_000)], nobody)
-        assert asked == 2 * 10_000
-        assert tasks <= READS_AT_A_TIME + 2
-
-    run(story())
+    ledger = Ledger(MemoryStore(on_operation=counted, latency_seconds=0.01), Destination(bucket="b", prefix="p"))
+    nobody: Any = SimpleNamespace(named_listeners=[])
+    settings = AccountSettings(api_key=SecretStr("k"))
+    reconciler = Reconciler(nobody, nobody, ledger, settings, known=dict, webhooks=nobody)
+    await reconciler._read_each([f"item-{number}" for number in range(10_000)], nobody)
+    assert asked == 2 * 10_000
+    assert tasks <= READS_AT_A_TIME + 2

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -31,24 +30,13 @@ from prefect_eachlabs.ledger.records import (
     amended,
     new_record,
 )
-from prefect_eachlabs.models import Destination, Item, Prediction
+from prefect_eachlabs.models import Item, Prediction
+from tests.ledger.conftest import DESTINATION
 from tests.memory_store import EPOCH, MemoryStore
-from tests.virtual_time import run
 
 ITEM = Item.wanted("a fox", item_id="fox", labels={"Category": "Animals"})
-DESTINATION = Destination.parse("s3://bucket/daily")
-KEY = "daily/records/fox.json"
+KEY = "kit/records/fox.json"
 SCHEMA_FILE = Path(__file__).resolve().parents[2] / "docs" / "record.schema.json"
-
-Story = Callable[[Ledger, MemoryStore], Awaitable[Any]]
-
-
-def with_ledger(story: Story, **given: Any) -> Any:
-    async def whole() -> Any:
-        store = MemoryStore(**given)
-        return await story(Ledger(store, DESTINATION), store)
-
-    return run(whole())
 
 
 def claim(run_id: str = "run-1") -> Record:
@@ -58,22 +46,19 @@ def claim(run_id: str = "run-1") -> Record:
 # ----------------------------------------------------------------------- what it looks like
 
 
-def test_a_record_is_a_json_object_that_a_person_can_read() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await ledger.write(claim(), replacing=None)
-        said = store.json(KEY)
-        assert said["schema"] == "eachlabs-record/1"
-        assert (said["item_id"], said["state"], said["intent"], said["epoch"]) == ("fox", "claimed", "post", 1)
-        assert said["input"] == {"prompt": "a fox"}
-        assert said["labels"] == {"Category": "Animals"}
-        assert said["run_id"] == "run-1"
-        assert len(said["write_id"]) == 32
-        datetime.fromisoformat(said["written_at"])
-        assert "prediction_id" not in said, "what is not known is left out"
-        assert store.objects[KEY].body.decode().count("\n") > 10, "a field a line"
-        assert store.content_type(KEY) == "application/json"
-
-    with_ledger(story)
+async def test_a_record_is_a_json_object_that_a_person_can_read(ledger: Ledger, store: MemoryStore) -> None:
+    await ledger.write(claim(), replacing=None)
+    said = store.json(KEY)
+    assert said["schema"] == "eachlabs-record/1"
+    assert (said["item_id"], said["state"], said["intent"], said["epoch"]) == ("fox", "claimed", "post", 1)
+    assert said["input"] == {"prompt": "a fox"}
+    assert said["labels"] == {"Category": "Animals"}
+    assert said["run_id"] == "run-1"
+    assert len(said["write_id"]) == 32
+    datetime.fromisoformat(said["written_at"])
+    assert "prediction_id" not in said, "what is not known is left out"
+    assert store.objects[KEY].body.decode().count("\n") > 10, "a field a line"
+    assert store.content_type(KEY) == "application/json"
 
 
 def schema_text() -> str:
@@ -135,135 +120,107 @@ def test_what_a_failure_says_is_written_down_even_when_it_is_no_unicode() -> Non
 # ------------------------------------------------------------------------------- changes
 
 
-def test_the_first_write_must_find_nothing() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        mine = await ledger.write(claim("run-1"), replacing=None)
-        with pytest.raises(RecordChanged) as overtaken:
-            await ledger.write(claim("run-2"), replacing=None)
-        assert overtaken.value.current is not None
-        assert overtaken.value.current.record.run_id == "run-1"
-        assert overtaken.value.current.etag == mine.etag
-
-    with_ledger(story)
+async def test_the_first_write_must_find_nothing(ledger: Ledger) -> None:
+    mine = await ledger.write(claim("run-1"), replacing=None)
+    with pytest.raises(RecordChanged) as overtaken:
+        await ledger.write(claim("run-2"), replacing=None)
+    assert overtaken.value.current is not None
+    assert overtaken.value.current.record.run_id == "run-1"
+    assert overtaken.value.current.etag == mine.etag
 
 
-def test_a_change_must_find_what_it_replaces() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        first = await ledger.write(claim(), replacing=None)
-        second = await ledger.write(amended(first.record, epoch=2), replacing=first)
-        with pytest.raises(RecordChanged) as overtaken:
-            await ledger.write(amended(first.record, epoch=3), replacing=first)
-        assert overtaken.value.current is not None
-        assert overtaken.value.current.etag == second.etag
-        assert store.json(KEY)["epoch"] == 2
-
-    with_ledger(story)
+async def test_a_change_must_find_what_it_replaces(ledger: Ledger, store: MemoryStore) -> None:
+    first = await ledger.write(claim(), replacing=None)
+    second = await ledger.write(amended(first.record, epoch=2), replacing=first)
+    with pytest.raises(RecordChanged) as overtaken:
+        await ledger.write(amended(first.record, epoch=3), replacing=first)
+    assert overtaken.value.current is not None
+    assert overtaken.value.current.etag == second.etag
+    assert store.json(KEY)["epoch"] == 2
 
 
-def test_a_record_that_was_deleted_is_not_changed_back_into_being() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held = await ledger.write(claim(), replacing=None)
-        del store.objects[KEY]
-        with pytest.raises(RecordChanged) as overtaken:
-            await ledger.write(amended(held.record), replacing=held)
-        assert overtaken.value.current is None
-        assert KEY not in store.objects
-
-    with_ledger(story)
+async def test_a_record_that_was_deleted_is_not_changed_back_into_being(ledger: Ledger, store: MemoryStore) -> None:
+    held = await ledger.write(claim(), replacing=None)
+    del store.objects[KEY]
+    with pytest.raises(RecordChanged) as overtaken:
+        await ledger.write(amended(held.record), replacing=held)
+    assert overtaken.value.current is None
+    assert KEY not in store.objects
 
 
-def test_every_write_has_an_id_of_its_own() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held = await ledger.write(claim(), replacing=None)
-        ids = {held.record.write_id}
-        for _ in range(5):
-            held = await ledger.write(amended(held.record), replacing=held)
-            ids.add(held.record.write_id)
-        assert len(ids) == 6
-
-    with_ledger(story)
+async def test_every_write_has_an_id_of_its_own(ledger: Ledger) -> None:
+    held = await ledger.write(claim(), replacing=None)
+    ids = {held.record.write_id}
+    for _ in range(5):
+        held = await ledger.write(amended(held.record), replacing=held)
+        ids.add(held.record.write_id)
+    assert len(ids) == 6
 
 
 @pytest.mark.parametrize("refused", [False, True], ids=["no answer", "told 412 by the repetition"])
 @pytest.mark.parametrize("nth", [1, 2], ids=["the first", "a change"])
-def test_a_write_whose_answer_was_lost_is_known_by_its_id(nth: int, refused: bool) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held: VersionedRecord | None = None
-        ledger._probed = True
-        for number in (1, 2):
-            if number == nth:
-                store.lose_put(refused=refused)
-            held = await ledger.write(claim() if held is None else amended(held.record, epoch=2), replacing=held)
-            assert store.json(KEY)["write_id"] == held.record.write_id
-            assert held.etag == store.objects[KEY].etag
-
-    with_ledger(story)
-
-
-def test_a_write_that_did_not_take_place_is_a_failure_of_the_store() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        store.fail_put()
-        with pytest.raises(StoreFailed):
-            await ledger.write(claim(), replacing=None)
-        held = await ledger.write(claim(), replacing=None)
-        store.fail_put()
-        with pytest.raises(StoreFailed):
-            await ledger.write(amended(held.record), replacing=held)
+async def test_a_write_whose_answer_was_lost_is_known_by_its_id(
+    ledger: Ledger, store: MemoryStore, nth: int, refused: bool
+) -> None:
+    held: VersionedRecord | None = None
+    ledger._probed = True
+    for number in (1, 2):
+        if number == nth:
+            store.lose_put(refused=refused)
+        held = await ledger.write(claim() if held is None else amended(held.record, epoch=2), replacing=held)
         assert store.json(KEY)["write_id"] == held.record.write_id
-
-    with_ledger(story)
-
-
-def test_a_write_that_failed_while_another_succeeded_is_overtaken() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held = await ledger.write(claim(), replacing=None)
-        other = Ledger(store.beside(), DESTINATION)
-        await other.write(amended(held.record, run_id="other"), replacing=held)
-        store.fail_put()
-        with pytest.raises(RecordChanged):
-            await ledger.write(amended(held.record), replacing=held)
-
-    with_ledger(story)
+        assert held.etag == store.objects[KEY].etag
 
 
-def test_fields_that_are_not_known_here_survive_a_change() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
+async def test_a_write_that_did_not_take_place_is_a_failure_of_the_store(ledger: Ledger, store: MemoryStore) -> None:
+    store.fail_put()
+    with pytest.raises(StoreFailed):
         await ledger.write(claim(), replacing=None)
-        said = {**store.json(KEY), "of_tomorrow": {"a": [1, None]}, "note": "by hand"}
-        await store.put(KEY, json.dumps(said).encode(), content_type="application/json")
-        held = await ledger.read("fox")
-        assert held is not None
-        await ledger.write(amended(held.record, state=RecordState.CREATED, prediction_id="p-1"), replacing=held)
-        assert store.json(KEY)["of_tomorrow"] == {"a": [1, None]}
-        assert store.json(KEY)["note"] == "by hand"
-        assert store.json(KEY)["state"] == "created"
+    held = await ledger.write(claim(), replacing=None)
+    store.fail_put()
+    with pytest.raises(StoreFailed):
+        await ledger.write(amended(held.record), replacing=held)
+    assert store.json(KEY)["write_id"] == held.record.write_id
 
-    with_ledger(story)
+
+async def test_a_write_that_failed_while_another_succeeded_is_overtaken(ledger: Ledger, store: MemoryStore) -> None:
+    held = await ledger.write(claim(), replacing=None)
+    other = Ledger(store.beside(), DESTINATION)
+    await other.write(amended(held.record, run_id="other"), replacing=held)
+    store.fail_put()
+    with pytest.raises(RecordChanged):
+        await ledger.write(amended(held.record), replacing=held)
+
+
+async def test_fields_that_are_not_known_here_survive_a_change(ledger: Ledger, store: MemoryStore) -> None:
+    await ledger.write(claim(), replacing=None)
+    said = {**store.json(KEY), "of_tomorrow": {"a": [1, None]}, "note": "by hand"}
+    await store.put(KEY, json.dumps(said).encode(), content_type="application/json")
+    held = await ledger.read("fox")
+    assert held is not None
+    await ledger.write(amended(held.record, state=RecordState.CREATED, prediction_id="p-1"), replacing=held)
+    assert store.json(KEY)["of_tomorrow"] == {"a": [1, None]}
+    assert store.json(KEY)["note"] == "by hand"
+    assert store.json(KEY)["state"] == "created"
 
 
 # -------------------------------------------------------------------------------- reading
 
 
-def test_the_age_of_a_record_is_the_buckets() -> None:
+async def test_the_age_of_a_record_is_the_buckets(ledger: Ledger) -> None:
     """The machine's date and the bucket's are ten months apart here."""
 
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await asyncio.sleep(100.7)
-        await ledger.write(claim(), replacing=None)
-        await asyncio.sleep(61.5)
-        held = await ledger.read("fox")
-        assert held is not None
-        assert held.age_seconds == 62.0
-        assert held.modified_at == EPOCH + timedelta(seconds=100)
-
-    with_ledger(story)
+    await asyncio.sleep(100.7)
+    await ledger.write(claim(), replacing=None)
+    await asyncio.sleep(61.5)
+    held = await ledger.read("fox")
+    assert held is not None
+    assert held.age_seconds == 62.0
+    assert held.modified_at == EPOCH + timedelta(seconds=100)
 
 
-def test_no_record_is_none() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        assert await ledger.read("fox") is None
-
-    with_ledger(story)
+async def test_no_record_is_none(ledger: Ledger) -> None:
+    assert await ledger.read("fox") is None
 
 
 MINIMAL = b'"item_id": "a", "fingerprint": "f", "model": "m", "input": {}'
@@ -283,67 +240,53 @@ MINIMAL = b'"item_id": "a", "fingerprint": "f", "model": "m", "input": {}'
     ],
     ids=["empty", "cut", "no object", "no text", "too little", "of tomorrow", "strange state", "huge"],
 )
-def test_what_is_no_record_stops_the_item_and_is_named(body: bytes) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        await store.put(KEY, body, content_type="application/json")
-        with pytest.raises(StoreFailed, match=r"s3://bucket/daily/records/fox\.json.*nothing is bought"):
-            await ledger.read("fox")
-        with pytest.raises(StoreFailed):
-            await ledger.write(claim(), replacing=None)
-        assert store.objects[KEY].body == body
-
-    with_ledger(story)
+async def test_what_is_no_record_stops_the_item_and_is_named(ledger: Ledger, store: MemoryStore, body: bytes) -> None:
+    await store.put(KEY, body, content_type="application/json")
+    with pytest.raises(StoreFailed, match=r"s3://bucket/kit/records/fox\.json.*nothing is bought"):
+        await ledger.read("fox")
+    with pytest.raises(StoreFailed):
+        await ledger.write(claim(), replacing=None)
+    assert store.objects[KEY].body == body
 
 
 # --------------------------------------------------------- stores without conditional writes
 
 
-def test_the_store_is_tried_once_a_process() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        assert not ledger.is_proven
-        held = await ledger.write(claim(), replacing=None)
-        assert ledger.is_proven
-        assert store.count("put") == 3, "the write and two that must be refused"
-        await ledger.write(amended(held.record), replacing=held)
-        assert store.count("put") == 4
-
-    with_ledger(story)
+async def test_the_store_is_tried_once_a_process(ledger: Ledger, store: MemoryStore) -> None:
+    assert not ledger.is_proven
+    held = await ledger.write(claim(), replacing=None)
+    assert ledger.is_proven
+    assert store.count("put") == 3, "the write and two that must be refused"
+    await ledger.write(amended(held.record), replacing=held)
+    assert store.count("put") == 4
 
 
-def test_trying_the_store_leaves_the_record_as_it_was_written() -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        held = await ledger.write(claim(), replacing=None)
-        assert store.objects[KEY].etag == held.etag
-        assert store.json(KEY)["write_id"] == held.record.write_id
-
-    with_ledger(story)
-    with pytest.raises(SetupError):
-        with_ledger(story, honours_conditions=False)
+async def test_trying_the_store_leaves_the_record_as_it_was_written(ledger: Ledger, store: MemoryStore) -> None:
+    held = await ledger.write(claim(), replacing=None)
+    assert store.objects[KEY].etag == held.etag
+    assert store.json(KEY)["write_id"] == held.record.write_id
 
 
 @pytest.mark.parametrize("lost", [False, True])
-def test_a_store_that_ignores_conditions_is_found_out_at_the_first_write(lost: bool) -> None:
-    async def story(ledger: Ledger, store: MemoryStore) -> None:
-        if lost:
-            store.lose_put()
-        with pytest.raises(SetupError, match="EACHLABS_CONDITIONAL_WRITES=ignore"):
-            await ledger.write(claim(), replacing=None)
-        assert not ledger.is_proven
+async def test_a_store_that_ignores_conditions_is_found_out_at_the_first_write(
+    ledger: Ledger, store: MemoryStore, lost: bool
+) -> None:
+    store.honours_conditions = False
+    if lost:
+        store.lose_put()
+    with pytest.raises(SetupError, match="EACHLABS_CONDITIONAL_WRITES=ignore"):
+        await ledger.write(claim(), replacing=None)
+    assert not ledger.is_proven
 
-    with_ledger(story, honours_conditions=False)
 
-
-def test_conditions_may_be_ignored_on_purpose() -> None:
-    async def story() -> None:
-        store = MemoryStore(honours_conditions=False)
-        ledger = Ledger(store, DESTINATION, conditional=False)
-        held = await ledger.write(claim(), replacing=None)
-        await ledger.write(amended(held.record, epoch=2), replacing=held)
-        assert store.json(KEY)["epoch"] == 2
-        assert store.count("put") == 2
-        assert not ledger.is_proven
-
-    run(story())
+async def test_conditions_may_be_ignored_on_purpose() -> None:
+    store = MemoryStore(honours_conditions=False)
+    ledger = Ledger(store, DESTINATION, conditional=False)
+    held = await ledger.write(claim(), replacing=None)
+    await ledger.write(amended(held.record, epoch=2), replacing=held)
+    assert store.json(KEY)["epoch"] == 2
+    assert store.count("put") == 2
+    assert not ledger.is_proven
 
 
 # ------------------------------------------------------------------------------ what it means

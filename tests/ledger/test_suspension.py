@@ -12,22 +12,19 @@ import pytest
 from prefect_eachlabs.api.suspension import within_running_seconds
 from prefect_eachlabs.ledger import purchase as purchasing
 from prefect_eachlabs.limits import leases
-from tests.protocol.kit import World, patched_clocks, play, wanted
+from tests.protocol.kit import World, wanted
 from tests.virtual_time import run
 
 
-def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
-    async def story() -> None:
-        assert await within_running_seconds(asyncio.sleep(29.9, "done"), 30.0) == "done"
+async def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
+    assert await within_running_seconds(asyncio.sleep(29.9, "done"), 30.0) == "done"
 
-        async def fail() -> None:
-            await asyncio.sleep(1)
-            raise ValueError("no")
+    async def fail() -> None:
+        await asyncio.sleep(1)
+        raise ValueError("no")
 
-        with pytest.raises(ValueError, match="no"):
-            await within_running_seconds(fail(), 30.0)
-
-    run(story())
+    with pytest.raises(ValueError, match="no"):
+        await within_running_seconds(fail(), 30.0)
 
 
 def test_work_that_takes_too_long_is_cancelled() -> None:
@@ -132,31 +129,22 @@ def test_what_the_loop_does_not_know_of_is_the_time_since_boot(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("boundary", ["after S3 PUT kit/records", "after POST"])
-def test_a_machine_that_was_suspended_in_a_purchase_knows_that_its_claim_is_dead(
+async def test_a_machine_that_was_suspended_in_a_purchase_knows_that_its_claim_is_dead(
     boundary: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its lid is closed for ten minutes, which its loop does not notice; another worker takes over meanwhile."""
-    undo = patched_clocks()
     asleep = 0.0
     monkeypatch.setattr(purchasing, "clock", lambda: asyncio.get_running_loop().time() + asleep)
-
-    async def story() -> None:
-        nonlocal asleep
-        item = wanted()
-        world = World(service_seconds=0.5)
-        laptop = world.process(freeze_at=boundary)
-        slow = asyncio.ensure_future(laptop.obtain(item))
-        await laptop.froze.wait()
-        world.pass_unnoticed(600)
-        began = world.now()
-        await world.process().obtain(item)
-        assert world.now() - began < 10, "so little passed on the laptop's own clock"
-        asleep = 600.0
-        laptop.thaw()
-        await slow
-        world.check([item])
-
-    try:
-        play(story)
-    finally:
-        undo()
+    item = wanted()
+    world = World(service_seconds=0.5)
+    laptop = world.process(freeze_at=boundary)
+    slow = asyncio.ensure_future(laptop.obtain(item))
+    await laptop.froze.wait()
+    world.pass_unnoticed(600)
+    began = world.now()
+    await world.process().obtain(item)
+    assert world.now() - began < 10, "so little passed on the laptop's own clock"
+    asleep = 600.0
+    laptop.thaw()
+    await slow
+    world.check([item])

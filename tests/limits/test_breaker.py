@@ -155,22 +155,19 @@ def test_402_pauses_like_429() -> None:
     assert run(story()) == 4
 
 
-def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
-    async def story() -> None:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        tasks = callers.start("a", "b", "c")
-        await asyncio.sleep(1)
-        gate.refuse(InsufficientBalance("top up", status_code=402, item_id="of another"))
-        ends = await asyncio.gather(*tasks, return_exceptions=True)
-        assert [(type(end), str(end)) for end in ends] == [(InsufficientBalance, "top up")] * 3
-        assert len(set(map(id, ends))) == 3, "an exception that several raise grows a traceback of all of them"
-        assert (now(), gate.paused) == (1, True)
-        await asyncio.gather(*callers.start("d"))
-        assert callers.entered == {"d": 5}
-
-    run(story())
+async def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    tasks = callers.start("a", "b", "c")
+    await asyncio.sleep(1)
+    gate.refuse(InsufficientBalance("top up", status_code=402, item_id="of another"))
+    ends = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [(type(end), str(end)) for end in ends] == [(InsufficientBalance, "top up")] * 3
+    assert len(set(map(id, ends))) == 3, "an exception that several raise grows a traceback of all of them"
+    assert (now(), gate.paused) == (1, True)
+    await asyncio.gather(*callers.start("d"))
+    assert callers.entered == {"d": 5}
 
 
 def test_a_trial_that_leaves_hands_its_turn_on() -> None:

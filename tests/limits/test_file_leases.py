@@ -58,14 +58,11 @@ class Process(Buyer):
 # ------------------------------------------------------------------ side by side
 
 
-def test_processes_side_by_side_share_the_window_and_the_slots_in_flight_evenly(tmp_path: Path, api: Api) -> None:
-    async def story() -> None:
-        for name in range(4):
-            Process(tmp_path, api, str(name)).start()
-            await asyncio.sleep(7)
-        await asyncio.sleep(420)
-
-    run(story())
+async def test_processes_side_by_side_share_the_window_and_the_slots_in_flight_evenly(tmp_path: Path, api: Api) -> None:
+    for name in range(4):
+        Process(tmp_path, api, str(name)).start()
+        await asyncio.sleep(7)
+    await asyncio.sleep(420)
     sent = [api.sent(60, 420, str(name)) for name in range(4)]
     assert sum(sent) >= 0.98 * 6 * 60
     assert max(sent) <= 2 * min(sent)
@@ -83,170 +80,142 @@ def test_a_single_picture_beside_a_large_batch_has_its_turn(tmp_path: Path, api:
     assert run(story()) < 60  # the batch holds all ten slots until its questions have their turn in the window
 
 
-def test_processes_take_turns_at_a_single_slot_in_flight(tmp_path: Path, api: Api) -> None:
-    async def story() -> None:
-        for name in "abc":
-            Process(tmp_path, api, name, max_in_flight=1).start(callers=3)
-        await asyncio.sleep(300)
-
-    run(story())
+async def test_processes_take_turns_at_a_single_slot_in_flight(tmp_path: Path, api: Api) -> None:
+    for name in "abc":
+        Process(tmp_path, api, name, max_in_flight=1).start(callers=3)
+    await asyncio.sleep(300)
     assert api.most_in_flight == 1
     assert all(api.sent(0, 300, name) >= 15 for name in "abc")
 
 
-def test_accounts_and_addresses_have_limits_of_their_own(tmp_path: Path) -> None:
-    async def story() -> None:
-        api = Api()
+async def test_accounts_and_addresses_have_limits_of_their_own(tmp_path: Path) -> None:
+    api = Api()
 
-        async def gets(**given: object) -> bool:
-            return await takes(Process(tmp_path, api, max_in_flight=1, **given), Kind.IN_FLIGHT, 1) is not None
+    async def gets(**given: object) -> bool:
+        return await takes(Process(tmp_path, api, max_in_flight=1, **given), Kind.IN_FLIGHT, 1) is not None
 
-        assert await gets()
-        assert not await gets()
-        assert await gets(account="other")
-        assert await gets(base_url="http://127.0.0.1:9")
-
-    run(story())
+    assert await gets()
+    assert not await gets()
+    assert await gets(account="other")
+    assert await gets(base_url="http://127.0.0.1:9")
 
 
-def test_without_a_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_a_limit_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
-    async def story() -> None:
-        limiter = machine_limiter(account(requests_per_minute=None, max_in_flight=None))
-        await limiter.take_in_flight()
-        await limiter.take_request()
-        await limiter.close()
-
-    run(story())
+    limiter = machine_limiter(account(requests_per_minute=None, max_in_flight=None))
+    await limiter.take_in_flight()
+    await limiter.take_request()
+    await limiter.close()
     assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------ one after the other
 
 
-def test_a_run_after_another_goes_on_with_its_window(tmp_path: Path, api: Api) -> None:
+async def test_a_run_after_another_goes_on_with_its_window(tmp_path: Path, api: Api) -> None:
     """`generate` in a loop: each process buys five pictures and ends."""
 
-    async def story() -> None:
-        for number in range(30):
-            process = Process(tmp_path, api, str(number)).start(callers=5, pictures=1)
-            await asyncio.gather(*process.callers)
-            await process.stop()
-
-    run(story())
+    for number in range(30):
+        process = Process(tmp_path, api, str(number)).start(callers=5, pictures=1)
+        await asyncio.gather(*process.callers)
+        await process.stop()
     assert len(api.requests) == 300
 
 
-def test_predictions_that_were_seen_to_end_leave_nothing_behind(tmp_path: Path, api: Api) -> None:
-    async def story() -> None:
-        first = Process(tmp_path, api, "first")
-        slots = [await first.limiter.take_in_flight() for _ in range(10)]
-        for slot in slots:
-            slot.done()
-        await first.stop()
-        began = now()
-        second = Process(tmp_path, api, "second")
-        for _ in range(10):
-            await second.limiter.take_in_flight()
-        assert now() - began < 1
-
-    run(story())
+async def test_predictions_that_were_seen_to_end_leave_nothing_behind(tmp_path: Path, api: Api) -> None:
+    first = Process(tmp_path, api, "first")
+    slots = [await first.limiter.take_in_flight() for _ in range(10)]
+    for slot in slots:
+        slot.done()
+    await first.stop()
+    began = now()
+    second = Process(tmp_path, api, "second")
+    for _ in range(10):
+        await second.limiter.take_in_flight()
+    assert now() - began < 1
 
 
 # ------------------------------------------------------------------ killed, stopped
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_killed_anywhere_and_started_again_it_is_never_over(tmp_path: Path, api: Api, seed: int) -> None:
+async def test_killed_anywhere_and_started_again_it_is_never_over(tmp_path: Path, api: Api, seed: int) -> None:
     random.seed(seed)
 
-    async def story() -> None:
-        for number in range(12):
-            process = Process(tmp_path, api, str(number)).start(callers=random.choice([3, 30]))
-            await asyncio.sleep(random.uniform(0.1, 40))
-            process.kill()
-            await asyncio.sleep(random.choice([0.0, 1.0, 30.0, 80.0]))
-
-    run(story())
+    for number in range(12):
+        process = Process(tmp_path, api, str(number)).start(callers=random.choice([3, 30]))
+        await asyncio.sleep(random.uniform(0.1, 40))
+        process.kill()
+        await asyncio.sleep(random.choice([0.0, 1.0, 30.0, 80.0]))
     assert len(api.requests) > 100
 
 
-def test_a_killed_process_slots_come_back_and_are_not_given_out_before(tmp_path: Path, api: Api) -> None:
-    async def story() -> None:
-        killed = Process(tmp_path, api, "killed", prediction_seconds=40.0).start()
-        await asyncio.sleep(30)
-        killed.kill()
-        killed_at = now()
-        heir = Process(tmp_path, api, "heir")
-        slots = [await heir.limiter.take_in_flight() for _ in range(10)]
-        assert 60 <= now() - killed_at <= 76
-        assert len(slots) == 10
-
-    run(story())
+async def test_a_killed_process_slots_come_back_and_are_not_given_out_before(tmp_path: Path, api: Api) -> None:
+    killed = Process(tmp_path, api, "killed", prediction_seconds=40.0).start()
+    await asyncio.sleep(30)
+    killed.kill()
+    killed_at = now()
+    heir = Process(tmp_path, api, "heir")
+    slots = [await heir.limiter.take_in_flight() for _ in range(10)]
+    assert 60 <= now() - killed_at <= 76
+    assert len(slots) == 10
 
 
-def test_a_process_that_was_stopped_for_minutes_takes_nothing_from_its_old_leases(
+async def test_a_process_that_was_stopped_for_minutes_takes_nothing_from_its_old_leases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the machine slept: the loop's clock does not know of it, the leases have ended."""
 
-    async def story() -> None:
-        api = Api()
-        sleeper = Process(tmp_path, api, "sleeper")
-        held = [await sleeper.limiter.take_in_flight() for _ in range(4)]
-        spare = await sleeper.limiter.take_in_flight()
-        spare.unused()
-        monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 300.0)
-        other = Process(tmp_path, api, "other")
-        others = [await other.limiter.take_in_flight() for _ in range(8)]
-        waiting = asyncio.ensure_future(sleeper.limiter.take_in_flight())
-        await asyncio.sleep(30)
-        assert not waiting.done()  # four are still in flight, eight are the other's: first those must end
-        for slot in others[:6]:
-            slot.done()
-        await asyncio.sleep(30)
-        assert waiting.done()
-        taken = json.loads(the_file(tmp_path).read_text())["leases"]
-        assert len(taken) == len(held) + 1 + len(others[6:])
-
-    run(story())
+    api = Api()
+    sleeper = Process(tmp_path, api, "sleeper")
+    held = [await sleeper.limiter.take_in_flight() for _ in range(4)]
+    spare = await sleeper.limiter.take_in_flight()
+    spare.unused()
+    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 300.0)
+    other = Process(tmp_path, api, "other")
+    others = [await other.limiter.take_in_flight() for _ in range(8)]
+    waiting = asyncio.ensure_future(sleeper.limiter.take_in_flight())
+    await asyncio.sleep(30)
+    assert not waiting.done()  # four are still in flight, eight are the other's: first those must end
+    for slot in others[:6]:
+        slot.done()
+    await asyncio.sleep(30)
+    assert waiting.done()
+    taken = json.loads(the_file(tmp_path).read_text())["leases"]
+    assert len(taken) == len(held) + 1 + len(others[6:])
 
 
 # ------------------------------------------------------------------ nothing waits in silence
 
 
-def test_who_waits_for_what_others_hold_says_so_after_five_seconds_and_seldom_again(
+async def test_who_waits_for_what_others_hold_says_so_after_five_seconds_and_seldom_again(
     tmp_path: Path, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story() -> None:
-        first = Process(tmp_path, api, "first")
-        slots = [await first.limiter.take_in_flight() for _ in range(10)]
-        second = Process(tmp_path, api, "second")
-        waiting = asyncio.ensure_future(second.limiter.take_in_flight())
-        await asyncio.sleep(4.9)
-        assert second.limiter.standstill is None
-        await asyncio.sleep(0.6)
-        assert second.limiter.standstill is not None
-        assert "other processes on this machine (pid " in second.limiter.standstill
-        assert "comes back within 75 s" in second.limiter.standstill
-        await asyncio.sleep(110)
-        assert len(warnings(caplog, "Waiting for 10 of 10 slots in flight of account 'acme'")) == 1
-        await asyncio.sleep(100)
-        assert len(warnings(caplog, "Waiting for")) == 2
-        slots[0].done()
-        await waiting
-        assert second.limiter.standstill is None
-
-    run(story())
+    first = Process(tmp_path, api, "first")
+    slots = [await first.limiter.take_in_flight() for _ in range(10)]
+    second = Process(tmp_path, api, "second")
+    waiting = asyncio.ensure_future(second.limiter.take_in_flight())
+    await asyncio.sleep(4.9)
+    assert second.limiter.standstill is None
+    await asyncio.sleep(0.6)
+    assert second.limiter.standstill is not None
+    assert "other processes on this machine (pid " in second.limiter.standstill
+    assert "comes back within 75 s" in second.limiter.standstill
+    await asyncio.sleep(110)
+    assert len(warnings(caplog, "Waiting for 10 of 10 slots in flight of account 'acme'")) == 1
+    await asyncio.sleep(100)
+    assert len(warnings(caplog, "Waiting for")) == 2
+    slots[0].done()
+    await waiting
+    assert second.limiter.standstill is None
 
 
-def test_who_waits_for_its_own_window_says_nothing(tmp_path: Path, api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> None:
-        Process(tmp_path, api).start()
-        await asyncio.sleep(180)
-
-    run(story())
+async def test_who_waits_for_its_own_window_says_nothing(
+    tmp_path: Path, api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
+    Process(tmp_path, api).start()
+    await asyncio.sleep(180)
     assert not caplog.records
 
 
@@ -258,14 +227,11 @@ def the_file(folder: Path) -> Path:
     return path
 
 
-def test_the_file_is_its_users_alone_and_has_no_key_in_it(tmp_path: Path, api: Api) -> None:
+async def test_the_file_is_its_users_alone_and_has_no_key_in_it(tmp_path: Path, api: Api) -> None:
     folder = tmp_path / "state"
 
-    async def story() -> None:
-        process = Process(folder, api)
-        await process.limiter.take_request()
-
-    run(story())
+    process = Process(folder, api)
+    await process.limiter.take_request()
     assert folder.stat().st_mode & 0o777 == 0o700
     for path in folder.iterdir():
         assert path.stat().st_mode & 0o777 == 0o600
@@ -276,10 +242,12 @@ def test_it_is_in_the_state_folder_or_else_in_the_temporary_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    state, temporary = state_folders({"XDG_STATE_HOME": str(tmp_path / "state")})
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    state, temporary = state_folders()
     assert state == tmp_path / "state" / "prefect-eachlabs"
     assert temporary == tmp_path / "tmp" / f"prefect-eachlabs-{os.getuid()}"
-    assert state_folders({"XDG_STATE_HOME": "relative"})[0] == Path.home() / ".local/state/prefect-eachlabs"
+    monkeypatch.setenv("XDG_STATE_HOME", "relative")
+    assert state_folders()[0] == Path.home() / ".local/state/prefect-eachlabs"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert Path(FileLeases(account()).where).parent == temporary
@@ -297,55 +265,46 @@ def test_it_is_in_the_state_folder_or_else_in_the_temporary_one(
         b"[" * 100_000,
     ],
 )
-def test_a_damaged_file_is_written_anew_with_what_all_still_hold_and_that_is_said(
+async def test_a_damaged_file_is_written_anew_with_what_all_still_hold_and_that_is_said(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: bytes
 ) -> None:
-    async def story() -> None:
-        api = Api()
-        first, second = Process(tmp_path, api, "first"), Process(tmp_path, api, "second")
-        for _ in range(4):
-            await first.limiter.take_in_flight()
-        the_file(tmp_path).write_bytes(damage)
-        for _ in range(3):
-            await second.limiter.take_in_flight()
-        await asyncio.sleep(15)  # by then the first has renewed what it has
-        assert len(json.loads(the_file(tmp_path).read_text())["leases"]) == 7
-        assert await takes(Process(tmp_path, api), Kind.IN_FLIGHT, 1) is not None
-
-    run(story())
+    api = Api()
+    first, second = Process(tmp_path, api, "first"), Process(tmp_path, api, "second")
+    for _ in range(4):
+        await first.limiter.take_in_flight()
+    the_file(tmp_path).write_bytes(damage)
+    for _ in range(3):
+        await second.limiter.take_in_flight()
+    await asyncio.sleep(15)  # by then the first has renewed what it has
+    assert len(json.loads(the_file(tmp_path).read_text())["leases"]) == 7
+    assert await takes(Process(tmp_path, api), Kind.IN_FLIGHT, 1) is not None
     assert len(warnings(caplog, "could not be read")) == 1
 
 
-def test_a_file_that_somebody_removed_is_written_anew_with_what_all_still_hold(
+async def test_a_file_that_somebody_removed_is_written_anew_with_what_all_still_hold(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story() -> None:
-        api = Api()
-        first, second = Process(tmp_path, api, "first"), Process(tmp_path, api, "second")
-        for _ in range(10):
-            await first.limiter.take_in_flight()
-        the_file(tmp_path).unlink()
-        await asyncio.sleep(15)
-        assert await takes(second, Kind.IN_FLIGHT, 60) is None
-
-    run(story())
+    api = Api()
+    first, second = Process(tmp_path, api, "first"), Process(tmp_path, api, "second")
+    for _ in range(10):
+        await first.limiter.take_in_flight()
+    the_file(tmp_path).unlink()
+    await asyncio.sleep(15)
+    assert await takes(second, Kind.IN_FLIGHT, 60) is None
     assert len(warnings(caplog, "somebody has removed or emptied it")) == 1
 
 
-def test_a_folder_that_cannot_be_used_leaves_the_limits_to_the_process_and_says_so_once(
+async def test_a_folder_that_cannot_be_used_leaves_the_limits_to_the_process_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "state").write_text("no folder")
 
-    async def story() -> None:
-        api = Api()
-        process = Process(tmp_path / "state", api).start(callers=30)
-        await asyncio.sleep(180)
-        assert api.sent(60, 180) >= 110
-        assert api.worst_window() <= 60
-        await process.stop()
-
-    run(story())
+    api = Api()
+    process = Process(tmp_path / "state", api).start(callers=30)
+    await asyncio.sleep(180)
+    assert api.sent(60, 180) >= 110
+    assert api.worst_window() <= 60
+    await process.stop()
     assert len(warnings(caplog, "counted in this process alone")) == len(caplog.records) == 1
 
 
@@ -357,23 +316,20 @@ def test_somebody_elses_folder_is_not_used(
     assert len(warnings(caplog, "belongs to another user")) == 1
 
 
-def test_a_disk_that_fills_up_leaves_the_limits_to_the_process_and_says_so_once(
+async def test_a_disk_that_fills_up_leaves_the_limits_to_the_process_and_says_so_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(descriptor: int, rows: object) -> None:
         raise OSError(28, "No space left on device")
 
-    async def story() -> None:
-        api = Api()
-        Process(tmp_path, api).start()
-        await asyncio.sleep(30)
-        monkeypatch.setattr(file_leases, "_write", full)
-        await asyncio.sleep(180)
-        assert api.sent(60, 210) >= 140
-        assert api.worst_window() <= 60
-        assert api.most_in_flight <= 10
-
-    run(story())
+    api = Api()
+    Process(tmp_path, api).start()
+    await asyncio.sleep(30)
+    monkeypatch.setattr(file_leases, "_write", full)
+    await asyncio.sleep(180)
+    assert api.sent(60, 210) >= 140
+    assert api.worst_window() <= 60
+    assert api.most_in_flight <= 10
     assert len(warnings(caplog, "No space left")) == len(caplog.records) == 1
 
 
@@ -395,62 +351,50 @@ def test_what_others_were_seen_to_hold_counts_for_a_process_that_can_no_longer_r
     assert 74 < run(story()) < 77
 
 
-def test_a_lock_that_a_stopped_process_holds_is_waited_for_and_then_done_without(
+async def test_a_lock_that_a_stopped_process_holds_is_waited_for_and_then_done_without(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def story() -> None:
-        first, second = FileLeases(account(), tmp_path), Process(tmp_path, Api())
-        await first.lease(Kind.REQUESTS, 1, 60)
-        descriptor = await first._lock()
-        assert descriptor is not None
-        assert await takes(second, Kind.REQUESTS, 4.9) is None
-        assert not caplog.records
-        assert await takes(second, Kind.REQUESTS, 1) is not None
-        os.close(descriptor)
-        assert await takes(second, Kind.REQUESTS, 1) is not None
-        assert await first.taken(Kind.REQUESTS) == 3, "shared again, with what it had taken alone"
-
-    run(story())
+    first, second = FileLeases(account(), tmp_path), Process(tmp_path, Api())
+    await first.lease(Kind.REQUESTS, 1, 60)
+    descriptor = await first._lock()
+    assert descriptor is not None
+    assert await takes(second, Kind.REQUESTS, 4.9) is None
+    assert not caplog.records
+    assert await takes(second, Kind.REQUESTS, 1) is not None
+    os.close(descriptor)
+    assert await takes(second, Kind.REQUESTS, 1) is not None
+    assert await first.taken(Kind.REQUESTS) == 3, "shared again, with what it had taken alone"
     assert len(warnings(caplog, "does not go on")) == len(caplog.records) == 1
 
 
-def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_folder_that_somebody_removed_is_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "state"
 
-    async def story() -> None:
-        first, second = Process(folder, Api()), FileLeases(account(), folder)
-        assert await takes(first, Kind.REQUESTS, 1) is not None
-        shutil.rmtree(folder)
-        assert await takes(first, Kind.REQUESTS, 1) is not None
-        assert await second.taken(Kind.REQUESTS) == 2
-
-    run(story())
+    first, second = Process(folder, Api()), FileLeases(account(), folder)
+    assert await takes(first, Kind.REQUESTS, 1) is not None
+    shutil.rmtree(folder)
+    assert await takes(first, Kind.REQUESTS, 1) is not None
+    assert await second.taken(Kind.REQUESTS) == 2
     assert len(warnings(caplog, "somebody has removed")) == len(caplog.records) == 1
 
 
-def test_without_file_locks_the_limits_are_the_processs_own_and_that_is_said(
+async def test_without_file_locks_the_limits_are_the_processs_own_and_that_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file_leases, "HAS_FILE_LOCKS", False)
 
-    async def story() -> None:
-        limiter = machine_limiter(account(max_in_flight=2))
-        assert [await limiter.take_in_flight() for _ in range(2)]
-        assert limiter.pressure(Kind.IN_FLIGHT) == 1.0
-
-    run(story())
+    limiter = machine_limiter(account(max_in_flight=2))
+    assert [await limiter.take_in_flight() for _ in range(2)]
+    assert limiter.pressure(Kind.IN_FLIGHT) == 1.0
     assert len(warnings(caplog, "no file locks")) == len(caplog.records) == 1
 
 
-def test_after_a_reboot_the_file_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
-        before = Process(tmp_path, Api(), max_in_flight=1)
-        assert await takes(before, Kind.IN_FLIGHT, 1) is not None
-        monkeypatch.setattr(file_leases, "_boot_id", lambda: "another boot")
-        after = Process(tmp_path, Api(), max_in_flight=1)
-        assert await takes(after, Kind.IN_FLIGHT, 1) is not None
-
-    run(story())
+async def test_after_a_reboot_the_file_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = Process(tmp_path, Api(), max_in_flight=1)
+    assert await takes(before, Kind.IN_FLIGHT, 1) is not None
+    monkeypatch.setattr(file_leases, "_boot_id", lambda: "another boot")
+    after = Process(tmp_path, Api(), max_in_flight=1)
+    assert await takes(after, Kind.IN_FLIGHT, 1) is not None
 
 
 def test_files_of_earlier_boots_are_removed(tmp_path: Path) -> None:

@@ -38,27 +38,24 @@ def assert_no_window_holds_more(times: Sequence[float], limit: int) -> None:
 # ---- slots
 
 
-def test_done_and_unused_count_once_and_the_first_of_them_counts() -> None:
-    async def story() -> None:
-        limiter = local(2, None)
-        first, second = await limiter.take_request(), await limiter.take_request()
-        third = asyncio.ensure_future(limiter.take_request())
-        await asyncio.sleep(1)
-        assert limiter.pressure(Kind.REQUESTS) == 1.0
-        for _ in range(3):
-            first.done()
-            first.unused()
-        await asyncio.sleep(1)
-        assert not third.done()
-        for _ in range(3):
-            second.unused()
-            second.done()
-        (await third).unused()
-        assert (now(), limiter.pressure(Kind.REQUESTS)) == (2, 0.5)
-        await asyncio.sleep(WINDOW)
-        assert limiter.pressure(Kind.REQUESTS) == 0.0
-
-    run(story())
+async def test_done_and_unused_count_once_and_the_first_of_them_counts() -> None:
+    limiter = local(2, None)
+    first, second = await limiter.take_request(), await limiter.take_request()
+    third = asyncio.ensure_future(limiter.take_request())
+    await asyncio.sleep(1)
+    assert limiter.pressure(Kind.REQUESTS) == 1.0
+    for _ in range(3):
+        first.done()
+        first.unused()
+    await asyncio.sleep(1)
+    assert not third.done()
+    for _ in range(3):
+        second.unused()
+        second.done()
+    (await third).unused()
+    assert (now(), limiter.pressure(Kind.REQUESTS)) == (2, 0.5)
+    await asyncio.sleep(WINDOW)
+    assert limiter.pressure(Kind.REQUESTS) == 0.0
 
 
 @pytest.mark.parametrize("answered_at", [0.0, 0.1, 1e-9, 1234.567])

@@ -35,16 +35,15 @@ def api() -> Iterator[Api]:
 
 
 @pytest.mark.parametrize("server_limit", [30, 90])
-def test_of_two_different_numbers_the_smaller_one_counts(caplog: pytest.LogCaptureFixture, server_limit: int) -> None:
+async def test_of_two_different_numbers_the_smaller_one_counts(
+    caplog: pytest.LogCaptureFixture, server_limit: int
+) -> None:
     server, api = LeaseServer(limits={Kind.REQUESTS: server_limit}, active={Kind.REQUESTS: 0}), Api()
 
-    async def story() -> None:
-        for name in "ab":
-            Worker(server, api, name).start()
-            await asyncio.sleep(90)
-        await asyncio.sleep(120)
-
-    run(story())
+    for name in "ab":
+        Worker(server, api, name).start()
+        await asyncio.sleep(90)
+    await asyncio.sleep(120)
     smaller = min(60, server_limit)
     assert api.worst_window() <= smaller
     assert api.sent(120, 300) >= 0.9 * 3 * smaller
@@ -52,31 +51,25 @@ def test_of_two_different_numbers_the_smaller_one_counts(caplog: pytest.LogCaptu
     assert len(warnings(caplog, f"the Prefect server is {server_limit}")) == 2  # once a process
 
 
-def test_a_limit_lowered_by_an_operator_counts_within_a_minute_and_a_half() -> None:
+async def test_a_limit_lowered_by_an_operator_counts_within_a_minute_and_a_half() -> None:
     server, api = LeaseServer(), Api()
 
-    async def story() -> None:
-        Worker(server, api).start()
-        await asyncio.sleep(120)
-        server.limits[Kind.REQUESTS] = 20
-        await asyncio.sleep(90)
-        api.requests.clear()
-        await asyncio.sleep(180)
-
-    run(story())
+    Worker(server, api).start()
+    await asyncio.sleep(120)
+    server.limits[Kind.REQUESTS] = 20
+    await asyncio.sleep(90)
+    api.requests.clear()
+    await asyncio.sleep(180)
     assert api.worst_window() <= 20
 
 
-def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
+async def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
     server = LeaseServer()
 
-    async def story() -> None:
-        Worker(server, api).start()
-        await asyncio.sleep(100)
-        del server.limits[Kind.REQUESTS], server.active[Kind.REQUESTS]
-        await asyncio.sleep(100)
-
-    run(story())
+    Worker(server, api).start()
+    await asyncio.sleep(100)
+    del server.limits[Kind.REQUESTS], server.active[Kind.REQUESTS]
+    await asyncio.sleep(100)
     assert server.limits[Kind.REQUESTS] == 60
     assert api.sent(140, 200) >= 30
 
@@ -84,19 +77,18 @@ def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
 # --------------------------------------------------------------- the server away
 
 
-def test_with_the_server_away_nothing_is_sent_and_who_waits_says_so(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+async def test_with_the_server_away_nothing_is_sent_and_who_waits_says_so(
+    api: Api, caplog: pytest.LogCaptureFixture
+) -> None:
     server = LeaseServer()
 
-    async def story() -> None:
-        for name in "ab":
-            Worker(server, api, name).start()
-        await asyncio.sleep(150)
-        server.down = True
-        await asyncio.sleep(300)
-        server.down = False
-        await asyncio.sleep(200)
-
-    run(story())
+    for name in "ab":
+        Worker(server, api, name).start()
+    await asyncio.sleep(150)
+    server.down = True
+    await asyncio.sleep(300)
+    server.down = False
+    await asyncio.sleep(200)
     assert api.sent(165, 450) == 0
     assert api.sent(510, 630) >= 0.9 * 120
     assert 2 <= len(warnings(caplog, "which gives no usable answer (ConnectError")) <= 12  # once in two minutes
@@ -134,234 +126,203 @@ def test_what_is_in_flight_counts_over_an_absence_of_nearly_a_minute(
             run(story(began_after_seconds, away_seconds))
 
 
-def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
+async def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer(down=True)
 
-    async def story() -> None:
-        worker = Worker(server, api).start()
-        await asyncio.sleep(7)
-        assert worker.limiter.standstill is not None
-        assert "Start it, or unset PREFECT_API_URL" in worker.limiter.standstill
-        await asyncio.sleep(600)
-        server.down = False
-        await asyncio.sleep(20)
-        assert api.sent(607, 627) >= 10
-        await worker.stop()
-
-    run(story())
+    worker = Worker(server, api).start()
+    await asyncio.sleep(7)
+    assert worker.limiter.standstill is not None
+    assert "Start it, or unset PREFECT_API_URL" in worker.limiter.standstill
+    await asyncio.sleep(600)
+    server.down = False
+    await asyncio.sleep(20)
+    assert api.sent(607, 627) >= 10
+    await worker.stop()
     assert api.sent(0, 607) == 0
 
 
-def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api: Api) -> None:
+async def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api: Api) -> None:
     """It cannot know who else is there: what it took alone would come on top of the others' shares."""
     server = LeaseServer()
 
-    async def story() -> None:
-        for name in "ab":
-            Worker(server, api, name).start()
-        await asyncio.sleep(150)
-        server.down = True
-        await asyncio.sleep(10)
-        Worker(server, api, "c").start()
-        await asyncio.sleep(20)
-        assert api.sent(150, 180, "c") == 0
-        server.down = False
-        await asyncio.sleep(180)
-
-    run(story())
+    for name in "ab":
+        Worker(server, api, name).start()
+    await asyncio.sleep(150)
+    server.down = True
+    await asyncio.sleep(10)
+    Worker(server, api, "c").start()
+    await asyncio.sleep(20)
+    assert api.sent(150, 180, "c") == 0
+    server.down = False
+    await asyncio.sleep(180)
     assert api.sent(240, 360, "c") >= 0.7 * 40
 
 
-def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFixture) -> None:
+async def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFixture) -> None:
     server = LeaseServer()
 
-    async def story() -> None:
-        worker = Worker(server, api).start()
-        for _ in range(20):
-            await asyncio.sleep(10)
-            worker.client.cut = True
-            await asyncio.sleep(0.1)
-            worker.client.cut = False
-
-    run(story())
+    worker = Worker(server, api).start()
+    for _ in range(20):
+        await asyncio.sleep(10)
+        worker.client.cut = True
+        await asyncio.sleep(0.1)
+        worker.client.cut = False
     assert api.sent(60, 180) >= 0.85 * 120
     assert not warnings(caplog, "gives no usable answer")
 
 
-def test_slots_whose_leases_ended_while_the_server_was_away_are_leased_again_before_any_others(api: Api) -> None:
+async def test_slots_whose_leases_ended_while_the_server_was_away_are_leased_again_before_any_others(api: Api) -> None:
     """A server with leases on disk ends them as it starts: their slots are free there, and in use here."""
     server = LeaseServer()
 
-    async def story() -> None:
-        for name in "ab":
-            Worker(server, api, name, prediction_seconds=150.0).start()
-        await asyncio.sleep(20)
-        server.down = True
-        for name in "cdef":
-            Worker(server, api, name).start()
-        await asyncio.sleep(100)
-        assert api.in_flight == 10
-        server.down = False
-        await asyncio.sleep(5)
-        assert server.leased(Kind.IN_FLIGHT) == 10
-        await asyncio.sleep(600)
-
-    run(story())
+    for name in "ab":
+        Worker(server, api, name, prediction_seconds=150.0).start()
+    await asyncio.sleep(20)
+    server.down = True
+    for name in "cdef":
+        Worker(server, api, name).start()
+    await asyncio.sleep(100)
+    assert api.in_flight == 10
+    server.down = False
+    await asyncio.sleep(5)
+    assert server.leased(Kind.IN_FLIGHT) == 10
+    await asyncio.sleep(600)
     assert all(api.sent(150, 700, name) >= 10 for name in "cdef")
 
 
-def test_a_process_that_is_cut_off_from_the_server_uses_nothing_that_others_lease_meanwhile(api: Api) -> None:
+async def test_a_process_that_is_cut_off_from_the_server_uses_nothing_that_others_lease_meanwhile(api: Api) -> None:
     server = LeaseServer()
 
-    async def story() -> None:
-        cut = Worker(server, api, "cut").start()
-        Worker(server, api, "other").start()
-        await asyncio.sleep(100)
-        cut.client.cut = True
-        await asyncio.sleep(200)
-        cut.client.cut = False
-        await asyncio.sleep(120)
-
-    run(story())
+    cut = Worker(server, api, "cut").start()
+    Worker(server, api, "other").start()
+    await asyncio.sleep(100)
+    cut.client.cut = True
+    await asyncio.sleep(200)
+    cut.client.cut = False
+    await asyncio.sleep(120)
     assert api.sent(111, 300, "cut") == 0
     assert api.sent(200, 300, "other") >= 90
     assert api.sent(340, 420, "cut") >= 20
 
 
-def test_with_a_server_that_takes_seconds_for_an_answer_no_limit_is_passed_and_work_goes_on(api: Api) -> None:
+async def test_with_a_server_that_takes_seconds_for_an_answer_no_limit_is_passed_and_work_goes_on(api: Api) -> None:
     server = LeaseServer(latency_seconds=5.0)
 
-    async def story() -> None:
-        for name in "ab":
-            Worker(server, api, name).start()
-        await asyncio.sleep(400)
-
-    run(story())
+    for name in "ab":
+        Worker(server, api, name).start()
+    await asyncio.sleep(400)
     assert api.sent(60, 400) >= 100
 
 
 # ------------------------------------------------------- restarts, lost slots
 
 
-def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_loss_is_named(
+async def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_loss_is_named(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer()
 
-    async def story() -> None:
-        Worker(server, api).start()
-        await asyncio.sleep(100)
-        server.restart()
-        await asyncio.sleep(30)
-        assert warnings(caplog, "prefect-eachlabs limits reset")
-        assert api.sent(120, 130) == 0
-        for kind in Kind:
-            server.active[kind] = server.leased(kind)  # the reset
-        await asyncio.sleep(170)
-
-    run(story())
+    Worker(server, api).start()
+    await asyncio.sleep(100)
+    server.restart()
+    await asyncio.sleep(30)
+    assert warnings(caplog, "prefect-eachlabs limits reset")
+    assert api.sent(120, 130) == 0
+    for kind in Kind:
+        server.active[kind] = server.leased(kind)  # the reset
+    await asyncio.sleep(170)
     assert api.sent(200, 300) >= 80
     assert len(warnings(caplog, "in-flight: forgotten")) == 1
 
 
-def test_who_waits_for_longer_than_leases_last_is_told_how_to_free_lost_slots(
+async def test_who_waits_for_longer_than_leases_last_is_told_how_to_free_lost_slots(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer(limits={Kind.REQUESTS: 60, Kind.IN_FLIGHT: 10}, active={Kind.REQUESTS: 0, Kind.IN_FLIGHT: 10})
 
-    async def story() -> None:
-        worker = Worker(server, api).start()
-        await asyncio.sleep(20)
-        assert len(warnings(caplog, "10 of 10 slots in flight of account 'acme' that other processes hold")) == 1
-        await asyncio.sleep(110)
-        assert len(warnings(caplog, "`prefect-eachlabs limits reset` frees them")) == 1
-        server.active[Kind.IN_FLIGHT] = 0
-        await asyncio.sleep(10)
-        assert api.in_flight == 10
-        await worker.stop()
-
-    run(story())
+    worker = Worker(server, api).start()
+    await asyncio.sleep(20)
+    assert len(warnings(caplog, "10 of 10 slots in flight of account 'acme' that other processes hold")) == 1
+    await asyncio.sleep(110)
+    assert len(warnings(caplog, "`prefect-eachlabs limits reset` frees them")) == 1
+    server.active[Kind.IN_FLIGHT] = 0
+    await asyncio.sleep(10)
+    assert api.in_flight == 10
+    await worker.stop()
 
 
-def test_work_goes_on_with_the_slots_that_are_not_lost(api: Api) -> None:
+async def test_work_goes_on_with_the_slots_that_are_not_lost(api: Api) -> None:
     server = LeaseServer(limits={Kind.REQUESTS: 60}, active={Kind.REQUESTS: 24})
 
-    async def story() -> None:
-        Worker(server, api).start()
-        await asyncio.sleep(300)
-
-    run(story())
+    Worker(server, api).start()
+    await asyncio.sleep(300)
     assert api.sent(60, 300) >= 0.93 * 4 * 36
 
 
 # -------------------------------------------------------------- whatever happens
 
 
-def test_a_fault_of_ours_does_not_leave_callers_waiting(
+async def test_a_fault_of_ours_does_not_leave_callers_waiting(
     api: Api, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(self: LeaseClient, *_: object) -> None:
         raise RuntimeError("never seen before")
 
-    async def story() -> None:
-        worker = Worker(LeaseServer(), api).start()
+    worker = Worker(LeaseServer(), api).start()
+    await asyncio.sleep(100)
+    with monkeypatch.context() as patch:
+        patch.setattr(LeaseClient, "lease", broken)
+        patch.setattr(LeaseClient, "renew", broken)
         await asyncio.sleep(100)
-        with monkeypatch.context() as patch:
-            patch.setattr(LeaseClient, "lease", broken)
-            patch.setattr(LeaseClient, "renew", broken)
-            await asyncio.sleep(100)
-        await asyncio.sleep(160)
-        await worker.stop()
-
-    run(story())
+    await asyncio.sleep(160)
+    await worker.stop()
     assert api.sent(300, 360) >= 45
     assert len(warnings(caplog, "which should not happen: RuntimeError('never seen before')")) == 2  # one a limit
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_whatever_happens_no_minute_holds_more_than_the_limit(seed: int, caplog: pytest.LogCaptureFixture) -> None:
+async def test_whatever_happens_no_minute_holds_more_than_the_limit(
+    seed: int, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.CRITICAL)
     random.seed(seed)
     limit, most = random.choice([(60, 10), (7, 3), (120, 20)])
     server, api = LeaseServer(latency_seconds=random.choice([0.005, 0.05, 0.5])), Api()
 
-    async def story() -> None:
-        workers: list[Worker] = []
-        for step in range(24):
-            what = random.choice(["join", "join", "kill", "stop", "restart", "wait", "cut", "down", "more"])
-            if step == 0 or (what == "join" and len(workers) < 4):
-                latency = random.choice([0.05, 0.3, 20.0])
-                workers.append(
-                    Worker(
-                        server,
-                        api,
-                        str(step),
-                        requests_per_minute=limit,
-                        max_in_flight=most,
-                        latency_seconds=lambda latency=latency: random.uniform(0.01, latency),
-                    ).start(callers=random.choice([1, 5, 30]), pictures=random.choice([3, 1000]))
-                )
-            elif what == "kill" and workers:
-                workers.pop(random.randrange(len(workers))).kill()
-            elif what == "stop" and workers:
-                await workers.pop(random.randrange(len(workers))).stop()
-            elif what == "restart":
-                server.restart()
-            elif what == "cut" and workers:
-                client = random.choice(workers).client
-                client.cut = True
-                asyncio.get_running_loop().call_later(random.choice([0.1, 1.0]), setattr, client, "cut", False)
-            elif what == "down":
-                server.down = True
-                asyncio.get_running_loop().call_later(random.choice([1.0, 30.0, 100.0]), setattr, server, "down", False)
-            elif what == "more" and workers:
-                random.choice(workers).start(callers=3, pictures=10)
-            await asyncio.sleep(random.choice([0.1, 5.0, 30.0, 90.0]))
-        await asyncio.gather(*(worker.stop() for worker in workers))
-
-    run(story())
+    workers: list[Worker] = []
+    for step in range(24):
+        what = random.choice(["join", "join", "kill", "stop", "restart", "wait", "cut", "down", "more"])
+        if step == 0 or (what == "join" and len(workers) < 4):
+            latency = random.choice([0.05, 0.3, 20.0])
+            workers.append(
+                Worker(
+                    server,
+                    api,
+                    str(step),
+                    requests_per_minute=limit,
+                    max_in_flight=most,
+                    latency_seconds=lambda latency=latency: random.uniform(0.01, latency),
+                ).start(callers=random.choice([1, 5, 30]), pictures=random.choice([3, 1000]))
+            )
+        elif what == "kill" and workers:
+            workers.pop(random.randrange(len(workers))).kill()
+        elif what == "stop" and workers:
+            await workers.pop(random.randrange(len(workers))).stop()
+        elif what == "restart":
+            server.restart()
+        elif what == "cut" and workers:
+            client = random.choice(workers).client
+            client.cut = True
+            asyncio.get_running_loop().call_later(random.choice([0.1, 1.0]), setattr, client, "cut", False)
+        elif what == "down":
+            server.down = True
+            asyncio.get_running_loop().call_later(random.choice([1.0, 30.0, 100.0]), setattr, server, "down", False)
+        elif what == "more" and workers:
+            random.choice(workers).start(callers=3, pictures=10)
+        await asyncio.sleep(random.choice([0.1, 5.0, 30.0, 90.0]))
+    await asyncio.gather(*(worker.stop() for worker in workers))
     assert api.worst_window() <= limit
     assert api.most_in_flight <= most
     assert api.requests

@@ -146,14 +146,11 @@ def test_what_a_url_makes_of_odd_letters_is_refused_or_no_url(url: str) -> None:
         )
 
 
-def test_of_several_addresses_the_good_ones_are_used_and_where_others_choose_all_must_be_good() -> None:
-    async def story() -> None:
-        guard = HostGuard(resolve=finding(["10.0.0.7", "93.184.215.14", "::1", "2606:2800::1"]))
-        assert await guard.addresses("a.example.org") == ["93.184.215.14", "2606:2800::1"]
-        with pytest.raises(HostRefused, match=r"a\.example\.org at 10\.0\.0\.7"):
-            await guard.check("a.example.org")
-
-    run(story())
+async def test_of_several_addresses_the_good_ones_are_used_and_where_others_choose_all_must_be_good() -> None:
+    guard = HostGuard(resolve=finding(["10.0.0.7", "93.184.215.14", "::1", "2606:2800::1"]))
+    assert await guard.addresses("a.example.org") == ["93.184.215.14", "2606:2800::1"]
+    with pytest.raises(HostRefused, match=r"a\.example\.org at 10\.0\.0\.7"):
+        await guard.check("a.example.org")
 
 
 @pytest.mark.parametrize(
@@ -562,7 +559,7 @@ def test_an_upload_goes_to_no_host_of_this_network_and_is_not_repeated() -> None
 # --------------------------------------------------------------------------- what it costs
 
 
-def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had_when_it_is_allowed() -> None:
+async def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had_when_it_is_allowed() -> None:
     api = InProcessTransport(
         EmulatorOptions(
             requests_per_minute=None,
@@ -589,16 +586,13 @@ def test_a_picture_at_a_refused_host_is_paid_for_once_kept_by_its_record_and_had
         item, options = Item.wanted("a fox", item_id="fox"), PurchaseOptions(run_id="run")
         return await engine(private_hosts).generate_and_store(item, Destination.parse("s3://bucket/p"), options=options)
 
-    async def story() -> None:
-        before = asyncio.get_running_loop().time()
-        with pytest.raises(HostNotAllowed, match=r"169\.254\.169\.254.*paid for.*EACHLABS_PRIVATE_HOSTS") as caught:
-            await buy("")
-        assert "abcdef" not in str(caught.value)
-        assert caught.value.item_id == "fox"
-        assert store.json("p/records/fox.json")["state"] == RecordState.CREATED.value
-        assert asyncio.get_running_loop().time() - before < 60
-        image = await buy("169.254.169.254")
-        assert image.prediction_id == caught.value.prediction_id
-        assert api.emulator.tallies()["billed"] == 1
-
-    run(story())
+    before = asyncio.get_running_loop().time()
+    with pytest.raises(HostNotAllowed, match=r"169\.254\.169\.254.*paid for.*EACHLABS_PRIVATE_HOSTS") as caught:
+        await buy("")
+    assert "abcdef" not in str(caught.value)
+    assert caught.value.item_id == "fox"
+    assert store.json("p/records/fox.json")["state"] == RecordState.CREATED.value
+    assert asyncio.get_running_loop().time() - before < 60
+    image = await buy("169.254.169.254")
+    assert image.prediction_id == caught.value.prediction_id
+    assert api.emulator.tallies()["billed"] == 1

@@ -11,7 +11,6 @@ from prefect_eachlabs.errors import PredictionTimedOut
 from prefect_eachlabs.models import Prediction, PredictionStatus
 from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi, Shop, gaps_of, in_flight, in_shop, now, seconds
-from tests.virtual_time import run
 
 # ---- the end, and what comes with it
 
@@ -138,7 +137,7 @@ def test_a_get_that_hangs_holds_nobody_else_up() -> None:
     assert known["p1"] < 40  # asked again while the first question is still out
 
 
-def test_held_questions_are_bounded() -> None:
+async def test_held_questions_are_bounded() -> None:
     class Counting(ModelApi):
         out = 0
         most = 0
@@ -151,16 +150,13 @@ def test_held_questions_are_bounded() -> None:
             finally:
                 self.out -= 1
 
-    async def story() -> None:
-        shop = Shop(
-            Counting(holds=True, has_executions=False),
-            local_limiter(requests_per_minute=None, max_in_flight=None),
-        )
-        for _ in range(2):
-            await asyncio.gather(*(shop.buy() for _ in range(150)))
-        await shop.poller.close()
-
-    run(story())
+    shop = Shop(
+        Counting(holds=True, has_executions=False),
+        local_limiter(requests_per_minute=None, max_in_flight=None),
+    )
+    for _ in range(2):
+        await asyncio.gather(*(shop.buy() for _ in range(150)))
+    await shop.poller.close()
     assert 32 <= Counting.most <= 64
 
 

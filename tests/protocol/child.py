@@ -73,9 +73,9 @@ class CountedStore:
     async def put(self, key: str, body: bytes, **given: Any) -> str:
         return await self._boundaries.around(lambda: self._store.put(key, body, **given))
 
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
         async def rows() -> list[ListedObject]:
-            return [row async for row in self._store.list(prefix, start_after=start_after)]
+            return [row async for row in self._store.list(prefix)]
 
         for row in await self._boundaries.around(rows):
             yield row

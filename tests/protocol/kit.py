@@ -1,6 +1,6 @@
 """Processes that die, freeze and lose answers at any boundary, at one emulator and one bucket, in virtual time.
 
-    async def story() -> None:
+    async def test_it_is_bought_once() -> None:
         world = World()
         first = world.process(die_at=7)
         await first.dies(first.obtain(ITEM))    # SIGKILL at its 7th boundary
@@ -60,7 +60,10 @@ _worlds: list[World] = []
 
 
 def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Runs a story in virtual time. What the dead left behind ends with it, without any effect."""
+    """Runs a story in virtual time; no machine in it asks the real one.
+
+    What the dead left behind ends with it, without any effect.
+    """
 
     async def whole() -> T:
         try:
@@ -69,9 +72,11 @@ def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
             for world in _worlds:
                 world.over = True
 
+    undo = patched_clocks()
     try:
         return run(whole())
     finally:
+        undo()
         for world in list(_worlds):
             let_go(world)
 

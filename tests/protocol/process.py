@@ -278,9 +278,9 @@ class Bucket:
             f"S3 PUT {key}{said}", lambda: self._store.put(key, body, **given), _store_failed, again
         )
 
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
         async def rows() -> list[ListedObject]:
-            return [row async for row in self._store.list(prefix, start_after=start_after)]
+            return [row async for row in self._store.list(prefix)]
 
         for row in await self._process.perform(f"S3 LIST {prefix}", rows, _store_failed, None):
             yield row

@@ -13,41 +13,35 @@ from tests.protocol.kit import World, options, play, wanted
 ITEMS = [wanted(number) for number in range(40)]
 
 
-def test_each_picture_costs_four_writes_two_reads_and_one_post() -> None:
+async def test_each_picture_costs_four_writes_two_reads_and_one_post() -> None:
     """A look for its record, and one at where its picture goes.
 
     The two puts more of a process's first claim must be refused: they find out whether the store honours
     conditions, and S3 does not charge them as writes that took place."""
 
-    async def story() -> None:
-        world = World()
-        process = world.process(max_in_flight=None)
-        await asyncio.gather(*map(process.obtain, ITEMS))
-        world.check(ITEMS)
-        counted = Counter(" ".join(operation.name.split(" ")[:2]) for operation in process.operations)
-        probes = 2
-        assert counted["S3 PUT"] == 4 * len(ITEMS) + probes
-        assert counted["S3 GET"] == len(ITEMS)
-        assert counted["S3 HEAD"] == len(ITEMS)
-        assert counted["S3 LIST"] == 0
-        assert world.store.count("put") == 4 * len(ITEMS) + probes
-        posts = [operation for operation in process.operations if operation.name == "POST /v1/prediction"]
-        assert len(posts) == len(ITEMS)
-        assert process.count("DOWNLOAD") == len(ITEMS)
-
-    play(story)
+    world = World()
+    process = world.process(max_in_flight=None)
+    await asyncio.gather(*map(process.obtain, ITEMS))
+    world.check(ITEMS)
+    counted = Counter(" ".join(operation.name.split(" ")[:2]) for operation in process.operations)
+    probes = 2
+    assert counted["S3 PUT"] == 4 * len(ITEMS) + probes
+    assert counted["S3 GET"] == len(ITEMS)
+    assert counted["S3 HEAD"] == len(ITEMS)
+    assert counted["S3 LIST"] == 0
+    assert world.store.count("put") == 4 * len(ITEMS) + probes
+    posts = [operation for operation in process.operations if operation.name == "POST /v1/prediction"]
+    assert len(posts) == len(ITEMS)
+    assert process.count("DOWNLOAD") == len(ITEMS)
 
 
-def test_what_is_presumed_new_is_not_even_read() -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process()
-        await process.obtain(ITEMS[0])
-        before = process.count("S3 GET")
-        await asyncio.gather(*(process.obtain(item, presume_new=True) for item in ITEMS[1:9]))
-        assert process.count("S3 GET") == before
-
-    play(story)
+async def test_what_is_presumed_new_is_not_even_read() -> None:
+    world = World()
+    process = world.process()
+    await process.obtain(ITEMS[0])
+    before = process.count("S3 GET")
+    await asyncio.gather(*(process.obtain(item, presume_new=True) for item in ITEMS[1:9]))
+    assert process.count("S3 GET") == before
 
 
 @pytest.mark.parametrize("limits", [(60, 10), (None, None)], ids=["60 a minute, 10 in flight", "no limits"])
@@ -77,27 +71,21 @@ def test_the_api_is_asked_for_nothing_but_orders_and_their_ends(limits: tuple[in
     assert sum(stored[name] for name in ends) <= 1.1 * sum(awaited[name] for name in ends) + 3
 
 
-def test_a_finished_item_costs_no_request_of_the_api() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(ITEMS[0])
-        process = world.process()
-        await process.obtain(ITEMS[0])
-        assert process.count("GET /v1") == process.count("POST") == process.count("DOWNLOAD") == 0
-
-    play(story)
+async def test_a_finished_item_costs_no_request_of_the_api() -> None:
+    world = World()
+    await world.process().obtain(ITEMS[0])
+    process = world.process()
+    await process.obtain(ITEMS[0])
+    assert process.count("GET /v1") == process.count("POST") == process.count("DOWNLOAD") == 0
 
 
-def test_a_lost_answer_costs_a_walk_a_listing_and_a_question_for_each_candidate() -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process(by_name=[("POST", "lose", 1)])
-        await process.obtain(ITEMS[0])
-        world.check(ITEMS[:1])
-        assert process.count("POST") == 1
-        assert process.count("GET /v1/executions") <= 2
-        assert process.count("S3 LIST") <= 2
-        # claimed, settled, adopted, created, picture, stored
-        assert process.count("S3 PUT") == 6 + 2
-
-    play(story)
+async def test_a_lost_answer_costs_a_walk_a_listing_and_a_question_for_each_candidate() -> None:
+    world = World()
+    process = world.process(by_name=[("POST", "lose", 1)])
+    await process.obtain(ITEMS[0])
+    world.check(ITEMS[:1])
+    assert process.count("POST") == 1
+    assert process.count("GET /v1/executions") <= 2
+    assert process.count("S3 LIST") <= 2
+    # claimed, settled, adopted, created, picture, stored
+    assert process.count("S3 PUT") == 6 + 2

@@ -19,7 +19,7 @@ from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.testing.emulator.predictions import Job
 from tests.batch import batch_kit
 from tests.memory_store import MemoryStore
-from tests.protocol.kit import KEY, World, play, wanted
+from tests.protocol.kit import KEY, World, wanted
 
 EARLIER = json.loads((Path(__file__).parent / "earlier_bucket.json").read_bytes())
 HOUR_SECONDS = 3600.0
@@ -61,33 +61,27 @@ async def earlier_world() -> World:
 
 
 @pytest.mark.slow
-def test_every_record_of_an_earlier_version_is_finished_and_nothing_in_it_is_bought_twice() -> None:
-    async def story() -> None:
-        world = await earlier_world()
-        already = {job.id for job in world.bought()}
-        items = {number: wanted(number) for number in range(1, 10)}
-        stored = [await world.process().obtain(items[number]) for number in (1, 2, 3, 4, 6, 7, 8, 9)]
-        assert [image.reused for image in stored[:1]] == [True]
-        with pytest.raises(PredictionFailed):
-            await world.process().obtain(items[5])
-        new = [job.prompt for job in world.bought() if job.id not in already]
-        # What was killed before its POST, and what had been cancelled: the rest was paid for and is found.
-        assert sorted(new) == ["picture 2", "picture 6"]
-        assert {record.item_id for record in world.records() if record.state is RecordState.STORED} == {
-            item.item_id for number, item in items.items() if number != 5
-        }
-
-    play(story)
+async def test_every_record_of_an_earlier_version_is_finished_and_nothing_in_it_is_bought_twice() -> None:
+    world = await earlier_world()
+    already = {job.id for job in world.bought()}
+    items = {number: wanted(number) for number in range(1, 10)}
+    stored = [await world.process().obtain(items[number]) for number in (1, 2, 3, 4, 6, 7, 8, 9)]
+    assert [image.reused for image in stored[:1]] == [True]
+    with pytest.raises(PredictionFailed):
+        await world.process().obtain(items[5])
+    new = [job.prompt for job in world.bought() if job.id not in already]
+    # What was killed before its POST, and what had been cancelled: the rest was paid for and is found.
+    assert sorted(new) == ["picture 2", "picture 6"]
+    assert {record.item_id for record in world.records() if record.state is RecordState.STORED} == {
+        item.item_id for number, item in items.items() if number != 5
+    }
 
 
 @pytest.mark.slow
-def test_a_batch_of_an_earlier_version_goes_on_where_it_ended() -> None:
-    async def story() -> None:
-        store = MemoryStore()
-        await restore(store, EARLIER["batch"])
-        shop = batch_kit.CountingShop(store)
-        result = await batch_kit.run(shop, batch_kit.source_of(batch_kit.prompts(5)), run_id="run-2")
-        assert (result.stored, result.reused) == (2, 3)
-        assert shop.bought == ["item-00003", "item-00004"]
-
-    play(story)
+async def test_a_batch_of_an_earlier_version_goes_on_where_it_ended() -> None:
+    store = MemoryStore()
+    await restore(store, EARLIER["batch"])
+    shop = batch_kit.CountingShop(store)
+    result = await batch_kit.run(shop, batch_kit.source_of(batch_kit.prompts(5)), run_id="run-2")
+    assert (result.stored, result.reused) == (2, 3)
+    assert shop.bought == ["item-00003", "item-00004"]

@@ -49,59 +49,47 @@ async def a_person_looks(world: World) -> None:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_two_processes_racing_for_the_same_items_buy_each_once(seed: int) -> None:
-    async def story() -> None:
-        world = World(settings=UNLIMITED)
-        await asyncio.gather(*(obtain_all(world.process(jitter=2 * seed + racer)) for racer in range(2)))
-        world.check(FIFTY)
-
-    play(story)
+async def test_two_processes_racing_for_the_same_items_buy_each_once(seed: int) -> None:
+    world = World(settings=UNLIMITED)
+    await asyncio.gather(*(obtain_all(world.process(jitter=2 * seed + racer)) for racer in range(2)))
+    world.check(FIFTY)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_same_where_answers_are_lost_on_both_sides(seed: int) -> None:
-    async def story() -> None:
-        world = World("create:lost_answer=0.1", "create:error=0.05", seed=seed, settings=UNLIMITED)
-        draw = random.Random(seed)
-        racers = [
-            world.process(
-                jitter=2 * seed + racer,
-                faults={draw.randint(1, 500): draw.choice(["refuse", "lose"]) for _ in range(25)},
-            )
-            for racer in range(2)
-        ]
-        await asyncio.gather(*map(obtain_all, racers))
-        await a_person_looks(world)
-        world.check(FIFTY)
-
-    play(story)
+async def test_the_same_where_answers_are_lost_on_both_sides(seed: int) -> None:
+    world = World("create:lost_answer=0.1", "create:error=0.05", seed=seed, settings=UNLIMITED)
+    draw = random.Random(seed)
+    racers = [
+        world.process(
+            jitter=2 * seed + racer,
+            faults={draw.randint(1, 500): draw.choice(["refuse", "lose"]) for _ in range(25)},
+        )
+        for racer in range(2)
+    ]
+    await asyncio.gather(*map(obtain_all, racers))
+    await a_person_looks(world)
+    world.check(FIFTY)
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_the_same_where_both_are_killed_and_a_third_finishes(seed: int) -> None:
-    async def story() -> None:
-        world = World("create:lost_answer=0.05", seed=seed, settings=UNLIMITED)
-        draw = random.Random(seed)
-        racers = [world.process(jitter=2 * seed + racer, die_at=draw.randint(20, 900)) for racer in range(2)]
-        await asyncio.gather(*(racer.until_it_ends(obtain_all(racer)) for racer in racers))
-        await obtain_all(world.process())
-        await a_person_looks(world)
-        world.check(FIFTY)
-
-    play(story)
+async def test_the_same_where_both_are_killed_and_a_third_finishes(seed: int) -> None:
+    world = World("create:lost_answer=0.05", seed=seed, settings=UNLIMITED)
+    draw = random.Random(seed)
+    racers = [world.process(jitter=2 * seed + racer, die_at=draw.randint(20, 900)) for racer in range(2)]
+    await asyncio.gather(*(racer.until_it_ends(obtain_all(racer)) for racer in racers))
+    await obtain_all(world.process())
+    await a_person_looks(world)
+    world.check(FIFTY)
 
 
-def test_within_the_limits_of_an_account_one_process_keeps_to_them_while_it_settles() -> None:
-    async def story() -> None:
-        world = World("create:lost_answer=0.1", requests_per_minute=60, max_in_flight=10, service_seconds=5.0)
-        await obtain_all(world.process())
-        world.check(FIFTY)
-        tallies = world.emulator.tallies()
-        assert tallies["rejected_429"] == 0
-        assert tallies["worst_window"] <= 60
-        assert tallies["worst_in_flight"] <= 10
-
-    play(story)
+async def test_within_the_limits_of_an_account_one_process_keeps_to_them_while_it_settles() -> None:
+    world = World("create:lost_answer=0.1", requests_per_minute=60, max_in_flight=10, service_seconds=5.0)
+    await obtain_all(world.process())
+    world.check(FIFTY)
+    tallies = world.emulator.tallies()
+    assert tallies["rejected_429"] == 0
+    assert tallies["worst_window"] <= 60
+    assert tallies["worst_in_flight"] <= 10
 
 
 # ------------------------------------------------------- two items with the same input
@@ -115,7 +103,7 @@ async def counted(process: Process, item: Item, budget: Budget) -> None:
 
 
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
-def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_prediction_each(
+async def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_prediction_each(
     boundary: tuple[int, str],
 ) -> None:
     """B's answer is lost while A is frozen, and A's claim dies: B may take what A has bought. A thaws, and knows.
@@ -123,22 +111,19 @@ def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_predicti
     Each run says that it was billed for one picture, whichever order bought it.
     """
 
-    async def story() -> None:
-        world = World()
-        first = world.process(freeze_at=boundary[0])
-        second = world.process(by_name=[("POST", "lose", 1)])
-        budgets = [Budget(ours=frozenset({process.run_id})) for process in (first, second)]
-        slow = asyncio.ensure_future(counted(first, A, budgets[0]))
-        await first.froze.wait()
-        await asyncio.sleep(1)
-        await counted(second, B, budgets[1])
-        first.thaw()
-        await slow
-        world.check([A, B])
-        assert [budget.spent_usd for budget in budgets] == [0.039, 0.039]
-        assert [budget.untold for budget in budgets] == [0, 0]
-
-    play(story)
+    world = World()
+    first = world.process(freeze_at=boundary[0])
+    second = world.process(by_name=[("POST", "lose", 1)])
+    budgets = [Budget(ours=frozenset({process.run_id})) for process in (first, second)]
+    slow = asyncio.ensure_future(counted(first, A, budgets[0]))
+    await first.froze.wait()
+    await asyncio.sleep(1)
+    await counted(second, B, budgets[1])
+    first.thaw()
+    await slow
+    world.check([A, B])
+    assert [budget.spent_usd for budget in budgets] == [0.039, 0.039]
+    assert [budget.untold for budget in budgets] == [0, 0]
 
 
 @pytest.mark.slow

@@ -53,15 +53,14 @@ def test_a_purchase_without_faults_has_these_boundaries() -> None:
 
 
 @pytest.mark.parametrize("boundary", NUMBERED, ids=named)
-def test_killed_at_any_boundary_and_run_again_it_is_bought_once_and_stored_once(boundary: tuple[int, str]) -> None:
-    async def story() -> None:
-        world = World()
-        first = world.process(die_at=boundary[0])
-        await first.dies(first.obtain(ITEM))
-        await world.process().obtain(ITEM)
-        world.check([ITEM])
-
-    play(story)
+async def test_killed_at_any_boundary_and_run_again_it_is_bought_once_and_stored_once(
+    boundary: tuple[int, str],
+) -> None:
+    world = World()
+    first = world.process(die_at=boundary[0])
+    await first.dies(first.obtain(ITEM))
+    await world.process().obtain(ITEM)
+    world.check([ITEM])
 
 
 def killed_twice(first_at: int, second_at: int) -> None:
@@ -103,17 +102,14 @@ def test_killed_at_any_two_boundaries_it_is_bought_once_and_stored_once(boundary
 
 @pytest.mark.slow
 @pytest.mark.parametrize("boundary", range(1, 27))
-def test_of_several_pictures_of_one_prediction_all_are_stored_whatever_is_killed(boundary: int) -> None:
-    async def story() -> None:
-        world = World("prediction:output_several,value=3")
-        first = world.process(die_at=boundary)
-        await first.until_it_ends(first.obtain(ITEM))
-        image = await world.process().obtain(ITEM)
-        world.check([ITEM])
-        assert image.more_uris == tuple(f"s3://bucket/kit/images/item-1.{number}.png" for number in (2, 3))
-        assert len(world.store.keys("kit/images/")) == 3
-
-    play(story)
+async def test_of_several_pictures_of_one_prediction_all_are_stored_whatever_is_killed(boundary: int) -> None:
+    world = World("prediction:output_several,value=3")
+    first = world.process(die_at=boundary)
+    await first.until_it_ends(first.obtain(ITEM))
+    image = await world.process().obtain(ITEM)
+    world.check([ITEM])
+    assert image.more_uris == tuple(f"s3://bucket/kit/images/item-1.{number}.png" for number in (2, 3))
+    assert len(world.store.keys("kit/images/")) == 3
 
 
 # -------------------------------------------------------------- answers lost or refused
@@ -128,43 +124,34 @@ FAULTS: list[tuple[int, str, Fault]] = [
 @pytest.mark.parametrize(
     ("number", "name", "fault"), FAULTS, ids=[f"{number:02} {name} {fault}" for number, name, fault in FAULTS]
 )
-def test_each_answer_may_be_refused_or_lost_once(number: int, name: str, fault: Fault) -> None:
+async def test_each_answer_may_be_refused_or_lost_once(number: int, name: str, fault: Fault) -> None:
     """Most of them are mended by the run itself; what is not is an error after which the next run finishes."""
 
-    async def story() -> None:
-        world = World()
-        process = world.process(faults={number: fault})
-        try:
-            await process.obtain(ITEM)
-        except EachlabsError as error:
-            if not error.retryable:
-                raise
-            await world.process().obtain(ITEM)
-        world.check([ITEM])
-
-    play(story)
+    world = World()
+    process = world.process(faults={number: fault})
+    try:
+        await process.obtain(ITEM)
+    except EachlabsError as error:
+        if not error.retryable:
+            raise
+        await world.process().obtain(ITEM)
+    world.check([ITEM])
 
 
 @pytest.mark.parametrize("fault", ["refuse", "lose", "lose refused"])
-def test_a_bucket_that_is_away_for_minutes_after_the_post_costs_nothing(fault: Fault) -> None:
-    async def story() -> None:
-        world = World()
-        process = world.process(by_name=[("S3 PUT kit/records/item-1.json created", fault, 12)])
-        await process.obtain(ITEM)
-        world.check([ITEM])
-
-    play(story)
+async def test_a_bucket_that_is_away_for_minutes_after_the_post_costs_nothing(fault: Fault) -> None:
+    world = World()
+    process = world.process(by_name=[("S3 PUT kit/records/item-1.json created", fault, 12)])
+    await process.obtain(ITEM)
+    world.check([ITEM])
 
 
-def test_the_same_while_another_process_takes_over_and_settles() -> None:
-    async def story() -> None:
-        world = World()
-        first = world.process(by_name=[("S3 PUT kit/records/item-1.json created", "refuse", 9)])
-        await asyncio.gather(first.obtain(ITEM), world.process().obtain(ITEM))
-        assert first.count("S3 PUT kit/records/item-1.json created") > 8
-        world.check([ITEM])
-
-    play(story)
+async def test_the_same_while_another_process_takes_over_and_settles() -> None:
+    world = World()
+    first = world.process(by_name=[("S3 PUT kit/records/item-1.json created", "refuse", 9)])
+    await asyncio.gather(first.obtain(ITEM), world.process().obtain(ITEM))
+    assert first.count("S3 PUT kit/records/item-1.json created") > 8
+    world.check([ITEM])
 
 
 # ---------------------------------------------------------------------------- frozen
@@ -204,62 +191,53 @@ def test_frozen_at_any_boundary_for_any_time_it_buys_nothing_more(boundary: tupl
         frozen(boundary[0], thawed_after=seconds)
 
 
-def test_one_prediction_too_many_is_cancelled_and_stands_in_the_record() -> None:
+async def test_one_prediction_too_many_is_cancelled_and_stands_in_the_record() -> None:
     """The one case the promise leaves open: frozen for more than 20 s right before the POST."""
 
-    async def story() -> None:
-        world = World(service_seconds=60.0)
-        first = world.process(freeze_at=BEFORE_THE_POST)
-        slow = asyncio.ensure_future(first.obtain(ITEM))
-        await first.froze.wait()
-        quick = await world.process().obtain(ITEM)
-        first.thaw()
-        image = await slow
-        assert image.prediction_id == quick.prediction_id
-        kept, too_many = world.bought()
-        assert world.record(ITEM).prediction_id == kept.id
-        assert world.record(ITEM).also_bought == [too_many.id]
-        assert too_many.status_at(world.now()) == "cancelled"
-
-    play(story)
+    world = World(service_seconds=60.0)
+    first = world.process(freeze_at=BEFORE_THE_POST)
+    slow = asyncio.ensure_future(first.obtain(ITEM))
+    await first.froze.wait()
+    quick = await world.process().obtain(ITEM)
+    first.thaw()
+    image = await slow
+    assert image.prediction_id == quick.prediction_id
+    kept, too_many = world.bought()
+    assert world.record(ITEM).prediction_id == kept.id
+    assert world.record(ITEM).also_bought == [too_many.id]
+    assert too_many.status_at(world.now()) == "cancelled"
 
 
-def test_a_freeze_that_is_allowed_is_reckoned_with_before_anything_is_bought_again() -> None:
+async def test_a_freeze_that_is_allowed_is_reckoned_with_before_anything_is_bought_again() -> None:
     """Frozen for 19 s, then killed while its POST is under way, which takes effect a minute after that."""
 
-    async def story() -> None:
-        world = World("create:late,seconds=88,at=1")
-        first = world.process(freeze_at=BEFORE_THE_POST)
-        dying = asyncio.ensure_future(first.until_it_ends(first.obtain(ITEM)))
-        await first.froze.wait()
-        await asyncio.sleep(19)
-        first.thaw()
-        await asyncio.sleep(29)
-        first.kill()
-        await dying
-        await world.process().obtain(ITEM)
-        world.check([ITEM])
-
-    play(story)
+    world = World("create:late,seconds=88,at=1")
+    first = world.process(freeze_at=BEFORE_THE_POST)
+    dying = asyncio.ensure_future(first.until_it_ends(first.obtain(ITEM)))
+    await first.froze.wait()
+    await asyncio.sleep(19)
+    first.thaw()
+    await asyncio.sleep(29)
+    first.kill()
+    await dying
+    await world.process().obtain(ITEM)
+    world.check([ITEM])
 
 
-def test_an_owner_that_thaws_after_a_lost_answer_leaves_the_live_claim_of_another_alone() -> None:
+async def test_an_owner_that_thaws_after_a_lost_answer_leaves_the_live_claim_of_another_alone() -> None:
     """Its own order never arrived; another has taken over, is killed, and that order takes effect a minute later."""
 
-    async def story() -> None:
-        world = World("create:late,seconds=88,at=1")
-        first = world.process(freeze_at="after POST", by_name=[("POST", "refuse", 1)])
-        slow = asyncio.ensure_future(first.obtain(ITEM))
-        await first.froze.wait()
-        second = world.process()
-        dying = asyncio.ensure_future(second.until_it_ends(second.obtain(ITEM)))
-        while not second.count("POST"):
-            await asyncio.sleep(0.1)
-        await asyncio.sleep(0.5)
-        first.thaw()
-        await asyncio.sleep(28)
-        second.kill()
-        await asyncio.gather(slow, dying)
-        world.check([ITEM])
-
-    play(story)
+    world = World("create:late,seconds=88,at=1")
+    first = world.process(freeze_at="after POST", by_name=[("POST", "refuse", 1)])
+    slow = asyncio.ensure_future(first.obtain(ITEM))
+    await first.froze.wait()
+    second = world.process()
+    dying = asyncio.ensure_future(second.until_it_ends(second.obtain(ITEM)))
+    while not second.count("POST"):
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.5)
+    first.thaw()
+    await asyncio.sleep(28)
+    second.kill()
+    await asyncio.gather(slow, dying)
+    world.check([ITEM])

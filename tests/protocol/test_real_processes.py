@@ -147,11 +147,6 @@ class Scene:
                     pipe.close()
 
 
-@pytest.fixture(autouse=True)
-def _machine_clocks() -> None:
-    """Here all clocks are real: the emulator's dates and the `Date` of its answers are of one machine."""
-
-
 @pytest.fixture(scope="module")
 def emulator() -> Iterator[EmulatorServer]:
     options = EmulatorOptions(

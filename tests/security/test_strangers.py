@@ -84,26 +84,23 @@ def test_the_api_has_an_output_of_a_megabyte_unfolded_once(unfolded: list[int]) 
     assert len([length for length in unfolded if length > 1_000]) == 2
 
 
-def test_the_api_cannot_have_its_cookies_kept_and_sent_back() -> None:
+async def test_the_api_cannot_have_its_cookies_kept_and_sent_back() -> None:
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
         seen.append(request)
         return httpx.Response(200, json=[], headers=[("Set-Cookie", f"{number}=1") for number in range(5_000)])
 
-    async def story() -> None:
-        host = httpx.MockTransport(answer)
-        client = EachlabsClient(AccountSettings(api_key=SecretStr("a-key")), transport=host)
-        web = PublicWeb(host, None, timeout=httpx.Timeout(1.0), accept="image/*")
-        for _ in range(2):
-            await client.executions()
-            async with web.ask("GET", "https://p.invalid"):
-                pass
-        assert not [*client._http.cookies.jar, *web.client.cookies.jar]
-        await client.aclose()
-        await web.aclose()
-
-    run(story())
+    host = httpx.MockTransport(answer)
+    client = EachlabsClient(AccountSettings(api_key=SecretStr("a-key")), transport=host)
+    web = PublicWeb(host, None, timeout=httpx.Timeout(1.0), accept="image/*")
+    for _ in range(2):
+        await client.executions()
+        async with web.ask("GET", "https://p.invalid"):
+            pass
+    assert not [*client._http.cookies.jar, *web.client.cookies.jar]
+    await client.aclose()
+    await web.aclose()
     assert len(seen) == 4
     assert not any("cookie" in request.headers for request in seen)
 
@@ -338,15 +335,12 @@ def test_strangers_who_open_connections_and_send_nothing_keep_nobody_out(
 
 
 @pytest.mark.parametrize("field", ["uri", "more_uris"])
-def test_a_record_cannot_move_a_terminal_by_where_it_says_that_its_picture_is(field: str) -> None:
+async def test_a_record_cannot_move_a_terminal_by_where_it_says_that_its_picture_is(field: str) -> None:
     uri = "s3://evil/\x1b[2Jforged\nline/fox.png"
 
-    async def story() -> None:
-        ledger = Ledger(MemoryStore(), Destination.parse("s3://bucket"))
-        record = new_record(Item.wanted("a fox", item_id="fox"), run_id="run")
-        said = {"state": RecordState.STORED, "prediction_id": "p", field: uri if field == "uri" else [uri]}
-        await ledger.store.put("records/fox.json", amended(record, **said).to_bytes(), content_type="application/json")
-        with pytest.raises(StoreFailed, match="signs that move terminals"):
-            await ledger.read("fox")
-
-    run(story())
+    ledger = Ledger(MemoryStore(), Destination.parse("s3://bucket"))
+    record = new_record(Item.wanted("a fox", item_id="fox"), run_id="run")
+    said = {"state": RecordState.STORED, "prediction_id": "p", field: uri if field == "uri" else [uri]}
+    await ledger.store.put("records/fox.json", amended(record, **said).to_bytes(), content_type="application/json")
+    with pytest.raises(StoreFailed, match="signs that move terminals"):
+        await ledger.read("fox")

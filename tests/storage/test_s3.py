@@ -6,12 +6,11 @@ import asyncio
 import base64
 import hashlib
 import urllib.request
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from datetime import timedelta
 from typing import Any
 
 import pytest
-from botocore.retries.standard import ExponentialBackoff
 from moto.s3.models import s3_backends
 
 from prefect_eachlabs.errors import BadInput, SetupError, StoreFailed
@@ -22,36 +21,12 @@ from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import S3Access
 from prefect_eachlabs.testing.s3 import ACCOUNT, Fault, LocalS3
 from tests.memory_store import MemoryStore
+from tests.storage.conftest import backend
 from tests.storage.test_memory_store import found, listed, refusal
 from tests.virtual_time import run
 
 Runner = Callable[[Coroutine[Any, Any, Any]], Any]
 JSON = "application/json"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LocalS3]:
-    with LocalS3(buckets=["pictures"]) as running:
-        yield running
-
-
-@pytest.fixture
-def s3(server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
-    """The server, empty and without faults; boto3 repeats without waiting."""
-    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
-    backend().keys.clear()
-    yield server
-    server.set_faults()
-
-
-@pytest.fixture
-def bucket(s3: LocalS3) -> S3Store:
-    return S3Store("pictures", s3.access)
-
-
-def backend() -> Any:
-    """moto's own bucket behind the server."""
-    return s3_backends[ACCOUNT]["aws"].buckets["pictures"]
 
 
 @pytest.fixture(params=["S3", "memory", pytest.param("SeaweedFS", marks=pytest.mark.slow)])
@@ -113,7 +88,7 @@ def test_if_match_writes_only_over_the_version_it_names(both: tuple[ObjectStore,
     runs(story())
 
 
-def test_a_listing_is_sorted_and_keeps_to_its_prefix_and_its_start(both: tuple[ObjectStore, Runner]) -> None:
+def test_a_listing_is_sorted_and_keeps_to_its_prefix(both: tuple[ObjectStore, Runner]) -> None:
     store, runs = both
     keys = ["r/a b+c%2F&.json", "r/a.json", "r/b.json", "r/é.json", "r/🐕.json"]
 
@@ -125,7 +100,6 @@ def test_a_listing_is_sorted_and_keeps_to_its_prefix_and_its_start(both: tuple[O
         assert [row.size_bytes for row in rows] == [len(key.encode()) for key in keys]
         assert [row.etag for row in rows] == [(await found(store, key)).etag for key in keys]
         assert all(-1 <= row.age_seconds <= 60 for row in rows)
-        assert [row.key for row in await listed(store.list("r/", start_after="r/a.json"))] == keys[2:]
         assert await listed(store.list("none/")) == []
 
     runs(story())
@@ -241,8 +215,8 @@ def test_a_listing_of_more_than_one_page_is_whole(s3: LocalS3, bucket: S3Store) 
     for number in range(1101):
         s3_backends[ACCOUNT]["aws"].put_object("pictures", f"many/{number:05}", b"")
     before = s3.counts().get("LIST pictures/many", 0)
-    rows = asyncio.run(listed(bucket.list("many/", start_after="many/00000")))
-    assert [row.key for row in rows] == [f"many/{number:05}" for number in range(1, 1101)]
+    rows = asyncio.run(listed(bucket.list("many/")))
+    assert [row.key for row in rows] == [f"many/{number:05}" for number in range(1101)]
     assert s3.counts()["LIST pictures/many"] - before == 2
 
 

@@ -6,41 +6,18 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from botocore.retries.standard import ExponentialBackoff
-from moto.s3.models import s3_backends
 
 from prefect_eachlabs.errors import EachlabsError, SetupError, StoreFailed
 from prefect_eachlabs.storage import s3_client as s3_access
 from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import S3Access
-from prefect_eachlabs.testing.s3 import ACCOUNT, Fault, LocalS3
+from prefect_eachlabs.testing.s3 import Fault, LocalS3
 from tests.storage.test_memory_store import found, listed, refusal
 
 JSON = "application/json"
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[LocalS3]:
-    with LocalS3(buckets=["pictures"]) as running:
-        yield running
-
-
-@pytest.fixture
-def s3(server: LocalS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalS3]:
-    """The server, empty and without faults; boto3 repeats without waiting."""
-    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.0)
-    s3_backends[ACCOUNT]["aws"].buckets["pictures"].keys.clear()
-    yield server
-    server.set_faults()
-
-
-@pytest.fixture
-def bucket(s3: LocalS3) -> S3Store:
-    return S3Store("pictures", s3.access)
 
 
 # ----------------------------------------------------------------------- faults

@@ -77,18 +77,15 @@ def test_a_body_is_bounded_and_is_not_waited_for() -> None:
     assert len(taken) == 1
 
 
-def test_a_caller_who_leaves_is_nobodys_fault() -> None:
-    async def story() -> None:
-        async def receive() -> dict[str, Any]:
-            return {"type": "http.disconnect"}
+async def test_a_caller_who_leaves_is_nobodys_fault() -> None:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
 
-        async def send(_: Any) -> None:
-            pass
+    async def send(_: Any) -> None:
+        pass
 
-        scope = {"type": "http", "method": "POST", "headers": [], "query_string": b"\xff"}
-        await receiver_app(lambda call: Verdict.TAKEN)(scope, receive, send)
-
-    run(story())
+    scope = {"type": "http", "method": "POST", "headers": [], "query_string": b"\xff"}
+    await receiver_app(lambda call: Verdict.TAKEN)(scope, receive, send)
 
 
 def test_when_too_many_wait_the_vendor_is_asked_to_call_again(monkeypatch: pytest.MonkeyPatch) -> None:

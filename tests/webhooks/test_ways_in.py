@@ -31,7 +31,6 @@ from prefect_eachlabs.webhooks.webhooks import Verdict
 from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
 from tests.ui.stage import Stage, free_port, until
-from tests.virtual_time import run
 
 MASTER = "the secret of all orders' secrets"
 PLACE = Destination.parse("s3://bucket/ways")
@@ -131,20 +130,17 @@ class _Client:
         self.events += json
 
 
-def test_calls_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_calls_wait_for_a_server_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     client = _Client(away=3)
     monkeypatch.setattr(prefect_events, "get_client", lambda **_: client)
 
-    async def story() -> None:
-        hand_on = EventForwarder(MASTER)
-        for number in range(120):
-            name = f"{number:032x}"
-            assert hand_on.take(Call(BODY, name, secret_of(MASTER, name))) is Verdict.KEPT
-        emitting = asyncio.ensure_future(hand_on.run())
-        await hand_on.drained()
-        emitting.cancel()
-
-    run(story())
+    hand_on = EventForwarder(MASTER)
+    for number in range(120):
+        name = f"{number:032x}"
+        assert hand_on.take(Call(BODY, name, secret_of(MASTER, name))) is Verdict.KEPT
+    emitting = asyncio.ensure_future(hand_on.run())
+    await hand_on.drained()
+    emitting.cancel()
     names = [event["payload"]["write_id"] for event in client.events]
     assert names == [f"{number:032x}" for number in range(120)]
     for event in client.events:
