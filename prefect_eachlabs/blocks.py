@@ -203,22 +203,20 @@ class S3Destination(Block):
                 secret_access_key=secret.get_secret_value() if secret else None,
                 session_token=token.get_secret_value() if token else None,
             )
+        url = self.endpoint_url or found.endpoint_url or ""
+        try:
+            endpoint_url = checked_endpoint(url, has_keys=has_keys)
+        except ValueError as error:
+            raise SetupError(
+                f"The S3 destination's block names its own endpoint {without_query(url)}: {error}. Nothing was bought."
+            ) from None
         return replace(
             found,
-            endpoint_url=_endpoint(self.endpoint_url or found.endpoint_url or "", has_keys=has_keys),
+            endpoint_url=endpoint_url,
             region=self.region or found.region,
             kms_key_id=self.kms_key_id or None,
             storage_class=self.storage_class or None,
         )
-
-
-def _endpoint(url: str, *, has_keys: bool) -> str | None:
-    try:
-        return checked_endpoint(url, has_keys=has_keys)
-    except ValueError as error:
-        raise SetupError(
-            f"The S3 destination's block names its own endpoint {without_query(url)}: {error}. Nothing was bought."
-        ) from None
 
 
 def access_of_block(name: str) -> tuple[S3Access, bool]:
@@ -275,7 +273,7 @@ def load_block(name: str, kind: type[Block]) -> Any:
     if found is not None and time.monotonic() - found[0] < LOADED_FOR_SECONDS:
         return found[1]
     try:
-        block = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+        block = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync form of a method that is both
     except ValueError:
         raise SetupError(
             f"There is no block {kind.get_block_type_slug()}/{name} on the Prefect server: save one in the UI under "

@@ -29,7 +29,7 @@ from prefect.utilities.annotations import BaseAnnotation, opaque
 from prefect_eachlabs import events
 from prefect_eachlabs.artifacts import show_markdown
 from prefect_eachlabs.batch.inline_rows import InlineRows
-from prefect_eachlabs.batch.outcomes import BatchResult, Outcome, RowState
+from prefect_eachlabs.batch.outcomes import BatchResult, RowState
 from prefect_eachlabs.batch.plan import ROWS, open_batch, plan_batch
 from prefect_eachlabs.batch.plan import Plan as BatchPlan
 from prefect_eachlabs.batch.progress import Progress
@@ -44,7 +44,7 @@ from prefect_eachlabs.engine.sync_async import Plan, beside_the_loop, on_the_loo
 from prefect_eachlabs.errors import BadInput, BatchIncomplete
 from prefect_eachlabs.images.formats import check_formats
 from prefect_eachlabs.models import DEFAULT_MODEL, check_model_name
-from prefect_eachlabs.tasks import Credentials, OnAmbiguous, Target, async_task, log, run_id, sync_task
+from prefect_eachlabs.tasks import Credentials, OnAmbiguous, Target, async_task, log, run_id, shortened, sync_task
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -257,26 +257,13 @@ class ChunkRuns:
 
 
 class ShownChunk:
-    """A chunk as its task run sees it."""
+    """A chunk as its task run sees it: one thing, which Prefect does not look into."""
 
     def __init__(self, chunk: Chunk, batch: Batch, gateway: Gateway) -> None:
-        self.name = chunk.name
-        self._chunk, self._batch, self._gateway = chunk, batch, gateway
+        self.name, self.chunk, self.batch, self.gateway = chunk.name, chunk, batch, gateway
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
-
-    def end(self) -> list[Outcome]:
-        """Blocks until each row has come to its end: what became of them."""
-        return self._gateway.call(self._chunk.ended())
-
-    @property
-    def batch_id(self) -> str:
-        return self._batch.folder.batch_id
-
-    @property
-    def was_interrupted(self) -> bool:
-        return self._batch.is_interrupted
 
 
 @task(
@@ -292,15 +279,15 @@ def generate_chunk(chunk: ShownChunk) -> str | State[Any]:
     Returns:
         How many came to which end.
     """
-    outcomes = chunk.end()
+    outcomes = chunk.gateway.call(chunk.chunk.ended())  # blocks until each row has come to its end
     counts = {state.value: sum(outcome.state is state for outcome in outcomes) for state in RowState}
     words = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
     run(show_markdown(chunk_markdown(outcomes), description=chunk.name))
     log(words)
-    if chunk.was_interrupted:
+    if chunk.batch.is_interrupted:
         return Cancelled(message=f"The batch was stopped: {words}.")
     kinds = Counter(one.kind for one in outcomes if one.state in (RowState.FAILED, RowState.AMBIGUOUS))
-    events.rows_failed(chunk.batch_id, chunk.name, len(outcomes), kinds)
+    events.rows_failed(chunk.batch.folder.batch_id, chunk.name, len(outcomes), kinds)
     return words
 
 
@@ -311,7 +298,13 @@ def _batch_id_of_the_flow() -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:128] or ROWS
 
 
-@sync_task("generate-rows", RowsTask)
+@sync_task(
+    "generate-rows",
+    "generate",
+    RowsTask,
+    task_run_name=lambda parameters: f"batch {shortened(parameters.get('batch_id') or 'of rows')}",
+    retries=0,  # what may be repeated is repeated row by row, and the rows may be read only once
+)
 def generate_rows(
     rows: Rows,
     *,

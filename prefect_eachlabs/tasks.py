@@ -1,5 +1,5 @@
-"""The tasks: create, await, cancel, store, and the composite; each written once, as a plan, with a door for sync and
-one for async flows.
+"""The tasks: create, await, cancel, store, and the composite; each written once, as a plan, with a sync and an async
+form.
 
 Retries are Prefect's, by one rule: the error's class says whether to repeat. No task sets `timeout_seconds`, which
 cannot end what runs in the gateway; deadlines count from the POST. No task calls a task.
@@ -84,40 +84,19 @@ def run_id() -> str:
     return str(task_context.task_run.id) if task_context is not None else uuid4().hex
 
 
-def _api_task(verb: str) -> dict[str, Any]:
-    return {
-        "tags": {"eachlabs", f"eachlabs-{verb}"},
-        "task_run_name": _named(verb),
-        "retries": len(RETRY_DELAYS_SECONDS),
-        "retry_delay_seconds": RETRY_DELAYS_SECONDS,
-        "retry_jitter_factor": 0.5,
-        "retry_condition_fn": may_be_repeated,
-        # The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked. Nor
-        # are results kept where that is the default: those of predictions hold URLs, which may be signed.
-        "persist_result": False,
-        "cache_policy": NO_CACHE,
-        # For who keeps them nevertheless: Prefect's own choice is pickle, which runs whatever was written there.
-        "result_serializer": "json",
-    }
-
-
-_TASKS = {
-    name: _api_task(verb)
-    for name, verb in {
-        "create-prediction": "create",
-        "await-result": "await",
-        "cancel-prediction": "cancel",
-        "store-image": "store",
-        "generate-and-store": "generate",
-        "generate-rows": "generate",
-    }.items()
+_ALIKE: dict[str, Any] = {
+    "retries": len(RETRY_DELAYS_SECONDS),
+    "retry_delay_seconds": RETRY_DELAYS_SECONDS,
+    "retry_jitter_factor": 0.5,
+    "retry_condition_fn": may_be_repeated,
+    # The record in the bucket knows what was bought, on every machine: no result storage and no cache is asked. Nor
+    # are results kept where that is the default: those of predictions hold URLs, which may be signed.
+    "persist_result": False,
+    "cache_policy": NO_CACHE,
+    # For who keeps them nevertheless: Prefect's own choice is pickle, which runs whatever was written there.
+    "result_serializer": "json",
 }
-# No retries: what may be repeated is repeated row by row, and the rows may be read only once.
-_TASKS["generate-rows"] |= {
-    "retries": 0,
-    "task_run_name": lambda parameters: f"batch {shortened(parameters.get('batch_id') or 'of rows')}",
-}
-TAGS = frozenset[str]().union(*(facts["tags"] for facts in _TASKS.values()))
+TAGS: set[str] = set()
 """Of all tasks: what an operator may limit."""
 
 
@@ -125,15 +104,20 @@ def _raised(error: EachlabsError) -> None:
     raise alone(error) from None
 
 
-def sync_task(name: str, kind: type[Task[Any, Any]] = Task) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
-    """Makes a plan the task of that name: the door that blocks."""
-    return lambda plan: kind(sync_wrapper(plan, _raised), name=name, **_TASKS[name])
+def sync_task(
+    name: str, verb: str, kind: type[Task[Any, Any]] = Task, **unlike: Any
+) -> Callable[[Callable[P, Plan[T]]], Task[P, T]]:
+    """Makes a plan the task of that name, in its sync form, which blocks."""
+    facts = {"tags": {"eachlabs", f"eachlabs-{verb}"}, "task_run_name": _named(verb), **_ALIKE, **unlike}
+    TAGS.update(facts["tags"])
+    return lambda plan: kind(sync_wrapper(plan, _raised), name=name, **facts)
 
 
 def async_task(blocking: Task[P, T]) -> Task[P, Coroutine[Any, Any, T]]:
-    """The same task's door for async flows, to be awaited."""
+    """The same task in its async form, to be awaited."""
     kind: type[Task[Any, Any]] = type(blocking)
-    return kind(async_wrapper(blocking.fn, _raised), name=blocking.name, **_TASKS[blocking.name])
+    facts = {fact: getattr(blocking, fact) for fact in ("name", "tags", "task_run_name", *_ALIKE)}
+    return kind(async_wrapper(blocking.fn, _raised), **facts)
 
 
 def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]:
@@ -142,7 +126,7 @@ def _item(prompt: str | None, *, image_url: object, **wanted: Any) -> Plan[Item]
     return Item.wanted(prompt, image_url=image_url, **wanted)
 
 
-@sync_task("create-prediction")
+@sync_task("create-prediction", "create")
 def create_prediction(
     prompt: str | None = None,
     *,
@@ -239,7 +223,7 @@ def log(message: str) -> None:
         logger.info(message)
 
 
-@sync_task("await-result")
+@sync_task("await-result", "await")
 def await_result(
     prediction: Prediction | str, *, deadline_seconds: float | None = None, credentials: Credentials = None
 ) -> Plan[Prediction]:
@@ -279,7 +263,7 @@ def _id_of(prediction: Prediction | str) -> str:
     return found
 
 
-@sync_task("cancel-prediction")
+@sync_task("cancel-prediction", "cancel")
 def cancel_prediction(prediction: Prediction | str, *, credentials: Credentials = None) -> Plan[Prediction]:
     """Asks the API to cancel, and looks again: best effort, it may still succeed. Free; a cancelled one costs nothing.
 
@@ -302,7 +286,7 @@ acancel_prediction = async_task(cancel_prediction)
 """`cancel_prediction` for async flows: awaited. Free."""
 
 
-@sync_task("store-image")
+@sync_task("store-image", "store")
 def store_image(
     finished: Prediction,
     destination: Target | None = None,
@@ -368,7 +352,7 @@ def _stored(
     return image
 
 
-@sync_task("generate-and-store")
+@sync_task("generate-and-store", "generate")
 def generate_and_store(
     prompt: str | None = None,
     *,

@@ -13,19 +13,17 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 
 FAILURES_REMEMBERED_SECONDS = 60.0
+REMEMBERED = 10_000
 
 
 class SingleFlight(Generic[K, V]):
     """Answers by key, each asked for once, however many want it at the same time.
 
-    An error that may be repeated is forgotten at once, any other after a minute: whoever fixes it runs again.
-
-    Args:
-        most: How many answers are remembered; the oldest are forgotten.
+    The last 10,000 answers are remembered. An error that may be repeated is forgotten at once, any other after a
+    minute: whoever fixes it runs again.
     """
 
-    def __init__(self, most: int = 10_000) -> None:
-        self._most = most
+    def __init__(self) -> None:
         self._asked: dict[K, asyncio.Future[V]] = {}
 
     async def get(self, key: K, ask: Callable[[], Awaitable[V]]) -> V:
@@ -34,7 +32,7 @@ class SingleFlight(Generic[K, V]):
         if asked is None:
             asked = self._asked[key] = asyncio.ensure_future(ask())
             asked.add_done_callback(lambda done: self._ended(key, done))
-            while len(self._asked) > self._most:
+            while len(self._asked) > REMEMBERED:
                 del self._asked[next(iter(self._asked))]
         try:
             return await asyncio.shield(asked)

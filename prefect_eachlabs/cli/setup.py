@@ -219,7 +219,7 @@ def save(kind: type[Block], name: str, given: Mapping[str, Any]) -> str:
     from prefect_eachlabs.settings import faults_in
 
     try:
-        found = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync door of a method that is both
+        found = kind.load(name, _sync=True)  # type: ignore[call-arg]  # the sync form of a method that is both
     except ValueError:
         found = None
     before = {field: getattr(found, field) for field in kind.model_fields} if isinstance(found, kind) else {}

@@ -94,13 +94,13 @@ def sync_wrapper(plan: Callable[P, Plan[T]], failed: Failed) -> Callable[P, T]:
     """The plan for callers that may block."""
 
     @wraps(plan)
-    def door(*args: P.args, **kwargs: P.kwargs) -> T:
+    def form(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return run(plan(*args, **kwargs))
         except EachlabsError as error:
             return cast(T, failed(error))
 
-    return door
+    return form
 
 
 def async_wrapper(blocking: Callable[P, Any], failed: Failed) -> Callable[P, Coroutine[Any, Any, Any]]:
@@ -108,14 +108,14 @@ def async_wrapper(blocking: Callable[P, Any], failed: Failed) -> Callable[P, Cor
     plan: Callable[P, Plan[Any]] = blocking.__wrapped__  # type: ignore[attr-defined]  # by functools.wraps
 
     @wraps(plan)
-    async def door(*args: P.args, **kwargs: P.kwargs) -> Any:
+    async def form(*args: P.args, **kwargs: P.kwargs) -> Any:
         try:
             return await arun(plan(*args, **kwargs))
         except EachlabsError as error:
             return failed(error)
 
-    door.__name__ = door.__qualname__ = f"a{plan.__name__}"
-    return door
+    form.__name__ = form.__qualname__ = f"a{plan.__name__}"
+    return form
 
 
 def alone(error: EachlabsError) -> EachlabsError:

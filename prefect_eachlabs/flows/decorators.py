@@ -38,16 +38,16 @@ def async_flow(blocking: Flow[P, T]) -> Flow[P, Coroutine[Any, Any, T]]:
     return _kept_as_json(Flow(_typed(async_wrapper(blocking.fn, _failed)), **facts))
 
 
-def _typed(door: Callable[P, T]) -> Callable[P, T]:
-    """With the plan's types themselves: Prefect would look for their names where the door is written."""
-    signature = inspect.signature(inspect.unwrap(door), eval_str=True)
-    door.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
-    door.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]  # what inspect reads, and Prefect
-    return door
+def _typed(form: Callable[P, T]) -> Callable[P, T]:
+    """With the plan's types themselves: Prefect would look for their names where the wrapper is written."""
+    signature = inspect.signature(inspect.unwrap(form), eval_str=True)
+    form.__annotations__ = {name: one.annotation for name, one in signature.parameters.items()}
+    form.__signature__ = signature.replace(return_annotation=inspect.Signature.empty)  # type: ignore[attr-defined]  # what inspect reads, and Prefect
+    return form
 
 
 def both(blocking: Task[P, T], awaiting: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> Plan[T]:
-    """A task, through its door for whoever calls the flow."""
+    """A task, in the form that whoever calls the flow needs."""
     return either(blocking, awaiting, *args, **kwargs)
 
 

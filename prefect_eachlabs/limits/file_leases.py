@@ -20,7 +20,7 @@ import secrets
 import stat
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -55,10 +55,9 @@ def machine_limiter(settings: AccountSettings) -> RateLimiter:
     return RateLimiter(settings, FileLeases(settings))
 
 
-def state_folders(environ: Mapping[str, str] | None = None) -> tuple[Path, Path]:
+def state_folders() -> tuple[Path, Path]:
     """Where the file may be: `$XDG_STATE_HOME/prefect-eachlabs` (`~/.local/state/...`), else the temporary folder's."""
-    environ = os.environ if environ is None else environ
-    state = Path(environ.get("XDG_STATE_HOME", ""))
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():
         state = Path("~/.local/state").expanduser()
     return state / "prefect-eachlabs", Path(tempfile.gettempdir()) / f"prefect-eachlabs-{os.geteuid()}"

@@ -121,15 +121,14 @@ class S3Store:
             arguments["StorageClass"] = self.access.storage_class
         return await self._run(key, functools.partial(self._write, arguments, body), is_write=True)
 
-    async def list(self, prefix: str, *, start_after: str = "") -> AsyncIterator[ListedObject]:
-        """All objects whose key begins with `prefix` and comes after `start_after`, in the order of their keys.
+    async def list(self, prefix: str) -> AsyncIterator[ListedObject]:
+        """All objects whose key begins with `prefix`, in the order of their keys.
 
         One request for each 1,000. Raises as `get` does.
         """
         token: str | None = None
         while True:
-            more = {"ContinuationToken": token} if token else {"StartAfter": start_after} if start_after else {}
-            rows, token = await self._run(prefix, functools.partial(self._list_page, prefix, more))
+            rows, token = await self._run(prefix, functools.partial(self._list_page, prefix, token))
             for row in rows:
                 yield row
             if not token:
@@ -192,7 +191,8 @@ class S3Store:
                 ) from error
             raise
 
-    def _list_page(self, prefix: str, more: dict[str, str]) -> tuple[tuple[ListedObject, ...], str | None]:
+    def _list_page(self, prefix: str, token: str | None) -> tuple[tuple[ListedObject, ...], str | None]:
+        more = {"ContinuationToken": token} if token else {}
         page = client_of(self.access).list_objects_v2(Bucket=self.bucket, Prefix=prefix, **more)
         now = _date_of(page)
         rows = tuple(
