@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import sys
@@ -137,7 +136,8 @@ def _buy(
         (output / name).unlink(missing_ok=True)
     for name, data in files.items():
         (output / name).write_bytes(data)
-    print(f"\n{_table(files['report.jsonl'])}\n\nPictures, and a page of them: {output / 'index.html'}")
+    came = f"{result.stored} of {result.items} pictures{f' ({result.why})' if result.why else ''}, {result.money}"
+    print(f"\n{came}, and a page of them: {output / 'index.html'}")
     print(f"{_tallies(tallies)} All of it took {clock.seconds:.0f} s.\n\n{CLOSING}", end="")
     return 0 if result.is_complete and {f"{item_id}.png" for item_id in prompts} <= set(files) else 1
 
@@ -190,22 +190,6 @@ async def _fetch(access: S3Access) -> dict[str, bytes]:
     # In the bucket the pictures lie two folders above the page.
     files["index.html"] = files["index.html"].replace(b'"../../images/', b'"')
     return files
-
-
-def _table(report: bytes) -> str:
-    """What became of each row, a line each."""
-    rows = [("item", "S3 URI", "px", "time", "cost"), *map(_facts, map(json.loads, report.splitlines()))]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _facts(row: Mapping[str, Any]) -> tuple[str, ...]:
-    if not row.get("uri"):
-        return str(row["item_id"]), f"{row['state']}: {(row.get('error') or {}).get('message', '')}", "", "", ""
-    time, cost = (row.get(name) or 0.0 for name in ("predict_time_seconds", "cost_usd"))
-    return row["item_id"], row["uri"], f"{row['width_px']} x {row['height_px']}", f"{time:.1f} s", f"${cost:.3f}"
 
 
 def _tallies(tallies: Mapping[str, Any]) -> str:

@@ -155,7 +155,8 @@ def test_the_demo_ends_with_pictures_whatever_the_user_has_set_up_and_an_earlier
     assert "drawn by the emulator" in said
     assert 'prefect-eachlabs generate "' in said
     assert str(output) in said
-    rows = re.findall(r"s3://demo/images/(\S+)\.png +512 x 512 +\d\.\d s +\$0\.039", said)
+    assert "\n2 of 2 pictures, $0.0780, and a page of them: " in said
+    rows = sorted(re.findall(r"\d s  (\S+) +stored\n", said))
     assert rows == names[:2]
     pngs = {f"{row}.png" for row in rows} | {"contact-sheet.png"}
     report = {"index.html", "report.json", "report.jsonl"}
