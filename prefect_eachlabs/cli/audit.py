@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from prefect_eachlabs.cli.generate import account_gateway
+from prefect_eachlabs.cli.account import account_gateway
 from prefect_eachlabs.cli.options import InJson, destination_of, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import limiter_maker
+from prefect_eachlabs.cli.account import limiter_maker
 from prefect_eachlabs.cli.main import ITEM_FAILED, SET_UP_WRONG
 from prefect_eachlabs.cli.options import NONE_GIVEN, PositiveNumber, PurchaseFlags, destination_of, flag
 from prefect_eachlabs.errors import BadInput

@@ -6,20 +6,18 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
 
+from prefect_eachlabs.cli.account import limiter_maker
 from prefect_eachlabs.cli.options import NONE_GIVEN, PurchaseFlags, destination_of, flag
 from prefect_eachlabs.errors import BadInput, EachlabsError, SetupError
 from prefect_eachlabs.net import safe_json
 
 if TYPE_CHECKING:
-    from prefect_eachlabs.engine.runtime import Gateway, MakeLimiter
+    from prefect_eachlabs.engine.runtime import Gateway
     from prefect_eachlabs.models import Destination, Item, StoredImage
 
 FIRST_PAUSE_SECONDS = 1.0
@@ -114,43 +112,6 @@ def _generate(item: Item, destination: Destination, flags: PurchaseFlags) -> Sto
     image = call(limiter_maker(), work, came_of)
     # An attempt after the one that bought finds what is there, and it was bought all the same.
     return image.model_copy(update={"reused": image.reused and image.bought_by != options.run_id})
-
-
-@contextmanager
-def account_gateway() -> Iterator[Gateway]:
-    """The gateway of the environment's account, closed in the end."""
-    from prefect_eachlabs.engine.runtime import close_gateways, gateway_for
-
-    try:
-        yield gateway_for(make_limiter=limiter_maker())
-    finally:
-        close_gateways()
-
-
-def limiter_maker() -> MakeLimiter | None:
-    """Who counts the slots: the Prefect server's limits where one may be configured, else this machine's."""
-    if not may_have_prefect_server(os.environ, Path.cwd()):
-        return None
-    from prefect_eachlabs.limits.prefect_leases import limiter_for
-
-    return limiter_for
-
-
-def may_have_prefect_server(environ: Mapping[str, str], folder: Path) -> bool:
-    """Whether Prefect's settings may name a server; only Prefect can tell, and asking it takes two seconds."""
-    if environ.get("PREFECT_API_URL"):
-        return True
-    home = Path(environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    if Path(environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").exists():
-        return True
-    # Prefect reads these files of the working directory, too.
-    for name, sign in ((".env", "PREFECT_"), ("prefect.toml", ""), ("pyproject.toml", "tool.prefect")):
-        try:
-            if sign in (folder / name).read_text(encoding="utf-8", errors="replace"):
-                return True
-        except OSError:
-            continue
-    return False
 
 
 def _as_json(image: StoredImage) -> dict[str, object]:

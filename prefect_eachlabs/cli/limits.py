@@ -9,7 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
+from prefect_eachlabs.cli.account import account_for_the_server
+from prefect_eachlabs.cli.options import InJson, flag
 from prefect_eachlabs.errors import BadInput
 
 if TYPE_CHECKING:

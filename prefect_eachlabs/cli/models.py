@@ -11,7 +11,8 @@ import sys
 from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
+from prefect_eachlabs.cli.account import account_for_the_server
+from prefect_eachlabs.cli.options import InJson, flag
 from prefect_eachlabs.errors import BadInput
 from prefect_eachlabs.retry import retry_while_retryable
 

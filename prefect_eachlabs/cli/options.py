@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import os
 import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,7 +17,6 @@ from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:
     from prefect_eachlabs.models import Destination
-    from prefect_eachlabs.settings import AccountSettings
 
 
 def flag(text: str, **more: Any) -> Parameter:
@@ -106,16 +104,3 @@ def log_requests(name: str) -> None:
     logger = logging.getLogger(name)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-
-
-def account_for_the_server() -> AccountSettings:
-    """The account of the environment, for work on the Prefect server alone, which needs no key.
-
-    Raises:
-        SetupError: A setting is out of bounds.
-    """
-    from prefect_eachlabs.settings import ENVIRONMENT, settings_from_environment
-
-    if os.environ.get(ENVIRONMENT["api_key"], "").strip():
-        return settings_from_environment()
-    return settings_from_environment(api_key="none")

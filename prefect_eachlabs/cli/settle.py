@@ -9,7 +9,7 @@ import sys
 from typing import Annotated
 from uuid import uuid4
 
-from prefect_eachlabs.cli.generate import account_gateway
+from prefect_eachlabs.cli.account import account_gateway
 from prefect_eachlabs.cli.options import InJson, destination_of, flag
 
 

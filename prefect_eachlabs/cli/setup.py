@@ -13,7 +13,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
-from prefect_eachlabs.cli.options import InJson, account_for_the_server, flag
+from prefect_eachlabs.cli.account import account_for_the_server
+from prefect_eachlabs.cli.options import InJson, flag
 from prefect_eachlabs.errors import SetupError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ import signal
 import sys
 from typing import Annotated, Literal
 
-from prefect_eachlabs.cli.options import Port, account_for_the_server, cannot_listen, flag
+from prefect_eachlabs.cli.account import account_for_the_server
+from prefect_eachlabs.cli.options import Port, cannot_listen, flag
 from prefect_eachlabs.errors import SetupError
 
 HANDED_ON_WITHIN_SECONDS = 5.0

@@ -20,7 +20,7 @@ import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from prefect_eachlabs.cli import generate
-from prefect_eachlabs.cli.generate import may_have_prefect_server
+from prefect_eachlabs.cli.account import limiter_maker, may_have_prefect_server
 from prefect_eachlabs.cli.main import COMMANDS, exit_status, main
 from prefect_eachlabs.errors import (
     BadInput,
@@ -347,9 +347,9 @@ def test_prefect_is_asked_for_a_server_only_where_its_settings_may_name_one(
 def test_with_a_prefect_server_the_limits_are_the_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
-    assert generate.limiter_maker() is None
+    assert limiter_maker() is None
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
-    source = generate.limiter_maker()
+    source = limiter_maker()
     assert source is not None
     assert source.__name__ == "limiter_for"
 
