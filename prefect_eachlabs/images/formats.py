@@ -18,7 +18,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from prefect_eachlabs.errors import BadInput
-from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, MediaError, PngReader, verify_png
+from prefect_eachlabs.images.png import MAX_BYTES, MAX_PIXELS, MediaError, PngReader
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.urls import has_odd_host
 from prefect_eachlabs.reference_images import content_type_of
@@ -342,7 +342,7 @@ def as_it_came(data: bytes, name: str) -> Media:
 
 
 async def verify_in_turns(data: bytes) -> Media:
-    """`verify` for the event loop, which is not held up. Raises as that does."""
+    """`verify`, of a PNG too, for the event loop, which is not held up. Raises as that does."""
     if format_of(data[:SNIFFED_BYTES]) != "png":
         return await asyncio.to_thread(verify, data)
     reader = MediaReader()
@@ -351,14 +351,12 @@ async def verify_in_turns(data: bytes) -> Media:
 
 
 def verify(data: bytes) -> Media:
-    """Bytes as one whole picture of a format that shows whether it is whole. Blocks.
+    """Bytes as one whole JPEG, WebP, GIF or AVIF. Blocks.
 
     Raises:
         MediaError: They are none, or not whole.
     """
     name = format_of(data[:SNIFFED_BYTES])
-    if name == "png":
-        return verify_png(data)
     if name not in _WALKS:
         raise MediaError("it is of no format that is verified here")
     title = FORMATS[name].title

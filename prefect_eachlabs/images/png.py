@@ -264,14 +264,3 @@ class PngReader:
         if compression or filtering or interlace > 1:
             raise MediaError("its compression, filter or interlace method does not exist")
         return _Header(width_px, height_px, bit_depth, color_type, interlace == 1)
-
-
-def verify_png(data: bytes) -> Media:
-    """The bytes as a verified picture.
-
-    Raises:
-        MediaError: They are not a whole PNG, or too large.
-    """
-    reader = PngReader()
-    reader.feed(data)
-    return reader.finish()

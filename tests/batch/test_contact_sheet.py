@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from prefect_eachlabs.batch.sheet import THUMBNAIL_PX, contact_sheet, frame
-from prefect_eachlabs.images.png import verify_png
+from tests.images.test_png import verify_png
 
 RED, GREEN, BLUE = (220, 30, 40), (20, 160, 70), (30, 60, 200)
 

@@ -27,7 +27,7 @@ from prefect_eachlabs.errors import (
 from prefect_eachlabs.images import formats as media
 from prefect_eachlabs.images import store as finishing
 from prefect_eachlabs.images.download import Downloader
-from prefect_eachlabs.images.formats import MediaReader, check_formats, format_of, verify
+from prefect_eachlabs.images.formats import MediaReader, check_formats, format_of, verify, verify_in_turns
 from prefect_eachlabs.images.png import MediaError
 from prefect_eachlabs.tasks import await_result, create_prediction, generate_and_store, store_image
 from prefect_eachlabs.testing.emulator.outputs import MEDIA_TYPES, PICTURE_TYPES, other_output
@@ -54,7 +54,7 @@ def picture(format: str, size_px: tuple[int, int] = (48, 32), frames: int = 1) -
 def test_a_whole_picture_of_each_format_is_known_and_measured(format: str) -> None:
     data = picture(format)
     assert format_of(data[:16]) == format
-    found = verify(data)
+    found = asyncio.run(verify_in_turns(data))
     assert (found.format, found.width_px, found.height_px, found.data) == (format, 48, 32, data)
 
 

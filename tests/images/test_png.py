@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import prefect_eachlabs.images.png
-from prefect_eachlabs.images.png import SIGNATURE, MediaError, PngReader, verify_png
+from prefect_eachlabs.images.png import SIGNATURE, MediaError, PngReader
 from prefect_eachlabs.models import Media
 
 
@@ -59,6 +59,10 @@ def read(reader: PngReader, data: bytes, piece_bytes: int) -> Media:
     for start in range(0, len(data), piece_bytes):
         reader.feed(data[start : start + piece_bytes])
     return reader.finish()
+
+
+def verify_png(data: bytes) -> Media:
+    return read(PngReader(), data, len(data) or 1)
 
 
 def refused(data: bytes, *, piece_bytes: int | None = None, **limits: int) -> str:

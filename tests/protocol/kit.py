@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import httpx
 
-from prefect_eachlabs.images.png import verify_png
+from prefect_eachlabs.images.png import PngReader
 from prefect_eachlabs.ledger.records import Record, RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
@@ -228,7 +228,9 @@ class World:
             assert record.state is RecordState.STORED, (item.item_id, record.state, record.error)
             picture = self.store.objects[self.destination.image_key(item.item_id)]
             assert picture.metadata["prediction-id"] == record.prediction_id, item.item_id
-            assert verify_png(picture.body).sha256 == record.sha256
+            reader = PngReader()
+            reader.feed(picture.body)
+            assert reader.finish().sha256 == record.sha256
             job = self.emulator.ledger.get(record.prediction_id or "", self.now())
             assert job is not None, record.prediction_id
             assert job.input == item.input, f"{item.item_id} has the picture of another input"
