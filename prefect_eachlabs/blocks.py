@@ -300,7 +300,7 @@ def gateway_of(credentials: EachlabsCredentials | str | None) -> Gateway:
     if isinstance(credentials, str) and credentials:
         credentials = load_block(credentials, EachlabsCredentials)
     settings = credentials.account_settings() if isinstance(credentials, EachlabsCredentials) else None
-    return gateway_for(settings or settings_from_environment(), make_limiter=limiter_for)
+    return gateway_for(settings, make_limiter=limiter_for)
 
 
 def where(destination: S3Destination | Destination | str | None) -> tuple[Destination, S3Access | None]:

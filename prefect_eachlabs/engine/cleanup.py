@@ -70,93 +70,91 @@ class SettleReport:
         return said
 
 
-class Cleanup:
-    """Goes through a destination's records, on a schedule or when somebody asks."""
+async def settle(
+    account: Account, destination: Destination, *, run_id: str, access: S3Access | None = None
+) -> SettleReport:
+    """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
 
-    def __init__(self, account: Account) -> None:
-        self._account = account
+    Every record is read once after each change, whatever it seems to be from outside. A small object,
+    `PREFIX/settled.json`, keeps until when that was done and what was left open, so that the next look reads what
+    has changed since, and what was open, and lists the rest.
 
-    async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
-        """Settles records that are neither stored nor ended and older than a claim and a deadline. Buys nothing.
+    Args:
+        account: Whose.
+        destination: Where the records are.
+        run_id: Names this run in the records it takes over.
+        access: How to get into the bucket.
 
-        Every record is read once after each change, whatever it seems to be from outside. A small object,
-        `PREFIX/settled.json`, keeps until when that was done and what was left open, so that the next look reads what
-        has changed since, and what was open, and lists the rest.
+    Raises:
+        SetupError: The bucket or the key is missing or refused.
+        StoreFailed: The bucket did not answer.
+    """
+    ledger = account.ledger(destination, access)
+    memory = await _Memory.read(ledger)
+    report = SettleReport()
+    old_seconds = account.settings.claim_seconds + account.settings.deadline_seconds
+    turns = asyncio.Semaphore(AT_A_TIME)
+    left: set[str] = set()
 
-        Args:
-            destination: Where the records are.
-            run_id: Names this run in the records it takes over.
-            access: How to get into the bucket.
-
-        Raises:
-            SetupError: The bucket or the key is missing or refused.
-            StoreFailed: The bucket did not answer.
-        """
-        ledger = self._account.ledger(destination, access)
-        memory = await _Memory.read(ledger)
-        report = SettleReport()
-        old_seconds = self._account.settings.claim_seconds + self._account.settings.deadline_seconds
-        turns = asyncio.Semaphore(AT_A_TIME)
-        left: set[str] = set()
-
-        async def one(item_id: str) -> None:
-            try:
-                async with turns:
-                    held = await ledger.read(item_id)
-            except StoreFailed as error:  # of this record alone: the listing was answered
-                report.pending += 1
-                report.problems[visible(item_id)] = str(error)
-                left.add(item_id)
-                return
-            if held is None or held.record.state not in UNSETTLED:
-                return
-            if held.age_seconds <= old_seconds:
-                left.add(item_id)
-                report.too_young += 1
-                report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
-                return
-            report.looked_at += 1
-            options = PurchaseOptions(run_id=run_id)
-            outcome, problem = await self._settle_one(Job(item_of(held.record), ledger, options), held)
-            setattr(report, outcome, getattr(report, outcome) + 1)
-            if problem:
-                report.problems[visible(item_id)] = problem
-                left.add(item_id)
-
-        began: datetime | None = None  # by the bucket's clock
-        suspects = []
-        async for item_id, listed in ledger.listed():
-            began = began or listed.date
-            report.records += 1
-            looked_at = memory.looked_at
-            if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
-                suspects.append(item_id)
-        await asyncio.gather(*map(one, suspects))
-        if began is not None:
-            await memory.write(ledger, began, left)
-        return report
-
-    async def _settle_one(self, job: Job, held: VersionedRecord) -> tuple[str, str]:
-        """The report's field to count it under, and what a person should know."""
+    async def one(item_id: str) -> None:
         try:
+            async with turns:
+                held = await ledger.read(item_id)
+        except StoreFailed as error:  # of this record alone: the listing was answered
+            report.pending += 1
+            report.problems[visible(item_id)] = str(error)
+            left.add(item_id)
+            return
+        if held is None or held.record.state not in UNSETTLED:
+            return
+        if held.age_seconds <= old_seconds:
+            left.add(item_id)
+            report.too_young += 1
+            report.look_again_seconds = max(report.look_again_seconds or 0.0, old_seconds - held.age_seconds + 1)
+            return
+        report.looked_at += 1
+        options = PurchaseOptions(run_id=run_id)
+        outcome, problem = await _settle_one(account, Job(item_of(held.record), ledger, options), held)
+        setattr(report, outcome, getattr(report, outcome) + 1)
+        if problem:
+            report.problems[visible(item_id)] = problem
+            left.add(item_id)
+
+    began: datetime | None = None  # by the bucket's clock
+    suspects = []
+    async for item_id, listed in ledger.listed():
+        began = began or listed.date
+        report.records += 1
+        looked_at = memory.looked_at
+        if item_id in memory.left or looked_at is None or listed.modified_at > looked_at - CLOCK_MARGIN:
+            suspects.append(item_id)
+    await asyncio.gather(*map(one, suspects))
+    if began is not None:
+        await memory.write(ledger, began, left)
+    return report
+
+
+async def _settle_one(account: Account, job: Job, held: VersionedRecord) -> tuple[str, str]:
+    """The report's field to count it under, and what a person should know."""
+    try:
+        if held.record.state is not RecordState.CREATED:
+            held = await account.purchaser.settle_only(job, held)
             if held.record.state is not RecordState.CREATED:
-                held = await self._account.purchaser.settle_only(job, held)
-                if held.record.state is not RecordState.CREATED:
-                    return "nothing_bought", ""
-            if await self._account.image_store.recover(job.ledger, held) is not None:
-                return "stored", ""
-            prediction = held.record.prediction()
-            assert prediction is not None, "a created record names its prediction"
-            future = self._account.poller.watch(prediction, slot=None)
-            end = await self._account.end_within(future, prediction, None)
-            done = await self._account.image_store.finish(job.ledger, held, end, fresh=False)
-            return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
-        except SetupError:
-            raise
-        except RecordChanged:
-            return "pending", "Another run works on it."
-        except EachlabsError as error:
-            return ("ambiguous" if error.kind == "outcome unknown" else "pending"), str(error)
+                return "nothing_bought", ""
+        if await account.image_store.recover(job.ledger, held) is not None:
+            return "stored", ""
+        prediction = held.record.prediction()
+        assert prediction is not None, "a created record names its prediction"
+        future = account.poller.watch(prediction, slot=None)
+        end = await account.end_within(future, prediction, None)
+        done = await account.image_store.finish(job.ledger, held, end, fresh=False)
+        return ("stored" if done.record.state is RecordState.STORED else "ended"), ""
+    except SetupError:
+        raise
+    except RecordChanged:
+        return "pending", "Another run works on it."
+    except EachlabsError as error:
+        return ("ambiguous" if error.kind == "outcome unknown" else "pending"), str(error)
 
 
 def item_of(record: Record) -> Item:

@@ -13,7 +13,7 @@ import httpx
 
 from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.engine.account import CLEAN_UP_SECONDS, Account, StoreFor
-from prefect_eachlabs.engine.cleanup import Cleanup, SettleReport
+from prefect_eachlabs.engine.cleanup import SettleReport, settle
 from prefect_eachlabs.errors import (
     BadInput,
     DownloadFailed,
@@ -501,8 +501,8 @@ class Engine:
         return await self.account.cancel(prediction_id)
 
     async def settle(self, destination: Destination, *, run_id: str, access: S3Access | None = None) -> SettleReport:
-        """Settles what other runs have left in a bucket, and buys nothing; see `Cleanup.settle`."""
-        return await Cleanup(self.account).settle(destination, run_id=run_id, access=access)
+        """Settles what other runs have left in a bucket, and buys nothing; see `cleanup.settle`."""
+        return await settle(self.account, destination, run_id=run_id, access=access)
 
     async def aclose(self) -> None:
         """Ends cleanly: jobs are interrupted where they may be, connections closed, leased slots given back."""

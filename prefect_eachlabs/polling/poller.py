@@ -12,8 +12,8 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Protocol
 
+from prefect_eachlabs.api.client import EachlabsClient
 from prefect_eachlabs.errors import EachlabsError, KeyRefused, NotSent, PredictionTimedOut, Rejected, Throttled
 from prefect_eachlabs.limits.limiter import RateLimiter, Slot
 from prefect_eachlabs.models import Execution, Failure, Prediction, PredictionStatus
@@ -43,26 +43,16 @@ LONGEST_GROWN_QUIET_SECONDS = 30.0
 SHORTEST_SLEEP_SECONDS = 0.01
 
 
-class Asker(Protocol):
-    """Who asks the API; `EachlabsClient` does."""
-
-    async def get(self, prediction_id: str) -> Prediction:
-        """What has become of it."""
-
-    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
-        """A page of executions, newest first."""
-
-
 class Poller:
     """Watches predictions until they end. Lives on one loop; asks only while something is watched.
 
     Args:
-        asker: Asks the API.
+        client: Asks the API.
         limiter: Each question takes a request slot of its own, before the creates.
     """
 
-    def __init__(self, asker: Asker, limiter: RateLimiter) -> None:
-        self._asker = asker
+    def __init__(self, client: EachlabsClient, limiter: RateLimiter) -> None:
+        self._client = client
         self._limiter = limiter
         self._durations = Durations()
         self._executions = ExecutionList()
@@ -289,9 +279,9 @@ class Poller:
         try:
             try:
                 if offset is None:
-                    answer = await self._asker.get(watched.prediction.id)
+                    answer = await self._client.get(watched.prediction.id)
                 else:
-                    answer = await self._asker.executions(limit=PAGE_ROWS, offset=offset)
+                    answer = await self._client.executions(limit=PAGE_ROWS, offset=offset)
             except NotSent:
                 slot.unused()
                 raise

@@ -48,7 +48,7 @@ class Job:
 
 @dataclass
 class ModelApi:
-    """What `Asker` wants, and `create`; `faults` are raised, one for each request to the endpoint named."""
+    """What the poller asks, and `create`; `faults` are raised, one for each request to the endpoint named."""
 
     requests_per_minute: int | None = None
     max_in_flight: int | None = None
