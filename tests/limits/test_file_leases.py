@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,21 +20,6 @@ from tests.limits.lease_workers import Api, Buyer, now, takes, warnings
 from tests.limits.local import local_limiter
 from tests.polling.model_api import ModelApi, Shop
 from tests.virtual_time import run
-
-
-@pytest.fixture(autouse=True)
-def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
-
-
-@pytest.fixture
-def api() -> Iterator[Api]:
-    """No test may send more than the page's limits allow; tests with other numbers use an `Api` of their own."""
-    seen = Api()
-    yield seen
-    assert seen.worst_window() <= 60
-    assert seen.most_in_flight <= 10
 
 
 def account(**given: object) -> AccountSettings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -17,22 +16,6 @@ from prefect_eachlabs.settings import AccountSettings
 from tests.limits.lease_server import LeaseServer
 from tests.limits.lease_workers import WINDOW_SECONDS, Api, Worker, now, takes
 from tests.virtual_time import run
-
-
-@pytest.fixture(autouse=True)
-def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    random.seed(20261122)
-    monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
-
-
-@pytest.fixture
-def api() -> Iterator[Api]:
-    """No test may send more than the page's limits allow; tests with other numbers use an `Api` of their own."""
-    seen = Api()
-    yield seen
-    assert seen.worst_window() <= 60
-    assert seen.most_in_flight <= 10
-
 
 # -------------------------------------------------------------- where from
 
