@@ -109,13 +109,11 @@ class Budget:
 
     Args:
         budget_usd: At most so much in this run; None: no budget.
-        prices: Tells costs; None: nobody does.
+        prices: Tells costs.
         ours: The runs whose purchases are this one's.
     """
 
-    def __init__(
-        self, budget_usd: float | None = None, prices: EngineBuyer | None = None, *, ours: frozenset[str] = frozenset()
-    ) -> None:
+    def __init__(self, budget_usd: float | None, prices: EngineBuyer, *, ours: frozenset[str] = frozenset()) -> None:
         self.budget_usd = budget_usd
         self.ours = ours
         self.by_model: dict[str, ModelSpending] = defaultdict(ModelSpending)
@@ -225,7 +223,7 @@ class Budget:
         """Asks the account's executions what a model costs, once, where nobody knows. Free: one request."""
         price = self._prices[model]
         async with self._looking:
-            if price.is_looked_up or price.expected_usd is not None or self._prices_told_by is None:
+            if price.is_looked_up or price.expected_usd is not None:
                 return
             price.is_looked_up = True
             for cost_usd in await self._past_costs(model):
@@ -417,7 +415,7 @@ class Budget:
     async def _find_price(self, order: Order, price: _Price) -> bool:
         """Whether a price is known, the first picture's or one learned before; waits a minute for the first's."""
         was_known = price.expected_usd is not None
-        can_be_told = self._prices_told_by is not None and not (was_known and order.prediction_id is None)
+        can_be_told = not was_known or order.prediction_id is not None
         for pause_seconds in PRICE_PAUSES_SECONDS if can_be_told else ():
             await asyncio.sleep(pause_seconds)
             if order.prediction_id is not None:
@@ -463,7 +461,7 @@ class Budget:
             await self._ask_for(order)
 
     async def _ask_for(self, order: Order) -> None:
-        if order.prediction_id is None or order.cost_usd is not None or self._prices_told_by is None:
+        if order.prediction_id is None or order.cost_usd is not None:
             return
         try:
             cost_usd = await self._prices_told_by.cost_of(order.prediction_id)
@@ -474,7 +472,6 @@ class Budget:
             self._tell(order, cost_usd)
 
     async def _past_costs(self, model: str) -> list[float]:
-        assert self._prices_told_by is not None, "looked up only where somebody tells"
         try:
             return await self._prices_told_by.past_costs(model)
         except EachlabsError as error:

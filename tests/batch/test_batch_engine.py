@@ -20,7 +20,8 @@ from prefect_eachlabs.errors import ItemConflict, Skipped
 from prefect_eachlabs.ledger.records import Intent, RecordState
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.storage.base import ListedObject
-from tests.batch.batch_kit import MemoryFiles, inline, prompts, source_of
+from tests.batch.batch_kit import CountingShop, MemoryFiles, inline, prompts, source_of
+from tests.memory_store import MemoryStore
 from tests.protocol.kit import DESTINATION, Process, World, play, wanted
 from tests.protocol.process import Bucket
 
@@ -399,7 +400,7 @@ def test_an_empty_balance_is_met_by_few_and_told() -> None:
 
 
 def test_a_purse_wants_no_more_than_a_model_of_its_own() -> None:
-    budget = Budget(budget_usd=1.0)
+    budget = Budget(1.0, CountingShop(MemoryStore()))
     budget.learn("flux", 0.02, count=3)
     assert budget.price_of("flux") == (pytest.approx(0.02), 3, "report")
     assert budget.price_of("gemini") is None

@@ -10,6 +10,7 @@ from itertools import product
 import pytest
 
 from prefect_eachlabs.batch.budget import Budget
+from prefect_eachlabs.batch.buying import EngineBuyer
 from prefect_eachlabs.errors import EachlabsError, OutcomeUnknown
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import Item
@@ -114,7 +115,7 @@ async def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_pr
     world = World()
     first = world.process(freeze_at=boundary[0])
     second = world.process(by_name=[("POST", "lose", 1)])
-    budgets = [Budget(ours=frozenset({process.run_id})) for process in (first, second)]
+    budgets = [Budget(None, EngineBuyer(one.engine), ours=frozenset({one.run_id})) for one in (first, second)]
     slow = asyncio.ensure_future(counted(first, A, budgets[0]))
     await first.froze.wait()
     await asyncio.sleep(1)
