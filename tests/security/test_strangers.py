@@ -42,13 +42,13 @@ from prefect_eachlabs.settings import AccountSettings, settings_from_environment
 from prefect_eachlabs.webhooks import receiver
 from prefect_eachlabs.webhooks.calls import Call
 from prefect_eachlabs.webhooks.receiver import listen_at
-from prefect_eachlabs.webhooks.webhooks import MOST_HASHED_BYTES, MOST_TRIED, Verdict, Webhooks
+from prefect_eachlabs.webhooks.webhooks import MOST_HASHED_BYTES, MOST_TRIED, Verdict
 from tests.batch.batch_kit import CountingShop, batch_of, source_of
 from tests.memory_store import MemoryStore
 from tests.net.test_public_only import finding, why_not
-from tests.polling.model_api import ModelApi, Shop, in_shop
+from tests.polling.model_api import Shop, in_shop
 from tests.virtual_time import run
-from tests.webhooks.test_webhooks import call, ordered, told
+from tests.webhooks.test_webhooks import call, of_an_account, ordered
 
 DIGITS = "&#" + "1" * 5_000 + ";"
 """More than Python takes for a number."""
@@ -233,17 +233,16 @@ def test_a_row_cannot_make_a_batch_that_has_bought_fail_by_a_name_that_is_no_url
     assert asset_key(name) is None
 
 
-def test_rows_of_large_inputs_are_in_progress_to_a_bound_and_none_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_rows_of_large_inputs_are_in_progress_to_a_bound_and_none_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(batch_run, "MOST_BYTES_IN_PROGRESS", 40_000)
     large = "x" * 3_000
     rows = [{"id": f"item-{number}", "prompt": large if number % 2 else "a fox"} for number in range(100)]
 
-    async def story() -> tuple[int, int]:
-        shop = CountingShop(MemoryStore(), max_in_flight=200)
-        result = await batch_of(shop, source_of(rows)).run(window=200)
-        return result.stored, shop.worst_in_the_air
-
-    stored, worst = run(story())
+    shop = CountingShop(MemoryStore(), max_in_flight=200)
+    result = await batch_of(shop, source_of(rows)).run(window=200)
+    stored, worst = (result.stored, shop.worst_in_the_air)
     assert stored == 100
     assert worst <= 2 * (batch_run.MOST_BYTES_IN_PROGRESS // len(large) + 1)
 
@@ -265,31 +264,26 @@ def test_large_inputs_of_predictions_that_have_ended_are_not_kept() -> None:
 # ---- who reaches the webhooks' receiver
 
 
-def test_a_stranger_cannot_have_a_large_body_hashed_for_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_stranger_cannot_have_a_large_body_hashed_for_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[int] = []
     monkeypatch.setattr(Call, "is_proven_by", lambda call, _: hashed.append(len(call.body)))
-
-    async def story(webhooks: Webhooks, _: object) -> None:
-        for _ in range(MOST_TRIED + 10):
-            webhooks.callback(webhooks.name())
-        assert webhooks.take(Call(b"x" * 262_144, signature="0" * 64)) is Verdict.REFUSED
-        assert sum(hashed) <= MOST_HASHED_BYTES
-        hashed.clear()
-        assert webhooks.take(Call(b"x" * 1_000, signature="0" * 64)) is Verdict.REFUSED
-        assert len(hashed) == MOST_TRIED
-
-    told(story)
+    webhooks = of_an_account()
+    for _ in range(MOST_TRIED + 10):
+        webhooks.callback(webhooks.name())
+    assert webhooks.take(Call(b"x" * 262_144, signature="0" * 64)) is Verdict.REFUSED
+    assert sum(hashed) <= MOST_HASHED_BYTES
+    hashed.clear()
+    assert webhooks.take(Call(b"x" * 1_000, signature="0" * 64)) is Verdict.REFUSED
+    assert len(hashed) == MOST_TRIED
 
 
-def test_a_large_body_that_names_no_order_is_still_known_among_the_last_ones() -> None:
-    async def story(webhooks: Webhooks, poller: ModelApi) -> None:
-        for _ in range(MOST_TRIED):
-            webhooks.callback(webhooks.name())
-        name, future = ordered(webhooks, poller)  # type: ignore[arg-type]
-        assert webhooks.take(call(None, by=name, echo="x" * 200_000)) is Verdict.TAKEN
-        assert future.done()
-
-    told(story)  # type: ignore[arg-type]
+async def test_a_large_body_that_names_no_order_is_still_known_among_the_last_ones() -> None:
+    webhooks = of_an_account()
+    for _ in range(MOST_TRIED):
+        webhooks.callback(webhooks.name())
+    name, future = ordered(webhooks, webhooks._poller)
+    assert webhooks.take(call(None, by=name, echo="x" * 200_000)) is Verdict.TAKEN
+    assert future.done()
 
 
 async def _asked(port: int) -> bytes:

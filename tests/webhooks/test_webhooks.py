@@ -30,14 +30,18 @@ def call(write_id: str | None, prediction_id: str = "p1", *, by: str | None = No
     return Call(json.dumps(told).encode(), write_id, secret_of(MASTER, by or write_id or ""))
 
 
-@pytest.fixture
-def poller() -> Poller:
-    return Poller(ModelApi(), local_limiter(requests_per_minute=None, max_in_flight=None))
+def of_an_account() -> Webhooks:
+    return Webhooks(SETTINGS, Poller(ModelApi(), local_limiter(requests_per_minute=None, max_in_flight=None)))
 
 
 @pytest.fixture
-def webhooks(poller: Poller) -> Webhooks:
-    return Webhooks(SETTINGS, poller)
+def webhooks() -> Webhooks:
+    return of_an_account()
+
+
+@pytest.fixture
+def poller(webhooks: Webhooks) -> Poller:
+    return webhooks._poller
 
 
 def ordered(webhooks: Webhooks, poller: Poller, prediction_id: str = "p1") -> tuple[str, asyncio.Future[Prediction]]:
