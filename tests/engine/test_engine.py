@@ -18,7 +18,7 @@ from prefect_eachlabs.errors import (
 )
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import Destination, Prediction, PredictionStatus
-from tests.protocol.kit import Process, World, options, play, wanted
+from tests.protocol.kit import Process, World, options, wanted
 
 A = wanted(1)
 
@@ -269,16 +269,13 @@ async def test_closing_ends_jobs_where_they_may_be_interrupted_and_leaves_nothin
     world.check([A])
 
 
-def test_closing_leaves_no_task_behind() -> None:
-    async def story() -> list[str]:
-        world = World("create:lost_answer,next=1", "executions:missing_rows")
-        before = asyncio.all_tasks()
-        process = world.process()
-        work = [asyncio.ensure_future(process.until_it_ends(process.obtain(wanted(number)))) for number in range(3)]
-        await asyncio.sleep(3)
-        await process.engine.aclose()
-        await asyncio.sleep(1)
-        return [repr(task) for task in asyncio.all_tasks() - before - set(work) if "until_it_ends" not in repr(task)]
-
-    left = play(story)
+async def test_closing_leaves_no_task_behind() -> None:
+    world = World("create:lost_answer,next=1", "executions:missing_rows")
+    before = asyncio.all_tasks()
+    process = world.process()
+    work = [asyncio.ensure_future(process.until_it_ends(process.obtain(wanted(number)))) for number in range(3)]
+    await asyncio.sleep(3)
+    await process.engine.aclose()
+    await asyncio.sleep(1)
+    left = [repr(task) for task in asyncio.all_tasks() - before - set(work) if "until_it_ends" not in repr(task)]
     assert left == [], left

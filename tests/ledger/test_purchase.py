@@ -13,7 +13,7 @@ from prefect_eachlabs.ledger.purchase import LOST_SLOT_SECONDS, Job
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.models import Item, Prediction
-from tests.protocol.kit import Process, World, options, play, wanted
+from tests.protocol.kit import Process, World, options, wanted
 
 ITEM = wanted()
 
@@ -30,62 +30,53 @@ def a_job() -> Job:
     return Job(ITEM, ledger, options())
 
 
-def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:
-    async def story() -> list[str]:
-        job, said = a_job(), []
+async def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:
+    job, said = a_job(), []
 
-        async def work() -> None:
-            with job.critical():
-                await asyncio.sleep(5)
-                said.append("noted")
-            await asyncio.sleep(100)
+    async def work() -> None:
+        with job.critical():
+            await asyncio.sleep(5)
+            said.append("noted")
+        await asyncio.sleep(100)
 
-        task = asyncio.ensure_future(work())
-        await asyncio.sleep(1)
-        await job.until_it_may_be_interrupted()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return said
-
-    assert play(story) == ["noted"]
+    task = asyncio.ensure_future(work())
+    await asyncio.sleep(1)
+    await job.until_it_may_be_interrupted()
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert said == ["noted"]
 
 
-def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> None:
+async def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> None:
     """Between the end of the first and the turn of whoever waits for it, the second has begun."""
 
-    async def story() -> int:
-        job, interrupted = a_job(), 0
+    job, interrupted = a_job(), 0
 
-        async def work() -> None:
-            nonlocal interrupted
-            for _ in range(3):
-                with job.critical():
-                    try:
-                        await asyncio.sleep(1)
-                    except asyncio.CancelledError:
-                        interrupted += 1
-                        raise
-            await asyncio.sleep(100)
+    async def work() -> None:
+        nonlocal interrupted
+        for _ in range(3):
+            with job.critical():
+                try:
+                    await asyncio.sleep(1)
+                except asyncio.CancelledError:
+                    interrupted += 1
+                    raise
+        await asyncio.sleep(100)
 
-        task = asyncio.ensure_future(work())
-        await asyncio.sleep(0.5)
-        await job.until_it_may_be_interrupted()
-        assert asyncio.get_running_loop().time() == 3
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return interrupted
-
-    assert play(story) == 0
+    task = asyncio.ensure_future(work())
+    await asyncio.sleep(0.5)
+    await job.until_it_may_be_interrupted()
+    assert asyncio.get_running_loop().time() == 3
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert interrupted == 0
 
 
-def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
-    async def story() -> float:
-        await a_job().until_it_may_be_interrupted()
-        return asyncio.get_running_loop().time()
-
-    assert play(story) == 0
+async def test_a_job_that_may_be_interrupted_is_not_waited_for() -> None:
+    await a_job().until_it_may_be_interrupted()
+    assert asyncio.get_running_loop().time() == 0
 
 
 # ------------------------------------------------------------------------ without a ledger

@@ -13,7 +13,6 @@ from prefect_eachlabs.api.suspension import within_running_seconds
 from prefect_eachlabs.ledger import purchase as purchasing
 from prefect_eachlabs.limits import leases
 from tests.protocol.kit import World, wanted
-from tests.virtual_time import run
 
 
 async def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
@@ -27,75 +26,63 @@ async def test_work_that_ends_in_time_gives_its_result_or_its_error() -> None:
         await within_running_seconds(fail(), 30.0)
 
 
-def test_work_that_takes_too_long_is_cancelled() -> None:
-    async def story() -> float:
-        cancelled = False
+async def test_work_that_takes_too_long_is_cancelled() -> None:
+    cancelled = False
 
-        async def work() -> None:
-            nonlocal cancelled
-            try:
-                await asyncio.sleep(100)
-            except asyncio.CancelledError:
-                cancelled = True
-                raise
+    async def work() -> None:
+        nonlocal cancelled
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            cancelled = True
+            raise
 
-        with pytest.raises(asyncio.TimeoutError):
-            await within_running_seconds(work(), 2.5)
-        assert cancelled
-        return asyncio.get_running_loop().time()
-
-    assert run(story()) == 2.5
+    with pytest.raises(asyncio.TimeoutError):
+        await within_running_seconds(work(), 2.5)
+    assert cancelled
+    assert asyncio.get_running_loop().time() == 2.5
 
 
-def test_work_whose_result_comes_while_it_is_being_cancelled_is_not_lost() -> None:
-    async def story() -> str:
-        async def work() -> str:
-            try:
-                await asyncio.sleep(100)
-            except asyncio.CancelledError:
-                return "bought"
-            return ""
+async def test_work_whose_result_comes_while_it_is_being_cancelled_is_not_lost() -> None:
+    async def work() -> str:
+        try:
+            await asyncio.sleep(100)
+        except asyncio.CancelledError:
+            return "bought"
+        return ""
 
-        return await within_running_seconds(work(), 1.0)
-
-    assert run(story()) == "bought"
+    assert (await within_running_seconds(work(), 1.0)) == "bought"
 
 
-def test_a_caller_that_is_cancelled_cancels_the_work() -> None:
-    async def story() -> bool:
-        ended = asyncio.Event()
+async def test_a_caller_that_is_cancelled_cancels_the_work() -> None:
+    ended = asyncio.Event()
 
-        async def work() -> None:
-            try:
-                await asyncio.sleep(100)
-            finally:
-                ended.set()
+    async def work() -> None:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            ended.set()
 
-        waiting = asyncio.ensure_future(within_running_seconds(work(), 30.0))
-        await asyncio.sleep(1)
-        waiting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await waiting
-        return ended.is_set()
-
-    assert run(story())
+    waiting = asyncio.ensure_future(within_running_seconds(work(), 30.0))
+    await asyncio.sleep(1)
+    waiting.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await waiting
+    assert ended.is_set()
 
 
-def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_thaws() -> None:
+async def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_thaws() -> None:
     """The loop's clock jumps by five minutes; the answer comes a second after that."""
 
-    async def story() -> str:
-        loop: Any = asyncio.get_running_loop()
+    loop: Any = asyncio.get_running_loop()
 
-        async def work() -> str:
-            await asyncio.sleep(0.5)
-            loop._now += 300.0
-            await asyncio.sleep(1.0)
-            return "bought"
+    async def work() -> str:
+        await asyncio.sleep(0.5)
+        loop._now += 300.0
+        await asyncio.sleep(1.0)
+        return "bought"
 
-        return await within_running_seconds(work(), 30.0)
-
-    assert run(story()) == "bought"
+    assert (await within_running_seconds(work(), 30.0)) == "bought"
 
 
 # ------------------------------------------------------------------------------- asleep

@@ -35,74 +35,59 @@ class Callers:
         self.entered[name] = now()
 
 
-def test_an_open_gate_lets_everybody_in_at_once() -> None:
-    async def story() -> dict[str, float]:
-        callers = Callers(CircuitBreaker())
-        await asyncio.gather(*callers.start("a", "b", "c"))
-        return callers.entered
-
-    assert run(story()) == {"a": 0, "b": 0, "c": 0}
+async def test_an_open_gate_lets_everybody_in_at_once() -> None:
+    callers = Callers(CircuitBreaker())
+    await asyncio.gather(*callers.start("a", "b", "c"))
+    assert callers.entered == {"a": 0, "b": 0, "c": 0}
 
 
-def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        assert gate.paused
-        tasks = callers.start("a", "b", "c")
-        await asyncio.sleep(7)
-        assert callers.entered == {"a": 5}
-        gate.passed()
-        await asyncio.gather(*tasks)
-        assert not gate.paused
-        return callers.entered
-
-    assert run(story()) == {"a": 5, "b": 7, "c": 7}
+async def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    assert gate.paused
+    tasks = callers.start("a", "b", "c")
+    await asyncio.sleep(7)
+    assert callers.entered == {"a": 5}
+    gate.passed()
+    await asyncio.gather(*tasks)
+    assert not gate.paused
+    assert callers.entered == {"a": 5, "b": 7, "c": 7}
 
 
-def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        await asyncio.sleep(10)
-        callers.start("a", "b")
-        await asyncio.sleep(1)
-        return dict(callers.entered)
-
-    assert run(story()) == {"a": 10}
+async def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    await asyncio.sleep(10)
+    callers.start("a", "b")
+    await asyncio.sleep(1)
+    assert dict(callers.entered) == {"a": 10}
 
 
-def test_a_trial_that_is_throttled_pauses_again_and_longer() -> None:
-    async def story() -> list[float]:
-        gate = CircuitBreaker()
-        pauses = []
+async def test_a_trial_that_is_throttled_pauses_again_and_longer() -> None:
+    gate = CircuitBreaker()
+    pauses = []
+    gate.throttled(throttled())
+    for number in range(1, 9):
+        assert gate.consecutive_throttles == number
+        before = now()
+        await gate.enter()
+        pauses.append(now() - before)
         gate.throttled(throttled())
-        for number in range(1, 9):
-            assert gate.consecutive_throttles == number
-            before = now()
-            await gate.enter()
-            pauses.append(now() - before)
-            gate.throttled(throttled())
-        return pauses
-
-    for pause, grown in zip(run(story()), (1, 2, 4, 8, 16, 30, 30, 30), strict=True):
+    for pause, grown in zip(pauses, (1, 2, 4, 8, 16, 30, 30, 30), strict=True):
         assert 0.75 * grown <= pause <= grown
 
 
-def test_a_post_that_passed_begins_the_count_anew() -> None:
-    async def story() -> int:
-        gate = CircuitBreaker()
-        gate.throttled(throttled(1))
-        await gate.enter()
-        gate.throttled(throttled(1))
-        assert gate.consecutive_throttles == 2
-        await gate.enter()
-        gate.passed()
-        return gate.consecutive_throttles
-
-    assert run(story()) == 0
+async def test_a_post_that_passed_begins_the_count_anew() -> None:
+    gate = CircuitBreaker()
+    gate.throttled(throttled(1))
+    await gate.enter()
+    gate.throttled(throttled(1))
+    assert gate.consecutive_throttles == 2
+    await gate.enter()
+    gate.passed()
+    assert gate.consecutive_throttles == 0
 
 
 def test_retry_after_is_honoured_up_to_its_cap_and_never_nothing() -> None:
@@ -117,42 +102,35 @@ def test_retry_after_is_honoured_up_to_its_cap_and_never_nothing() -> None:
     assert run(pause_of(0)) == 0.25
 
 
-def test_many_posts_refused_at_once_are_one_pause_and_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    async def story() -> float:
-        gate = CircuitBreaker()
-        for seconds in (2, 5, 3):
-            gate.throttled(throttled(seconds))
-        gate.throttled(throttled())
-        assert gate.consecutive_throttles == 1
-        await gate.enter()
-        return now()
-
+async def test_many_posts_refused_at_once_are_one_pause_and_one_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = CircuitBreaker()
+    for seconds in (2, 5, 3):
+        gate.throttled(throttled(seconds))
+    gate.throttled(throttled())
+    assert gate.consecutive_throttles == 1
+    await gate.enter()
     with caplog.at_level(logging.WARNING):
-        assert run(story()) == 5
+        assert now() == 5
     assert [record.getMessage().endswith("It says: 10 at a time") for record in caplog.records] == [True]
 
 
-def test_a_post_sent_before_the_pause_does_not_open_the_gate() -> None:
-    async def story() -> float:
-        gate = CircuitBreaker()
-        gate.throttled(throttled(5))
-        gate.passed()
-        assert gate.consecutive_throttles == 1
-        gate.left()
-        await gate.enter()
-        return now()
-
-    assert run(story()) == 5
+async def test_a_post_sent_before_the_pause_does_not_open_the_gate() -> None:
+    gate = CircuitBreaker()
+    gate.throttled(throttled(5))
+    gate.passed()
+    assert gate.consecutive_throttles == 1
+    gate.left()
+    await gate.enter()
+    assert now() == 5
 
 
-def test_402_pauses_like_429() -> None:
-    async def story() -> float:
-        gate = CircuitBreaker()
-        gate.throttled(InsufficientBalance("top up", status_code=402, retry_after_seconds=4))
-        await gate.enter()
-        return now()
-
-    assert run(story()) == 4
+async def test_402_pauses_like_429() -> None:
+    gate = CircuitBreaker()
+    gate.throttled(InsufficientBalance("top up", status_code=402, retry_after_seconds=4))
+    await gate.enter()
+    assert now() == 4
 
 
 async def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
@@ -170,56 +148,44 @@ async def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> N
     assert callers.entered == {"d": 5}
 
 
-def test_a_trial_that_leaves_hands_its_turn_on() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        callers.start("a", "b", "c")
-        await asyncio.sleep(6)
-        gate.left()
-        await asyncio.sleep(1)
-        return dict(callers.entered)
-
-    assert run(story()) == {"a": 5, "b": 6}
+async def test_a_trial_that_leaves_hands_its_turn_on() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    callers.start("a", "b", "c")
+    await asyncio.sleep(6)
+    gate.left()
+    await asyncio.sleep(1)
+    assert dict(callers.entered) == {"a": 5, "b": 6}
 
 
-def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        first, second, _ = callers.start("a", "b", "c")
-        await asyncio.sleep(1)
-        first.cancel()
-        asyncio.get_running_loop().call_at(5, second.cancel)  # in the very turn in which it is let in, or just before
-        await asyncio.sleep(9)
-        return dict(callers.entered)
-
-    assert run(story()) == {"c": 5}
+async def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    first, second, _ = callers.start("a", "b", "c")
+    await asyncio.sleep(1)
+    first.cancel()
+    asyncio.get_running_loop().call_at(5, second.cancel)  # in the very turn in which it is let in, or just before
+    await asyncio.sleep(9)
+    assert dict(callers.entered) == {"c": 5}
 
 
-def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        first, _ = callers.start("a", "b")
-        await asyncio.sleep(0)
-        asyncio.get_running_loop().call_at(5, first.cancel)
-        await asyncio.sleep(9)
-        return dict(callers.entered)
-
-    assert run(story()) == {"b": 5}
+async def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    first, _ = callers.start("a", "b")
+    await asyncio.sleep(0)
+    asyncio.get_running_loop().call_at(5, first.cancel)
+    await asyncio.sleep(9)
+    assert dict(callers.entered) == {"b": 5}
 
 
-def test_a_trial_that_never_reports_does_not_shut_the_gate_for_ever() -> None:
-    async def story() -> dict[str, float]:
-        gate = CircuitBreaker()
-        callers = Callers(gate)
-        gate.throttled(throttled(5))
-        callers.start("a", "b")
-        await asyncio.sleep(1000)
-        return dict(callers.entered)
-
-    assert run(story()) == {"a": 5, "b": 125}
+async def test_a_trial_that_never_reports_does_not_shut_the_gate_for_ever() -> None:
+    gate = CircuitBreaker()
+    callers = Callers(gate)
+    gate.throttled(throttled(5))
+    callers.start("a", "b")
+    await asyncio.sleep(1000)
+    assert dict(callers.entered) == {"a": 5, "b": 125}

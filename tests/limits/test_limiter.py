@@ -59,16 +59,13 @@ async def test_done_and_unused_count_once_and_the_first_of_them_counts() -> None
 
 
 @pytest.mark.parametrize("answered_at", [0.0, 0.1, 1e-9, 1234.567])
-def test_a_slot_is_back_just_after_its_window_never_at_its_very_end(answered_at: float) -> None:
-    async def story() -> float:
-        limiter = local(1)
-        slot = await limiter.take_request()
-        await asyncio.sleep(answered_at)
-        slot.done()
-        await limiter.take_request()
-        return now() - answered_at
-
-    assert WINDOW < run(story()) < WINDOW + 0.2
+async def test_a_slot_is_back_just_after_its_window_never_at_its_very_end(answered_at: float) -> None:
+    limiter = local(1)
+    slot = await limiter.take_request()
+    await asyncio.sleep(answered_at)
+    slot.done()
+    await limiter.take_request()
+    assert WINDOW < (now() - answered_at) < WINDOW + 0.2
 
 
 # ---- the line
@@ -137,26 +134,23 @@ def test_cancelling_those_who_wait_leaks_nothing(cancels: list[tuple[int, float]
     run(story())
 
 
-def test_a_waiter_cancelled_in_the_turn_of_its_grant_passes_the_place_on() -> None:
-    async def story() -> str:
-        places = local(1, 1)
-        held = await places.take_in_flight()
-        first = asyncio.ensure_future(places.take_in_flight())
-        second = asyncio.ensure_future(places.take_in_flight())
-        await asyncio.sleep(0)
-        held.done()
-        first.cancel()
-        (await second).done()
-        third = await places.take_in_flight()
-        fourth = asyncio.ensure_future(places.take_in_flight())
-        fifth = asyncio.ensure_future(places.take_in_flight())
-        await asyncio.sleep(0)
-        fourth.cancel()  # cancelled, and its task has not run when the place comes back
-        third.done()
-        (await fifth).done()
-        return f"{places.in_flight_waiting} {places.pressure(Kind.IN_FLIGHT)}"
-
-    assert run(story()) == "0 0.0"
+async def test_a_waiter_cancelled_in_the_turn_of_its_grant_passes_the_place_on() -> None:
+    places = local(1, 1)
+    held = await places.take_in_flight()
+    first = asyncio.ensure_future(places.take_in_flight())
+    second = asyncio.ensure_future(places.take_in_flight())
+    await asyncio.sleep(0)
+    held.done()
+    first.cancel()
+    (await second).done()
+    third = await places.take_in_flight()
+    fourth = asyncio.ensure_future(places.take_in_flight())
+    fifth = asyncio.ensure_future(places.take_in_flight())
+    await asyncio.sleep(0)
+    fourth.cancel()  # cancelled, and its task has not run when the place comes back
+    third.done()
+    (await fifth).done()
+    assert (f"{places.in_flight_waiting} {places.pressure(Kind.IN_FLIGHT)}") == "0 0.0"
 
 
 def arrivals_of(*asked: tuple[str, bool], limit: int = 1) -> list[str]:
@@ -190,32 +184,26 @@ def test_questions_come_before_creates_and_neither_starves() -> None:
     assert order == ["q0", "q1", "q2", "c0", "q3", "q4", "q5", "c1", "q6", "q7", "c2", "c3"]
 
 
-def test_a_place_in_flight_goes_to_the_next_as_soon_as_an_end_is_seen() -> None:
-    async def story() -> list[float]:
-        places = local(None, 2)
-        at: list[float] = []
+async def test_a_place_in_flight_goes_to_the_next_as_soon_as_an_end_is_seen() -> None:
+    places = local(None, 2)
+    at: list[float] = []
 
-        async def one() -> None:
-            place = await places.take_in_flight()
-            at.append(now())
-            await asyncio.sleep(5)
-            place.done()
+    async def one() -> None:
+        place = await places.take_in_flight()
+        at.append(now())
+        await asyncio.sleep(5)
+        place.done()
 
-        tasks = [asyncio.ensure_future(one()) for _ in range(5)]
-        await asyncio.sleep(1)
-        assert places.in_flight_waiting == 3
-        await asyncio.gather(*tasks)
-        return at
-
-    assert run(story()) == [0, 0, 5, 5, 10]
+    tasks = [asyncio.ensure_future(one()) for _ in range(5)]
+    await asyncio.sleep(1)
+    assert places.in_flight_waiting == 3
+    await asyncio.gather(*tasks)
+    assert at == [0, 0, 5, 5, 10]
 
 
-def test_without_limits_nobody_waits() -> None:
-    async def story() -> float:
-        places = local(None, None)
-        for _ in range(500):
-            await places.take_in_flight()
-            (await places.take_request()).done()
-        return now()
-
-    assert run(story()) == 0
+async def test_without_limits_nobody_waits() -> None:
+    places = local(None, None)
+    for _ in range(500):
+        await places.take_in_flight()
+        (await places.take_request()).done()
+    assert now() == 0

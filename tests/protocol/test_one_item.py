@@ -37,16 +37,13 @@ def named(numbered: tuple[int, str]) -> str:
     return "{:02} {}".format(*numbered)
 
 
-def test_a_purchase_without_faults_has_these_boundaries() -> None:
-    async def story() -> list[str]:
-        world = World()
-        process = world.process()
-        await process.obtain(ITEM)
-        world.check([ITEM])
-        prediction_id = world.record(ITEM).prediction_id or ""
-        return [boundary.replace(prediction_id, "ID") for boundary in process.boundaries]
-
-    assert play(story) == BOUNDARIES
+async def test_a_purchase_without_faults_has_these_boundaries() -> None:
+    world = World()
+    process = world.process()
+    await process.obtain(ITEM)
+    world.check([ITEM])
+    prediction_id = world.record(ITEM).prediction_id or ""
+    assert [boundary.replace(prediction_id, "ID") for boundary in process.boundaries] == BOUNDARIES
 
 
 # ---------------------------------------------------------------------------- killed
