@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any, TextIO
 
 logger = logging.getLogger(__name__)
@@ -101,31 +100,23 @@ def log_lines(progress: Progress) -> None:
     logger.info("%s", progress.line())
 
 
-class TerminalBar(AbstractContextManager["TerminalBar"]):
-    """A bar by rich, which redraws itself; called with each new state.
+@contextmanager
+def terminal_bar(stream: TextIO | None = None) -> Iterator[Show]:
+    """A bar by rich, which redraws itself with each new state.
 
     Args:
         stream: Where it is drawn; stderr when None.
     """
+    from rich.console import Console  # noqa: PLC0415 - a tenth of a second, which a batch without a bar saves
+    from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - as above
+    from rich.progress import Progress as RichProgress  # noqa: PLC0415 - as above
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        from rich.console import Console  # noqa: PLC0415 - a tenth of a second, which a batch without a bar saves
-        from rich.progress import BarColumn, TextColumn  # noqa: PLC0415 - as above
-        from rich.progress import Progress as RichProgress  # noqa: PLC0415 - as above
+    bar = BarColumn(bar_width=BAR_WIDTH)
+    columns: tuple[Any, ...] = (bar, TextColumn("{task.description}", markup=False))
+    with RichProgress(*columns, console=Console(file=stream or sys.stderr), redirect_stdout=False) as drawn:
+        task = drawn.add_task("reading the last report", total=None)
 
-        bar = BarColumn(bar_width=BAR_WIDTH)
-        columns: tuple[Any, ...] = (bar, TextColumn("{task.description}", markup=False))
-        self._bar = RichProgress(*columns, console=Console(file=stream or sys.stderr), redirect_stdout=False)
-        self._task = self._bar.add_task("reading the last report", total=None)
+        def show(progress: Progress) -> None:
+            drawn.update(task, completed=progress.done, total=progress.total, description=progress.short_line())
 
-    def __enter__(self) -> TerminalBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def __call__(self, progress: Progress) -> None:
-        self._bar.update(self._task, completed=progress.done, total=progress.total, description=progress.short_line())
+        yield show

@@ -8,8 +8,8 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import uuid4
@@ -93,7 +93,6 @@ def batch(
     if Path(source).is_dir():
         raise BadInput(f"{source} is a folder: name the table in it.")
     columns = Columns(prompt_column, id_column, delimiter)
-    bar, show, show_seconds = _shown(quiet=flags.in_json or dry_run)
 
     def opened(gateway: Gateway, worker: Worker) -> Coroutine[Any, Any, Batch]:
         return open_batch(
@@ -110,7 +109,7 @@ def batch(
             columns=columns,
         )
 
-    with bar:
+    with _shown(quiet=flags.in_json or dry_run) as (show, show_seconds):
         _log_to_stderr(quiet=flags.in_json)
         answer, not_there = _run(opened, dry_run=dry_run)
     if flags.in_json:
@@ -159,16 +158,18 @@ def _run(
         worker.close()
 
 
-def _shown(*, quiet: bool) -> tuple[AbstractContextManager[object], Show | None, float]:
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[tuple[Show | None, float]]:
     """How progress is shown: a bar for people, lines for logs, nothing beside `--json`; always on stderr."""
-    from prefect_eachlabs.batch.progress import TerminalBar, log_lines
+    from prefect_eachlabs.batch.progress import log_lines, terminal_bar
 
     if quiet:
-        return nullcontext(), None, LOG_SECONDS
-    if sys.stderr.isatty():
-        bar = TerminalBar()
-        return bar, bar, BAR_SECONDS
-    return nullcontext(), log_lines, LOG_SECONDS
+        yield None, LOG_SECONDS
+    elif sys.stderr.isatty():
+        with terminal_bar() as bar:
+            yield bar, BAR_SECONDS
+    else:
+        yield log_lines, LOG_SECONDS
 
 
 def _log_to_stderr(*, quiet: bool) -> None:

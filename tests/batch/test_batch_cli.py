@@ -13,7 +13,7 @@ import pytest
 
 from prefect_eachlabs import retry
 from prefect_eachlabs.batch import state
-from prefect_eachlabs.batch.progress import Progress, TerminalBar, duration
+from prefect_eachlabs.batch.progress import Progress, duration, terminal_bar
 from prefect_eachlabs.cli import batch as command
 from prefect_eachlabs.cli.main import main
 from prefect_eachlabs.storage import s3_client
@@ -293,7 +293,7 @@ def test_what_is_not_there_is_said_in_a_line_that_says_what_to_do(
 
 def test_the_bar_fits_a_terminal_of_80_columns(tmp_path: Path) -> None:
     with (tmp_path / "bar").open("w+", encoding="utf-8") as stream:
-        with TerminalBar(stream) as bar:
+        with terminal_bar(stream) as bar:
             bar(Progress(412, 1_632, False, 400, 10, 2, 15.6, 52.1, 1_400.0))
         stream.seek(0)
         assert "412 of ~1,632, 2 not there, 52 a minute, $15.60, 23 min left" in " ".join(stream.read().split())
