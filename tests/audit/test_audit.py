@@ -17,7 +17,7 @@ from prefect_eachlabs.errors import EachlabsError, Unanswered
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item
-from tests.protocol.kit import Process, World, order, play, wanted
+from tests.protocol.kit import Process, World, order, wanted
 
 HERE, THERE = Destination.parse("s3://bucket/kit"), Destination.parse("s3://bucket/other")
 OLD_SECONDS = 60 + 300 + 5
@@ -113,289 +113,238 @@ async def busy_world() -> Busy:
     return Busy(world, set(others), superfluous, in_flight)
 
 
-def test_two_thousand_executions_of_three_tools_are_accounted_for_to_the_cent_and_by_name() -> None:
-    async def story() -> None:
-        busy = await busy_world()
-        auditor = busy.world.process()
-        report = await audited(busy.world, HERE, THERE, process=auditor)
+async def test_two_thousand_executions_of_three_tools_are_accounted_for_to_the_cent_and_by_name() -> None:
+    busy = await busy_world()
+    auditor = busy.world.process()
+    report = await audited(busy.world, HERE, THERE, process=auditor)
 
-        # Each cent, by what the API itself says.
-        listed = {id: one for id, one in bill(busy.world).items() if "unlisted" not in one["input"]["prompt"]}
-        no_record = ("killed when claimed", "there 30")
-        recorded = [one for one in listed.values() if not one["foreign"] and one["input"]["prompt"] not in no_record]
-        assert report.executions == len(listed) == 2_000
-        assert report.billed_usd == pytest.approx(usd(listed.values()), abs=1e-9)
-        assert report.recorded_usd == pytest.approx(usd([*recorded, listed[busy.superfluous]]), abs=1e-9)
-        assert sum(report[kind].count for kind in ON_THE_BILL) == report.executions
-        for sums in ([report[kind].usd for kind in ON_THE_BILL], [one.usd for one in report.by_day]):
-            assert math.fsum(sums) == pytest.approx(report.billed_usd, abs=1e-6)
+    # Each cent, by what the API itself says.
+    listed = {id: one for id, one in bill(busy.world).items() if "unlisted" not in one["input"]["prompt"]}
+    no_record = ("killed when claimed", "there 30")
+    recorded = [one for one in listed.values() if not one["foreign"] and one["input"]["prompt"] not in no_record]
+    assert report.executions == len(listed) == 2_000
+    assert report.billed_usd == pytest.approx(usd(listed.values()), abs=1e-9)
+    assert report.recorded_usd == pytest.approx(usd([*recorded, listed[busy.superfluous]]), abs=1e-9)
+    assert sum(report[kind].count for kind in ON_THE_BILL) == report.executions
+    for sums in ([report[kind].usd for kind in ON_THE_BILL], [one.usd for one in report.by_day]):
+        assert math.fsum(sums) == pytest.approx(report.billed_usd, abs=1e-6)
 
-        # Each name.
-        assert report[Kind.STORED].count == 140 + 5 + 100 - 2
-        assert report[Kind.ENDED].count == 1
-        assert ids(report, Kind.ONE_TOO_MANY) == {busy.superfluous}
-        assert ids(report, Kind.FOREIGN) == busy.foreign
-        assert {kind: names(report, kind) for kind in NAMED if kind is not Kind.FOREIGN and report[kind].count} == {
-            Kind.NOT_STORED: {"created", "h-20"},
-            Kind.ONE_TOO_MANY: {"h-10"},
-            Kind.UNKNOWN_ORDERS: {"claimed"},
-            Kind.AMBIGUOUS: {"claimed"},
-            Kind.REPLACED: {"h-140"},
-            Kind.IN_FLIGHT: {"flying"},
-            Kind.WITHOUT_RECORD: {"t-30"},
-            Kind.NOT_LISTED: {"unlisted"},
-            Kind.CORRECTED: {f"h-{n}" for n in range(1, 8)},
-        }
-        assert not report.is_accounted_for
-        (settle,) = (one.said for one in report[Kind.NOT_STORED].named if one.item_id == "created")
-        assert settle == "prefect-eachlabs settle s3://bucket/kit"
-        assert {one.name for one in report.by_destination} == {str(HERE), str(THERE), "elsewhere"}
-        assert {one.name for one in report.by_model} == {"gemini", "flux"}
-        assert len(report.dearest) == 10
+    # Each name.
+    assert report[Kind.STORED].count == 140 + 5 + 100 - 2
+    assert report[Kind.ENDED].count == 1
+    assert ids(report, Kind.ONE_TOO_MANY) == {busy.superfluous}
+    assert ids(report, Kind.FOREIGN) == busy.foreign
+    assert {kind: names(report, kind) for kind in NAMED if kind is not Kind.FOREIGN and report[kind].count} == {
+        Kind.NOT_STORED: {"created", "h-20"},
+        Kind.ONE_TOO_MANY: {"h-10"},
+        Kind.UNKNOWN_ORDERS: {"claimed"},
+        Kind.AMBIGUOUS: {"claimed"},
+        Kind.REPLACED: {"h-140"},
+        Kind.IN_FLIGHT: {"flying"},
+        Kind.WITHOUT_RECORD: {"t-30"},
+        Kind.NOT_LISTED: {"unlisted"},
+        Kind.CORRECTED: {f"h-{n}" for n in range(1, 8)},
+    }
+    assert not report.is_accounted_for
+    (settle,) = (one.said for one in report[Kind.NOT_STORED].named if one.item_id == "created")
+    assert settle == "prefect-eachlabs settle s3://bucket/kit"
+    assert {one.name for one in report.by_destination} == {str(HERE), str(THERE), "elsewhere"}
+    assert {one.name for one in report.by_model} == {"gemini", "flux"}
+    assert len(report.dearest) == 10
 
-        # What it took: a page for each hundred, one question about the lost order, no change but the costs.
-        assert auditor.count("GET /v1/executions") == 20
-        assert report.requests == auditor.count("GET") == 21
-        two_tries = 2  # a process proves once that its store refuses what it must
-        assert (auditor.count("POST"), auditor.count("S3 PUT")) == (0, 7 + two_tries)
-        again = await audited(busy.world, HERE, THERE)
-        assert (again[Kind.CORRECTED].count, again.billed_usd) == (0, report.billed_usd)
-        busy.in_flight.cancel()
-
-    play(story)
+    # What it took: a page for each hundred, one question about the lost order, no change but the costs.
+    assert auditor.count("GET /v1/executions") == 20
+    assert report.requests == auditor.count("GET") == 21
+    two_tries = 2  # a process proves once that its store refuses what it must
+    assert (auditor.count("POST"), auditor.count("S3 PUT")) == (0, 7 + two_tries)
+    again = await audited(busy.world, HERE, THERE)
+    assert (again[Kind.CORRECTED].count, again.billed_usd) == (0, report.billed_usd)
+    busy.in_flight.cancel()
 
 
-def test_a_purchase_that_went_well_is_accounted_for_and_asks_for_one_page() -> None:
-    async def story() -> None:
-        world = World()
-        for number in range(3):
-            await world.process().obtain(wanted(number))
-        announce(world, "another tool's")
-        await asyncio.sleep(10)
-        auditor = world.process()
-        report = await audited(world, process=auditor)
-        assert report.is_accounted_for
-        assert (report[Kind.STORED].count, report[Kind.FOREIGN].count, report.requests) == (3, 1, 1)
-        assert auditor.count("S3 PUT") == 0
-        assert auditor.count("S3 HEAD") == 0
-
-    play(story)
+async def test_a_purchase_that_went_well_is_accounted_for_and_asks_for_one_page() -> None:
+    world = World()
+    for number in range(3):
+        await world.process().obtain(wanted(number))
+    announce(world, "another tool's")
+    await asyncio.sleep(10)
+    auditor = world.process()
+    report = await audited(world, process=auditor)
+    assert report.is_accounted_for
+    assert (report[Kind.STORED].count, report[Kind.FOREIGN].count, report.requests) == (3, 1, 1)
+    assert auditor.count("S3 PUT") == 0
+    assert auditor.count("S3 HEAD") == 0
 
 
-def test_an_empty_account_is_accounted_for() -> None:
-    async def story() -> None:
-        assert (await audited(World())).is_accounted_for
-
-    play(story)
+async def test_an_empty_account_is_accounted_for() -> None:
+    assert (await audited(World())).is_accounted_for
 
 
 @pytest.mark.parametrize(
     "die_at",
     ["before POST", "after POST", "after S3 PUT kit/records/item-1.json created", "after S3 PUT kit/images"],
 )
-def test_what_a_kill_leaves_behind_is_open_until_it_is_settled(die_at: str) -> None:
-    async def story() -> None:
-        world = World()
-        announce(world, "another tool's")
-        killed = world.process(die_at=die_at)
-        await killed.dies(killed.obtain(wanted()))
-        await asyncio.sleep(OLD_SECONDS)
-        assert not (await audited(world)).is_accounted_for
-        janitor = world.process()
-        await janitor.run(janitor.engine.settle(HERE, run_id="janitor"))
-        report = await audited(world)
-        assert report.is_accounted_for, report.in_words()
-        assert report.billed_usd == pytest.approx(report.recorded_usd + report[Kind.FOREIGN].usd)
-
-    play(story)
+async def test_what_a_kill_leaves_behind_is_open_until_it_is_settled(die_at: str) -> None:
+    world = World()
+    announce(world, "another tool's")
+    killed = world.process(die_at=die_at)
+    await killed.dies(killed.obtain(wanted()))
+    await asyncio.sleep(OLD_SECONDS)
+    assert not (await audited(world)).is_accounted_for
+    janitor = world.process()
+    await janitor.run(janitor.engine.settle(HERE, run_id="janitor"))
+    report = await audited(world)
+    assert report.is_accounted_for, report.in_words()
+    assert report.billed_usd == pytest.approx(report.recorded_usd + report[Kind.FOREIGN].usd)
 
 
-def test_a_failure_that_is_listed_as_a_success_cost_nothing_and_leaves_nothing_open() -> None:
-    async def story() -> None:
-        world = World("prediction:fail_under_success,next=1", settings={"settling_seconds": 10.0})
-        with pytest.raises(EachlabsError):
-            await buy(world.process(), wanted())
-        await asyncio.sleep(100)
-        report = await audited(world)
-        assert (report.executions, report.billed_usd, report.unsettled) == (1, 0.0, 0)
-        assert report[Kind.ENDED].count == 1
-        assert report.is_accounted_for
-
-    play(story)
+async def test_a_failure_that_is_listed_as_a_success_cost_nothing_and_leaves_nothing_open() -> None:
+    world = World("prediction:fail_under_success,next=1", settings={"settling_seconds": 10.0})
+    with pytest.raises(EachlabsError):
+        await buy(world.process(), wanted())
+    await asyncio.sleep(100)
+    report = await audited(world)
+    assert (report.executions, report.billed_usd, report.unsettled) == (1, 0.0, 0)
+    assert report[Kind.ENDED].count == 1
+    assert report.is_accounted_for
 
 
-def test_what_a_run_is_at_work_on_is_in_flight_and_nothing_is_open() -> None:
-    async def story() -> None:
-        world = World()
-        frozen = world.process(freeze_at="after POST")
-        task = asyncio.ensure_future(frozen.obtain(wanted()))
-        await frozen.froze.wait()
-        await asyncio.sleep(5)
-        report = await audited(world)
-        assert names(report, Kind.IN_FLIGHT) == {"item-1"}
-        assert report.is_accounted_for
-        frozen.thaw()
-        await task
-
-    play(story)
+async def test_what_a_run_is_at_work_on_is_in_flight_and_nothing_is_open() -> None:
+    world = World()
+    frozen = world.process(freeze_at="after POST")
+    task = asyncio.ensure_future(frozen.obtain(wanted()))
+    await frozen.froze.wait()
+    await asyncio.sleep(5)
+    report = await audited(world)
+    assert names(report, Kind.IN_FLIGHT) == {"item-1"}
+    assert report.is_accounted_for
+    frozen.thaw()
+    await task
 
 
-def test_an_order_without_a_trace_that_turns_up_later_is_told_as_one_that_may_be_ours() -> None:
-    async def story() -> None:
-        world = World("prediction:listed_late,seconds=1000", "create:lost_answer")
-        announce(world, "another tool's")
-        task = asyncio.ensure_future(world.process().obtain(wanted()))
-        await asyncio.sleep(10)
-        world.set_faults()
-        await task
-        assert world.record(wanted()).orders_without_trace == 1
-        await asyncio.sleep(1_000)
-        report = await audited(world)
-        late, stored = world.bought()
-        assert ids(report, Kind.UNKNOWN_ORDERS) == {late.id}
-        assert names(report, Kind.UNKNOWN_ORDERS) == {"item-1"}
-        assert world.record(wanted()).prediction_id == stored.id
-        assert report.billed_usd == pytest.approx(3 * 0.039)
-        assert report.recorded_usd == pytest.approx(0.039)
-
-    play(story)
+async def test_an_order_without_a_trace_that_turns_up_later_is_told_as_one_that_may_be_ours() -> None:
+    world = World("prediction:listed_late,seconds=1000", "create:lost_answer")
+    announce(world, "another tool's")
+    task = asyncio.ensure_future(world.process().obtain(wanted()))
+    await asyncio.sleep(10)
+    world.set_faults()
+    await task
+    assert world.record(wanted()).orders_without_trace == 1
+    await asyncio.sleep(1_000)
+    report = await audited(world)
+    late, stored = world.bought()
+    assert ids(report, Kind.UNKNOWN_ORDERS) == {late.id}
+    assert names(report, Kind.UNKNOWN_ORDERS) == {"item-1"}
+    assert world.record(wanted()).prediction_id == stored.id
+    assert report.billed_usd == pytest.approx(3 * 0.039)
+    assert report.recorded_usd == pytest.approx(0.039)
 
 
-def test_a_window_holds_what_was_created_in_it_and_only_its_records_are_read() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(wanted(1))
-        await asyncio.sleep(20 * 86_400)
-        await world.process().obtain(wanted(2))
-        auditor = world.process()
-        now = world.clock.date(world.now())
-        report = await audited(world, process=auditor, since=now - timedelta(days=1))
-        assert (report.executions, report[Kind.STORED].count) == (1, 1)
-        assert auditor.count("S3 GET kit/records/") == 1
-        assert report.is_accounted_for
-        before = await audited(world, until=now - timedelta(days=1))
-        assert (before.executions, before[Kind.STORED].count) == (1, 1)
-        assert before.is_accounted_for
-        assert (await audited(world)).executions == 2
-
-    play(story)
+async def test_a_window_holds_what_was_created_in_it_and_only_its_records_are_read() -> None:
+    world = World()
+    await world.process().obtain(wanted(1))
+    await asyncio.sleep(20 * 86_400)
+    await world.process().obtain(wanted(2))
+    auditor = world.process()
+    now = world.clock.date(world.now())
+    report = await audited(world, process=auditor, since=now - timedelta(days=1))
+    assert (report.executions, report[Kind.STORED].count) == (1, 1)
+    assert auditor.count("S3 GET kit/records/") == 1
+    assert report.is_accounted_for
+    before = await audited(world, until=now - timedelta(days=1))
+    assert (before.executions, before[Kind.STORED].count) == (1, 1)
+    assert before.is_accounted_for
+    assert (await audited(world)).executions == 2
 
 
-def test_a_record_of_a_cancelled_prediction_that_was_billed_is_open() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(wanted())
-        rewrite(world, HERE, "item-1", state=RecordState.CANCELLED.value, cost_usd=0.0)
-        report = await audited(world)
-        assert names(report, Kind.NOT_STORED) == {"item-1"}
-        assert report[Kind.NOT_STORED].usd == pytest.approx(0.039)
-
-    play(story)
+async def test_a_record_of_a_cancelled_prediction_that_was_billed_is_open() -> None:
+    world = World()
+    await world.process().obtain(wanted())
+    rewrite(world, HERE, "item-1", state=RecordState.CANCELLED.value, cost_usd=0.0)
+    report = await audited(world)
+    assert names(report, Kind.NOT_STORED) == {"item-1"}
+    assert report[Kind.NOT_STORED].usd == pytest.approx(0.039)
 
 
-def test_a_prediction_that_two_destinations_name_is_billed_once_and_told() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(wanted())
-        for key in (HERE.record_key("item-1"), HERE.image_key("item-1")):
-            world.store.objects[key.replace("kit/", "other/")] = world.store.objects[key]
-        report = await audited(world, HERE, THERE)
-        assert report.recorded_usd == report.billed_usd == pytest.approx(0.039)
-        assert report[Kind.NAMED_TWICE].count == 1
-        assert not report.is_accounted_for
-
-    play(story)
+async def test_a_prediction_that_two_destinations_name_is_billed_once_and_told() -> None:
+    world = World()
+    await world.process().obtain(wanted())
+    for key in (HERE.record_key("item-1"), HERE.image_key("item-1")):
+        world.store.objects[key.replace("kit/", "other/")] = world.store.objects[key]
+    report = await audited(world, HERE, THERE)
+    assert report.recorded_usd == report.billed_usd == pytest.approx(0.039)
+    assert report[Kind.NAMED_TWICE].count == 1
+    assert not report.is_accounted_for
 
 
 @pytest.mark.parametrize("by_hand", ["gone", "another file", "its metadata lost"])
-def test_a_picture_that_was_deleted_or_overwritten_by_hand_is_not_stored(by_hand: str) -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(wanted())
-        key = HERE.image_key("item-1")
-        if by_hand == "gone":
-            del world.store.objects[key]
-        elif by_hand == "another file":
-            world.store.objects[key].body = b"something else"
-            world.store.objects[key].metadata = {}
-        else:
-            world.store.objects[key].metadata = {}
-        report = await audited(world)
-        assert report.is_accounted_for is (by_hand == "its metadata lost")
-
-    play(story)
+async def test_a_picture_that_was_deleted_or_overwritten_by_hand_is_not_stored(by_hand: str) -> None:
+    world = World()
+    await world.process().obtain(wanted())
+    key = HERE.image_key("item-1")
+    if by_hand == "gone":
+        del world.store.objects[key]
+    elif by_hand == "another file":
+        world.store.objects[key].body = b"something else"
+        world.store.objects[key].metadata = {}
+    else:
+        world.store.objects[key].metadata = {}
+    report = await audited(world)
+    assert report.is_accounted_for is (by_hand == "its metadata lost")
 
 
-def test_a_picture_that_nobody_bought_is_a_stray_and_no_cent_is_open() -> None:
-    async def story() -> None:
-        world = World()
-        await world.store.put(HERE.image_key("by-hand"), b"x", content_type="image/png")
-        report = await audited(world)
-        assert names(report, Kind.STRAYS) == {"by-hand"}
-        assert report.is_accounted_for
-
-    play(story)
+async def test_a_picture_that_nobody_bought_is_a_stray_and_no_cent_is_open() -> None:
+    world = World()
+    await world.store.put(HERE.image_key("by-hand"), b"x", content_type="image/png")
+    report = await audited(world)
+    assert names(report, Kind.STRAYS) == {"by-hand"}
+    assert report.is_accounted_for
 
 
-def test_a_record_that_cannot_be_read_is_told_and_the_others_are_read() -> None:
-    async def story() -> None:
-        world = World()
-        await world.process().obtain(wanted(1))
-        await world.store.put(HERE.record_key("broken"), b"{", content_type="application/json")
-        report = await audited(world)
-        assert names(report, Kind.UNREADABLE) == {"broken"}
-        assert report[Kind.STORED].count == 1
-        assert not report.is_accounted_for
-
-    play(story)
+async def test_a_record_that_cannot_be_read_is_told_and_the_others_are_read() -> None:
+    world = World()
+    await world.process().obtain(wanted(1))
+    await world.store.put(HERE.record_key("broken"), b"{", content_type="application/json")
+    report = await audited(world)
+    assert names(report, Kind.UNREADABLE) == {"broken"}
+    assert report[Kind.STORED].count == 1
+    assert not report.is_accounted_for
 
 
-def test_short_pages_without_figures_are_walked_to_the_end() -> None:
-    async def story() -> None:
-        world = World("executions:short_pages_untold,value=7")
-        announce(world, "another tool's", count=30)
-        await asyncio.sleep(10)
-        assert (await audited(world)).executions == 30
-
-    play(story)
+async def test_short_pages_without_figures_are_walked_to_the_end() -> None:
+    world = World("executions:short_pages_untold,value=7")
+    announce(world, "another tool's", count=30)
+    await asyncio.sleep(10)
+    assert (await audited(world)).executions == 30
 
 
-def test_a_list_without_an_end_is_not_an_audit(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
-        world = World("executions:short_pages_untold,value=7")
-        announce(world, "another tool's", count=30)
-        await asyncio.sleep(10)
-        process = world.process()
-        page = process.engine.account.client.executions_page
-        process.engine.account.client.executions_page = (  # type: ignore[method-assign]
-            lambda **asked: page(**{**asked, "offset": 0})
-        )
-        with pytest.raises(Unanswered, match="no end"):
-            await audited(world, process=process)
-
-    play(story)
+async def test_a_list_without_an_end_is_not_an_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World("executions:short_pages_untold,value=7")
+    announce(world, "another tool's", count=30)
+    await asyncio.sleep(10)
+    process = world.process()
+    page = process.engine.account.client.executions_page
+    process.engine.account.client.executions_page = (  # type: ignore[method-assign]
+        lambda **asked: page(**{**asked, "offset": 0})
+    )
+    with pytest.raises(Unanswered, match="no end"):
+        await audited(world, process=process)
 
 
-def test_pages_keep_the_account_limits() -> None:
-    async def story() -> None:
-        world = World(settings={"requests_per_minute": 3}, requests_per_minute=3)
-        announce(world, "another tool's", count=800)
-        await asyncio.sleep(10)
-        report = await audited(world)
-        assert (report.executions, report.requests) == (800, 8)
-        assert not world.emulator.tallies()["violations"]
-
-    play(story)
+async def test_pages_keep_the_account_limits() -> None:
+    world = World(settings={"requests_per_minute": 3}, requests_per_minute=3)
+    announce(world, "another tool's", count=800)
+    await asyncio.sleep(10)
+    report = await audited(world)
+    assert (report.executions, report.requests) == (800, 8)
+    assert not world.emulator.tallies()["violations"]
 
 
-def test_what_an_order_of_another_tool_wanted_is_not_asked_where_nothing_was_lost() -> None:
-    async def story() -> None:
-        world = World()
-        item = wanted()
-        announce(world, item.input["prompt"], version=order(item)["version"])
-        await world.process().obtain(item)
-        report = await audited(world)
-        assert report.requests == 1
-        assert report[Kind.FOREIGN].count == 1
-
-    play(story)
+async def test_what_an_order_of_another_tool_wanted_is_not_asked_where_nothing_was_lost() -> None:
+    world = World()
+    item = wanted()
+    announce(world, item.input["prompt"], version=order(item)["version"])
+    await world.process().obtain(item)
+    report = await audited(world)
+    assert report.requests == 1
+    assert report[Kind.FOREIGN].count == 1

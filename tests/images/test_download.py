@@ -117,13 +117,10 @@ def test_no_key_no_cookie_and_no_encoding_goes_with_the_request(monkeypatch: pyt
         assert "k-secret" not in repr(request.headers.raw)
 
 
-def test_a_downloader_that_was_closed_opens_again() -> None:
-    async def story() -> Media:
-        downloader = Downloader(Host(SMALL).transport())
-        await fetch(downloader)
-        return await fetch(downloader)
-
-    assert run(story()).data == SMALL
+async def test_a_downloader_that_was_closed_opens_again() -> None:
+    downloader = Downloader(Host(SMALL).transport())
+    await fetch(downloader)
+    assert (await fetch(downloader)).data == SMALL
 
 
 # ------------------------------------------------------------------------------ redirects
@@ -202,24 +199,21 @@ def large(end: bytes) -> bytes:
     return png(header(8_000, 10_000), idat(bytes(10_000 * 8_001)), end)
 
 
-def test_the_loop_has_its_turn_while_a_large_picture_is_verified() -> None:
+async def test_the_loop_has_its_turn_while_a_large_picture_is_verified() -> None:
     data = large(IEND)
 
-    async def story() -> int:
-        turns = 0
+    turns = 0
 
-        async def others() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await asyncio.sleep(0)
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
 
-        beside = asyncio.ensure_future(others())
-        assert (await fetch(Downloader(Host(data).transport()))).data == data
-        beside.cancel()
-        return turns
-
-    assert run(story()) > len(data) / 4096
+    beside = asyncio.ensure_future(others())
+    assert (await fetch(Downloader(Host(data).transport()))).data == data
+    beside.cancel()
+    assert turns > len(data) / 4096
 
 
 def test_a_large_picture_that_is_refused_is_taken_apart_twice_and_not_for_each_retry() -> None:
@@ -314,17 +308,14 @@ def long_png(size_bytes: int) -> bytes:
     return SMALL[:-12] + chunk(b"tEXt", b"x\0" + bytes(size_bytes)) + IEND
 
 
-def test_a_picture_that_takes_ten_minutes_arrives() -> None:
+async def test_a_picture_that_takes_ten_minutes_arrives() -> None:
     """A slow line is no reason to lose what was paid for: what counts is that it goes on."""
     data = long_png(12 * 1024 * 1024)
     body = Body(*[data[i : i + 65_536] for i in range(0, len(data), 65_536)], pause_seconds=3.0)
 
-    async def story() -> float:
-        picture = await fetch(Downloader(Host(lambda _: httpx.Response(200, stream=body)).transport()))
-        assert picture.data == data
-        return asyncio.get_running_loop().time()
-
-    assert run(story()) > 570
+    picture = await fetch(Downloader(Host(lambda _: httpx.Response(200, stream=body)).transport()))
+    assert picture.data == data
+    assert asyncio.get_running_loop().time() > 570
 
 
 def test_a_body_that_only_drips_is_given_up_after_a_minute() -> None:
@@ -341,50 +332,41 @@ def test_a_body_that_only_drips_is_given_up_after_a_minute() -> None:
     assert body.closed
 
 
-def test_no_host_holds_a_download_for_more_than_half_an_hour() -> None:
+async def test_no_host_holds_a_download_for_more_than_half_an_hour() -> None:
     data = long_png(40 * 1024 * 1024)
     body = Body(*[data[i : i + 16_384] for i in range(0, len(data), 16_384)], pause_seconds=1.5)
 
-    async def story() -> float:
-        with pytest.raises(DownloadFailed, match="did not come in time"):
-            await fetch(Downloader(Host(lambda _: httpx.Response(200, stream=body)).transport()))
-        return asyncio.get_running_loop().time()
-
-    assert run(story()) == 1800.0
+    with pytest.raises(DownloadFailed, match="did not come in time"):
+        await fetch(Downloader(Host(lambda _: httpx.Response(200, stream=body)).transport()))
+    assert asyncio.get_running_loop().time() == 1800.0
     assert body.closed
 
 
-def test_a_picture_of_a_hundred_megabytes_arrives_and_such_come_one_at_a_time() -> None:
+async def test_a_picture_of_a_hundred_megabytes_arrives_and_such_come_one_at_a_time() -> None:
     data = long_png(100 * 1024 * 1024)
     piece_bytes = 4 * 1024 * 1024
 
-    async def story() -> None:
-        def answer(_: httpx.Request) -> httpx.Response:
-            pieces = [data[i : i + piece_bytes] for i in range(0, len(data), piece_bytes)]
-            return httpx.Response(200, stream=Body(*pieces, pause_seconds=1.0))
+    def answer(_: httpx.Request) -> httpx.Response:
+        pieces = [data[i : i + piece_bytes] for i in range(0, len(data), piece_bytes)]
+        return httpx.Response(200, stream=Body(*pieces, pause_seconds=1.0))
 
-        downloader = Downloader(Host(answer).transport())
-        began = asyncio.get_running_loop().time()
-        for done in asyncio.as_completed([downloader.fetch(URL, prediction_id=str(n)) for n in range(2)]):
-            assert (await done).sha256 == hashlib.sha256(data).hexdigest()
-        assert asyncio.get_running_loop().time() - began > 30, "the second waited where the first was large"
-        await downloader.aclose()
-
-    run(story())
+    downloader = Downloader(Host(answer).transport())
+    began = asyncio.get_running_loop().time()
+    for done in asyncio.as_completed([downloader.fetch(URL, prediction_id=str(n)) for n in range(2)]):
+        assert (await done).sha256 == hashlib.sha256(data).hexdigest()
+    assert asyncio.get_running_loop().time() - began > 30, "the second waited where the first was large"
+    await downloader.aclose()
 
 
-def test_a_cancelled_download_closes_its_connection() -> None:
+async def test_a_cancelled_download_closes_its_connection() -> None:
     body = Body(SMALL, pause_seconds=30.0)
     host = Host(lambda _: httpx.Response(200, stream=body))
 
-    async def story() -> None:
-        task = asyncio.ensure_future(fetch(Downloader(host.transport())))
-        await asyncio.sleep(5)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    run(story())
+    task = asyncio.ensure_future(fetch(Downloader(host.transport())))
+    await asyncio.sleep(5)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
     assert body.closed
 
 
