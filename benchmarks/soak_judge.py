@@ -39,7 +39,7 @@ class Verdict:
     billed: int
     stored: int
     left_open: int
-    """Without a picture: two orders in a row were lost and left no trace, which a person decides."""
+    """Without a picture: two lost orders left no trace, or a list later than settling shows one; a person decides."""
     replaced: int
     """Billed, and replaced by a picture of another text, as was asked."""
     once_too_many: int
@@ -103,7 +103,8 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
     twice = {prompt: count - (prompt in late) for prompt, count in over.items() if count - (prompt in late) > 0}
     overwritten = {item.prompt for item in replaced}
     unstored = sorted(id for id in sold.billed - stored.keys() if sold.prompt(id) not in overwritten)
-    lost = [id for id in unstored if sold.prompt(id) not in late or over[sold.prompt(id)] <= 0]
+    told = " ".join(records[one] for one in left_open)
+    lost = [id for id in unstored if id not in told and (sold.prompt(id) not in late or over[sold.prompt(id)] <= 0)]
     posts = tallies["faults"].get("create:empty_error", 0) - POSTS_OF_THE_HOPELESS * len(hopeless)
     costs, budgets = [*_wrong_costs(world, sold, stored)], [*_exceeded(world, sold)]
     disagreements = [*_disagreements(world.audit(), sold, stored)]
@@ -122,7 +123,7 @@ def judge(world: World, wanted: Sequence[Wanted], tracebacks: Sequence[str], see
         stored=len(stored),
         left_open=len(left_open),
         replaced=sum(sold.prompt(id) in overwritten for id in sold.billed),
-        once_too_many=len(unstored) - len(lost),
+        once_too_many=sum(sold.prompt(id) in late and over[sold.prompt(id)] > 0 for id in unstored),
         worst_window=tallies["worst_window"],
         worst_in_flight=tallies["worst_in_flight"],
         must_be_zero={
@@ -182,8 +183,11 @@ def _stored(
 
 
 def _is_open(record: Mapping[str, Any]) -> bool:
-    """Whether the record waits for a person: what was billed for it is found by its prompt, as paid and not there."""
-    return record.get("state") == "ambiguous" and record.get("orders_without_trace") == POSTS_OF_THE_HOPELESS
+    """Whether the record waits for a person, as it should; what may be its prediction is named in it."""
+    is_late = LATE in str(record.get("input", {}).get("prompt"))
+    return record.get("state") == "ambiguous" and (
+        is_late or record.get("orders_without_trace") == POSTS_OF_THE_HOPELESS
+    )
 
 
 def _told(world: World, prompt: str, sold: Sold, records: Mapping[str, str]) -> str:

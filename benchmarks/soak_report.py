@@ -100,7 +100,10 @@ def results(verdict: Verdict, soaked: Soaked) -> list[Row]:
     return [
         ("pictures wanted", f"{verdict.wanted:,}"),
         ("pictures stored, read back and verified", f"{verdict.stored:,}"),
-        ("left to a person: two orders in a row left no trace, and were not billed", f"{verdict.left_open:,}"),
+        (
+            "left to a person: two lost orders left no trace, or a list later than settling shows one",
+            f"{verdict.left_open:,}",
+        ),
         ("orders that the API accepted", f"{verdict.accepted:,}"),
         ("of them billed (the others failed or were cancelled)", f"{verdict.billed:,}"),
         ("of them replaced by another text, as was asked", f"{verdict.replaced:,}"),
