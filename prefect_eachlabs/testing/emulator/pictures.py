@@ -51,8 +51,10 @@ def plain_png(size_px: int, seed: str) -> bytes:
 
 def draw(prompt: str, *, size_px: int, seed: str, format: str = "png") -> bytes:
     """The prompt in white on one colour, and who drew it; the same seed and prompt give the same bytes."""
-    hue = hashlib.sha256(seed.encode("utf-8", "replace")).digest()[0] / 256
-    picture = Image.new("RGB", (size_px, size_px), _colour(hue, 0.45))
+    drawn = hashlib.sha256(seed.encode("utf-8", "replace")).digest()
+    hue = int.from_bytes(drawn[:2], "big") / 65_536
+    # Two seeds are two colours: several pictures of one prediction differ in nothing else.
+    picture = Image.new("RGB", (size_px, size_px), _colour(hue, 0.42 + 0.06 * drawn[2] / 255))
     pen = ImageDraw.Draw(picture)
     margin = max(2, size_px // 16)
     # Read it must be, also in a thumbnail.
