@@ -231,7 +231,7 @@ class Engine:
                 # The run that bought it was cancelled; this one wants the picture.
                 allowed = options
             elif (is_passing and done.record.resubmissions < most) or (
-                done.record.picture_is_gone and not allowed.retry_failed
+                done.record.picture_is_gone and options.rebuy_missing and not allowed.retry_failed
             ):
                 logger.info("Item %s: prediction %s gave no picture; it is bought again.", item.item_id, end.id)
                 allowed = replace(options, retry_failed=True)

@@ -7,6 +7,7 @@ Two count: a Prefect server, for processes anywhere (`prefect_leases`), and with
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from dataclasses import dataclass
 from enum import Enum
@@ -19,6 +20,7 @@ LEASE_SECONDS = 75.0
 CALL_SECONDS = 8.0
 """No call to a server takes longer."""
 READ_WITHIN_SECONDS = 0.002
+READS = 10
 # Linux has a clock of its own that goes on while it sleeps; on macOS CLOCK_MONOTONIC does, and Python's does not.
 _CLOCK = getattr(time, "CLOCK_BOOTTIME", getattr(time, "CLOCK_MONOTONIC", None))
 
@@ -43,12 +45,14 @@ def suspended_seconds() -> float:
     """
     if _CLOCK is None:
         return 0.0
-    while True:
+    asleep_seconds = math.inf
+    for _ in range(READS):
         before = time.monotonic()
-        asleep_seconds = time.clock_gettime(_CLOCK) - before
+        asleep_seconds = min(asleep_seconds, time.clock_gettime(_CLOCK) - before)
         # A thread that a busy machine stopped in between has read too much, and a slot would come back too early.
         if time.monotonic() - before < READ_WITHIN_SECONDS:
-            return round(asleep_seconds, 2)
+            break
+    return round(asleep_seconds, 2)
 
 
 def clock() -> float:
