@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -427,14 +427,16 @@ def _shared(text: str) -> str:
     return text
 
 
-def parse_executions(rows: Iterable[object]) -> tuple[Execution, ...]:
-    """The rows of a page, newest first as sent; rows without a usable id are left out."""
+def parse_executions(rows: Iterable[object], of: Container[str] | None = None) -> tuple[Execution, ...]:
+    """The rows of a page, newest first as sent, of these ids alone where `of` names some; others are not looked at."""
     executions = []
     turns = iter(range(_MAX_VALUES))
     # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.
     text = functools.cache(lambda said: _shared(_text(said) or ""))
     for row in rows:
-        if isinstance(row, Mapping) and (found := parse_prediction_id(row.get("id"))) is not None:
+        if not isinstance(row, Mapping) or (found := parse_prediction_id(row.get("id"))) is None:
+            continue
+        if of is None or found in of:
             output = _unwrap_json(row.get("output"))
             word = row.get("status")
             executions.append(

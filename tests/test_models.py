@@ -311,3 +311,8 @@ def test_a_row_of_executions_has_a_date_or_none(text: object, date: datetime | N
 def test_rows_without_an_id_are_left_out() -> None:
     rows = parse_executions([{"id": "p-1", "output": URL}, {"id": ""}, {}, "x", None, {"id": 7, "output": ENVELOPE}])
     assert [(row.id, row.output_urls) for row in rows] == [("p-1", (URL,)), ("7", ())]
+
+
+def test_of_a_page_only_those_are_read_that_somebody_asks_for() -> None:
+    page = [{"id": "p-1", "output": URL}, {"id": "p-2", "output": URL}, {"id": 7}]
+    assert [row.id for row in parse_executions(page, of={"p-1", "7"})] == ["p-1", "7"]

@@ -281,7 +281,7 @@ class Poller:
                 if offset is None:
                     answer = await self._client.get(watched.prediction.id)
                 else:
-                    answer = await self._client.executions(limit=PAGE_ROWS, offset=offset)
+                    answer = await self._client.executions(limit=PAGE_ROWS, offset=offset, of=self._schedule.watched)
             except NotSent:
                 slot.unused()
                 raise

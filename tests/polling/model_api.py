@@ -6,7 +6,7 @@ import asyncio
 import heapq
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Container
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import chain, islice, pairwise
@@ -116,13 +116,16 @@ class ModelApi:
             cost_usd=0.04 if ended else None,
         )
 
-    async def executions(self, *, limit: int = 100, offset: int = 0) -> tuple[Execution, ...]:
+    async def executions(
+        self, *, limit: int = 100, offset: int = 0, of: Container[str] | None = None
+    ) -> tuple[Execution, ...]:
         await self._arrive("executions", str(offset))
         if not self.has_executions:
             raise Rejected("no such endpoint", status_code=404)
         foreign = [Job(f"f{number}", "flux", {}, 0, 0, (), self.end) for number in range(self.foreign_rows)]
         ours = (job for job in reversed(self.jobs.values()) if self.shows(job))
-        rows = [self._row(job) for job in islice(chain(foreign, ours), offset, offset + limit)]
+        page = islice(chain(foreign, ours), offset, offset + limit)
+        rows = [self._row(job) for job in page if of is None or job.id in of]
         await self._travel()
         return tuple(rows)
 
