@@ -23,9 +23,9 @@ from tests.virtual_time import run
 
 NOW = datetime(2026, 11, 27, tzinfo=timezone.utc)
 PLACE = Destination.parse("s3://bucket/p")
-FEW, MANY = 200, 2_000
-MORE_BYTES = 500_000
-"""A walk that was kept would take 900 kB more, its records several MB."""
+FEW, MANY = 100, 1_000
+MORE_BYTES = 300_000
+"""A walk that was kept would take 450 kB more, its records several MB."""
 
 
 class MadeUp(MemoryStore):

@@ -155,7 +155,7 @@ async def test_held_questions_are_bounded() -> None:
         local_limiter(requests_per_minute=None, max_in_flight=None),
     )
     for _ in range(2):
-        await asyncio.gather(*(shop.buy() for _ in range(150)))
+        await asyncio.gather(*(shop.buy() for _ in range(70)))
     await shop.poller.close()
     assert 32 <= Counting.most <= 64
 

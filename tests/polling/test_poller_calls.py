@@ -96,33 +96,32 @@ def called_shop(*, callers: int = 20, minutes: float = 4, late: Late = at_once, 
     return run(story())
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_at_60_a_minute_every_request_buys(seed: int) -> None:
-    shop = called_shop(requests_per_minute=60, max_in_flight=10, seed=seed)
+def test_at_60_a_minute_every_request_buys() -> None:
+    shop = called_shop(requests_per_minute=60, max_in_flight=10)
     assert_within_the_limits(shop)
     assert shop.per_minute(60, 240) >= 57  # 60 is the limit itself
 
 
 def test_without_a_request_limit_a_picture_costs_little_more_than_its_order() -> None:
-    shop = called_shop(max_in_flight=10)
-    asked = shop_for(callers=20, minutes=4, max_in_flight=10)
+    shop = called_shop(minutes=3, max_in_flight=10)
+    asked = shop_for(callers=20, minutes=3, max_in_flight=10)
     assert_within_the_limits(shop)
-    assert len(shop.api.asked) / len(shop.ends) <= 1.1
-    assert shop.per_minute(60, 240) >= asked.per_minute(60, 240), "and is no slower"
+    assert sum(at > 60 for at, _, _ in shop.api.asked) <= 1.1 * 2 * shop.per_minute(60, 180)
+    assert shop.per_minute(60, 180) >= asked.per_minute(60, 180), "and is no slower"
     assert shop.told >= 0.5 * len(shop.ends), "costs come, once a minute"
-    assert sum(at > 60 for at in shop.api.times("executions")) <= 3 * 3, "a hundred rows a page, once a minute"
+    assert sum(at > 60 for at in shop.api.times("executions")) <= 3 * 2, "a hundred rows a page, once a minute"
 
 
 def test_for_a_long_job_nobody_asks_for_minutes() -> None:
-    shop = called_shop(callers=5, minutes=60, max_in_flight=5, duration=lambda rng: rng.uniform(240, 300))
+    shop = called_shop(callers=5, minutes=30, max_in_flight=5, duration=lambda rng: rng.uniform(240, 300))
     late = [at for at, name, _ in shop.api.asked if name == "get" and at > 700]
     assert late == []
     listed = [at for at in shop.api.times("executions") if at > 700]
-    assert len(listed) <= 48, "costs alone, once a minute at most"
+    assert len(listed) <= 18, "costs alone, once a minute at most"
 
 
-@pytest.mark.parametrize(("limits", "minutes"), [({"requests_per_minute": 60}, 6), ({}, 2)])
-def test_where_none_ever_comes_it_is_as_fast_as_without(limits: dict[str, int], minutes: int) -> None:
+@pytest.mark.parametrize(("limits", "minutes"), [({"requests_per_minute": 60}, 4), ({}, 1.5)])
+def test_where_none_ever_comes_it_is_as_fast_as_without(limits: dict[str, int], minutes: float) -> None:
     without = shop_for(callers=20, minutes=minutes, max_in_flight=10, **limits)
     shop = called_shop(minutes=minutes, late=lambda rng, at: None, max_in_flight=10, **limits)
     assert_within_the_limits(shop)
@@ -130,8 +129,8 @@ def test_where_none_ever_comes_it_is_as_fast_as_without(limits: dict[str, int], 
     assert shop.per_minute(0, 60 * minutes) >= 0.98 * without.per_minute(0, 60 * minutes)
 
 
-@pytest.mark.parametrize(("limits", "minutes"), [({"requests_per_minute": 60}, 5), ({}, 1)])
-def test_calls_that_stop_cost_half_a_minute_once(limits: dict[str, int], minutes: int) -> None:
+@pytest.mark.parametrize(("limits", "minutes"), [({"requests_per_minute": 60}, 4), ({}, 0.5)])
+def test_calls_that_stop_cost_half_a_minute_once(limits: dict[str, int], minutes: float) -> None:
     shop = called_shop(minutes=3 + minutes, late=lambda rng, at: 0.05 if at < 120 else None, max_in_flight=10, **limits)
     without = shop_for(callers=20, minutes=1 + minutes, max_in_flight=10, **limits)
     assert_within_the_limits(shop)
@@ -154,10 +153,10 @@ def test_a_tenth_that_is_lost_is_found_by_asking_and_the_rest_goes_on() -> None:
     def late(rng: random.Random, at: float) -> float | None:
         return None if rng.random() < 0.1 else rng.uniform(0.05, 0.5)
 
-    shop = called_shop(minutes=6, late=late, requests_per_minute=60, max_in_flight=10)
+    shop = called_shop(minutes=4, late=late, requests_per_minute=60, max_in_flight=10)
     assert_within_the_limits(shop)
     assert not shop.webhooks.given_up
-    assert shop.per_minute(60, 360) >= 50
+    assert shop.per_minute(60, 240) >= 50
     assert max(shop.delays()) <= 60
 
 
@@ -165,7 +164,7 @@ def test_a_tenth_that_is_lost_is_found_by_asking_and_the_rest_goes_on() -> None:
 def test_calls_that_are_always_late_are_not_waited_for(seed: int) -> None:
     """The vendor's first two attempts fail each time: asking is faster than that."""
     limits = {"requests_per_minute": 60, "max_in_flight": 10, "seed": seed}
-    shop = called_shop(minutes=6, late=lambda rng, at: 21.0, **limits)
-    without = shop_for(callers=20, minutes=6, **limits)
+    shop = called_shop(late=lambda rng, at: 21.0, **limits)
+    without = shop_for(callers=20, minutes=4, **limits)
     assert_within_the_limits(shop)
-    assert shop.per_minute(60, 360) >= 0.95 * without.per_minute(60, 360)
+    assert shop.per_minute(60, 240) >= 0.95 * without.per_minute(60, 240)

@@ -28,4 +28,4 @@ def others_buy(world: World, item: Item, times: int = 1) -> None:
     """Other keys of the organization."""
     for _ in range(times):
         world.emulator.announce_foreign(order(item), base_url="https://api.invalid")
-        world.emulator.ledger.settle(world.now())
+    world.emulator.ledger.settle(world.now())

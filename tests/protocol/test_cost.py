@@ -10,7 +10,7 @@ import pytest
 from prefect_eachlabs.models import Item, PredictionStatus
 from tests.protocol.kit import World, options, play, wanted
 
-ITEMS = [wanted(number) for number in range(40)]
+ITEMS = [wanted(number) for number in range(20)]
 
 
 async def test_each_picture_costs_four_writes_two_reads_and_one_post() -> None:

@@ -214,7 +214,7 @@ class LifeOfRecords(RuleBasedStateMachine):
 
 NORMAL = settings(
     deadline=None,
-    max_examples=20,
+    max_examples=12,
     stateful_step_count=30,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -18,7 +18,7 @@ from tests.protocol.kit import Fault, Process, World, play, wanted
 from tests.protocol.test_one_item import BOUNDARIES, NUMBERED, named
 
 UNLIMITED = {"requests_per_minute": None, "max_in_flight": None}
-FIFTY = [wanted(number, prompt=f"picture {number}" if number < 25 else "the same picture") for number in range(50)]
+ITEMS = [wanted(number, prompt=f"picture {number}" if number < 15 else "the same picture") for number in range(30)]
 """Half of them with equal inputs."""
 
 
@@ -36,14 +36,14 @@ async def obtain_all(process: Process, items: list[object] | None = None) -> Non
                 if not error.retryable:
                     raise
 
-    await asyncio.gather(*map(one, FIFTY if items is None else items))
+    await asyncio.gather(*map(one, ITEMS if items is None else items))
 
 
 async def a_person_looks(world: World) -> None:
     """What stands as ambiguous was not bought: a person saw that, and says so."""
     world.set_faults()
     last = world.process()
-    for item in FIFTY:
+    for item in ITEMS:
         if world.record(item).state is RecordState.AMBIGUOUS:
             assert world.record(item).orders_without_trace == 2
             await last.obtain(item, retry_ambiguous=True)
@@ -53,7 +53,7 @@ async def a_person_looks(world: World) -> None:
 async def test_two_processes_racing_for_the_same_items_buy_each_once(seed: int) -> None:
     world = World(settings=UNLIMITED)
     await asyncio.gather(*(obtain_all(world.process(jitter=2 * seed + racer)) for racer in range(2)))
-    world.check(FIFTY)
+    world.check(ITEMS)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -63,30 +63,30 @@ async def test_the_same_where_answers_are_lost_on_both_sides(seed: int) -> None:
     racers = [
         world.process(
             jitter=2 * seed + racer,
-            faults={draw.randint(1, 500): draw.choice(["refuse", "lose"]) for _ in range(25)},
+            faults={draw.randint(1, 300): draw.choice(["refuse", "lose"]) for _ in range(15)},
         )
         for racer in range(2)
     ]
     await asyncio.gather(*map(obtain_all, racers))
     await a_person_looks(world)
-    world.check(FIFTY)
+    world.check(ITEMS)
 
 
 @pytest.mark.parametrize("seed", range(2))
 async def test_the_same_where_both_are_killed_and_a_third_finishes(seed: int) -> None:
     world = World("create:lost_answer=0.05", seed=seed, settings=UNLIMITED)
     draw = random.Random(seed)
-    racers = [world.process(jitter=2 * seed + racer, die_at=draw.randint(20, 900)) for racer in range(2)]
+    racers = [world.process(jitter=2 * seed + racer, die_at=draw.randint(20, 540)) for racer in range(2)]
     await asyncio.gather(*(racer.until_it_ends(obtain_all(racer)) for racer in racers))
     await obtain_all(world.process())
     await a_person_looks(world)
-    world.check(FIFTY)
+    world.check(ITEMS)
 
 
 async def test_within_the_limits_of_an_account_one_process_keeps_to_them_while_it_settles() -> None:
     world = World("create:lost_answer=0.1", requests_per_minute=60, max_in_flight=10, service_seconds=5.0)
     await obtain_all(world.process())
-    world.check(FIFTY)
+    world.check(ITEMS)
     tallies = world.emulator.tallies()
     assert tallies["rejected_429"] == 0
     assert tallies["worst_window"] <= 60
