@@ -4,52 +4,26 @@ from __future__ import annotations
 
 import os
 import select
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from typing import Any
 
 import pytest
 
-from prefect_eachlabs.confined import Answer, ConfinedProcess, JobFailed, NotInstalled, Read, TooCostly
+from prefect_eachlabs.confined import ConfinedProcess, JobFailed, NotInstalled, TooCostly
 
 MIB = 1024 * 1024
 IN_TIME = 30.0
 
 
-class Job:
-    """What the tests have done in the child."""
-
-    def __call__(self, arguments: dict[str, Any], data: bytes, read: Read) -> Answer:
-        match arguments["do"]:
-            case "tell":
-                print("what a library prints is no answer")
-                return {"pid": os.getpid(), "environment": sorted(os.environ)}, data[::-1]
-            case "fill":
-                return {"filled": len(bytearray(arguments["bytes"]))}, b""
-            case "spin":
-                while True:
-                    pass
-            case "fall":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            case "ask":
-                return {}, read(2, 3) + read(0, 1)
-            case "refuse":
-                raise JobFailed("no")
-        raise RuntimeError("not known")
-
-
-class Missing:
-    def __init__(self) -> None:
-        import a_library_that_nobody_has  # type: ignore[import-not-found]  # noqa: F401
-
-
-@pytest.fixture
+@pytest.fixture(scope="module")
 def process() -> Iterator[ConfinedProcess]:
-    with closing(ConfinedProcess("tests.test_confined:Job", may_grow_bytes=64 * MIB)) as one:
-        yield one
+    """Starting one takes as long as all jobs together."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EACHLABS_API_KEY", "a-key-of-the-team")
+        with closing(ConfinedProcess("tests.confined_jobs:Job", may_grow_bytes=64 * MIB)) as one:
+            yield one
 
 
 def pid_of(process: ConfinedProcess) -> int:
@@ -57,10 +31,7 @@ def pid_of(process: ConfinedProcess) -> int:
     return int(answer["pid"])
 
 
-def test_jobs_are_done_in_one_other_process_that_does_not_have_the_workers_secrets(
-    process: ConfinedProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EACHLABS_API_KEY", "a-key-of-the-team")
+def test_jobs_are_done_in_one_other_process_that_does_not_have_the_workers_secrets(process: ConfinedProcess) -> None:
     answer, data = process.call({"do": "tell"}, b"abc", seconds=IN_TIME)
     assert (answer["pid"] != os.getpid(), data) == (True, b"cba")
     assert not [name for name in answer["environment"] if name.startswith(("EACHLABS", "AWS", "PREFECT"))]
@@ -97,7 +68,7 @@ def test_a_job_that_needs_too_much_memory_is_given_up(process: ConfinedProcess) 
     assert pid_of(process)
 
 
-@pytest.mark.parametrize(("do", "seconds"), [("spin", 0.5), ("fall", IN_TIME)])
+@pytest.mark.parametrize(("do", "seconds"), [("spin", 0.1), ("fall", IN_TIME)])
 def test_a_job_without_end_or_that_falls_costs_its_process_alone(
     process: ConfinedProcess, do: str, seconds: float
 ) -> None:
@@ -110,7 +81,7 @@ def test_a_job_without_end_or_that_falls_costs_its_process_alone(
 
 def test_a_library_that_is_missing_is_named() -> None:
     with (
-        closing(ConfinedProcess("tests.test_confined:Missing")) as process,
+        closing(ConfinedProcess("tests.confined_jobs:Missing")) as process,
         pytest.raises(NotInstalled, match="a_library_that_nobody_has"),
     ):
         process.call({}, seconds=IN_TIME)
@@ -130,7 +101,7 @@ def test_a_fork_of_the_worker_uses_a_child_of_its_own_and_leaves_its_parents_alo
 def test_the_child_ends_with_a_worker_that_is_killed() -> None:
     code = (
         "import sys; from prefect_eachlabs.confined import ConfinedProcess;"
-        "process = ConfinedProcess('tests.test_confined:Job');"
+        "process = ConfinedProcess('tests.confined_jobs:Job');"
         "print(process.call({'do': 'tell'}, seconds=30)[0]['pid'], flush=True);"
         "sys.stdin.read()"
     )

@@ -137,14 +137,14 @@ async def test_a_dead_claim_that_bought_nothing_is_free_again_when_the_purse_say
 # Whole batches.
 
 
-@pytest.mark.parametrize("die_at", range(20, 330, 31))
+@pytest.mark.parametrize("die_at", range(20, 180, 22))
 async def test_a_batch_killed_anywhere_and_run_again_bills_each_row_once(die_at: int) -> None:
     world = World()
     first = world.process(die_at=die_at)
-    await first.dies(batch(first, 30))
-    result = await batch(world.process(), 30)
-    assert result.stored + result.reused == 30
-    world.check(items(30))
+    await first.dies(batch(first, 16))
+    result = await batch(world.process(), 16)
+    assert result.stored + result.reused == 16
+    world.check(items(16))
 
 
 async def test_a_batch_killed_twice_with_lost_answers_bills_each_row_once() -> None:
@@ -176,7 +176,7 @@ async def test_pictures_that_cannot_be_downloaded_count_as_what_they_cost() -> N
     assert (again.reused, again.stored, again.cost_usd) == (5, 0, 0)
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("is_price_known", [True, False])
 async def test_lost_answers_that_are_reported_keep_their_price_set_aside(seed: int, is_price_known: bool) -> None:
     world = World("create:lost_answer=0.4" if is_price_known else "create:lost_answer,next=1", seed=seed)
@@ -190,7 +190,7 @@ async def test_lost_answers_that_are_reported_keep_their_price_set_aside(seed: i
     assert result.cost_unknown == result.ambiguous
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 async def test_lost_answers_that_are_settled_cost_what_was_billed(seed: int) -> None:
     world = World("create:lost_answer=0.4", seed=seed)
     result = await batch(world.process(), 40, budget_usd=0.2)
@@ -199,15 +199,15 @@ async def test_lost_answers_that_are_settled_cost_what_was_billed(seed: int) -> 
     assert (result.reused, result.cost_unknown) == (0, 0)
 
 
-@pytest.mark.parametrize("die_at", [(60, 60, 90), (90, 130, 70), (200, 40, 41), (75, 300, 90)])
+@pytest.mark.parametrize("die_at", [(40, 40, 60), (75, 100, 40)])
 async def test_one_run_killed_three_times_keeps_its_one_budget(die_at: tuple[int, ...]) -> None:
     world = World("create:lost_answer=0.1", "picture:error,status=503,first=4", service_seconds=3.0)
     for boundary in die_at:
         process = world.process(run_id="flow-run", die_at=boundary)
-        await process.until_it_ends(batch(process, 60, budget_usd=0.8))
-    result = await batch(world.process(run_id="flow-run"), 60, budget_usd=0.8)
+        await process.until_it_ends(batch(process, 30, budget_usd=0.4))
+    result = await batch(world.process(run_id="flow-run"), 30, budget_usd=0.4)
     assert [process.dead for process in world.processes] == [True, True, True, False]
-    assert billed_usd(world) <= 0.8
+    assert billed_usd(world) <= 0.4
     assert result.cost_usd == pytest.approx(billed_usd(world))
     assert (result.reused, result.cost_unknown) == (0, 0)
     assert result.stored == round(billed_usd(world) / PRICE_USD)
