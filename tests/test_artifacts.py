@@ -213,6 +213,7 @@ class TestOnAServer:
         def work() -> None:
             generate_and_store("one", destination=studio.destination, item_id="asset-1")
             generate_and_store("one", destination=studio.destination, item_id="asset-1")
+            assert [one["event"] for one in sent] == [events.STORED], "what was there already is no event"
             generate_rows([{"prompt": f"fox {n}"} for n in range(3)], destination=studio.destination, batch_id="foxes")
             events.batch_finished(
                 {"batch_id": "b", "stored": 2, "report_uri": "s3://acme/p/batches/b/runs/r/report.json", "items": 2},
@@ -246,6 +247,9 @@ class TestOnAServer:
         assert [one["event"] for one in sent] == [events.STORED]
         assert sent[0]["resource"]["prefect.resource.id"] == f"eachlabs.picture.{stored.item_id}"
         assert "fox>" not in repr(sent)
+        sent.clear()
+        assert generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow").reused
+        assert not sent
 
     def test_the_async_door_leaves_one_too(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
         @flow
@@ -257,18 +261,6 @@ class TestOnAServer:
         asyncio.run(sketches())
         assert "data:image/jpeg" in artifact_of("eachlabs-async-1").data
         assert [one["event"] for one in sent] == [events.STORED, events.STORED]
-
-    def test_what_was_there_already_is_no_event(self, studio: Studio, sent: list[dict[str, Any]]) -> None:
-        generate_image("a red fox", studio.destination)
-        sent.clear()
-        generate_image("a red fox", studio.destination)
-
-        @flow
-        def again() -> StoredImage:
-            return generate_and_store("a red fox", destination=studio.destination)
-
-        assert again().reused
-        assert not sent
 
     def test_an_artifact_or_event_that_cannot_be_made_fails_no_picture(
         self, studio: Studio, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

@@ -72,13 +72,7 @@ def test_a_batch_tells_of_chunks_with_failures_and_of_its_end_and_of_nothing_els
         (events.ROWS_FAILED, "some", "rows 8 to 10"),
     ]
     (most,) = [facts for _, resource, facts in sent if resource.get("eachlabs.failures") == "most"]
-    assert most == {
-        "batch_id": "zoo",
-        "rows": "rows 2 to 4",
-        "count": 3,
-        "failed": 2,
-        "kinds": {"content refused": 2},
-    }
+    assert most == {"batch_id": "zoo", "rows": "rows 2 to 4", "count": 3, "failed": 2, "kinds": {"content refused": 2}}
     assert "naked" not in repr(sent)
 
 

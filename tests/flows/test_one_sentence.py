@@ -54,13 +54,12 @@ def of_the_bucket() -> list[Callable[[], Any]]:
     return [
         users_own,
         users_rows,
-        lambda: generate_image("a red fox", NO_BUCKET),
         lambda: settle_leftovers(NO_BUCKET),
         lambda: generate_batch("prompts.csv", NO_BUCKET),
     ]
 
 
-@pytest.mark.parametrize("number", range(5), ids=["task", "rows", "generate-image", "settle", "generate-batch"])
+@pytest.mark.parametrize("number", range(4), ids=["task", "rows", "settle", "generate-batch"])
 def test_a_wrong_bucket_is_told_in_one_sentence(
     studio: Studio, log: io.StringIO, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,6 @@ from prefect_eachlabs import create_prediction
 from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.engine.engine import Engine
 from prefect_eachlabs.errors import OutcomeUnknown, SetupError
-from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.flows import settle as settle_flow
 from prefect_eachlabs.flows.settle import settle_leftovers
 from tests.flows.flow_fixtures import Studio, last_artifact
@@ -25,15 +24,9 @@ def settled(destination: str) -> State[Any]:
     return state
 
 
-def test_a_tidy_bucket_is_completed(studio: Studio) -> None:
-    generate_image("a red fox", studio.destination)
-    state = settled(studio.destination)
-    assert state.is_completed()
-    assert "1 records, 0 to settle" in str(state.message)
-    assert last_artifact("eachlabs-settle").description == "What runs left behind"
-
-
-def test_what_was_bought_and_left_is_stored(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_bought_and_left_is_stored_and_a_tidy_bucket_is_completed(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run that died after its purchase: with times of nought its record is old at once."""
     create_prediction.fn("a red fox", destination=studio.destination, item_id="left")
     monkeypatch.setenv("EACHLABS_CLAIM_SECONDS", "1")
@@ -52,6 +45,10 @@ def test_what_was_bought_and_left_is_stored(studio: Studio, monkeypatch: pytest.
     assert state.is_completed(), state.message
     assert asyncio.run(state.aresult())["stored"] == 1
     assert (studio.keys(), studio.billed) == (["left.png"], 1)
+    state = settled(studio.destination)
+    assert state.is_completed()
+    assert "1 records, 0 to settle" in str(state.message)
+    assert last_artifact("eachlabs-settle").description == "What runs left behind"
 
 
 def test_ambiguous_items_fail_the_run_with_their_reasons(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from prefect_eachlabs.flows import shards
 from prefect_eachlabs.flows.batch import generate_batch
 from tests.flows.flow_fixtures import Studio
 
-ROWS = 12
+ROWS = 6
 
 
 @pytest.fixture
