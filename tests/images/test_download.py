@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from prefect_eachlabs.errors import DownloadFailed, EachlabsError, NotAPng, NotYetSafe
+from prefect_eachlabs.images import download
 from prefect_eachlabs.images.download import Downloader
 from prefect_eachlabs.models import Media
 from prefect_eachlabs.net.public_get import MAX_REDIRECTS
@@ -195,8 +196,8 @@ def test_what_is_no_whole_png_is_refused_with_its_reason_and_its_url(body: bytes
 
 
 def large(end: bytes) -> bytes:
-    """80 MB of image data in 80 kB."""
-    return png(header(8_000, 10_000), idat(bytes(10_000 * 8_001)), end)
+    """40 MB of image data in 40 kB."""
+    return png(header(4_000, 10_000), idat(bytes(10_000 * 4_001)), end)
 
 
 async def test_the_loop_has_its_turn_while_a_large_picture_is_verified() -> None:
@@ -275,8 +276,8 @@ def test_a_compressed_picture_that_is_cut_off_is_refused() -> None:
 
 
 def test_a_compressed_picture_that_inflates_to_more_than_a_picture_does_is_a_bomb() -> None:
-    """40 kB may stand for 40 MiB: it is given up after 2 MiB."""
-    bomb = gzip.compress(SMALL[:-12] + chunk(b"tEXt", bytes(40 * 1024 * 1024)))
+    """20 kB may stand for 20 MiB: it is given up after 2 MiB."""
+    bomb = gzip.compress(SMALL[:-12] + chunk(b"tEXt", bytes(20 * 1024 * 1024)))
     body = Body(*[bomb[i : i + 4096] for i in range(0, len(bomb), 4096)])
     error = failure(lambda _: httpx.Response(200, stream=body, headers={"Content-Encoding": "gzip"}))
     assert isinstance(error, NotAPng)
@@ -333,7 +334,7 @@ def test_a_body_that_only_drips_is_given_up_after_a_minute() -> None:
 
 
 async def test_no_host_holds_a_download_for_more_than_half_an_hour() -> None:
-    data = long_png(40 * 1024 * 1024)
+    data = long_png(20 * 1024 * 1024)
     body = Body(*[data[i : i + 16_384] for i in range(0, len(data), 16_384)], pause_seconds=1.5)
 
     with pytest.raises(DownloadFailed, match="did not come in time"):
@@ -342,19 +343,23 @@ async def test_no_host_holds_a_download_for_more_than_half_an_hour() -> None:
     assert body.closed
 
 
-async def test_a_picture_of_a_hundred_megabytes_arrives_and_such_come_one_at_a_time() -> None:
-    data = long_png(100 * 1024 * 1024)
+async def test_a_picture_of_a_hundred_megabytes_arrives_and_large_ones_come_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(download, "LARGE_BYTES", 16 * 1024 * 1024)
+    whole = {"0": long_png(100 * 1024 * 1024), "1": long_png(32 * 1024 * 1024)}
     piece_bytes = 4 * 1024 * 1024
 
-    def answer(_: httpx.Request) -> httpx.Response:
+    def answer(request: httpx.Request) -> httpx.Response:
+        data = whole[request.url.path[-1]]
         pieces = [data[i : i + piece_bytes] for i in range(0, len(data), piece_bytes)]
         return httpx.Response(200, stream=Body(*pieces, pause_seconds=1.0))
 
     downloader = Downloader(Host(answer).transport())
     began = asyncio.get_running_loop().time()
-    for done in asyncio.as_completed([downloader.fetch(URL, prediction_id=str(n)) for n in range(2)]):
-        assert (await done).sha256 == hashlib.sha256(data).hexdigest()
-    assert asyncio.get_running_loop().time() - began > 30, "the second waited where the first was large"
+    media = await asyncio.gather(*(downloader.fetch(f"https://pictures.invalid/{name}") for name in whole))
+    assert all(found.data == data for found, data in zip(media, whole.values(), strict=True))
+    assert asyncio.get_running_loop().time() - began > 28, "the second waited where the first was large"
     await downloader.aclose()
 
 

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -185,7 +185,6 @@ def test_every_flipped_byte_is_refused(data: bytes) -> None:
             refused(bytes(broken), piece_bytes=4096)
 
 
-@settings(max_examples=200)
 @given(st.binary(max_size=60), st.sampled_from(LEGAL), st.integers(1, 5), st.integers(1, 5), st.booleans())
 def test_image_data_of_any_other_size_are_refused(
     raw: bytes, kind: tuple[int, int], width_px: int, height_px: int, interlaced: bool
@@ -222,10 +221,7 @@ def test_image_data_of_any_other_size_are_refused(
             png(header(2, 2), chunk(b"IDAT", zlib.compress(b"\0ab\0cd") + b"\0"), IEND),
             "bytes follow its image data inside IDAT",
         ),
-        (
-            png(header(2, 2), idat(b"\0ab\0cd"), chunk(b"IDAT", b"\0"), IEND),
-            "bytes follow its image data inside IDAT",
-        ),
+        (png(header(2, 2), idat(b"\0ab\0cd"), chunk(b"IDAT", b"\0"), IEND), "bytes follow its image data inside IDAT"),
         (
             png(header(2, 2), idat(b"\0ab\0cd"), chunk(b"tEXt"), chunk(b"IDAT"), IEND),
             "other chunks stand between its image data (IDAT)",
@@ -244,10 +240,7 @@ def test_image_data_of_any_other_size_are_refused(
         (png(header(2, 2), chunk(b"NEWC"), IEND), "it holds a critical chunk that is not known: NEWC"),
         (png(header(2, 2), chunk(b"t3xt"), IEND), "b't3xt' stands where a chunk's name belongs"),
         (png(header(2, 2), idat(b"\0ab\0cd"), chunk(b"IEND", b"x")), "its last chunk (IEND) is not empty"),
-        (
-            png(header(2, 2), b"\xff\xff\xff\xfftEXt"),
-            "its chunk tEXt announces 4294967295 bytes, which is too much",
-        ),
+        (png(header(2, 2), b"\xff\xff\xff\xfftEXt"), "its chunk tEXt announces 4294967295 bytes, which is too much"),
         (png(header(0, 2)), "its size of 0 x 2 pixels is not allowed"),
         (png(header(2, 2**31)), "its size of 2 x 2147483648 pixels is not allowed"),
         (png(header(2, 2, 16, 3)), "its bit depth 16 does not go with its colour type 3"),
@@ -282,7 +275,7 @@ def bomb(megabytes: int) -> Iterable[bytes]:
 
 
 def test_a_zlib_bomb_ends_at_the_announced_size_and_takes_no_memory() -> None:
-    stream = b"".join(bomb(200))
+    stream = b"".join(bomb(30))
     data = png(header(1000, 1000), chunk(b"IDAT", stream), IEND)
     tracemalloc.start()
     try:
@@ -294,7 +287,7 @@ def test_a_zlib_bomb_ends_at_the_announced_size_and_takes_no_memory() -> None:
 
 
 def test_a_large_flat_picture_takes_no_memory_while_it_is_counted() -> None:
-    side_px = 5000
+    side_px = 2000
     stream = zlib.compress(bytes((side_px * 3 + 1) * side_px))
     data = png(header(side_px, side_px, 8, 2), chunk(b"IDAT", stream), IEND)
     tracemalloc.start()
