@@ -15,15 +15,7 @@ from prefect_eachlabs.errors import EachlabsError, without_query
 CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, EachlabsError)]
 KINDS = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
 
-MAY_BE_REPEATED = {
-    "NotSent",
-    "Unanswered",
-    "Throttled",
-    "NotYetSafe",
-    "NotAPng",
-    "DownloadFailed",
-    "StoreFailed",
-}
+MAY_BE_REPEATED = {"NotSent", "Unanswered", "Throttled", "NotYetSafe", "NotAPng", "DownloadFailed", "StoreFailed"}
 
 
 def test_the_drawing_at_the_top_is_the_tree() -> None:

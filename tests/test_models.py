@@ -11,12 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prefect_eachlabs import models
-from prefect_eachlabs.errors import (
-    ContentRefused,
-    OutputMissing,
-    PredictionCancelled,
-    PredictionFailed,
-)
+from prefect_eachlabs.errors import ContentRefused, OutputMissing, PredictionCancelled, PredictionFailed
 from prefect_eachlabs.models import (
     Prediction,
     PredictionStatus,

@@ -115,13 +115,8 @@ def test_a_value_out_of_its_bounds_is_refused_by_its_variables_name_without_the_
 @pytest.mark.parametrize(
     "url",
     [
-        "https://api.eachlabs.ai",
-        "https://proxy.example:8443/eachlabs",
-        "http://127.0.0.1:8700",
-        "http://127.9.9.9",
-        "http://localhost:1",
-        "http://LOCALHOST",
-        "http://[::1]:8700",
+        *("https://api.eachlabs.ai", "https://proxy.example:8443/eachlabs", "http://127.0.0.1:8700"),
+        *("http://127.9.9.9", "http://localhost:1", "http://LOCALHOST", "http://[::1]:8700"),
     ],
 )
 def test_https_and_loopback_are_where_the_key_may_go(url: str) -> None:

@@ -10,11 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from prefect_eachlabs.api.client import (
-    EachlabsClient,
-    parse_retry_after,
-    user_agent,
-)
+from prefect_eachlabs.api.client import EachlabsClient, parse_retry_after, user_agent
 from prefect_eachlabs.errors import (
     EachlabsError,
     InsufficientBalance,

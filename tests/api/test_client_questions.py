@@ -128,7 +128,7 @@ def test_executions_asks_for_a_page_and_reads_its_rows() -> None:
 @pytest.mark.parametrize("ask", [create, get, executions])
 @pytest.mark.parametrize("status", [200, 404, 422])
 @pytest.mark.parametrize("opening", ["[", '{"a":'])
-@pytest.mark.parametrize("depth", [101, 500, 900, 960, 970, 980, 990, 100_000])
+@pytest.mark.parametrize("depth", [101, 900, 980, 100_000])
 def test_an_answer_that_is_too_deep_to_be_written_down_is_unreadable(
     ask: Callable[..., Any], status: int, opening: str, depth: int
 ) -> None:

@@ -21,14 +21,7 @@ from prefect_eachlabs.errors import BadInput, Throttled, Unanswered
 from prefect_eachlabs.ledger.rules import PurchaseOptions
 from prefect_eachlabs.models import Destination, Item, UploadSlot, without_signature
 from prefect_eachlabs.net.public_only import HostGuard
-from prefect_eachlabs.reference_images import (
-    MAX_PICTURE_BYTES,
-    Picture,
-    Roots,
-    content_type_of,
-    opened,
-    parse_s3_name,
-)
+from prefect_eachlabs.reference_images import MAX_PICTURE_BYTES, Picture, Roots, content_type_of, opened, parse_s3_name
 from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.tasks import create_prediction, generate_and_store
 from tests.api.reference_kit import Shop, buy, picture_bytes
@@ -161,15 +154,8 @@ def test_a_file_in_an_allowed_folder_is_taken(disk: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "{0}/secret/key.png",
-        "../secret/key.png",
-        "sub/../../secret/key.png",
-        "link.png",
-        "ring.png",
-        "missing.png",
-        "/etc/passwd",
-        "~/.aws/credentials",
-        "a\0b.png",
+        *("{0}/secret/key.png", "../secret/key.png", "sub/../../secret/key.png", "link.png", "ring.png"),
+        *("missing.png", "/etc/passwd", "~/.aws/credentials", "a\0b.png"),
     ],
 )
 def test_no_other_file_is_taken_and_nobody_learns_whether_it_is_there(disk: Path, name: str) -> None:
@@ -370,13 +356,8 @@ def test_a_hiccup_is_no_refusal() -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "http://127.0.0.1:8080/a.png",
-        "http://localhost/a.png",
-        "http://169.254.169.254/latest/meta-data",
-        "http://10.0.0.7/a.png",
-        "http://[::1]/a.png",
-        "http://[fd00::1]/a.png",
-        "https://wiki.internal/a.png",
+        *("http://127.0.0.1:8080/a.png", "http://localhost/a.png", "http://169.254.169.254/latest/meta-data"),
+        *("http://10.0.0.7/a.png", "http://[::1]/a.png", "http://[fd00::1]/a.png", "https://wiki.internal/a.png"),
         "https://printer.local./a.png",
     ],
 )
@@ -436,8 +417,7 @@ async def test_an_upload_whose_time_is_about_to_end_is_done_anew(monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "fault",
-    ["upload:error,next=2", "upload:lost_answer,next=1", "upload:cut,next=2", "presign:lost_answer,next=1"],
+    "fault", ["upload:error,next=2", "upload:lost_answer,next=1", "upload:cut,next=2", "presign:lost_answer,next=1"]
 )
 async def test_an_upload_that_stumbles_is_repeated(fault: str) -> None:
     shop, data = Shop(fault), picture_bytes(1)
@@ -613,10 +593,10 @@ def test_a_url_is_looked_at_once_a_run_and_not_at_all_where_that_is_turned_off(
         s3.put_object_acl(Bucket=BUCKET, Key=key, ACL="public-read")
     url = f"{studio.s3.url}/{BUCKET}/{key}"
     before = dict(studio.s3.counts())
-    for number in range(3):
+    for number in range(2):
         generate_and_store.fn(f"variation {number}", destination=studio.destination, image_url=url)
     folder = f"{BUCKET}/{key.rpartition('/')[0]}"
-    assert studio.s3.counts()[f"HEAD {folder}"] == before.get(f"HEAD {folder}", 0) + 1 + 3, "and each item's own place"
+    assert studio.s3.counts()[f"HEAD {folder}"] == before.get(f"HEAD {folder}", 0) + 1 + 2, "and each item's own place"
     with pytest.raises(BadInput, match="HTTP 404"):
         generate_and_store.fn("none", destination=studio.destination, image_url=f"{url}.none")
     monkeypatch.setenv("EACHLABS_CHECK_REFERENCES", "no")

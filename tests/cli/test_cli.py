@@ -40,16 +40,8 @@ from tests.flows.flow_fixtures import Studio
 from tests.virtual_time import run
 
 STORED_KEYS = {
-    "item_id",
-    "prediction_id",
-    "status",
-    "uri",
-    "sha256",
-    "width_px",
-    "height_px",
-    "cost_usd",
-    "predict_time_seconds",
-    "reused",
+    *("item_id", "prediction_id", "status", "uri", "sha256", "width_px", "height_px", "cost_usd"),
+    *("predict_time_seconds", "reused"),
 }
 FAILED_KEYS = {"status", "error", "item_id", "prediction_id"}
 HEAVY = {"prefect", "boto3", "httpx", "pydantic", "fastapi", "starlette", "PIL", "moto", "pyarrow"}

@@ -25,10 +25,7 @@ from tests.conftest import ROOT
 from tests.docs.docs_kit import ALL, Block, is_shown
 from tests.flows.flow_fixtures import Studio
 
-ELSEWHERE = {
-    "README.md": "test_readme.py",
-    "docs/tutorial.md": "test_docs_tutorial.py",
-}
+ELSEWHERE = {"README.md": "test_readme.py", "docs/tutorial.md": "test_docs_tutorial.py"}
 """Pages whose Python is run by tests of their own."""
 
 NOT_RUN = {

@@ -32,29 +32,9 @@ SECRET = "sk-Live_0123/456+789=,;&x"
 around = (
     st.sampled_from(
         (
-            "https://a.invalid/?token=",
-            "?x-amz-signature=",
-            "X-API-Key: ",
-            "'authorization', 'Bearer ",
-            '{"secret_key": "',
-            "b'",
-            "\\",
-            "%",
-            "&",
-            " ",
-            "\n",
-            "",
-            "***",
-            "https://",
-            "?",
-            "=",
-            ",",
-            "%s",
-            "%d",
-            "{}",
-            "<SecretAccessKey>",
-            SECRET[:9],
-            "signature: ",
+            *("https://a.invalid/?token=", "?x-amz-signature=", "X-API-Key: ", "'authorization', 'Bearer "),
+            *('{"secret_key": "', "b'", "\\", "%", "&", " ", "\n", "", "***", "https://", "?", "=", ",", "%s", "%d"),
+            *("{}", "<SecretAccessKey>", SECRET[:9], "signature: "),
         )
     )
     | hostile.texts

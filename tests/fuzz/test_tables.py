@@ -25,17 +25,7 @@ from tests.fuzz.kit import fuzzed
 
 TEXT: dict[str, Callable[[str, Lines], Table]] = {"csv": CsvTable, "tsv": TsvTable, "jsonl": JsonLinesTable}
 COLUMNS = (
-    "prompt",
-    "id",
-    "image_url",
-    "model",
-    "version",
-    "input.seed",
-    "input.",
-    "input",
-    "label",
-    "",
-    " prompt ",
+    *("prompt", "id", "image_url", "model", "version", "input.seed", "input.", "input", "label", "", " prompt "),
     "Prompt",
 )
 ROW = {
