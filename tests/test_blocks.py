@@ -17,8 +17,6 @@ import prefect_eachlabs
 from prefect_eachlabs import EachlabsCredentials, S3Destination
 from prefect_eachlabs.blocks import access_of_block, load_block, where
 from prefect_eachlabs.errors import SetupError
-from prefect_eachlabs.flows import generate_image
-from tests.flows.flow_fixtures import Studio
 
 KEY = "key-that-nobody-may-see"
 SECRET = "secret-that-nobody-may-see"
@@ -148,20 +146,3 @@ class TestOnAServer:
     def test_a_block_nobody_saved_is_named_with_what_to_do(self) -> None:
         with pytest.raises(SetupError, match="eachlabs-credentials/nobody"):
             load_block("nobody", EachlabsCredentials)
-
-    def test_a_flow_takes_both_blocks_by_name(self, studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
-        EachlabsCredentials(api_key="a-key-of-tests", base_url=studio.api.url).save("by-name", overwrite=True)
-        bucket, _, prefix = studio.destination.removeprefix("s3://").partition("/")
-        S3Destination(
-            bucket=bucket,
-            prefix=prefix,
-            endpoint_url=studio.s3.url,
-            region="us-east-1",
-            access_key_id="testing",
-            secret_access_key="testing",
-        ).save("by-name", overwrite=True)
-        for name in ("EACHLABS_API_KEY", "EACHLABS_BASE_URL", "AWS_ENDPOINT_URL_S3"):
-            monkeypatch.delenv(name)
-        image = generate_image("a red fox", "eachlabs-s3-destination/by-name", credentials="by-name")
-        assert image.uri.startswith(studio.destination)
-        assert studio.billed == 1

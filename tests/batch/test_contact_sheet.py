@@ -36,13 +36,11 @@ def count(image: Image.Image, colour: tuple[int, int, int]) -> int:
 
 def test_every_picture_is_on_the_sheet_in_reading_order() -> None:
     sheet = opened(*((picture(colour), "a colour") for colour in (RED, GREEN, BLUE)))
-    found: dict[object, tuple[int, int]] = {}
-    for y in range(sheet.height):
-        for x in range(sheet.width):
-            found.setdefault(sheet.getpixel((x, y)), (x, y))
-    assert found[RED][0] < found[GREEN][0]
-    assert found[RED][1] == found[GREEN][1]
-    assert found[BLUE][1] > found[RED][1]
+    pixels = list(zip(*[iter(sheet.tobytes())] * 3, strict=True))
+    (red_y, red_x), (green_y, green_x), (blue_y, _) = (
+        divmod(pixels.index(colour), sheet.width) for colour in (RED, GREEN, BLUE)
+    )
+    assert (red_x < green_x, red_y == green_y, blue_y > red_y) == (True, True, True)
     assert {count(sheet, colour) for colour in (RED, GREEN, BLUE)} == {THUMBNAIL_PX**2}
 
 

@@ -106,18 +106,23 @@ def test_the_flows_take_what_the_tasks_take_with_the_same_defaults() -> None:
 
 
 @pytest.mark.usefixtures("prefect_server")
-def test_a_flow_takes_a_saved_block_as_the_form_names_it(studio: Studio) -> None:
+def test_a_flow_takes_saved_blocks_as_the_form_names_them_and_by_name(
+    studio: Studio, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bucket, _, prefix = studio.destination.removeprefix("s3://").partition("/")
-    block = S3Destination(bucket=bucket, prefix=prefix)
-    block.save("of-a-form", overwrite=True)
+    keys = {"region": "us-east-1", "access_key_id": "testing", "secret_access_key": "testing"}
+    S3Destination(bucket=bucket, prefix=prefix, endpoint_url=studio.s3.url, **keys).save("of-a-form", overwrite=True)  # type: ignore[arg-type]
     EachlabsCredentials(api_key="a-key-of-tests", base_url=studio.api.url).save("of-a-form", overwrite=True)
     chosen = {"$ref": {"block_document_slug": "eachlabs-s3-destination/of-a-form"}}
     account = {"$ref": {"block_document_slug": "eachlabs-credentials/of-a-form"}}
+    for name in ("EACHLABS_API_KEY", "EACHLABS_BASE_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name)
     image = generate_image("a fox", chosen, item_id="fox", credentials=account)  # type: ignore[arg-type]
     assert image.uri == f"{studio.destination}/images/fox.png"
-    assert generate_image("a fox", block, item_id="fox").reused
+    by_name = "eachlabs-s3-destination/of-a-form"
+    assert generate_image("a fox", by_name, item_id="fox", credentials="of-a-form").reused
     found: Any = S3Destination.load("of-a-form")
-    assert (name_of(found), name_of("a"), name_of(None)) == ("eachlabs-s3-destination/of-a-form", "a", None)
+    assert (name_of(found), name_of("a"), name_of(None)) == (by_name, "a", None)
     with pytest.raises(BadInput, match="saved"):
         name_of(S3Destination(bucket="acme-pictures"))
 
