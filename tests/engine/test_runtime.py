@@ -29,6 +29,7 @@ from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
 from tests.limits.local import OwnLeases
 from tests.memory_store import MemoryStore
+from tests.net.real_time import in_real_time
 
 DESTINATION = Destination.parse("s3://bucket/kit")
 ROOT = Path(__file__).resolve().parents[2]
@@ -188,7 +189,8 @@ def test_many_callers_of_one_loop_do_not_block_it(thread: LoopThread) -> None:
 # ------------------------------------------------------------------------------- cancels
 
 
-def test_a_cancelled_await_cancels_the_work_and_lets_it_clean_up(thread: LoopThread) -> None:
+@in_real_time
+async def test_a_cancelled_await_cancels_the_work_and_lets_it_clean_up(thread: LoopThread) -> None:
     said: list[str] = []
     began = threading.Event()
 
@@ -202,15 +204,12 @@ def test_a_cancelled_await_cancels_the_work_and_lets_it_clean_up(thread: LoopThr
             said.append("cleaned up")
             raise
 
-    async def story() -> None:
-        task = asyncio.ensure_future(thread.acall(work()))
-        await asyncio.to_thread(began.wait)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        assert said == ["cleaned up"], "the caller came back before the work had ended"
-
-    asyncio.run(story())
+    task = asyncio.ensure_future(thread.acall(work()))
+    await asyncio.to_thread(began.wait)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert said == ["cleaned up"], "the caller came back before the work had ended"
 
 
 def test_an_interrupted_thread_cancels_the_work_and_lets_it_clean_up() -> None:
@@ -250,18 +249,17 @@ def run_script(script: str) -> str:
     return done.stdout
 
 
-def test_a_cancelled_await_of_a_purchase_leaves_nothing_in_flight(gateway: Gateway, emulator: EmulatorServer) -> None:
+@in_real_time
+async def test_a_cancelled_await_of_a_purchase_leaves_nothing_in_flight(
+    gateway: Gateway, emulator: EmulatorServer
+) -> None:
     emulator.set_faults("prediction:slow,seconds=60")
-
-    async def story() -> None:
-        task = asyncio.ensure_future(aobtain(gateway))
-        while not emulator.tallies()["billed"]:
-            await asyncio.sleep(0.01)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-
-    asyncio.run(story())
+    task = asyncio.ensure_future(aobtain(gateway))
+    while not emulator.tallies()["billed"]:
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
     assert emulator.tallies()["cancelled"] == 1
     assert emulator.tallies()["in_flight"] == 0
 

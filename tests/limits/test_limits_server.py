@@ -19,6 +19,7 @@ from prefect_eachlabs.limits.leases import Denied, Granted, Kind, LeaseGone
 from prefect_eachlabs.limits.limiter import RateLimiter
 from prefect_eachlabs.limits.prefect_leases import PrefectLeases
 from prefect_eachlabs.settings import AccountSettings
+from tests.net.real_time import in_real_time
 from tests.ui.stage import Stage
 
 pytestmark = pytest.mark.slow
@@ -50,105 +51,94 @@ async def until(happens: Callable[[], bool], within_seconds: float) -> None:
         await asyncio.sleep(0.1)
 
 
-def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: AccountSettings) -> None:
-    async def story() -> None:
-        for status in await limits_admin.show(settings):
-            assert status.limit is None
-        await limits_admin.apply(settings)
-        more = settings.model_copy(update={"requests_per_minute": 90})
-        requests, in_flight = await limits_admin.apply(more, {"eachlabs-create": 5})
-        assert (requests.name, requests.limit) == (f"eachlabs-requests-{settings.account}", 90)
-        assert (in_flight.name, in_flight.limit) == (f"eachlabs-in-flight-{settings.account}", 10)
+@in_real_time
+async def test_apply_makes_both_limits_and_tag_limits_as_often_as_one_likes(settings: AccountSettings) -> None:
+    for status in await limits_admin.show(settings):
+        assert status.limit is None
+    await limits_admin.apply(settings)
+    more = settings.model_copy(update={"requests_per_minute": 90})
+    requests, in_flight = await limits_admin.apply(more, {"eachlabs-create": 5})
+    assert (requests.name, requests.limit) == (f"eachlabs-requests-{settings.account}", 90)
+    assert (in_flight.name, in_flight.limit) == (f"eachlabs-in-flight-{settings.account}", 10)
+    assert requests.in_use == 0
+    async with get_client() as client:
+        assert (await client.read_concurrency_limit_by_tag("eachlabs-create")).concurrency_limit == 5
+
+
+@in_real_time
+async def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) -> None:
+    async with opened(settings) as leases:
+        assert await leases.taken(Kind.REQUESTS) == 0
+        granted = await leases.lease(Kind.REQUESTS, 3, 60)
+        await leases.renew(granted.lease_id)
+        assert (granted.limit, await leases.taken(Kind.REQUESTS)) == (60, 3)
+        (requests, _) = await limits_admin.show(settings)
+        assert requests.in_use == 3
+        with pytest.raises(Denied):
+            await leases.lease(Kind.REQUESTS, 58, 60)
+        with pytest.raises(Denied):
+            await leases.lease(Kind.REQUESTS, 61, 61)
+        for lease_id in (granted.lease_id, granted.lease_id):
+            await leases.release(lease_id)
+        (requests, _) = await limits_admin.show(settings)
         assert requests.in_use == 0
-        async with get_client() as client:
-            assert (await client.read_concurrency_limit_by_tag("eachlabs-create")).concurrency_limit == 5
-
-    asyncio.run(story())
-
-
-def test_a_lease_is_counted_renewed_and_given_back(settings: AccountSettings) -> None:
-    async def story() -> None:
-        async with opened(settings) as leases:
-            assert await leases.taken(Kind.REQUESTS) == 0
-            granted = await leases.lease(Kind.REQUESTS, 3, 60)
+        with pytest.raises(LeaseGone):
             await leases.renew(granted.lease_id)
-            assert (granted.limit, await leases.taken(Kind.REQUESTS)) == (60, 3)
-            (requests, _) = await limits_admin.show(settings)
-            assert requests.in_use == 3
-            with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 58, 60)
-            with pytest.raises(Denied):
-                await leases.lease(Kind.REQUESTS, 61, 61)
-            for lease_id in (granted.lease_id, granted.lease_id):
-                await leases.release(lease_id)
-            (requests, _) = await limits_admin.show(settings)
-            assert requests.in_use == 0
-            with pytest.raises(LeaseGone):
-                await leases.renew(granted.lease_id)
-
-    asyncio.run(story())
 
 
-def test_a_limit_nobody_made_is_made_once_and_counts_from_the_first_lease(settings: AccountSettings) -> None:
-    async def story() -> None:
+@in_real_time
+async def test_a_limit_nobody_made_is_made_once_and_counts_from_the_first_lease(settings: AccountSettings) -> None:
+    async with opened(settings) as leases:
+        assert (await leases.lease(Kind.REQUESTS, 3, 60)).limit == 60
+        assert (await leases.lease(Kind.REQUESTS, 3, 30)).limit == 60
+        assert await leases.taken(Kind.REQUESTS) == 6
+
+
+@in_real_time
+async def test_processes_that_start_at_the_same_moment_make_one_limit(settings: AccountSettings) -> None:
+    async def one() -> Granted:
         async with opened(settings) as leases:
-            assert (await leases.lease(Kind.REQUESTS, 3, 60)).limit == 60
-            assert (await leases.lease(Kind.REQUESTS, 3, 30)).limit == 60
-            assert await leases.taken(Kind.REQUESTS) == 6
+            return await leases.lease(Kind.IN_FLIGHT, 2, 10)
 
-    asyncio.run(story())
-
-
-def test_processes_that_start_at_the_same_moment_make_one_limit(settings: AccountSettings) -> None:
-    async def story() -> None:
-        async def one() -> Granted:
-            async with opened(settings) as leases:
-                return await leases.lease(Kind.IN_FLIGHT, 2, 10)
-
-        await asyncio.gather(*(one() for _ in range(5)))
-        async with opened(settings) as leases:
-            with pytest.raises(Denied):
-                await leases.lease(Kind.IN_FLIGHT, 1, 10)
-
-    asyncio.run(story())
+    await asyncio.gather(*(one() for _ in range(5)))
+    async with opened(settings) as leases:
+        with pytest.raises(Denied):
+            await leases.lease(Kind.IN_FLIGHT, 1, 10)
 
 
-def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: AccountSettings) -> None:
-    async def story() -> None:
-        first, second = shared(settings), shared(settings)
-        taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
-        waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
-        more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
-        await asyncio.sleep(11)
-        assert not any(slot.done() for slot in (*waiting, *more))
-        for slot in taken:
-            slot.done()
-        await until(lambda: sum(slot.done() for slot in (*waiting, *more)) == 10, 15)
-        await asyncio.sleep(2)
-        assert sum(slot.done() for slot in (*waiting, *more)) == 10
-        for slot in (*waiting, *more):
-            slot.cancel()
-        await asyncio.gather(*waiting, *more, return_exceptions=True)
-        for limiter in (first, second):
-            await limiter.close()
-
-    asyncio.run(story())
+@in_real_time
+async def test_two_processes_together_have_the_slots_in_flight_and_no_more(settings: AccountSettings) -> None:
+    first, second = shared(settings), shared(settings)
+    taken = await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(10))), 20)
+    waiting = [asyncio.ensure_future(second.take_in_flight()) for _ in range(10)]
+    more = [asyncio.ensure_future(first.take_in_flight()) for _ in range(10)]
+    await asyncio.sleep(11)
+    assert not any(slot.done() for slot in (*waiting, *more))
+    for slot in taken:
+        slot.done()
+    await until(lambda: sum(slot.done() for slot in (*waiting, *more)) == 10, 15)
+    await asyncio.sleep(2)
+    assert sum(slot.done() for slot in (*waiting, *more)) == 10
+    for slot in (*waiting, *more):
+        slot.cancel()
+    await asyncio.gather(*waiting, *more, return_exceptions=True)
+    for limiter in (first, second):
+        await limiter.close()
 
 
-def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSettings) -> None:
-    async def story() -> None:
-        limiter = shared(settings)
-        taken = await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
-        for slot in taken[3:]:  # their ends were seen, of cancels say
-            slot.done()
-        await asyncio.wait_for(limiter.close(), 5)
-        (_, status) = await limits_admin.show(settings)
-        assert status.in_use == 3
-
-    asyncio.run(story())
+@in_real_time
+async def test_what_is_not_in_use_goes_back_when_a_process_ends(settings: AccountSettings) -> None:
+    limiter = shared(settings)
+    taken = await asyncio.wait_for(asyncio.gather(*(limiter.take_in_flight() for _ in range(10))), 20)
+    for slot in taken[3:]:  # their ends were seen, of cancels say
+        slot.done()
+    await asyncio.wait_for(limiter.close(), 5)
+    (_, status) = await limits_admin.show(settings)
+    assert status.in_use == 3
 
 
-def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_slots_are_named_and_reset(
+@in_real_time
+async def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_slots_are_named_and_reset(
     at_server_process: Stage, settings: AccountSettings, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -156,27 +146,24 @@ def test_over_a_restart_of_the_server_who_ends_ends_who_waits_goes_on_and_lost_s
     def of_another_account() -> RateLimiter:
         return shared(settings.model_copy(update={"account": secrets.token_hex(4)}))
 
-    async def story() -> None:
-        first, second, limiter, ending = shared(settings), shared(settings), of_another_account(), of_another_account()
-        await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(7))), 20)
-        await asyncio.wait_for(limiter.take_in_flight(), 20)
-        (await asyncio.wait_for(ending.take_in_flight(), 20)).done()
-        at_server_process.stop_server()
-        await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
-        waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
-        await until(lambda: "gives no usable answer" in caplog.text, 60)
-        assert not any(slot.done() for slot in waiting)
-        at_server_process.start_server()
-        await until(lambda: all(slot.done() for slot in waiting), 60)
-        await asyncio.wait_for(limiter.close(), 5)
-        await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 90)
-        await first.close()  # the account's processes have ended
-        (_, status) = await limits_admin.reset(settings)
-        assert status.in_use >= 7
-        await asyncio.wait_for(asyncio.gather(*(second.take_in_flight() for _ in range(10))), 20)
-        await second.close()
-
-    asyncio.run(story())
+    first, second, limiter, ending = shared(settings), shared(settings), of_another_account(), of_another_account()
+    await asyncio.wait_for(asyncio.gather(*(first.take_in_flight() for _ in range(7))), 20)
+    await asyncio.wait_for(limiter.take_in_flight(), 20)
+    (await asyncio.wait_for(ending.take_in_flight(), 20)).done()
+    at_server_process.stop_server()
+    await asyncio.wait_for(ending.close(), 8)  # a process ends all the same
+    waiting = [asyncio.ensure_future(limiter.take_in_flight()) for _ in range(5)]
+    await until(lambda: "gives no usable answer" in caplog.text, 60)
+    assert not any(slot.done() for slot in waiting)
+    at_server_process.start_server()
+    await until(lambda: all(slot.done() for slot in waiting), 60)
+    await asyncio.wait_for(limiter.close(), 5)
+    await until(lambda: "prefect-eachlabs limits reset" in caplog.text, 90)
+    await first.close()  # the account's processes have ended
+    (_, status) = await limits_admin.reset(settings)
+    assert status.in_use >= 7
+    await asyncio.wait_for(asyncio.gather(*(second.take_in_flight() for _ in range(10))), 20)
+    await second.close()
 
 
 def test_without_a_server_the_commands_say_what_to_do(settings: AccountSettings) -> None:

@@ -29,6 +29,7 @@ from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTranspor
 from tests.images.test_download import SMALL, Host
 from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
+from tests.net.real_time import in_real_time
 from tests.virtual_time import run
 
 
@@ -300,50 +301,43 @@ async def fetched(guard: HostGuard, url: str, **given: Any) -> bytes:
         await downloader.aclose()
 
 
-def test_the_connection_goes_to_the_address_that_was_checked() -> None:
+@in_real_time
+async def test_the_connection_goes_to_the_address_that_was_checked() -> None:
     """A name that only the guard's resolver knows is reached, and looked up once for two pictures."""
+    server, resolve = Server(OK), finding("127.0.0.1", "169.254.169.254")
+    guard = HostGuard("pictures.invalid", resolve=resolve)
+    async with server.running() as port:
+        assert await fetched(guard, f"http://pictures.invalid:{port}/1.png") == SMALL
+        assert f"Host: pictures.invalid:{port}\r\n".encode() in server.requests[0]
+        assert resolve.asked == ["pictures.invalid"]  # type: ignore[attr-defined]
+        # The name leads elsewhere now: the next connection is not made.
+        with pytest.raises(HostNotAllowed, match=r"pictures\.invalid at 169\.254\.169\.254"):
+            await fetched(guard, f"http://pictures.invalid:{port}/1.png")
+    assert len(server.requests) == 1
 
-    async def story() -> None:
-        server, resolve = Server(OK), finding("127.0.0.1", "169.254.169.254")
-        guard = HostGuard("pictures.invalid", resolve=resolve)
-        async with server.running() as port:
+
+@in_real_time
+async def test_an_address_that_refuses_is_passed_over_for_the_next_one() -> None:
+    server = Server(OK)
+    async with server.running() as port:
+        for order in (["127.0.0.2", "::1", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]):
+            guard = HostGuard("all", resolve=finding(order))
             assert await fetched(guard, f"http://pictures.invalid:{port}/1.png") == SMALL
-            assert f"Host: pictures.invalid:{port}\r\n".encode() in server.requests[0]
-            assert resolve.asked == ["pictures.invalid"]  # type: ignore[attr-defined]
-            # The name leads elsewhere now: the next connection is not made.
-            with pytest.raises(HostNotAllowed, match=r"pictures\.invalid at 169\.254\.169\.254"):
-                await fetched(guard, f"http://pictures.invalid:{port}/1.png")
-        assert len(server.requests) == 1
-
-    asyncio.run(story())
 
 
-def test_an_address_that_refuses_is_passed_over_for_the_next_one() -> None:
-    async def story() -> None:
-        server = Server(OK)
-        async with server.running() as port:
-            for order in (["127.0.0.2", "::1", "127.0.0.1"], ["127.0.0.1", "127.0.0.2"]):
-                guard = HostGuard("all", resolve=finding(order))
-                assert await fetched(guard, f"http://pictures.invalid:{port}/1.png") == SMALL
-
-    asyncio.run(story())
-
-
-def test_a_redirect_into_this_network_is_not_followed_by_name_or_number() -> None:
-    async def story() -> None:
-        targets: list[bytes] = []
-        server = Server(lambda _: b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % targets[-1])
-        async with server.running() as port:
-            for target in (b"http://127.0.0.1:%d/x?token=secret" % port, b"//0x7f.1:%d/x" % port, b"http://[::1]/x"):
-                targets.append(target)
-                guard = HostGuard("pictures.invalid", resolve=finding("127.0.0.1"))
-                with pytest.raises(HostNotAllowed, match="loopback") as caught:
-                    await fetched(guard, f"http://pictures.invalid:{port}/1.png?token=secret")
-                assert "secret" not in str(caught.value)
-                assert "EACHLABS_PRIVATE_HOSTS" in str(caught.value)
-        assert len(server.requests) == 3
-
-    asyncio.run(story())
+@in_real_time
+async def test_a_redirect_into_this_network_is_not_followed_by_name_or_number() -> None:
+    targets: list[bytes] = []
+    server = Server(lambda _: b"HTTP/1.1 302 Found\r\nLocation: %s\r\nContent-Length: 0\r\n\r\n" % targets[-1])
+    async with server.running() as port:
+        for target in (b"http://127.0.0.1:%d/x?token=secret" % port, b"//0x7f.1:%d/x" % port, b"http://[::1]/x"):
+            targets.append(target)
+            guard = HostGuard("pictures.invalid", resolve=finding("127.0.0.1"))
+            with pytest.raises(HostNotAllowed, match="loopback") as caught:
+                await fetched(guard, f"http://pictures.invalid:{port}/1.png?token=secret")
+            assert "secret" not in str(caught.value)
+            assert "EACHLABS_PRIVATE_HOSTS" in str(caught.value)
+    assert len(server.requests) == 3
 
 
 def test_a_name_that_is_not_found_is_a_failed_download_and_may_be_repeated() -> None:
@@ -382,53 +376,45 @@ def certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLConte
     return context
 
 
-def test_tls_is_verified_by_the_hosts_name(certificate: ssl.SSLContext) -> None:
+@in_real_time
+async def test_tls_is_verified_by_the_hosts_name(certificate: ssl.SSLContext) -> None:
     names: list[str | None] = []
     certificate.sni_callback = lambda _socket, name, _context: names.append(name)
-
-    async def story() -> None:
-        guard = HostGuard("all", resolve=finding("127.0.0.1"))
-        async with Server(OK, tls=certificate).running() as port:
-            assert await fetched(guard, f"https://pictures.invalid:{port}/1.png") == SMALL
-            with pytest.raises(DownloadFailed, match="CERTIFICATE_VERIFY_FAILED"):
-                await fetched(guard, f"https://others.invalid:{port}/1.png")
-
-    asyncio.run(story())
+    guard = HostGuard("all", resolve=finding("127.0.0.1"))
+    async with Server(OK, tls=certificate).running() as port:
+        assert await fetched(guard, f"https://pictures.invalid:{port}/1.png") == SMALL
+        with pytest.raises(DownloadFailed, match="CERTIFICATE_VERIFY_FAILED"):
+            await fetched(guard, f"https://others.invalid:{port}/1.png")
     assert names == ["pictures.invalid", "others.invalid"]
 
 
 # ---------------------------------------------------------------------------------- a proxy
 
 
-def test_a_proxy_gets_names_it_may_know_and_no_address_of_this_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def story() -> None:
-        proxy = Server(OK)
-        async with proxy.running() as port:
-            # The proxy's own address is private, and may be.
-            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
-            assert await fetched(HostGuard(), "http://pictures.invalid/1.png") == SMALL
-            assert proxy.requests[0].startswith(b"GET http://pictures.invalid/1.png HTTP/1.1\r\n")
-            for url in ("http://10.0.0.7/", "http://2852039166/", "http://wiki.internal/", "http://[fd00:ec2::254]/"):
-                with pytest.raises(HostNotAllowed, match="of this network alone"):
-                    await fetched(HostGuard(resolve=None), url)
-            with pytest.raises(HostNotAllowed, match=r"10\.0\.0\.7"):
-                await fetched(HostGuard(resolve=finding(["93.184.215.14", "10.0.0.7"])), "http://a.example.org/")
-            assert len(proxy.requests) == 1
-
-    asyncio.run(story())
+@in_real_time
+async def test_a_proxy_gets_names_it_may_know_and_no_address_of_this_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    proxy = Server(OK)
+    async with proxy.running() as port:
+        # The proxy's own address is private, and may be.
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
+        assert await fetched(HostGuard(), "http://pictures.invalid/1.png") == SMALL
+        assert proxy.requests[0].startswith(b"GET http://pictures.invalid/1.png HTTP/1.1\r\n")
+        for url in ("http://10.0.0.7/", "http://2852039166/", "http://wiki.internal/", "http://[fd00:ec2::254]/"):
+            with pytest.raises(HostNotAllowed, match="of this network alone"):
+                await fetched(HostGuard(resolve=None), url)
+        with pytest.raises(HostNotAllowed, match=r"10\.0\.0\.7"):
+            await fetched(HostGuard(resolve=finding(["93.184.215.14", "10.0.0.7"])), "http://a.example.org/")
+        assert len(proxy.requests) == 1
 
 
-def test_a_proxy_does_not_see_what_is_on_this_machine_or_excepted(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_real_time
+async def test_a_proxy_does_not_see_what_is_on_this_machine_or_excepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "pictures.invalid")
-
-    async def story() -> None:
-        async with Server(OK).running() as port:
-            assert await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png") == SMALL
-            guard = HostGuard("all", resolve=finding("127.0.0.1"))
-            assert await fetched(guard, f"http://pictures.invalid:{port}/1.png") == SMALL
-
-    asyncio.run(story())
+    async with Server(OK).running() as port:
+        assert await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png") == SMALL
+        guard = HostGuard("all", resolve=finding("127.0.0.1"))
+        assert await fetched(guard, f"http://pictures.invalid:{port}/1.png") == SMALL
 
 
 def test_a_proxy_that_cannot_be_used_is_a_failed_download_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,69 +424,57 @@ def test_a_proxy_that_cannot_be_used_is_a_failed_download_without_its_password(m
     assert "secret-word" not in str(caught.value)
 
 
-def test_what_is_looked_up_is_the_very_name_that_the_proxy_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+@in_real_time
+async def test_what_is_looked_up_is_the_very_name_that_the_proxy_gets(monkeypatch: pytest.MonkeyPatch) -> None:
     """`xn--fa-hia.de` is shown as `fa\u00df.de`, which older rules read as `fass.de`: somebody else's name."""
     resolve = finding("93.184.215.14")
-
-    async def story() -> None:
-        proxy = Server(OK)
-        async with proxy.running() as port:
-            monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
-            assert await fetched(HostGuard(resolve=resolve), "http://xn--fa-hia.de/1.png") == SMALL
-            assert proxy.requests[0].startswith(b"GET http://xn--fa-hia.de/1.png HTTP/1.1\r\n")
-
-    asyncio.run(story())
+    proxy = Server(OK)
+    async with proxy.running() as port:
+        monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{port}")
+        assert await fetched(HostGuard(resolve=resolve), "http://xn--fa-hia.de/1.png") == SMALL
+        assert proxy.requests[0].startswith(b"GET http://xn--fa-hia.de/1.png HTTP/1.1\r\n")
     assert resolve.asked == ["xn--fa-hia.de"]  # type: ignore[attr-defined]
 
 
 # ------------------------------------------------------------------------- what is sent back
 
 
-def test_four_gigabytes_that_are_announced_are_not_read() -> None:
-    async def story() -> None:
-        server = EndlessServer(b"HTTP/1.1 200 OK\r\nContent-Length: 4294967296\r\n\r\n" + SMALL[:33], bytes(65_536))
-        async with server.running() as port:
-            with pytest.raises(NotAPng, match="larger than"):
-                await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png")
-        assert server.sent_bytes < 8 * 1024 * 1024, "what the sockets hold"
-
-    asyncio.run(story())
+@in_real_time
+async def test_four_gigabytes_that_are_announced_are_not_read() -> None:
+    server = EndlessServer(b"HTTP/1.1 200 OK\r\nContent-Length: 4294967296\r\n\r\n" + SMALL[:33], bytes(65_536))
+    async with server.running() as port:
+        with pytest.raises(NotAPng, match="larger than"):
+            await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png")
+    assert server.sent_bytes < 8 * 1024 * 1024, "what the sockets hold"
 
 
-def test_a_body_without_end_is_given_up_at_the_cap() -> None:
+@in_real_time
+async def test_a_body_without_end_is_given_up_at_the_cap() -> None:
     text = b"tEXt" + b"k\0" + b"v" * 65_534
     chunk = (len(text) - 4).to_bytes(4, "big") + text + zlib.crc32(text).to_bytes(4, "big")
-
-    async def story() -> None:
-        server = EndlessServer(b"HTTP/1.1 200 OK\r\n\r\n" + SMALL[:33], chunk)
-        async with server.running() as port:
-            with pytest.raises(NotAPng, match="larger than 1000000 bytes"):
-                await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png", max_bytes=1_000_000)
-        assert server.sent_bytes < 16 * 1024 * 1024, "what the sockets hold"
-
-    asyncio.run(story())
+    server = EndlessServer(b"HTTP/1.1 200 OK\r\n\r\n" + SMALL[:33], chunk)
+    async with server.running() as port:
+        with pytest.raises(NotAPng, match="larger than 1000000 bytes"):
+            await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png", max_bytes=1_000_000)
+    assert server.sent_bytes < 16 * 1024 * 1024, "what the sockets hold"
 
 
 @pytest.mark.parametrize("piece", [b"x" * 65_536, b"X-More: and more\r\n" * 4_000], ids=["one header", "many"])
-def test_headers_of_megabytes_are_given_up(piece: bytes) -> None:
-    async def story() -> None:
-        server = EndlessServer(b"HTTP/1.1 200 OK\r\nX-Long: ", piece)
-        async with server.running() as port:
-            with pytest.raises(DownloadFailed, match="RemoteProtocolError"):
-                await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png")
-        assert server.sent_bytes < 16 * 1024 * 1024, "what the sockets hold"
-
-    asyncio.run(story())
+@in_real_time
+async def test_headers_of_megabytes_are_given_up(piece: bytes) -> None:
+    server = EndlessServer(b"HTTP/1.1 200 OK\r\nX-Long: ", piece)
+    async with server.running() as port:
+        with pytest.raises(DownloadFailed, match="RemoteProtocolError"):
+            await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png")
+    assert server.sent_bytes < 16 * 1024 * 1024, "what the sockets hold"
 
 
-def test_interim_answers_without_end_are_given_up_in_time() -> None:
-    async def story() -> None:
-        server = EndlessServer(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1_000)
-        async with server.running() as port:
-            with pytest.raises(DownloadFailed, match=r"did not come in time|RemoteProtocolError"):
-                await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png", window_seconds=0.3)
-
-    asyncio.run(story())
+@in_real_time
+async def test_interim_answers_without_end_are_given_up_in_time() -> None:
+    server = EndlessServer(b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1_000)
+    async with server.running() as port:
+        with pytest.raises(DownloadFailed, match=r"did not come in time|RemoteProtocolError"):
+            await fetched(HostGuard(api_host="127.0.0.1"), f"http://127.0.0.1:{port}/1.png", window_seconds=0.3)
 
 
 async def test_a_reference_picture_that_comes_encoded_is_not_inflated_to_be_looked_at() -> None:

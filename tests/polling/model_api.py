@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import heapq
+import inspect
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Container
@@ -239,6 +241,20 @@ def in_shop(
         return result
 
     return run(whole())
+
+
+def a_shop(**given: Any) -> Callable[[Callable[..., Awaitable[None]]], Callable[..., None]]:
+    """Has a test run in a shop."""
+
+    def decorate(test: Callable[..., Awaitable[None]]) -> Callable[..., None]:
+        def played(**more: Any) -> None:
+            in_shop(lambda shop: test(shop, **more), **given)
+
+        _, *others = inspect.signature(test).parameters.values()
+        played.__signature__ = inspect.Signature(others)  # type: ignore[attr-defined]  # whose fixtures pytest makes
+        return functools.update_wrapper(played, test)
+
+    return decorate
 
 
 def in_flight(shop: Shop) -> float:

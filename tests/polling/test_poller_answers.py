@@ -17,51 +17,42 @@ from prefect_eachlabs.limits.limiter import Kind
 from prefect_eachlabs.models import Prediction
 from prefect_eachlabs.polling.schedule import Schedule
 from tests.limits.local import local_limiter
-from tests.polling.model_api import Job, ModelApi, Shop, gaps_of, in_flight, in_shop, now, refused, seconds
+from tests.polling.model_api import Job, ModelApi, Shop, a_shop, gaps_of, in_flight, in_shop, now, refused, seconds
 
 # ---- what a row of executions is worth
 
 
-def test_rows_are_believed_once_one_end_has_shown_that_its_model_makes_one_picture() -> None:
+@a_shop(requests_per_minute=60)
+async def test_rows_are_believed_once_one_end_has_shown_that_its_model_makes_one_picture(shop: Shop) -> None:
     """Of the mission's model, too: a row shows one output, whatever there is."""
 
-    async def story(shop: Shop) -> int:
-        await asyncio.gather(*(shop.buy() for _ in range(10)))
-        return shop.api.count("get")
-
-    assert in_shop(story, requests_per_minute=60) == 1
+    await asyncio.gather(*(shop.buy() for _ in range(10)))
+    assert shop.api.count("get") == 1
 
 
-def test_of_another_model_the_first_end_is_learned_by_id_and_rows_are_believed_then() -> None:
-    async def story(shop: Shop) -> tuple[int, int]:
-        await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
-        first = shop.api.count("get")
-        await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
-        return first, shop.api.count("get") - first
-
-    first, then = in_shop(story, requests_per_minute=600)
+@a_shop(requests_per_minute=600)
+async def test_of_another_model_the_first_end_is_learned_by_id_and_rows_are_believed_then(shop: Shop) -> None:
+    await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
+    first = shop.api.count("get")
     assert first >= 1
-    assert then <= 3  # one that is due alone is asked about by id: a page would tell no more
+    await asyncio.gather(*(shop.buy("flux") for _ in range(10)))
+    assert shop.api.count("get") - first <= 3  # one that is due alone is asked about by id: a page would tell no more
 
 
 @pytest.mark.parametrize("model", ["flux", "gemini"])
-def test_several_outputs_are_asked_for_by_id(model: str) -> None:
-    async def story(shop: Shop) -> list[Prediction]:
-        ends: list[Prediction] = []
-        for _ in range(2):
-            ends += await asyncio.gather(*(shop.buy(model, {"num_images": 3}) for _ in range(5)))
-        return ends
-
-    assert {len(end.output_urls) for end in in_shop(story, urls=3)} == {3}
+@a_shop(urls=3)
+async def test_several_outputs_are_asked_for_by_id(shop: Shop, model: str) -> None:
+    ends: list[Prediction] = []
+    for _ in range(2):
+        ends += await asyncio.gather(*(shop.buy(model, {"num_images": 3}) for _ in range(5)))
+    assert {len(end.output_urls) for end in ends} == {3}
 
 
-def test_a_model_that_was_seen_to_make_several_is_never_believed_again() -> None:
-    async def story(shop: Shop) -> list[int]:
-        counts = [len((await shop.buy()).output_urls)]
-        counts += [len(end.output_urls) for end in await asyncio.gather(*(shop.buy() for _ in range(5)))]
-        return counts
-
-    assert in_shop(story, urls=2) == [2] * 6
+@a_shop(urls=2)
+async def test_a_model_that_was_seen_to_make_several_is_never_believed_again(shop: Shop) -> None:
+    counts = [len((await shop.buy()).output_urls)]
+    counts += [len(end.output_urls) for end in await asyncio.gather(*(shop.buy() for _ in range(5)))]
+    assert counts == [2] * 6
 
 
 def test_what_a_sweep_does_not_show_is_asked_for_by_itself() -> None:
@@ -79,27 +70,25 @@ def test_what_a_sweep_does_not_show_is_asked_for_by_itself() -> None:
 
 
 @pytest.mark.parametrize("fault", [refused(404), KeyRefused("no", status_code=403)])
-def test_a_list_that_is_missing_or_refused_is_left_alone_for_ten_minutes(fault: EachlabsError) -> None:
-    async def story(shop: Shop) -> list[float]:
-        shop.api.faults["executions"] = deque([fault] * 3)
-        while now() < 660:
-            await asyncio.gather(*(shop.buy() for _ in range(3)))
-        return shop.api.times("executions")
-
-    times = in_shop(story, duration=seconds(25))
+@a_shop(duration=seconds(25))
+async def test_a_list_that_is_missing_or_refused_is_left_alone_for_ten_minutes(
+    shop: Shop, fault: EachlabsError
+) -> None:
+    shop.api.faults["executions"] = deque([fault] * 3)
+    while now() < 660:
+        await asyncio.gather(*(shop.buy() for _ in range(3)))
+    times = shop.api.times("executions")
     assert len(times) == 2
     assert 600 <= times[1] - times[0] < 610
 
 
-def test_a_list_that_does_not_answer_is_asked_again_later_each_time() -> None:
-    async def story(shop: Shop) -> list[float]:
-        shop.api.faults["executions"] = deque([Unanswered("cut")] * 4 + [ValueError("unforeseen")])
-        while now() < 120:
-            await asyncio.gather(*(shop.buy() for _ in range(3)))
-        times = shop.api.times("executions")
-        return gaps_of(times)[:5]
-
-    for gap, at_least in zip(in_shop(story), (2, 4, 8, 16, 32), strict=True):
+@a_shop()
+async def test_a_list_that_does_not_answer_is_asked_again_later_each_time(shop: Shop) -> None:
+    shop.api.faults["executions"] = deque([Unanswered("cut")] * 4 + [ValueError("unforeseen")])
+    while now() < 120:
+        await asyncio.gather(*(shop.buy() for _ in range(3)))
+    times = shop.api.times("executions")
+    for gap, at_least in zip(gaps_of(times)[:5], (2, 4, 8, 16, 32), strict=True):
         assert at_least <= gap < at_least + 6
 
 
@@ -115,28 +104,22 @@ async def test_a_list_that_hangs_does_not_keep_the_ends_from_being_known() -> No
     assert now() < 12
 
 
-def test_a_list_a_second_behind_is_good_enough() -> None:
-    async def story(shop: Shop) -> int:
-        for _ in range(4):
-            await asyncio.gather(*(shop.buy() for _ in range(10)))
-        return shop.api.count("get")
-
-    assert in_shop(story, requests_per_minute=60, list_lag_seconds=1) <= 4
+@a_shop(requests_per_minute=60, list_lag_seconds=1)
+async def test_a_list_a_second_behind_is_good_enough(shop: Shop) -> None:
+    for _ in range(4):
+        await asyncio.gather(*(shop.buy() for _ in range(10)))
+    assert shop.api.count("get") <= 4
 
 
 # ---- questions that go wrong
 
 
 @pytest.mark.parametrize("fault", [Unanswered("cut"), NotSent("no route"), refused(422), RuntimeError("unforeseen")])
-def test_a_question_that_is_not_answered_is_asked_again_later_each_time(fault: Exception) -> None:
-    async def story(shop: Shop) -> tuple[bool, float]:
-        shop.api.faults["get"] = deque([fault] * 4)
-        end = await shop.buy()
-        return end.status.ended, now()
-
-    ended, known_at = in_shop(story, requests_per_minute=60)
-    assert ended
-    assert 3.5 + (0.5 + 1 + 2 + 4) <= known_at <= 16
+@a_shop(requests_per_minute=60)
+async def test_a_question_that_is_not_answered_is_asked_again_later_each_time(shop: Shop, fault: Exception) -> None:
+    shop.api.faults["get"] = deque([fault] * 4)
+    assert (await shop.buy()).status.ended
+    assert 3.5 + (0.5 + 1 + 2 + 4) <= now() <= 16
 
 
 async def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> None:
@@ -153,58 +136,48 @@ async def test_a_question_that_was_not_sent_gives_its_place_back_at_once() -> No
     assert limiter.pressure(Kind.REQUESTS) == pytest.approx(1 / 60)
 
 
-def test_a_throttled_question_silences_all_questions_for_as_long_as_the_api_asks() -> None:
-    async def story(shop: Shop) -> list[float]:
-        shop.api.faults["get"] = deque([Throttled("slow down", retry_after_seconds=20)])
-        await asyncio.gather(*(shop.buy() for _ in range(5)))
-        return [at for at, endpoint, _ in shop.api.asked if endpoint != "create"]
-
-    times = in_shop(story, has_executions=False, duration=seconds(5))
+@a_shop(has_executions=False, duration=seconds(5))
+async def test_a_throttled_question_silences_all_questions_for_as_long_as_the_api_asks(shop: Shop) -> None:
+    shop.api.faults["get"] = deque([Throttled("slow down", retry_after_seconds=20)])
+    await asyncio.gather(*(shop.buy() for _ in range(5)))
+    times = [at for at, endpoint, _ in shop.api.asked if endpoint != "create"]
     gaps = gaps_of(times)
     assert max(gaps) >= 20
     assert gaps.index(max(gaps)) <= 1 + 4  # after the sweep, the throttled one, and those that were under way
 
 
-def test_an_id_that_the_api_does_not_know_yet_is_asked_for_again() -> None:
-    async def story(shop: Shop) -> bool:
-        shop.api.faults["get"] = deque([refused(404)] * 5)
-        return (await shop.buy()).status.ended
-
-    assert in_shop(story)
+@a_shop()
+async def test_an_id_that_the_api_does_not_know_yet_is_asked_for_again(shop: Shop) -> None:
+    shop.api.faults["get"] = deque([refused(404)] * 5)
+    assert (await shop.buy()).status.ended
 
 
-def test_an_id_that_stays_unknown_is_an_error_after_half_a_minute() -> None:
-    async def story(shop: Shop) -> float:
-        place = await shop.limiter.take_in_flight()
-        with pytest.raises(Rejected) as error:
-            await shop.poller.watch(Prediction(id="nowhere"), slot=place)
-        assert error.value.status_code == 404
-        assert in_flight(shop) == 0
-        return now()
-
-    assert 30 <= in_shop(story) < 65
+@a_shop()
+async def test_an_id_that_stays_unknown_is_an_error_after_half_a_minute(shop: Shop) -> None:
+    place = await shop.limiter.take_in_flight()
+    with pytest.raises(Rejected) as error:
+        await shop.poller.watch(Prediction(id="nowhere"), slot=place)
+    assert error.value.status_code == 404
+    assert in_flight(shop) == 0
+    assert 30 <= now() < 65
 
 
-def test_a_key_that_is_refused_ends_all_watching() -> None:
-    async def story(shop: Shop) -> int:
-        shop.api.faults["get"] = deque([KeyRefused("no", status_code=401)])
-        ends = await asyncio.gather(*(shop.buy() for _ in range(3)), return_exceptions=True)
-        assert in_flight(shop) == 0
-        return sum(isinstance(end, KeyRefused) for end in ends)
-
-    assert in_shop(story, has_executions=False) == 3
+@a_shop(has_executions=False)
+async def test_a_key_that_is_refused_ends_all_watching(shop: Shop) -> None:
+    shop.api.faults["get"] = deque([KeyRefused("no", status_code=401)])
+    ends = await asyncio.gather(*(shop.buy() for _ in range(3)), return_exceptions=True)
+    assert in_flight(shop) == 0
+    assert sum(isinstance(end, KeyRefused) for end in ends) == 3
 
 
-def test_a_403_right_after_good_answers_is_about_that_prediction_alone() -> None:
-    async def story(shop: Shop) -> None:
-        buying = [asyncio.ensure_future(shop.buy()) for _ in range(3)]
-        await asyncio.sleep(3.8)
-        shop.api.faults["get"] = deque([KeyRefused("not yours", status_code=403)])
-        with pytest.raises(KeyRefused):
-            await shop.poller.watch(Prediction(id="of-another"), slot=None)
-        assert all(end.status.ended for end in await asyncio.gather(*buying))
-
-    in_shop(story)
+@a_shop()
+async def test_a_403_right_after_good_answers_is_about_that_prediction_alone(shop: Shop) -> None:
+    buying = [asyncio.ensure_future(shop.buy()) for _ in range(3)]
+    await asyncio.sleep(3.8)
+    shop.api.faults["get"] = deque([KeyRefused("not yours", status_code=403)])
+    with pytest.raises(KeyRefused):
+        await shop.poller.watch(Prediction(id="of-another"), slot=None)
+    assert all(end.status.ended for end in await asyncio.gather(*buying))
 
 
 def test_an_error_that_nobody_awaits_is_no_noise(caplog: pytest.LogCaptureFixture) -> None:
@@ -219,8 +192,9 @@ def test_an_error_that_nobody_awaits_is_no_noise(caplog: pytest.LogCaptureFixtur
     assert caplog.records == []
 
 
-def test_a_fault_of_its_own_does_not_stop_the_watcher(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@a_shop()
+async def test_a_fault_of_its_own_does_not_stop_the_watcher(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     decide = Schedule.decide
     faults = deque([ZeroDivisionError()] * 3)
@@ -232,10 +206,7 @@ def test_a_fault_of_its_own_does_not_stop_the_watcher(
 
     monkeypatch.setattr(Schedule, "decide", stumbling)
 
-    async def story(shop: Shop) -> bool:
-        return (await shop.buy()).status.ended
-
-    assert in_shop(story)
+    assert (await shop.buy()).status.ended
     assert [record.levelno for record in caplog.records] == [logging.ERROR] * 3
 
 

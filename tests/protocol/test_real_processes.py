@@ -28,6 +28,7 @@ from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import client_of
 from prefect_eachlabs.testing.emulator import EmulatorOptions, EmulatorServer
 from prefect_eachlabs.testing.s3 import LocalS3
+from tests.net.real_time import in_real_time
 from tests.protocol.test_one_item import BEFORE_THE_POST, BOUNDARIES
 from tests.seaweed import SeaweedFS
 
@@ -259,7 +260,8 @@ def test_two_processes_racing_for_the_same_thirty_items_buy_each_once(scene: Sce
     assert len({line["prediction_id"] for line in said}) == len(items)
 
 
-def test_of_twelve_writers_one_makes_a_record_and_one_changes_it(s3: Store) -> None:
+@in_real_time
+async def test_of_twelve_writers_one_makes_a_record_and_one_changes_it(s3: Store) -> None:
     """What the whole promise stands on: conditional writes of which one wins, in each of ten races."""
     store = S3Store(BUCKET, s3.access)
 
@@ -274,17 +276,14 @@ def test_of_twelve_writers_one_makes_a_record_and_one_changes_it(s3: Store) -> N
         written = await asyncio.gather(*(write(number) for number in range(WRITERS)))
         return [etag for etag in written if etag is not None]
 
-    async def story() -> None:
-        for number in range(10):
-            key = f"races/{number}.json"
-            (made,) = await race(key, if_absent=True)
-            (changed,) = await race(key, if_match=made)
-            found = await store.get(key)
-            assert found is not None
-            assert found.etag == changed
-            assert await race(f"races/{number}-missing.json", if_match=made) == [], "neither a 404 nor a 412 is a win"
-
-    asyncio.run(story())
+    for number in range(10):
+        key = f"races/{number}.json"
+        (made,) = await race(key, if_absent=True)
+        (changed,) = await race(key, if_match=made)
+        found = await store.get(key)
+        assert found is not None
+        assert found.etag == changed
+        assert await race(f"races/{number}-missing.json", if_match=made) == [], "neither a 404 nor a 412 is a win"
 
 
 STAGES: dict[str, Callable[[Scene, int], bool]] = {

@@ -45,8 +45,9 @@ from prefect_eachlabs.webhooks.receiver import listen_at
 from prefect_eachlabs.webhooks.webhooks import MOST_HASHED_BYTES, MOST_TRIED, Verdict
 from tests.batch.batch_kit import CountingShop, batch_of, source_of
 from tests.memory_store import MemoryStore
+from tests.net.real_time import in_real_time
 from tests.net.test_public_only import finding, why_not
-from tests.polling.model_api import Shop, in_shop
+from tests.polling.model_api import Shop, a_shop
 from tests.virtual_time import run
 from tests.webhooks.test_webhooks import call, of_an_account, ordered
 
@@ -118,13 +119,11 @@ def test_the_api_cannot_keep_a_lost_order_from_being_settled_by_a_number_of_5000
     assert is_near({"prompt": "a &amp;#39;fox&amp;#39;"}, {"prompt": "a 'fox'"})
 
 
-def test_neither_api_nor_row_can_keep_an_end_from_being_seen_by_a_number_without_end() -> None:
+@a_shop()
+async def test_neither_api_nor_row_can_keep_an_end_from_being_seen_by_a_number_without_end(shop: Shop) -> None:
     assert not names_several({"n": 10**400, "prompt": "a fox"})
 
-    async def story(shop: Shop) -> Prediction:
-        return await shop.buy("flux", {"n": 10**400})
-
-    assert in_shop(story).status is PredictionStatus.SUCCEEDED
+    assert (await shop.buy("flux", {"n": 10**400})).status is PredictionStatus.SUCCEEDED
 
 
 @pytest.mark.parametrize("headers", [{"X": "é"}, {"é": "x"}, {"X": "a\r\nEvil: 1"}, {"Content-Length": "-1"}])
@@ -215,14 +214,12 @@ def test_a_pictures_host_leaves_the_loop_its_turns_also_by_pieces_that_come_to_n
     assert run(turns()) >= 1_000
 
 
-def test_a_pictures_host_that_leads_to_no_port_fails_as_a_download() -> None:
-    async def story() -> None:
-        downloader = Downloader(hosts=HostGuard("127.0.0.1"))
-        with pytest.raises(DownloadFailed, match="ConnectError"):
-            await downloader.fetch("http://127.0.0.1:99999/1.png")
-        await downloader.aclose()
-
-    asyncio.run(story())
+@in_real_time
+async def test_a_pictures_host_that_leads_to_no_port_fails_as_a_download() -> None:
+    downloader = Downloader(hosts=HostGuard("127.0.0.1"))
+    with pytest.raises(DownloadFailed, match="ConnectError"):
+        await downloader.fetch("http://127.0.0.1:99999/1.png")
+    await downloader.aclose()
 
 
 # ---- who writes a row
@@ -247,18 +244,16 @@ async def test_rows_of_large_inputs_are_in_progress_to_a_bound_and_none_is_lost(
     assert worst <= 2 * (batch_run.MOST_BYTES_IN_PROGRESS // len(large) + 1)
 
 
-def test_large_inputs_of_predictions_that_have_ended_are_not_kept() -> None:
-    async def story(shop: Shop) -> None:
-        bought = await shop.buy("flux", {"prompt": "a fox", "points": [[]] * 1_000})
-        assert bought.input is not None
-        assert (remembered := shop.poller.end_of(bought.id)) is not None
-        assert remembered.input is None
-        again = await shop.poller.watch(Prediction(id=bought.id, input=bought.input), slot=None)
-        assert (again.input, again.output_urls) == (bought.input, bought.output_urls)
-        assert (small := shop.poller.end_of((await shop.buy("flux", {"prompt": "a fox"})).id)) is not None
-        assert small.input == {"prompt": "a fox"}
-
-    in_shop(story)
+@a_shop()
+async def test_large_inputs_of_predictions_that_have_ended_are_not_kept(shop: Shop) -> None:
+    bought = await shop.buy("flux", {"prompt": "a fox", "points": [[]] * 1_000})
+    assert bought.input is not None
+    assert (remembered := shop.poller.end_of(bought.id)) is not None
+    assert remembered.input is None
+    again = await shop.poller.watch(Prediction(id=bought.id, input=bought.input), slot=None)
+    assert (again.input, again.output_urls) == (bought.input, bought.output_urls)
+    assert (small := shop.poller.end_of((await shop.buy("flux", {"prompt": "a fox"})).id)) is not None
+    assert small.input == {"prompt": "a fox"}
 
 
 # ---- who reaches the webhooks' receiver
@@ -303,26 +298,23 @@ async def _silent(port: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter
 
 
 @pytest.mark.parametrize("how", ["too many", "too long"])
-def test_strangers_who_open_connections_and_send_nothing_keep_nobody_out(
+@in_real_time
+async def test_strangers_who_open_connections_and_send_nothing_keep_nobody_out(
     how: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(receiver, "CONNECTIONS_AT_A_TIME", 5 if how == "too many" else 100)
     monkeypatch.setattr(receiver, "CONNECTION_SECONDS", 60.0 if how == "too many" else 0.2)
-
-    async def story() -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        close = await listen_at(f"127.0.0.1:{port}")(lambda call: Verdict.TAKEN)
-        strangers = [await _silent(port) for _ in range(20)]
-        assert (await _asked(port)).startswith(b"HTTP/1.1 202 ")
-        gone = strangers[:15] if how == "too many" else strangers
-        ended = await asyncio.wait_for(asyncio.gather(*(one.read() for one, _ in gone), return_exceptions=True), 30)
-        for _, writer in strangers:
-            writer.close()
-        assert all(said == b"" or isinstance(said, ConnectionError) for said in ended)
-        await close()
-
-    asyncio.run(story())
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    close = await listen_at(f"127.0.0.1:{port}")(lambda call: Verdict.TAKEN)
+    strangers = [await _silent(port) for _ in range(20)]
+    assert (await _asked(port)).startswith(b"HTTP/1.1 202 ")
+    gone = strangers[:15] if how == "too many" else strangers
+    ended = await asyncio.wait_for(asyncio.gather(*(one.read() for one, _ in gone), return_exceptions=True), 30)
+    for _, writer in strangers:
+        writer.close()
+    assert all(said == b"" or isinstance(said, ConnectionError) for said in ended)
+    await close()
 
 
 # ---- who writes to the bucket

@@ -21,6 +21,7 @@ from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import S3Access
 from prefect_eachlabs.testing.s3 import ACCOUNT, Fault, LocalS3
 from tests.memory_store import MemoryStore
+from tests.net.real_time import in_real_time
 from tests.storage.conftest import backend
 from tests.storage.test_memory_store import found, listed, refusal
 from tests.virtual_time import run
@@ -164,15 +165,12 @@ def test_a_picture_carries_type_checksum_and_metadata(s3: LocalS3, bucket: S3Sto
     assert head["ChecksumSHA256"] == base64.b64encode(digest.digest()).decode()
 
 
-def test_encryption_is_for_all_objects_and_the_storage_class_for_pictures_alone(s3: LocalS3) -> None:
+@in_real_time
+async def test_encryption_is_for_all_objects_and_the_storage_class_for_pictures_alone(s3: LocalS3) -> None:
     access = S3Access(**{**vars(s3.access), "kms_key_id": "alias/pictures", "storage_class": "STANDARD_IA"})
-
-    async def story() -> None:
-        store = S3Store("pictures", access)
-        await store.put("a.png", b"x", content_type="image/png")
-        await store.put("a.json", b"{}", content_type=JSON)
-
-    asyncio.run(story())
+    store = S3Store("pictures", access)
+    await store.put("a.png", b"x", content_type="image/png")
+    await store.put("a.json", b"{}", content_type=JSON)
     picture, record = described(s3, "a.png"), described(s3, "a.json")
     assert picture["ServerSideEncryption"] == record["ServerSideEncryption"] == "aws:kms"
     assert picture["SSEKMSKeyId"] == record["SSEKMSKeyId"] == "alias/pictures"
@@ -197,18 +195,16 @@ def test_a_change_of_a_missing_object_is_a_failed_condition_even_when_its_answer
         asyncio.run(bucket.put("nothing", b"{}", content_type=JSON, if_match='"e"'))
 
 
-def test_age_is_by_the_stores_clock_in_get_head_and_list(s3: LocalS3, bucket: S3Store) -> None:
-    async def story() -> None:
-        await bucket.put("a", b"", content_type=JSON)
-        backend().keys["a"].last_modified -= timedelta(seconds=120)
-        (row,) = await listed(bucket.list("a"))
-        stored, head = await found(bucket, "a"), await bucket.head("a")
-        assert head is not None
-        for age_seconds in (row.age_seconds, stored.age_seconds, head.age_seconds):
-            assert 119 <= age_seconds <= 180
-        assert stored.date.utcoffset() == timedelta(0)
-
-    asyncio.run(story())
+@in_real_time
+async def test_age_is_by_the_stores_clock_in_get_head_and_list(s3: LocalS3, bucket: S3Store) -> None:
+    await bucket.put("a", b"", content_type=JSON)
+    backend().keys["a"].last_modified -= timedelta(seconds=120)
+    (row,) = await listed(bucket.list("a"))
+    stored, head = await found(bucket, "a"), await bucket.head("a")
+    assert head is not None
+    for age_seconds in (row.age_seconds, stored.age_seconds, head.age_seconds):
+        assert 119 <= age_seconds <= 180
+    assert stored.date.utcoffset() == timedelta(0)
 
 
 def test_a_listing_of_more_than_one_page_is_whole(s3: LocalS3, bucket: S3Store) -> None:

@@ -15,6 +15,7 @@ from prefect_eachlabs.storage import s3_client as s3_access
 from prefect_eachlabs.storage.s3 import S3Store
 from prefect_eachlabs.storage.s3_client import S3Access
 from prefect_eachlabs.testing.s3 import Fault, LocalS3
+from tests.net.real_time import in_real_time
 from tests.storage.test_memory_store import found, listed, refusal
 
 JSON = "application/json"
@@ -33,55 +34,46 @@ def test_two_refusals_in_passing_are_overcome(s3: LocalS3, bucket: S3Store) -> N
     assert asyncio.run(story()) == b"there"
 
 
-def test_a_refusal_that_lasts_is_a_failed_store_and_nothing_is_written(s3: LocalS3, bucket: S3Store) -> None:
+@in_real_time
+async def test_a_refusal_that_lasts_is_a_failed_store_and_nothing_is_written(s3: LocalS3, bucket: S3Store) -> None:
     s3.set_faults(Fault("refuse", times=3))
-
-    async def story() -> None:
-        with pytest.raises(StoreFailed, match=r"s3://pictures/a .*SlowDown, HTTP 503.*run again") as caught:
-            await bucket.put("a", b"", content_type=JSON)
-        assert caught.value.retryable
-        assert await bucket.get("a") is None
-
-    asyncio.run(story())
+    with pytest.raises(StoreFailed, match=r"s3://pictures/a .*SlowDown, HTTP 503.*run again") as caught:
+        await bucket.put("a", b"", content_type=JSON)
+    assert caught.value.retryable
+    assert await bucket.get("a") is None
 
 
-def test_a_lost_answer_to_a_conditional_put_reads_as_a_failed_precondition_over_ones_own_body(
+@in_real_time
+async def test_a_lost_answer_to_a_conditional_put_reads_as_a_failed_precondition_over_ones_own_body(
     s3: LocalS3, bucket: S3Store
 ) -> None:
     s3.set_faults(Fault("lose"))
-
-    async def story() -> None:
-        assert await refusal(bucket.put("a", b"mine", content_type=JSON, if_absent=True))
-        mine = await found(bucket, "a")
-        assert mine.body == b"mine"
-        s3.set_faults(Fault("lose"))
-        assert await refusal(bucket.put("a", b"mine too", content_type=JSON, if_match=mine.etag))
-        assert (await found(bucket, "a")).body == b"mine too"
-
-    asyncio.run(story())
+    assert await refusal(bucket.put("a", b"mine", content_type=JSON, if_absent=True))
+    mine = await found(bucket, "a")
+    assert mine.body == b"mine"
+    s3.set_faults(Fault("lose"))
+    assert await refusal(bucket.put("a", b"mine too", content_type=JSON, if_match=mine.etag))
+    assert (await found(bucket, "a")).body == b"mine too"
 
 
-def test_answers_that_are_lost_each_time_leave_the_outcome_unknown(s3: LocalS3, bucket: S3Store) -> None:
+@in_real_time
+async def test_answers_that_are_lost_each_time_leave_the_outcome_unknown(s3: LocalS3, bucket: S3Store) -> None:
     s3.set_faults(Fault("lose", times=3))
-
-    async def story() -> None:
-        with pytest.raises(StoreFailed, match="gave no whole answer"):
-            await bucket.put("a", b"there", content_type=JSON)
-        assert (await found(bucket, "a")).body == b"there"
-
-    asyncio.run(story())
+    with pytest.raises(StoreFailed, match="gave no whole answer"):
+        await bucket.put("a", b"there", content_type=JSON)
+    assert (await found(bucket, "a")).body == b"there"
 
 
-def test_a_body_that_is_cut_is_read_again_and_given_up_after_the_last_attempt(s3: LocalS3, bucket: S3Store) -> None:
-    async def story() -> None:
-        await bucket.put("a", b"x" * 100_000, content_type=JSON)
-        s3.set_faults(Fault("cut", method="GET", times=2))
-        assert (await found(bucket, "a")).body == b"x" * 100_000
-        s3.set_faults(Fault("cut", method="GET", times=3))
-        with pytest.raises(StoreFailed, match="s3://pictures/a"):
-            await bucket.get("a")
-
-    asyncio.run(story())
+@in_real_time
+async def test_a_body_that_is_cut_is_read_again_and_given_up_after_the_last_attempt(
+    s3: LocalS3, bucket: S3Store
+) -> None:
+    await bucket.put("a", b"x" * 100_000, content_type=JSON)
+    s3.set_faults(Fault("cut", method="GET", times=2))
+    assert (await found(bucket, "a")).body == b"x" * 100_000
+    s3.set_faults(Fault("cut", method="GET", times=3))
+    with pytest.raises(StoreFailed, match="s3://pictures/a"):
+        await bucket.get("a")
 
 
 SECRET = "wJalrXUtnFEMI-never-shown"
@@ -183,7 +175,8 @@ def test_secrets_are_in_no_repr() -> None:
 # ----------------------------------------------------------- threads and clients
 
 
-def test_a_cancelled_write_that_had_begun_goes_on_and_its_end_is_logged(
+@in_real_time
+async def test_a_cancelled_write_that_had_begun_goes_on_and_its_end_is_logged(
     bucket: S3Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="prefect_eachlabs")
@@ -203,18 +196,14 @@ def test_a_cancelled_write_that_had_begun_goes_on_and_its_end_is_logged(
         logged.set()
 
     monkeypatch.setattr(s3_access, "_log_orphaned_write", log)
-
-    async def story() -> None:
-        task = asyncio.ensure_future(bucket.put("a", b"x", content_type=JSON))
-        await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        go_on.set()
-        await asyncio.get_running_loop().run_in_executor(None, logged.wait, 10)
-        assert (await found(bucket, "a")).body == b"x"
-
-    asyncio.run(story())
+    task = asyncio.ensure_future(bucket.put("a", b"x", content_type=JSON))
+    await asyncio.get_running_loop().run_in_executor(None, begun.wait, 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go_on.set()
+    await asyncio.get_running_loop().run_in_executor(None, logged.wait, 10)
+    assert (await found(bucket, "a")).body == b"x"
     assert "s3://pictures/a went through after its caller had been cancelled" in caplog.text
 
 

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from prefect_eachlabs.testing.emulator import Emulator, EmulatorOptions, Fault, InProcessTransport, kinds_of, state
 from prefect_eachlabs.testing.emulator.faults import BEFORE, ENDPOINTS, FaultRules
 from tests.testing.emulator_kit import KEY, ORDER, Api, in_virtual_time
-from tests.virtual_time import run
 
 # ---------------------------------------------------------------- which is hit
 
@@ -282,11 +281,8 @@ def test_a_prediction_may_quote_the_key(where: str) -> None:
     assert KEY not in str(api.call("GET", "/_emulator/predictions").json())
 
 
-def test_the_transport_cleans_up_after_itself() -> None:
-    async def story() -> None:
-        transport = InProcessTransport(EmulatorOptions(faults=["create:late,seconds=600"]))
-        async with httpx.AsyncClient(transport=transport, base_url="http://e", headers={"X-API-Key": KEY}) as http:
-            with pytest.raises(httpx.ReadTimeout):
-                await http.post("/v1/prediction/", json=ORDER, timeout=1)
-
-    run(story())
+async def test_the_transport_cleans_up_after_itself() -> None:
+    transport = InProcessTransport(EmulatorOptions(faults=["create:late,seconds=600"]))
+    async with httpx.AsyncClient(transport=transport, base_url="http://e", headers={"X-API-Key": KEY}) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post("/v1/prediction/", json=ORDER, timeout=1)
