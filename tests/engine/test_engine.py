@@ -183,7 +183,6 @@ async def test_store_wants_an_end_and_the_items_own_prediction() -> None:
 
 async def test_what_has_no_record_is_stored_under_one_of_its_own() -> None:
     """Ordered by hand, or for another destination: by its item's id if it has one, else by its own."""
-
     world = World()
     process = world.process()
     elsewhere = Destination.parse("s3://bucket/elsewhere")
@@ -225,7 +224,6 @@ async def test_a_deadline_counts_from_the_post_by_the_clock(seconds: float) -> N
 
 async def test_before_a_prediction_counts_as_timed_out_it_is_asked_about() -> None:
     """After one that took long nobody asks early, where requests are scarce."""
-
     world = World("prediction:slow,seconds=500,next=1")
     process = world.process(max_in_flight=1, deadline_seconds=10.0)
     with contextlib.suppress(PredictionTimedOut):

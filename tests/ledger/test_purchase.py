@@ -50,7 +50,6 @@ async def test_a_cancel_waits_for_the_end_of_the_critical_section() -> None:
 
 async def test_a_critical_section_that_begins_anew_at_once_is_waited_for_as_well() -> None:
     """Between the end of the first and the turn of whoever waits for it, the second has begun."""
-
     job, interrupted = a_job(), 0
 
     async def work() -> None:

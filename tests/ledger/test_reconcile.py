@@ -389,7 +389,6 @@ def test_a_claim_that_is_settled_here_is_no_other_claim() -> None:
 
 async def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
     """So much may a batch without limits have bought since the claim that is to be settled."""
-
     tasks = asked = 0
 
     async def counted(*_: str) -> None:

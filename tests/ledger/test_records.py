@@ -209,7 +209,6 @@ async def test_fields_that_are_not_known_here_survive_a_change(ledger: Ledger, s
 
 async def test_the_age_of_a_record_is_the_buckets(ledger: Ledger) -> None:
     """The machine's date and the bucket's are ten months apart here."""
-
     await asyncio.sleep(100.7)
     await ledger.write(claim(), replacing=None)
     await asyncio.sleep(61.5)

@@ -73,7 +73,6 @@ async def test_a_caller_that_is_cancelled_cancels_the_work() -> None:
 
 async def test_a_process_that_was_frozen_hears_the_answer_to_what_it_sends_when_it_thaws() -> None:
     """The loop's clock jumps by five minutes; the answer comes a second after that."""
-
     loop: Any = asyncio.get_running_loop()
 
     async def work() -> str:

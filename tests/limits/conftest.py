@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.limits.lease_server import LeaseServer
 from tests.limits.lease_workers import Api
 
 
@@ -14,6 +15,11 @@ from tests.limits.lease_workers import Api
 def the_same_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     random.seed(20261122)
     monkeypatch.setattr("prefect_eachlabs.limits.leases.suspended_seconds", lambda: 0.0)
+
+
+@pytest.fixture
+def server() -> LeaseServer:
+    return LeaseServer()
 
 
 @pytest.fixture

@@ -35,6 +35,13 @@ class Callers:
         self.entered[name] = now()
 
 
+def paused() -> tuple[CircuitBreaker, Callers]:
+    """For five seconds."""
+    gate = CircuitBreaker()
+    gate.throttled(throttled(5))
+    return gate, Callers(gate)
+
+
 async def test_an_open_gate_lets_everybody_in_at_once() -> None:
     callers = Callers(CircuitBreaker())
     await asyncio.gather(*callers.start("a", "b", "c"))
@@ -42,9 +49,7 @@ async def test_an_open_gate_lets_everybody_in_at_once() -> None:
 
 
 async def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    gate, callers = paused()
     assert gate.paused
     tasks = callers.start("a", "b", "c")
     await asyncio.sleep(7)
@@ -56,9 +61,7 @@ async def test_after_the_pause_one_tries_and_its_success_opens_for_all() -> None
 
 
 async def test_who_comes_when_the_pause_is_over_and_nobody_waits_is_the_trial() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    _, callers = paused()
     await asyncio.sleep(10)
     callers.start("a", "b")
     await asyncio.sleep(1)
@@ -134,9 +137,7 @@ async def test_402_pauses_like_429() -> None:
 
 
 async def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    gate, callers = paused()
     tasks = callers.start("a", "b", "c")
     await asyncio.sleep(1)
     gate.refuse(InsufficientBalance("top up", status_code=402, item_id="of another"))
@@ -149,9 +150,7 @@ async def test_who_waits_in_vain_is_told_at_once_and_the_next_one_may_try() -> N
 
 
 async def test_a_trial_that_leaves_hands_its_turn_on() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    gate, callers = paused()
     callers.start("a", "b", "c")
     await asyncio.sleep(6)
     gate.left()
@@ -160,9 +159,7 @@ async def test_a_trial_that_leaves_hands_its_turn_on() -> None:
 
 
 async def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    _, callers = paused()
     first, second, _ = callers.start("a", "b", "c")
     await asyncio.sleep(1)
     first.cancel()
@@ -172,9 +169,7 @@ async def test_a_cancelled_waiter_does_not_take_the_trial_with_it() -> None:
 
 
 async def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    _, callers = paused()
     first, _ = callers.start("a", "b")
     await asyncio.sleep(0)
     asyncio.get_running_loop().call_at(5, first.cancel)
@@ -183,9 +178,7 @@ async def test_a_trial_cancelled_as_it_is_let_in_hands_its_turn_on() -> None:
 
 
 async def test_a_trial_that_never_reports_does_not_shut_the_gate_for_ever() -> None:
-    gate = CircuitBreaker()
-    callers = Callers(gate)
-    gate.throttled(throttled(5))
+    _, callers = paused()
     callers.start("a", "b")
     await asyncio.sleep(1000)
     assert dict(callers.entered) == {"a": 5, "b": 125}

@@ -96,7 +96,6 @@ async def test_without_a_limit_nothing_is_written(tmp_path: Path, monkeypatch: p
 
 async def test_a_run_after_another_goes_on_with_its_window(tmp_path: Path, api: Api) -> None:
     """`generate` in a loop: each process buys five pictures and ends."""
-
     for number in range(20):
         process = Process(tmp_path, api, str(number)).start(callers=5, pictures=1)
         await asyncio.gather(*process.callers)
@@ -147,7 +146,6 @@ async def test_a_process_that_was_stopped_for_minutes_takes_nothing_from_its_old
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As if the machine slept: the loop's clock does not know of it, the leases have ended."""
-
     api = Api()
     sleeper = Process(tmp_path, api, "sleeper")
     held = [await sleeper.limiter.take_in_flight() for _ in range(4)]

@@ -38,9 +38,7 @@ async def test_one_process_keeps_the_full_pace_and_is_never_over(api: Api) -> No
 
 
 @pytest.mark.parametrize("count", [2, 4])
-async def test_processes_share_evenly_and_waste_nothing(api: Api, count: int) -> None:
-    server = LeaseServer()
-
+async def test_processes_share_evenly_and_waste_nothing(server: LeaseServer, api: Api, count: int) -> None:
     for name in range(count):
         Worker(server, api, str(name)).start()
     await asyncio.sleep(240)
@@ -49,9 +47,7 @@ async def test_processes_share_evenly_and_waste_nothing(api: Api, count: int) ->
     assert max(sent) <= 1.7 * min(sent)
 
 
-async def test_a_process_with_little_to_do_leaves_the_rest_to_the_others(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_process_with_little_to_do_leaves_the_rest_to_the_others(server: LeaseServer, api: Api) -> None:
     Worker(server, api, "busy").start()
     Worker(server, api, "modest").start(callers=1)
     await asyncio.sleep(240)
@@ -59,9 +55,7 @@ async def test_a_process_with_little_to_do_leaves_the_rest_to_the_others(api: Ap
     assert api.sent(60, 240, "modest") >= 3 * 60 / 7  # two requests for each of its pictures, as fast as it can
 
 
-async def test_few_calls_are_made_and_few_at_once(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_few_calls_are_made_and_few_at_once(server: LeaseServer, api: Api) -> None:
     Worker(server, api).start()
     await asyncio.sleep(180)
     assert server.most_under_way <= 6
@@ -70,7 +64,6 @@ async def test_few_calls_are_made_and_few_at_once(api: Api) -> None:
 
 async def test_a_big_account_leases_many_slots_at_once() -> None:
     server, api = LeaseServer(), Api()
-
     Worker(server, api, requests_per_minute=1200, max_in_flight=100).start(callers=120)
     await asyncio.sleep(120)
     assert api.worst_window() <= 1200
@@ -105,9 +98,7 @@ def test_a_process_that_joins_gets_its_part_within_half_a_minute() -> None:
     assert all(count >= 0.8 * 3 * (30 if name == "second" else 20) for (name, _), count in sent.items()), sent
 
 
-async def test_a_killed_process_gives_its_part_back_when_its_leases_end(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_killed_process_gives_its_part_back_when_its_leases_end(server: LeaseServer, api: Api) -> None:
     Worker(server, api, "survivor").start()
     killed = Worker(server, api, "killed").start()
     await asyncio.sleep(180)
@@ -118,9 +109,9 @@ async def test_a_killed_process_gives_its_part_back_when_its_leases_end(api: Api
     assert api.sent(360, 480, "survivor") >= 0.95 * 120
 
 
-async def test_a_process_that_is_done_gives_everything_back_and_asks_nothing_more(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_process_that_is_done_gives_everything_back_and_asks_nothing_more(
+    server: LeaseServer, api: Api
+) -> None:
     worker = Worker(server, api).start(callers=10, pictures=2)
     await asyncio.gather(*worker.callers)
     await asyncio.sleep(80)
@@ -131,9 +122,7 @@ async def test_a_process_that_is_done_gives_everything_back_and_asks_nothing_mor
     assert len(server.calls) == calls
 
 
-async def test_closing_gives_back_what_is_not_in_use(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_closing_gives_back_what_is_not_in_use(server: LeaseServer, api: Api) -> None:
     worker = Worker(server, api)
     place = await takes(worker, Kind.IN_FLIGHT, 5)
     assert place is not None
@@ -145,7 +134,6 @@ async def test_closing_gives_back_what_is_not_in_use(api: Api) -> None:
 
 async def test_what_is_granted_while_it_closes_goes_back_as_well() -> None:
     server = LeaseServer(latency_seconds=1.0)
-
     worker = Worker(server, Api())
     assert await takes(worker, Kind.IN_FLIGHT, 0.1) is None
     await worker.stop()
@@ -156,9 +144,9 @@ async def test_what_is_granted_while_it_closes_goes_back_as_well() -> None:
 # ----------------------------------------------------------------- single places
 
 
-async def test_a_slot_in_flight_goes_back_at_its_predictions_end_or_when_unused_for_ten_seconds(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_slot_in_flight_goes_back_at_its_predictions_end_or_when_unused_for_ten_seconds(
+    server: LeaseServer, api: Api
+) -> None:
     worker = Worker(server, api)
     place = await takes(worker, Kind.IN_FLIGHT, 5)
     assert place is not None
@@ -190,9 +178,7 @@ async def test_a_request_place_that_was_not_used_is_free_at_once(api: Api) -> No
     assert await takes(worker, Kind.REQUESTS, 4) is not None
 
 
-async def test_the_lease_of_a_late_answer_lasts_until_it_has_cooled(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_the_lease_of_a_late_answer_lasts_until_it_has_cooled(server: LeaseServer, api: Api) -> None:
     worker = Worker(server, api, latency_seconds=lambda: 130.0)
     await worker.request()
     answered_at = now()
@@ -206,7 +192,6 @@ async def test_the_lease_of_a_late_answer_lasts_until_it_has_cooled(api: Api) ->
 
 async def test_without_limits_nothing_is_asked_of_the_server() -> None:
     server, api = LeaseServer(), Api()
-
     worker = Worker(server, api, requests_per_minute=None, max_in_flight=None).start(callers=100)
     await asyncio.sleep(20)
     assert api.most_in_flight == 100
@@ -218,7 +203,6 @@ async def test_without_limits_nothing_is_asked_of_the_server() -> None:
 
 async def test_one_limit_may_be_absent() -> None:
     server, api = LeaseServer(), Api()
-
     Worker(server, api, requests_per_minute=None).start()
     await asyncio.sleep(120)
     assert api.most_in_flight == 10
@@ -228,7 +212,6 @@ async def test_one_limit_may_be_absent() -> None:
 
 async def test_processes_take_turns_when_there_are_fewer_places_than_processes() -> None:
     server, api = LeaseServer(), Api()
-
     for name in "abc":
         Worker(server, api, name, requests_per_minute=None, max_in_flight=1).start(callers=3)
     await asyncio.sleep(300)

@@ -22,7 +22,6 @@ async def test_of_two_different_numbers_the_smaller_one_counts(
     caplog: pytest.LogCaptureFixture, server_limit: int
 ) -> None:
     server, api = LeaseServer(limits={Kind.REQUESTS: server_limit}, active={Kind.REQUESTS: 0}), Api()
-
     for name in "ab":
         Worker(server, api, name).start()
         await asyncio.sleep(90)
@@ -36,7 +35,6 @@ async def test_of_two_different_numbers_the_smaller_one_counts(
 
 async def test_a_limit_lowered_by_an_operator_counts_within_a_minute_and_a_half() -> None:
     server, api = LeaseServer(), Api()
-
     Worker(server, api).start()
     await asyncio.sleep(120)
     server.limits[Kind.REQUESTS] = 20
@@ -46,9 +44,7 @@ async def test_a_limit_lowered_by_an_operator_counts_within_a_minute_and_a_half(
     assert api.worst_window() <= 20
 
 
-async def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_limit_deleted_by_hand_is_made_again(server: LeaseServer, api: Api) -> None:
     Worker(server, api).start()
     await asyncio.sleep(100)
     del server.limits[Kind.REQUESTS], server.active[Kind.REQUESTS]
@@ -61,10 +57,8 @@ async def test_a_limit_deleted_by_hand_is_made_again(api: Api) -> None:
 
 
 async def test_with_the_server_away_nothing_is_sent_and_who_waits_says_so(
-    api: Api, caplog: pytest.LogCaptureFixture
+    server: LeaseServer, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = LeaseServer()
-
     for name in "ab":
         Worker(server, api, name).start()
     await asyncio.sleep(150)
@@ -113,7 +107,6 @@ async def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer(down=True)
-
     worker = Worker(server, api).start()
     await asyncio.sleep(7)
     assert worker.limiter.standstill is not None
@@ -126,10 +119,8 @@ async def test_a_server_that_never_answered_is_waited_for_and_that_is_said(
     assert api.sent(0, 607) == 0
 
 
-async def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api: Api) -> None:
+async def test_a_process_that_begins_while_the_server_restarts_waits_for_it(server: LeaseServer, api: Api) -> None:
     """It cannot know who else is there: what it took alone would come on top of the others' shares."""
-    server = LeaseServer()
-
     for name in "ab":
         Worker(server, api, name).start()
     await asyncio.sleep(150)
@@ -143,9 +134,7 @@ async def test_a_process_that_begins_while_the_server_restarts_waits_for_it(api:
     assert api.sent(240, 360, "c") >= 0.7 * 40
 
 
-async def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFixture) -> None:
-    server = LeaseServer()
-
+async def test_one_lost_call_is_no_absence(server: LeaseServer, api: Api, caplog: pytest.LogCaptureFixture) -> None:
     worker = Worker(server, api).start()
     for _ in range(20):
         await asyncio.sleep(10)
@@ -156,10 +145,10 @@ async def test_one_lost_call_is_no_absence(api: Api, caplog: pytest.LogCaptureFi
     assert not warnings(caplog, "gives no usable answer")
 
 
-async def test_slots_whose_leases_ended_while_the_server_was_away_are_leased_again_before_any_others(api: Api) -> None:
+async def test_slots_whose_leases_ended_while_the_server_was_away_are_leased_again_before_any_others(
+    server: LeaseServer, api: Api
+) -> None:
     """A server with leases on disk ends them as it starts: their slots are free there, and in use here."""
-    server = LeaseServer()
-
     for name in "ab":
         Worker(server, api, name, prediction_seconds=150.0).start()
     await asyncio.sleep(20)
@@ -175,9 +164,9 @@ async def test_slots_whose_leases_ended_while_the_server_was_away_are_leased_aga
     assert all(api.sent(150, 700, name) >= 10 for name in "cdef")
 
 
-async def test_a_process_that_is_cut_off_from_the_server_uses_nothing_that_others_lease_meanwhile(api: Api) -> None:
-    server = LeaseServer()
-
+async def test_a_process_that_is_cut_off_from_the_server_uses_nothing_that_others_lease_meanwhile(
+    server: LeaseServer, api: Api
+) -> None:
     cut = Worker(server, api, "cut").start()
     Worker(server, api, "other").start()
     await asyncio.sleep(100)
@@ -192,7 +181,6 @@ async def test_a_process_that_is_cut_off_from_the_server_uses_nothing_that_other
 
 async def test_with_a_server_that_takes_seconds_for_an_answer_no_limit_is_passed_and_work_goes_on(api: Api) -> None:
     server = LeaseServer(latency_seconds=5.0)
-
     for name in "ab":
         Worker(server, api, name).start()
     await asyncio.sleep(400)
@@ -203,10 +191,8 @@ async def test_with_a_server_that_takes_seconds_for_an_answer_no_limit_is_passed
 
 
 async def test_after_a_restart_that_forgot_the_leases_no_limit_is_passed_and_the_loss_is_named(
-    api: Api, caplog: pytest.LogCaptureFixture
+    server: LeaseServer, api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
-    server = LeaseServer()
-
     Worker(server, api).start()
     await asyncio.sleep(100)
     server.restart()
@@ -224,7 +210,6 @@ async def test_who_waits_for_longer_than_leases_last_is_told_how_to_free_lost_sl
     api: Api, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = LeaseServer(limits={Kind.REQUESTS: 60, Kind.IN_FLIGHT: 10}, active={Kind.REQUESTS: 0, Kind.IN_FLIGHT: 10})
-
     worker = Worker(server, api).start()
     await asyncio.sleep(20)
     assert len(warnings(caplog, "10 of 10 slots in flight of account 'acme' that other processes hold")) == 1
@@ -238,7 +223,6 @@ async def test_who_waits_for_longer_than_leases_last_is_told_how_to_free_lost_sl
 
 async def test_work_goes_on_with_the_slots_that_are_not_lost(api: Api) -> None:
     server = LeaseServer(limits={Kind.REQUESTS: 60}, active={Kind.REQUESTS: 24})
-
     Worker(server, api).start()
     await asyncio.sleep(300)
     assert api.sent(60, 300) >= 0.93 * 4 * 36

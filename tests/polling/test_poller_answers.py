@@ -25,7 +25,6 @@ from tests.polling.model_api import Job, ModelApi, Shop, a_shop, gaps_of, in_fli
 @a_shop(requests_per_minute=60)
 async def test_rows_are_believed_once_one_end_has_shown_that_its_model_makes_one_picture(shop: Shop) -> None:
     """Of the mission's model, too: a row shows one output, whatever there is."""
-
     await asyncio.gather(*(shop.buy() for _ in range(10)))
     assert shop.api.count("get") == 1
 

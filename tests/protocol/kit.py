@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 import httpx
@@ -36,7 +37,7 @@ from tests.protocol.clocks import patched_clocks
 from tests.protocol.process import Fault, Process
 from tests.virtual_time import run
 
-__all__ = ["Fault", "Process", "World", "options", "order", "patched_clocks", "play", "wanted"]
+__all__ = ["Fault", "Process", "World", "at_each_boundary", "options", "order", "patched_clocks", "play", "wanted"]
 
 T = TypeVar("T")
 
@@ -79,6 +80,12 @@ def play(story: Callable[[], Coroutine[Any, Any, T]]) -> T:
         undo()
         for world in list(_worlds):
             let_go(world)
+
+
+def at_each_boundary(story: Callable[[int | None], Coroutine[Any, Any, int]]) -> None:
+    """Plays a story, which tells its number of boundaries, without a death, and then with one at each of them."""
+    for at in range(1, play(partial(story, None)) + 1):
+        play(partial(story, at))
 
 
 def let_go(world: World) -> None:

@@ -18,7 +18,6 @@ from tests.protocol.losses import A, C, abandoned, lost, others_buy
 @pytest.mark.parametrize("fault", ["refuse", "lose", "lose refused"])
 async def test_an_adoption_that_cannot_be_written_down_is_not_taken_for_nothing_found(write: str, fault: Fault) -> None:
     """It is listed so late that the look that finds it is the one that decides."""
-
     world = World("prediction:listed_late,seconds=110,next=1")
     await lost(world, A)
     await world.process(by_name=[(write, fault, 2)]).obtain(A)
@@ -42,7 +41,6 @@ async def test_an_adoption_that_was_begun_is_resumed(boundary: str) -> None:
 
 async def test_a_marker_whose_holder_has_another_prediction_by_now_is_taken_over() -> None:
     """B's settler marks A's prediction for B (equal input); meanwhile B's late owner writes its own down."""
-
     world = World()
     a, b = wanted(1, prompt="same"), wanted(2, prompt="same")
     await lost(world, a)
@@ -76,7 +74,6 @@ async def test_an_old_prediction_with_the_same_input_is_not_adopted_though_its_r
 @pytest.mark.parametrize("first", ["a", "b"])
 async def test_an_input_that_is_part_of_another_does_not_take_its_picture(first: str) -> None:
     """The echo of {prompt, seed} holds all of {prompt}: the API might have added the seed."""
-
     world = World(strict_models=False)
     a, b = wanted(1, prompt="cat"), wanted(2, prompt="cat", seed=1)
     for item in (a, b) if first == "a" else (b, a):
@@ -115,7 +112,6 @@ async def test_what_fits_an_unsettled_claim_of_another_item_better_is_left_to_it
 
 async def test_what_one_order_finds_does_not_keep_another_from_being_looked_for() -> None:
     """Of two lost orders the first fits thirty executions; that of the second was made after all of them."""
-
     late = "create:late,seconds=25,matching=picture 2"
     world = World(late, "executions:error")
     a, b = wanted(1), wanted(2)
@@ -144,7 +140,6 @@ async def test_equal_inputs_that_were_lost_together_get_a_prediction_each() -> N
 
 async def test_settling_that_takes_longer_than_a_claim_lives_keeps_its_claims_alive() -> None:
     """200 foreign executions of the model to ask about at 60 requests a minute, while another run stands by."""
-
     world = World()
     await abandoned(world, A)
     others_buy(world, C, 200)

@@ -53,7 +53,6 @@ async def test_two_runs_that_replace_each_other_buy_once_each(later_seconds: flo
 
 async def test_two_batches_that_replace_the_same_rows_buy_each_row_once_each() -> None:
     """Each row is begun anew up to three times, as a task's retries do."""
-
     world = World(service_seconds=5.0)
     await asyncio.gather(*(world.process().obtain(wanted(number)) for number in range(12)))
     bought_before = len(world.bought())
@@ -112,7 +111,6 @@ async def test_an_order_that_the_api_always_answers_500_is_sent_twice_and_then_s
 @pytest.mark.parametrize("late_by_seconds", [30, 61, 90, 300, 900])
 async def test_lost_answers_under_a_late_list_buy_at_most_one_too_many(late_by_seconds: int) -> None:
     """Every answer is lost and the list is later than assumption (b) says."""
-
     world = World("create:lost_answer", listing_delay_seconds=float(late_by_seconds))
     await outcome(asyncio.wait_for(world.process().obtain(A), 3600))
     assert len(world.bought()) <= (1 if late_by_seconds < 60 else 2)
@@ -165,7 +163,6 @@ async def test_a_new_purchase_of_an_item_begins_to_count_anew() -> None:
 
 async def test_a_process_that_stood_still_takes_new_slots_before_it_posts() -> None:
     """Slots that were leased end without their process."""
-
     world = World()
     process = world.process(freeze_at="after S3 PUT kit/records/item-1.json claimed", max_in_flight=1)
     limiter, taken = process.engine.account.limiter, []
@@ -237,7 +234,6 @@ async def test_a_persons_word_is_not_about_orders_that_are_lost_after_it_was_giv
 
 async def test_a_persons_word_is_not_about_orders_that_another_run_loses_meanwhile() -> None:
     """Nothing is ever listed: the other's order stands as ambiguous when this run has just begun."""
-
     world = World("executions:missing")
     other, told = world.process(by_name=[("POST", "lose", 1)]), world.process(run_id="told")
     ends = await asyncio.gather(outcome(other.obtain(A)), outcome(told.obtain(A, retry_ambiguous=True)))

@@ -12,7 +12,7 @@ from prefect_eachlabs.engine.account import Interruption
 from prefect_eachlabs.errors import PredictionTimedOut
 from prefect_eachlabs.ledger.records import RecordState
 from prefect_eachlabs.models import StoredImage
-from tests.protocol.kit import Process, World, options, play, wanted
+from tests.protocol.kit import Process, World, at_each_boundary, options, play, wanted
 
 A = wanted(1)
 
@@ -65,7 +65,6 @@ def test_what_succeeds_although_it_was_cancelled_is_stored(boundary: int, fault:
 @pytest.mark.parametrize("at_once", [1, 6])
 async def test_a_cancel_never_falls_between_the_claim_and_the_note(at_once: int) -> None:
     """Throttled again and again: the critical section ends and begins anew in one turn of the loop."""
-
     world = World("create:throttled,next=5,seconds=0", service_seconds=20.0, retry_after="none")
     process = world.process()
     work = asyncio.ensure_future(process.obtain(A))
@@ -134,7 +133,7 @@ async def test_a_cancelled_item_is_bought_by_the_next_run() -> None:
 
 
 def test_a_run_that_dies_while_it_cancels_leaves_a_record_that_the_next_run_understands() -> None:
-    async def boundaries(die_at: int | None) -> tuple[int, int]:
+    async def story(die_at: int | None) -> int:
         world = World(service_seconds=20.0)
         process = world.process()
         work = asyncio.ensure_future(process.obtain(A))
@@ -148,11 +147,9 @@ def test_a_run_that_dies_while_it_cancels_leaves_a_record_that_the_next_run_unde
             assert world.named() == {job.id: 1 for job in world.bought()}
             kept = [job for job in world.bought() if job.cancelled is None]
             assert [job.id for job in kept] == [image.prediction_id]
-        return begun, len(process.boundaries)
+        return len(process.boundaries) - begun
 
-    begun, ended = play(lambda: boundaries(None))
-    for die_at in range(1, ended - begun + 1):
-        play(lambda die_at=die_at: boundaries(die_at))  # type: ignore[misc]  # mypy infers no lambda with a default
+    at_each_boundary(story)
 
 
 # ---------------------------------------------------------------------------- too late
@@ -201,9 +198,7 @@ def test_create_wait_and_store_killed_at_any_boundary_end_with_one_picture() -> 
         world.check([A])
         return len(process.boundaries)
 
-    boundaries = play(lambda: story(None))
-    for at in range(1, boundaries + 1):
-        play(lambda at=at: story(at))  # type: ignore[misc]  # mypy infers no lambda with a default
+    at_each_boundary(story)
 
 
 @pytest.mark.parametrize("seconds", [0.25, 0.35, 0.45, 0.55, 1.0, 3.0])
@@ -233,7 +228,6 @@ async def test_a_failure_seen_by_wait_is_written_down() -> None:
 @pytest.mark.parametrize("other", ["the run that bought it waits on", "nobody waits any more"])
 async def test_a_wait_that_is_cancelled_in_another_run_cancels_nobodys_prediction(other: str) -> None:
     """Two flows in one process: only the run that bought it cancels it, and not while somebody waits."""
-
     world = World(service_seconds=20.0)
     process = world.process()
     engine = process.engine
@@ -269,7 +263,6 @@ async def test_each_prediction_is_asked_to_cancel_once_however_many_go_away_and_
     seconds: float, gap_seconds: float | None
 ) -> None:
     """Two callers of each of five items; a second cancel (a time-out around a clean-up) does not cut it short."""
-
     world = World(service_seconds=20.0)
     process = world.process()
     items = [wanted(number) for number in range(5)]

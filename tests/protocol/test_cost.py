@@ -18,7 +18,6 @@ async def test_each_picture_costs_four_writes_two_reads_and_one_post() -> None:
 
     The two puts more of a process's first claim must be refused: they find out whether the store honours
     conditions, and S3 does not charge them as writes that took place."""
-
     world = World()
     process = world.process(max_in_flight=None)
     await asyncio.gather(*map(process.obtain, ITEMS))

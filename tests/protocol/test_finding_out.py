@@ -31,7 +31,6 @@ async def test_it_is_found_among_the_rows_of_others_whatever_the_clock_of_the_ap
 @pytest.mark.parametrize("error_seconds", [-840.0, 840.0])
 async def test_it_is_found_whatever_the_clocks_of_the_workers_say(skew_hours: int, error_seconds: float) -> None:
     """S3 itself refuses a clock that is off by more than 15 minutes."""
-
     world = World(clock_skew_seconds=skew_hours * 3600)
     buyers = [world.process(clock_error_seconds=error_seconds) for _ in range(3)]
     await asyncio.gather(*(buyer.obtain(wanted(10 + number)) for number, buyer in enumerate(buyers)))
@@ -127,7 +126,6 @@ async def test_a_cancelled_prediction_may_be_missing_from_the_list() -> None:
 
 async def test_a_prediction_that_is_listed_before_get_knows_it_is_waited_for() -> None:
     """It takes effect at the last moment, 55 s after it was given up, and GET says 404 for 20 s more."""
-
     world = World("create:late,seconds=85,at=1", "get:not_found,seconds=20")
     await world.process().obtain(A)
     world.check([A])

@@ -111,7 +111,6 @@ async def test_a_frozen_owner_and_a_lost_answer_for_the_same_input_end_with_a_pr
 
     Each run says that it was billed for one picture, whichever order bought it.
     """
-
     world = World()
     first = world.process(freeze_at=boundary[0])
     second = world.process(by_name=[("POST", "lose", 1)])

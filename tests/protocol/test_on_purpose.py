@@ -18,7 +18,7 @@ from prefect_eachlabs.errors import (
     Rejected,
 )
 from prefect_eachlabs.ledger.records import RecordState
-from tests.protocol.kit import World, play, wanted
+from tests.protocol.kit import World, at_each_boundary, wanted
 
 A = wanted(1)
 OTHER = wanted(2, item_id="item-1")
@@ -52,30 +52,23 @@ async def test_replaced_on_purpose_the_new_picture_stands_in_the_place_of_the_ol
 
 
 def test_replacing_killed_at_any_boundary_ends_with_the_new_picture_bought_once() -> None:
-    async def boundaries() -> int:
+    async def story(at: int | None) -> int:
         world = World()
         await world.process().obtain(A)
-        process = world.process()
-        await process.obtain(OTHER, replace=True)
+        process = world.process(die_at=at)
+        await process.until_it_ends(process.obtain(OTHER, replace=True))
+        assert process.dead is (at is not None)
+        await world.process().obtain(OTHER, replace=True)
+        assert len(world.bought_for(OTHER)) == 1
+        assert len(world.bought()) == 2
+        assert set(world.named().values()) == {1}
+        record = world.record(OTHER)
+        assert record.state is RecordState.STORED
+        picture = world.store.objects["kit/images/item-1.png"]
+        assert picture.metadata["prediction-id"] == record.prediction_id
         return len(process.boundaries)
 
-    for boundary in range(1, play(boundaries) + 1):
-
-        async def story(at: int = boundary) -> None:
-            world = World()
-            await world.process().obtain(A)
-            process = world.process(die_at=at)
-            await process.dies(process.obtain(OTHER, replace=True))
-            await world.process().obtain(OTHER, replace=True)
-            assert len(world.bought_for(OTHER)) == 1
-            assert len(world.bought()) == 2
-            assert set(world.named().values()) == {1}
-            record = world.record(OTHER)
-            assert record.state is RecordState.STORED
-            picture = world.store.objects["kit/images/item-1.png"]
-            assert picture.metadata["prediction-id"] == record.prediction_id
-
-        play(story)
+    at_each_boundary(story)
 
 
 async def test_what_a_replaced_dead_claim_has_bought_stays_on_the_books() -> None:
@@ -151,7 +144,6 @@ async def test_a_redirect_is_a_fault_of_the_set_up_and_leaves_no_item_failed() -
 
 async def test_a_connection_that_never_came_about_leaves_a_claim_that_is_free_at_once() -> None:
     """`refuse` at the POST is a lost answer; here the connection itself is refused."""
-
     world = World()
     process = world.process()
     real = process.engine.account.client._http._transport.handle_async_request
@@ -273,6 +265,4 @@ def test_buying_a_missing_picture_again_is_bought_once_whatever_is_killed(pictur
         assert world.record(A).state is RecordState.STORED
         return len(process.boundaries)
 
-    boundaries = play(lambda: story(None))
-    for at in range(1, boundaries + 1):
-        play(lambda at=at: story(at))  # type: ignore[misc]  # mypy infers no lambda with a default
+    at_each_boundary(story)

@@ -123,7 +123,6 @@ FAULTS: list[tuple[int, str, Fault]] = [
 )
 async def test_each_answer_may_be_refused_or_lost_once(number: int, name: str, fault: Fault) -> None:
     """Most of them are mended by the run itself; what is not is an error after which the next run finishes."""
-
     world = World()
     process = world.process(faults={number: fault})
     try:
@@ -190,7 +189,6 @@ def test_frozen_at_any_boundary_for_any_time_it_buys_nothing_more(boundary: tupl
 
 async def test_one_prediction_too_many_is_cancelled_and_stands_in_the_record() -> None:
     """The one case the promise leaves open: frozen for more than 20 s right before the POST."""
-
     world = World(service_seconds=60.0)
     first = world.process(freeze_at=BEFORE_THE_POST)
     slow = asyncio.ensure_future(first.obtain(ITEM))
@@ -207,7 +205,6 @@ async def test_one_prediction_too_many_is_cancelled_and_stands_in_the_record() -
 
 async def test_a_freeze_that_is_allowed_is_reckoned_with_before_anything_is_bought_again() -> None:
     """Frozen for 19 s, then killed while its POST is under way, which takes effect a minute after that."""
-
     world = World("create:late,seconds=88,at=1")
     first = world.process(freeze_at=BEFORE_THE_POST)
     dying = asyncio.ensure_future(first.until_it_ends(first.obtain(ITEM)))
@@ -223,7 +220,6 @@ async def test_a_freeze_that_is_allowed_is_reckoned_with_before_anything_is_boug
 
 async def test_an_owner_that_thaws_after_a_lost_answer_leaves_the_live_claim_of_another_alone() -> None:
     """Its own order never arrived; another has taken over, is killed, and that order takes effect a minute later."""
-
     world = World("create:late,seconds=88,at=1")
     first = world.process(freeze_at="after POST", by_name=[("POST", "refuse", 1)])
     slow = asyncio.ensure_future(first.obtain(ITEM))

@@ -36,7 +36,6 @@ def posted_and_stood_still(world: World, how: str) -> Process:
 @pytest.mark.parametrize("how", ["frozen", "without its bucket"])
 async def test_a_further_order_of_another_run_is_settled_before_any_is_made(how: str, killed_after: str) -> None:
     """The first order fails, the other run adopts it, orders again and is killed: that order is found, not repeated."""
-
     world = World("prediction:fail_retryable,next=1")
     first = posted_and_stood_still(world, how)
     work = asyncio.ensure_future(first.until_it_ends(first.obtain(X)))
@@ -91,7 +90,6 @@ async def test_what_another_run_replaced_meanwhile_is_not_ordered_over(killed_af
 
 async def test_the_picture_of_another_input_is_not_given_back_for_the_one_that_it_replaced() -> None:
     """The other run's prediction is still in flight when the first one goes on."""
-
     world = World(service_seconds=200.0)
     first = world.process(run_id="first", freeze_at=f"after {POST}")
     work = asyncio.ensure_future(first.until_it_ends(first.obtain(X)))

@@ -25,7 +25,6 @@ LOGO = b"the company's own logo"
 @pytest.mark.parametrize("rebuy_missing", [True, False])
 async def test_a_picture_that_is_some_seconds_late_is_fetched_not_bought_again(rebuy_missing: bool) -> None:
     """Its host answers 404 at first, as hosts do whose copies are not everywhere yet."""
-
     world = World("picture:not_found,next=3")
     await world.process().obtain(A, rebuy_missing=rebuy_missing)
     world.check([A])
@@ -33,7 +32,6 @@ async def test_a_picture_that_is_some_seconds_late_is_fetched_not_bought_again(r
 
 async def test_a_picture_younger_than_a_day_is_never_taken_for_gone() -> None:
     """The vendor keeps outputs for 24 h: a host that denies one before that is wrong, and is asked again."""
-
     world = World("picture:not_found")
     for hours in (0, 23):
         await asyncio.sleep(hours * 3600)
@@ -65,7 +63,6 @@ async def test_a_prediction_younger_than_a_day_that_the_api_denies_is_kept() -> 
 @pytest.mark.parametrize("items", [1, 12])
 async def test_a_success_that_is_told_before_its_output_is_waited_for(items: int) -> None:
     """Seen by id or in the list; the slot in flight is free meanwhile."""
-
     world = World("prediction:late_output,seconds=20", service_seconds=5.0)
     wanted_items = [wanted(number) for number in range(items)]
     process = world.process(requests_per_minute=60, max_in_flight=10)
@@ -75,7 +72,6 @@ async def test_a_success_that_is_told_before_its_output_is_waited_for(items: int
 
 async def test_an_output_that_is_minutes_late_is_stored_by_the_next_run() -> None:
     """The run that bought it reports it after a minute; the item has not failed, and nothing is bought again."""
-
     world = World("prediction:late_output,seconds=600")
     process = world.process()
     with pytest.raises(NotYetSafe, match="no picture yet"):
@@ -103,7 +99,6 @@ async def test_await_and_store_in_steps_wait_for_a_late_output_as_well() -> None
 
 async def test_a_page_in_place_of_the_api_says_nothing_about_a_prediction() -> None:
     """A gateway's HTML 404 for two minutes: the API itself would say so in JSON."""
-
     world = World()
     process = world.process()
     work = asyncio.ensure_future(process.obtain(A))
@@ -138,7 +133,6 @@ async def test_an_output_that_never_comes_fails_its_item_after_an_hour_and_is_bo
 @pytest.mark.parametrize(("items", "limit"), [(1, None), (12, 60), (12, None)])
 async def test_every_output_that_was_paid_for_is_stored(items: int, limit: int | None) -> None:
     """Also of the default model, and when the list of executions, whose rows show one output, told the end."""
-
     world = World("prediction:output_several,value=2", service_seconds=5.0)
     process = world.process(requests_per_minute=limit, max_in_flight=10)
     wanted_items = [wanted(number) for number in range(items)]
@@ -149,7 +143,6 @@ async def test_every_output_that_was_paid_for_is_stored(items: int, limit: int |
 
 async def test_whoever_wants_to_see_pictures_is_shown_each_items_first_when_it_is_stored_a_few_at_a_time() -> None:
     """They are in memory until they were seen: not more of them than downloads at a time."""
-
     world = World("prediction:output_several,value=2", service_seconds=5.0)
     process = world.process(max_in_flight=None)
     wanted_items = [wanted(number) for number in range(3 * DOWNLOADS_AT_A_TIME)]
@@ -207,7 +200,6 @@ async def test_an_object_that_is_nobodys_item_is_a_conflict_before_anything_is_b
 
 async def test_another_items_picture_is_not_replaced_either() -> None:
     """A picture of a prediction that this item's record does not name: its own record was lost, or it was copied."""
-
     world = World()
     image = await world.process().obtain(A)
     del world.store.objects[RECORD]
@@ -237,7 +229,6 @@ async def test_an_object_that_came_while_the_picture_was_made_is_left_alone_and_
 
 async def test_a_picture_that_lost_its_metadata_is_known_by_its_bytes() -> None:
     """Tools that copy a bucket may drop user metadata."""
-
     world = World()
     await world.process().obtain(A)
     world.store.objects[PICTURE].metadata = {}

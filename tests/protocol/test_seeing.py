@@ -180,7 +180,6 @@ async def test_a_machine_that_sleeps_while_a_lost_answer_is_settled_buys_nothing
 @pytest.mark.parametrize("posted", [True, False])
 async def test_the_same_when_no_clock_of_the_machine_notices(after: float, posted: bool) -> None:
     """A virtual machine that was paused: its monotonic clock stood still with it."""
-
     world = World()
     process = world.process(by_name=[("POST", "lose" if posted else "refuse", 1)])
     working = asyncio.ensure_future(process.obtain(A))
@@ -224,7 +223,6 @@ async def test_a_prediction_from_before_the_claim_is_never_adopted(hours: int) -
 
 async def test_what_was_made_seconds_before_the_claim_is_named_rather_than_adopted_or_repeated() -> None:
     """Clocks that differ a little could have dated our own so."""
-
     world = World()
     others_buy(world, A)
     await asyncio.sleep(20)
@@ -300,7 +298,6 @@ async def test_what_may_be_another_destinations_is_adopted_as_the_nearest_and_re
 
 async def test_who_finishes_what_it_did_not_buy_leaves_it_to_the_item_that_adopted_it() -> None:
     """A is frozen before its note; B's answer is lost, and B is given A's prediction; A notes it and is killed."""
-
     world = World()
     a, b = wanted(1, prompt="same"), wanted(2, prompt="same")
     first = world.process(freeze_at="before S3 PUT kit/records/item-1.json created")

@@ -198,7 +198,6 @@ async def test_a_lost_answer_is_settled_by_the_call_that_names_it_in_seconds() -
 
 async def test_equal_inputs_whose_answers_are_lost_are_told_apart_by_their_calls() -> None:
     """Without an echo (assumption c), and while somebody else buys the same (e)."""
-
     world = World("prediction:echo_none", calls=True, service_seconds=5.0, webhook_retry_seconds=1.0)
     process = world.process(by_name=[("POST /v1/prediction", "lose", 4)])
     items = [wanted(prompt="the same for all", item_id=f"item-{number}") for number in range(4)]
@@ -239,7 +238,6 @@ async def test_a_killed_runs_order_is_found_by_name_by_the_next_run() -> None:
 
 async def test_an_order_that_takes_effect_after_all_is_reported_by_its_call() -> None:
     """Assumption (b) broken: the abandoned POST buys when another was bought in its place."""
-
     world = World("create:late,next=1,seconds=300", calls=True, service_seconds=5.0)
     process = world.process()
     await process.obtain(wanted())
@@ -253,7 +251,6 @@ async def test_an_order_that_takes_effect_after_all_is_reported_by_its_call() ->
 @pytest.mark.parametrize("echo", ["echoed", "echo_none"])
 async def test_an_order_that_bought_nothing_is_not_given_what_somebody_else_bought(echo: str) -> None:
     """The vendor's list of webhooks shows that the foreign prediction is not ours: bought once more, and once only."""
-
     faults = ["prediction:echo_none"] if echo == "echo_none" else []
     world = World(*faults, calls=True, service_seconds=5.0)
     process = world.process()
