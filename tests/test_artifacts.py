@@ -15,7 +15,6 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from prefect import flow
 from prefect.assets import Asset
-from prefect.client.orchestration import get_client
 
 from prefect_eachlabs import (
     StoredImage,
@@ -33,7 +32,7 @@ from prefect_eachlabs.engine.cleanup import SettleReport
 from prefect_eachlabs.flows import generate_image
 from prefect_eachlabs.images.thumbnails import NoThumbnail
 from prefect_eachlabs.net.redaction import visible
-from tests.flows.flow_fixtures import Studio
+from tests.flows.flow_fixtures import Studio, last_artifact
 from tests.html_seen import Seen
 
 HOSTILE = [
@@ -157,16 +156,6 @@ def test_the_janitors_report_escapes_what_it_quotes() -> None:
 # ---------------------------------------------------------------- on a server
 
 
-async def _artifacts() -> list[Any]:
-    async with get_client() as client:
-        return await client.read_artifacts(limit=200)
-
-
-def artifact_of(key: str) -> Any:
-    (found,) = [artifact for artifact in asyncio.run(_artifacts()) if artifact.key == key]
-    return found
-
-
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The events that left this process, but for Prefect's own."""
@@ -236,7 +225,7 @@ class TestOnAServer:
         monkeypatch.setattr(engine, "COST_PAUSES_SECONDS", (0.3,) * 20)
         studio.api.set_faults("prediction:late_cost,seconds=0.5")
         stored = generate_image("a red <fox>", studio.destination, item_id="fox-of-the-flow")
-        artifact = artifact_of("eachlabs-fox-of-the-flow")
+        artifact = last_artifact("eachlabs-fox-of-the-flow")
         assert (artifact.type, artifact.description) == ("markdown", "$0.0390 · a red -fox-")
         seen = rendered(artifact.data)
         (picture,) = [attributes for name, attributes in seen.tags if name == "img"]
@@ -259,7 +248,7 @@ class TestOnAServer:
             await acreate_prediction("three", destination=studio.destination)
 
         asyncio.run(sketches())
-        assert "data:image/jpeg" in artifact_of("eachlabs-async-1").data
+        assert "data:image/jpeg" in last_artifact("eachlabs-async-1").data
         assert [one["event"] for one in sent] == [events.STORED, events.STORED]
 
     def test_an_artifact_or_event_that_cannot_be_made_fails_no_picture(

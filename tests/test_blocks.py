@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from typing import Any
@@ -109,26 +110,19 @@ def test_without_a_block_of_prefect_aws_it_is_not_needed(monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("prefect_server")
 class TestOnAServer:
-    async def _secrets_of(self, name: str) -> str:
-        async with get_client() as client:
-            document = await client.read_block_document_by_name(name, "eachlabs-credentials", include_secrets=False)
-            return json.dumps(document.data, default=str)
-
     def test_register_finds_both_blocks_in_the_lazy_package(self) -> None:
         """What `prefect block register -m prefect_eachlabs` does with the module."""
-        import asyncio
-
         found = asyncio.run(_register_blocks_in_module(prefect_eachlabs))
         assert {block.__name__ for block in found} == {"EachlabsCredentials", "S3Destination"}
 
     def test_a_saved_block_comes_back_by_its_name_and_its_secret_is_masked(self) -> None:
-        import asyncio
-
         EachlabsCredentials(api_key=KEY, requests_per_minute=30, account="studio").save("studio", overwrite=True)
         loaded: EachlabsCredentials = load_block("studio", EachlabsCredentials)
         assert loaded.api_key.get_secret_value() == KEY
         assert (loaded.requests_per_minute, loaded.account, loaded.base_url) == (30, "studio", "")
-        assert KEY not in asyncio.run(self._secrets_of("studio"))
+        with get_client(sync_client=True) as client:
+            document = client.read_block_document_by_name("studio", "eachlabs-credentials", include_secrets=False)
+        assert KEY not in json.dumps(document.data, default=str)
         assert KEY not in repr(loaded)
 
     def test_a_destination_takes_its_keys_from_a_block_of_prefect_aws(self) -> None:

@@ -65,24 +65,19 @@ def test_whatever_the_api_says_is_read_without_an_error(said: Any) -> None:
 # ------------------------------------------------------------------------------- status
 
 
-@pytest.mark.parametrize("word", ["success", "SUCCESS", "succeeded", "Completed", " success "])
-def test_three_vocabularies_say_that_it_succeeded(word: str) -> None:
-    assert parse_status(word) is PredictionStatus.SUCCEEDED
+WORDS: dict[PredictionStatus, tuple[object, ...]] = {
+    PredictionStatus.SUCCEEDED: ("success", "SUCCESS", "succeeded", "Completed", " success "),
+    PredictionStatus.FAILED: ("error", "ERROR", "failed", "Failed"),
+    PredictionStatus.CANCELLED: ("cancelled", "canceled", "CANCELED"),
+    PredictionStatus.PENDING: ("created", "starting", "processing", "", None, "warming_up", 3, [], {"a": 1}, True),
+}
 
 
-@pytest.mark.parametrize("word", ["error", "ERROR", "failed", "Failed"])
-def test_two_words_say_that_it_failed(word: str) -> None:
-    assert parse_status(word) is PredictionStatus.FAILED
-
-
-@pytest.mark.parametrize("word", ["cancelled", "canceled", "CANCELED"])
-def test_both_spellings_say_that_it_was_cancelled(word: str) -> None:
-    assert parse_status(word) is PredictionStatus.CANCELLED
-
-
-@pytest.mark.parametrize("word", ["created", "starting", "processing", "", None, "warming_up", 3, [], {"a": 1}, True])
-def test_any_other_word_means_not_finished(word: object) -> None:
-    assert parse_status(word) is PredictionStatus.PENDING
+@pytest.mark.parametrize(("status", "word"), [(status, word) for status, words in WORDS.items() for word in words])
+def test_three_vocabularies_say_how_it_ended_and_any_other_word_means_not_finished(
+    status: PredictionStatus, word: object
+) -> None:
+    assert parse_status(word) is status
 
 
 def test_a_word_that_is_not_known_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

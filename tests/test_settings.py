@@ -29,31 +29,20 @@ def test_every_setting_has_a_variable() -> None:
 
 
 def test_the_variables_of_an_account_and_of_a_purchase_are_read() -> None:
-    environ = {
-        "EACHLABS_API_KEY": f"  {KEY}\n",
-        "EACHLABS_BASE_URL": "http://127.0.0.1:8700/",
-        "EACHLABS_AUTH_SCHEME": "Bearer",
-        "EACHLABS_REQUESTS_PER_MINUTE": "none",
-        "EACHLABS_MAX_IN_FLIGHT": "NONE",
-        "EACHLABS_ACCOUNT": "team-a",
-        "EACHLABS_CLAIM_SECONDS": "30",
-        "EACHLABS_SETTLING_SECONDS": "0",
-        "EACHLABS_DEADLINE_SECONDS": "12.5",
-        "EACHLABS_CONDITIONAL_WRITES": "IGNORE",
+    given: dict[str, tuple[str, object]] = {
+        "base_url": ("http://127.0.0.1:8700/", "http://127.0.0.1:8700"),
+        "auth_scheme": ("Bearer", "bearer"),
+        "requests_per_minute": ("none", None),
+        "max_in_flight": ("NONE", None),
+        "account": ("team-a", "team-a"),
+        "claim_seconds": ("30", 30.0),
+        "settling_seconds": ("0", 0.0),
+        "deadline_seconds": ("12.5", 12.5),
+        "conditional_writes": ("IGNORE", "ignore"),
     }
-    assert set(environ) <= set(ENVIRONMENT.values())
-    settings = settings_from_environment(environ)
-    expected = {
-        "base_url": "http://127.0.0.1:8700",
-        "auth_scheme": "bearer",
-        "requests_per_minute": None,
-        "max_in_flight": None,
-        "account": "team-a",
-        "claim_seconds": 30.0,
-        "settling_seconds": 0.0,
-        "deadline_seconds": 12.5,
-        "conditional_writes": "ignore",
-    }
+    environ = {ENVIRONMENT[field]: text for field, (text, _) in given.items()}
+    settings = settings_from_environment({**environ, "EACHLABS_API_KEY": f"  {KEY}\n"})
+    expected = {field: value for field, (_, value) in given.items()}
     assert settings.model_dump(include=set(expected)) == expected
     assert settings.api_key.get_secret_value() == KEY
 
@@ -70,36 +59,26 @@ def test_without_a_key_it_says_where_to_put_one(environ: dict[str, str]) -> None
         settings_from_environment(environ)
 
 
+OUT_OF_BOUNDS = {
+    "EACHLABS_API_KEY": ("with a\nline", "schlüssel"),
+    "EACHLABS_BASE_URL": (
+        *("http://api.eachlabs.ai", "ftp://api.eachlabs.ai", "https://user:pw@api.eachlabs.ai", "https://"),
+        *("https://api.eachlabs.ai?key=1", "http://127.0.0.1.evil.example", "http://localhost.evil.example"),
+        *("https://host:99999", "https://[::1"),
+    ),
+    "EACHLABS_AUTH_SCHEME": ("basic",),
+    "EACHLABS_REQUESTS_PER_MINUTE": ("0", "-1", "many", "1e9"),
+    "EACHLABS_MAX_IN_FLIGHT": ("0",),
+    "EACHLABS_ACCOUNT": ("a b", "x" * 65),
+    "EACHLABS_CLAIM_SECONDS": ("0.5", "nan", "inf"),
+    "EACHLABS_SETTLING_SECONDS": ("-1",),
+    "EACHLABS_DEADLINE_SECONDS": ("0", "1e9"),
+    "EACHLABS_CONDITIONAL_WRITES": ("maybe",),
+}
+
+
 @pytest.mark.parametrize(
-    ("variable", "value"),
-    [
-        ("EACHLABS_API_KEY", "with a\nline"),
-        ("EACHLABS_API_KEY", "schlüssel"),
-        ("EACHLABS_BASE_URL", "http://api.eachlabs.ai"),
-        ("EACHLABS_BASE_URL", "ftp://api.eachlabs.ai"),
-        ("EACHLABS_BASE_URL", "https://user:pw@api.eachlabs.ai"),
-        ("EACHLABS_BASE_URL", "https://api.eachlabs.ai?key=1"),
-        ("EACHLABS_BASE_URL", "http://127.0.0.1.evil.example"),
-        ("EACHLABS_BASE_URL", "http://localhost.evil.example"),
-        ("EACHLABS_BASE_URL", "https://"),
-        ("EACHLABS_BASE_URL", "https://host:99999"),
-        ("EACHLABS_BASE_URL", "https://[::1"),
-        ("EACHLABS_AUTH_SCHEME", "basic"),
-        ("EACHLABS_REQUESTS_PER_MINUTE", "0"),
-        ("EACHLABS_REQUESTS_PER_MINUTE", "-1"),
-        ("EACHLABS_REQUESTS_PER_MINUTE", "many"),
-        ("EACHLABS_REQUESTS_PER_MINUTE", "1e9"),
-        ("EACHLABS_MAX_IN_FLIGHT", "0"),
-        ("EACHLABS_ACCOUNT", "a b"),
-        ("EACHLABS_ACCOUNT", "x" * 65),
-        ("EACHLABS_CLAIM_SECONDS", "0.5"),
-        ("EACHLABS_CLAIM_SECONDS", "nan"),
-        ("EACHLABS_CLAIM_SECONDS", "inf"),
-        ("EACHLABS_SETTLING_SECONDS", "-1"),
-        ("EACHLABS_DEADLINE_SECONDS", "0"),
-        ("EACHLABS_DEADLINE_SECONDS", "1e9"),
-        ("EACHLABS_CONDITIONAL_WRITES", "maybe"),
-    ],
+    ("variable", "value"), [(name, value) for name, wrong in OUT_OF_BOUNDS.items() for value in wrong]
 )
 def test_a_value_out_of_its_bounds_is_refused_by_its_variables_name_without_the_value_of_the_key(
     variable: str, value: str

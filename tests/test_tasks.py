@@ -226,12 +226,6 @@ def test_bad_input_is_refused_before_anything_is_bought(
     assert studio.api.tallies()["requests"] == 0
 
 
-def test_a_missing_bucket_is_named_before_anything_is_bought(studio: Studio) -> None:
-    with pytest.raises(SetupError, match="no-such-bucket"):
-        generate_and_store.fn("x", destination="s3://no-such-bucket/p")
-    assert studio.billed == 0
-
-
 def test_a_failed_prediction_fails_the_flow_and_stays_failed_until_asked(studio: Studio) -> None:
     studio.api.set_faults("prediction:fail,value=INVALID_INPUT,next=1")
     with pytest.raises(PredictionFailed):

@@ -29,36 +29,12 @@ from prefect_eachlabs import (
     await_result,
     cancel_prediction,
     create_prediction,
+    errors,
     generate_and_store,
     generate_rows,
     store_image,
 )
 from prefect_eachlabs.batch.outcomes import BatchResult
-from prefect_eachlabs.errors import (
-    BadInput,
-    ContentRefused,
-    DownloadFailed,
-    FormatNotAllowed,
-    HostNotAllowed,
-    InsufficientBalance,
-    ItemConflict,
-    KeyRefused,
-    NotAPng,
-    NotSent,
-    NotYetSafe,
-    OutcomeUnknown,
-    OutputMissing,
-    PictureMissing,
-    PredictionCancelled,
-    PredictionFailed,
-    PredictionTimedOut,
-    Rejected,
-    SetupError,
-    Skipped,
-    StoreFailed,
-    Throttled,
-    Unanswered,
-)
 from prefect_eachlabs.flows import (
     aaudit_bill,
     agenerate_batch,
@@ -142,34 +118,41 @@ def blocks() -> None:
     assert_type(S3Destination(bucket="acme", prefix="daily"), S3Destination)
 
 
-def errors(prediction: Prediction) -> None:
+def in_the_tree_of_errors(prediction: Prediction) -> None:
     try:
         await_result(prediction)
-    except ItemConflict as error:
-        wrong: BadInput | ValueError = error
+    except errors.ItemConflict as error:
+        wrong: errors.BadInput | ValueError = error
         print(wrong)
-    except KeyRefused as error:
-        both: Rejected | SetupError = error
+    except errors.KeyRefused as error:
+        both: errors.Rejected | errors.SetupError = error
         print(both)
-    except InsufficientBalance as error:
-        paused: Throttled = error
+    except errors.InsufficientBalance as error:
+        paused: errors.Throttled = error
         print(paused.retry_after_seconds)
-    except (ContentRefused, OutputMissing) as error:
-        failed: PredictionFailed = error
+    except (errors.ContentRefused, errors.OutputMissing) as error:
+        failed: errors.PredictionFailed = error
         print(failed.code)
-    except FormatNotAllowed as error:
-        no_png: NotAPng = error
+    except errors.FormatNotAllowed as error:
+        no_png: errors.NotAPng = error
         print(no_png)
-    except HostNotAllowed as error:
-        unreached: DownloadFailed = error
+    except errors.HostNotAllowed as error:
+        unreached: errors.DownloadFailed = error
         print(unreached.url)
-    except (DownloadFailed, StoreFailed, NotAPng) as error:
-        not_yet_safe: NotYetSafe = error
+    except (errors.DownloadFailed, errors.StoreFailed, errors.NotAPng) as error:
+        not_yet_safe: errors.NotYetSafe = error
         print(not_yet_safe.url)
-    except PredictionTimedOut as error:
+    except errors.PredictionTimedOut as error:
         late: TimeoutError = error
         print(late)
-    except (NotSent, Unanswered, OutcomeUnknown, PredictionCancelled, PictureMissing, Skipped) as error:
+    except (
+        errors.NotSent,
+        errors.Unanswered,
+        errors.OutcomeUnknown,
+        errors.PredictionCancelled,
+        errors.PictureMissing,
+        errors.Skipped,
+    ) as error:
         assert_type(error.retryable, bool)
         assert_type(error.item_id, str | None)
     except EachlabsError as error:

@@ -19,7 +19,6 @@ from prefect_eachlabs.settings import AccountSettings
 from prefect_eachlabs.testing.emulator import EmulatorOptions, InProcessTransport
 from tests.limits.local import local_limiter
 from tests.memory_store import MemoryStore
-from tests.virtual_time import run
 
 DESTINATION = Destination.parse("s3://bucket/p")
 API = "https://api.invalid"
@@ -47,7 +46,7 @@ class Shop:
         self.transport = InProcessTransport(options)
         self.api = self.transport.emulator
         self.store = MemoryStore()
-        self._processes: list[Engine] = []
+        self._processes: list[Engine] = []  # whose tasks are not to be forgotten
         given = {"check_references": "no", "reference_roots": "s3://bucket", **settings}
         self.settings = AccountSettings(api_key="kit-key", base_url=API, **given)
 
@@ -100,7 +99,3 @@ async def buy(engine: Engine, prompt: str, image_url: object = None, **given: An
     options = PurchaseOptions(run_id="run", any_reference=given.pop("any_reference", False))
     item = Item.wanted(prompt, image_url=image_url, **given)
     return await engine.generate_and_store(item, DESTINATION, options=options)
-
-
-def play(story: Callable[[], Any]) -> None:
-    run(story())

@@ -128,23 +128,14 @@ def test_a_connection_that_never_came_about_sent_nothing(error: httpx.HTTPError)
 @pytest.mark.parametrize(
     "error",
     [
-        httpx.ReadError("cut"),
-        httpx.WriteError("cut"),
-        httpx.CloseError("cut"),
-        httpx.ReadTimeout("slow"),
-        httpx.WriteTimeout("slow"),
-        httpx.RemoteProtocolError("Server disconnected without sending a response."),
-        httpx.LocalProtocolError("strange"),
-        httpx.ProxyError("the proxy said no"),
-        httpx.DecodingError("no gzip"),
-        httpx.NetworkError("network"),
-        httpx.TransportError("transport"),
+        *(httpx.ReadError, httpx.WriteError, httpx.CloseError, httpx.ReadTimeout, httpx.WriteTimeout, httpx.ProxyError),
+        *(httpx.RemoteProtocolError, httpx.LocalProtocolError, httpx.DecodingError, httpx.NetworkError),
+        httpx.TransportError,
     ],
-    ids=lambda error: type(error).__name__,
 )
-def test_an_order_that_was_cut_may_have_been_billed_and_is_not_repeated(error: httpx.HTTPError) -> None:
+def test_an_order_that_was_cut_may_have_been_billed_and_is_not_repeated(error: type[httpx.RequestError]) -> None:
     with pytest.raises(OutcomeUnknown) as unknown:
-        answered(error, create)
+        answered(error("cut"), create)
     assert not unknown.value.retryable
 
 

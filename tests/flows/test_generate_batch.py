@@ -68,13 +68,10 @@ def seen_of(state: State[Any]) -> tuple[list[Any], list[Any]]:
 
 
 def seen_of_run(run_id: UUID) -> tuple[list[Any], list[Any]]:
-    async def read() -> tuple[list[Any], list[Any]]:
-        async with get_client() as client:
-            runs = await client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
-            mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
-            return runs, await client.read_artifacts(artifact_filter=mine)
-
-    return asyncio.run(read())
+    with get_client(sync_client=True) as client:
+        runs = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run_id])))
+        mine = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run_id]))
+        return runs, client.read_artifacts(artifact_filter=mine)
 
 
 def test_a_task_run_stands_for_a_chunk_and_one_more_run_needs_none(studio: Studio, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -73,14 +72,10 @@ class TestTheFlow:
         """A run that was scheduled for then and starts now, as a worker starts it."""
         parameters = {"prompt_template": prompt, "destination": destination, **more}
 
-        async def scheduled() -> object:
-            async with get_client() as client:
-                return await client.create_flow_run(
-                    scheduled_image, parameters=parameters, state=Scheduled(scheduled_time=when)
-                )
-
-        run = asyncio.run(scheduled())
-        image = run_flow(scheduled_image, flow_run=run, parameters=parameters)  # type: ignore[arg-type]
+        with get_client(sync_client=True) as client:
+            state = Scheduled(scheduled_time=when)
+            run = client.create_flow_run(scheduled_image, parameters=parameters, state=state)
+        image = run_flow(scheduled_image, flow_run=run, parameters=parameters)
         assert isinstance(image, StoredImage)
         return image
 
