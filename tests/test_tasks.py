@@ -36,16 +36,8 @@ from prefect_eachlabs.tasks import may_be_repeated
 from tests.flows.flow_fixtures import Studio
 
 TASKS = [
-    create_prediction,
-    await_result,
-    cancel_prediction,
-    store_image,
-    generate_and_store,
-    acreate_prediction,
-    aawait_result,
-    acancel_prediction,
-    astore_image,
-    agenerate_and_store,
+    *(create_prediction, await_result, cancel_prediction, store_image, generate_and_store),
+    *(acreate_prediction, aawait_result, acancel_prediction, astore_image, agenerate_and_store),
 ]
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -190,7 +182,8 @@ def test_what_another_tool_ordered_is_stored_under_a_record_of_its_own(studio: S
     def rescue() -> StoredImage:
         return store_image(await_result(answer["predictionID"]), studio.destination)
 
-    first, again = rescue(), rescue()
+    first = rescue()
+    again = store_image.fn(await_result.fn(answer["predictionID"]), studio.destination)
     assert first.uri == f"{studio.destination}/images/{answer['predictionID']}.png"
     assert (again.uri, again.reused) == (first.uri, True)
     assert studio.keys("records/") == [f"{answer['predictionID']}.json"]
@@ -230,10 +223,11 @@ def test_a_failed_prediction_fails_the_flow_and_stays_failed_until_asked(studio:
     studio.api.set_faults("prediction:fail,value=INVALID_INPUT,next=1")
     with pytest.raises(PredictionFailed):
         generate_image("a fox", studio.destination, item_id="fox")
+    given: dict[str, Any] = {"destination": studio.destination, "item_id": "fox"}
     with pytest.raises(PredictionFailed, match="only when asked"):
-        generate_image("a fox", studio.destination, item_id="fox")
+        generate_and_store.fn("a fox", **given)
     assert studio.billed == 1
-    again = generate_and_store.fn("a fox", destination=studio.destination, item_id="fox", retry_failed=True)
+    again = generate_and_store.fn("a fox", **given, retry_failed=True)
     assert again.uri.endswith("/images/fox.png")
 
 

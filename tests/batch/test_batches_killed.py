@@ -17,13 +17,8 @@ from tests.batch.cli_process import command, emptied, objects_of, table_of
 pytestmark = pytest.mark.slow
 
 FAULTS = (
-    "create:lost_answer=0.04",
-    "create:error=0.02",
-    "create:error_after=0.02",
-    "get:cut_body=0.06",
-    "prediction:fail=0.02",
-    "prediction:fail_moderation=0.02",
-    "picture:truncated=0.02",
+    *("create:lost_answer=0.04", "create:error=0.02", "create:error_after=0.02", "get:cut_body=0.06"),
+    *("prediction:fail=0.02", "prediction:fail_moderation=0.02", "picture:truncated=0.02"),
 )
 ROWS = 80
 BUCKET = "killed-batches"

@@ -84,7 +84,11 @@ def test_a_line_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [b"", b"{}", b"[]", b'{"row": 1}', b'{"row": 1, "state": "odd"}', b'{"row": "x", "state": "stored"}', b"\xff"],
+    [
+        *(b"", b"{}", b"[]", b'{"row": 1}', b'{"row": 1, "state": "odd"}', b"\xff"),
+        *(b'{"row": %s, "state": "stored"}' % row for row in (b'"x"', b"Infinity", b"-1", b"1.5", b"true", b"null")),
+        b'{"row": 1%s, "state": "stored"}' % (b"0" * 400),
+    ],
 )
 def test_a_line_that_is_none_of_a_report_is_none(line: bytes) -> None:
     assert Outcome.from_line(line) is None

@@ -33,7 +33,9 @@ def findings(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, dict
     return status, {one["about"]: one for one in json.loads(out)["findings"]}, out
 
 
-def test_what_is_right_is_ok_and_costs_nothing(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_right_is_ok_costs_nothing_and_a_persons_lines_say_what_to_do(
+    studio: Studio, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, found, out = findings(capsys, "--to", studio.destination)
     ok = {about for about, one in found.items() if one["state"] == "ok"}
     assert (status, ok) == (0, {"versions", "account", "API", "bucket", "Prefect"})
@@ -41,6 +43,10 @@ def test_what_is_right_is_ok_and_costs_nothing(studio: Studio, capsys: pytest.Ca
     assert studio.billed == 0
     assert studio.keys("") == ["doctor.txt"]
     assert "a-key-of-tests" not in out
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    for words in ("ok      versions", "ok      API", "-       bucket", "ok      Prefect", "→ To share them over"):
+        assert words in out
 
 
 def webhooks_of(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, **given: str) -> dict[str, Any]:
@@ -70,13 +76,6 @@ def test_it_calls_itself_through_the_configured_url(
     nowhere = webhooks_of(capsys, monkeypatch, listen="")
     assert (nowhere["state"], "nothing can come in" in nowhere["said"]) == ("MEND", True)
     assert studio.billed == 0
-
-
-def test_the_lines_for_people_say_what_to_do(studio: Studio, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["doctor"]) == 0
-    out = capsys.readouterr().out
-    for words in ("ok      versions", "ok      API", "-       bucket", "ok      Prefect", "→ To share them over"):
-        assert words in out
 
 
 def test_without_a_key_it_says_so_and_asks_nobody(capsys: pytest.CaptureFixture[str]) -> None:

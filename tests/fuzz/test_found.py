@@ -209,11 +209,6 @@ def test_a_parquet_file_whose_names_are_no_text_is_no_table(tmp_path: Path) -> N
 LINE = {"row": 2, "state": "stored", "item_id": "fox"}
 
 
-@pytest.mark.parametrize("row", [float("inf"), -1, 1.5, "2", True, None, 10**400])
-def test_a_line_of_a_report_without_its_row_is_none(row: Any) -> None:
-    assert Outcome.from_line(json.dumps({**LINE, "row": row})) is None
-
-
 @pytest.mark.parametrize("cost", [float("nan"), float("inf"), -5.0, 10**400, True, "1"])
 def test_a_cost_in_a_report_that_is_no_cost_does_not_reach_the_budget(cost: Any) -> None:
     """A report is in the bucket, and a cost of -5 or NaN in it would have lifted the budget of the next run."""
