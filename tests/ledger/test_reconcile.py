@@ -387,7 +387,7 @@ def test_a_claim_that_is_settled_here_is_no_other_claim() -> None:
     assert 2 * CLOCK_MARGIN.total_seconds() < READ_BACK_SECONDS, "records of all candidates are read"
 
 
-async def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
+async def test_thousands_of_records_are_read_without_a_task_for_each() -> None:
     """So much may a batch without limits have bought since the claim that is to be settled."""
     tasks = asked = 0
 
@@ -400,6 +400,6 @@ async def test_ten_thousand_records_are_read_without_a_task_for_each() -> None:
     nobody: Any = SimpleNamespace(named_listeners=[])
     settings = AccountSettings(api_key=SecretStr("k"))
     reconciler = Reconciler(nobody, nobody, ledger, settings, known=dict, webhooks=nobody)
-    await reconciler._read_each([f"item-{number}" for number in range(10_000)], nobody)
-    assert asked == 2 * 10_000
+    await reconciler._read_each([f"item-{number}" for number in range(2_000)], nobody)
+    assert asked == 2 * 2_000
     assert tasks <= READS_AT_A_TIME + 2

@@ -249,7 +249,7 @@ async def test_a_fault_of_ours_does_not_leave_callers_waiting(
     assert len(warnings(caplog, "which should not happen: RuntimeError('never seen before')")) == 2  # one a limit
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(8))
 async def test_whatever_happens_no_minute_holds_more_than_the_limit(
     seed: int, caplog: pytest.LogCaptureFixture
 ) -> None:
