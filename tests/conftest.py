@@ -139,10 +139,8 @@ A process is given its next group before the last test of the one it has: long t
 
 @functools.cache
 def _group_of(file: str) -> str:
-    """A file keeps to one process, and what needs the Prefect server to two: starting one takes 20 s of CPU."""
-    if not re.search(r"\bprefect_server\b", (ROOT / file).read_text(encoding="utf-8")):
-        return file
-    return "server of the flows" if file.startswith("tests/flows/") else "server of the others"
+    """A file keeps to one process, and all that needs the Prefect server too: starting one takes 12 s of CPU."""
+    return "server" if re.search(r"\bprefect_server\b", (ROOT / file).read_text(encoding="utf-8")) else file
 
 
 def _slow_place_of(file: str) -> tuple[int, int]:
@@ -183,7 +181,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     def place(item: pytest.Item) -> tuple[int, int]:
         file = item.nodeid.partition("::")[0]
-        return _slow_place_of(file) if _is_slow_run(config) else (not _group_of(file).startswith("server"), 0)
+        return _slow_place_of(file) if _is_slow_run(config) else (_group_of(file) != "server", 0)
 
     items.sort(key=place)
 
