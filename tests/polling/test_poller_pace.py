@@ -65,10 +65,10 @@ def test_at_60_a_minute_sweeps_leave_nearly_all_requests_to_creates() -> None:
         {"duration": steadily},
         {"duration": widely},
         {"duration": with_stragglers},
-        {"callers": 10},  # no more than slots
+        {"callers": 10},
         {"tells_time": False},
     ],
-    ids=str,
+    ids=["steady", "wide", "with stragglers", "no more callers than slots", "no duration told"],
 )
 def test_it_is_as_good_at_other_durations_with_few_callers_and_where_no_duration_is_told(given: dict[str, Any]) -> None:
     shop = shop_for(**{"callers": 20, "minutes": 4, "requests_per_minute": 60, "max_in_flight": 10, **given})
