@@ -160,7 +160,16 @@ def test_a_tenth_that_is_lost_is_found_by_asking_and_the_rest_goes_on() -> None:
     assert max(shop.delays()) <= 60
 
 
-@pytest.mark.parametrize("seed", [4, 9, 15])
+def test_calls_that_become_late_are_waited_for_for_two_minutes_at_most() -> None:
+    """The list says how late they were; it is asked once a minute, for costs."""
+    limits = {"requests_per_minute": 60, "max_in_flight": 10}
+    shop = called_shop(minutes=6, late=lambda rng, at: 0.05 if at < 120 else 21.0, **limits)
+    assert_within_the_limits(shop)
+    assert shop.webhooks.given_up
+    assert shop.per_minute(240, 360) >= 48
+
+
+@pytest.mark.parametrize("seed", [4, 9])
 def test_calls_that_are_always_late_are_not_waited_for(seed: int) -> None:
     """The vendor's first two attempts fail each time: asking is faster than that."""
     limits = {"requests_per_minute": 60, "max_in_flight": 10, "seed": seed}
