@@ -23,8 +23,10 @@ def on_disk() -> Iterator[None]:
     """Whatever the disk refuses inside comes out as a SetupError that says what to do."""
     try:
         yield
-    except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+    except (sqlite3.DatabaseError, OSError) as error:
+        # Once the disk has refused a page, a database without a journal is "malformed", and that is a DatabaseError.
+        is_of_a_disk = type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+        if not is_of_a_disk and not (isinstance(error, OSError) and error.errno in _DISK_ERRORS):
             raise
         raise SetupError(
             f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "

@@ -8,6 +8,7 @@ import hashlib
 import io
 import logging
 import sys
+from contextlib import closing
 from datetime import datetime, timezone
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,8 @@ from prefect_eachlabs.batch.report import BatchFolder, ReportWriter, run_name
 from prefect_eachlabs.batch.sheet import MOST_FRAMES
 from prefect_eachlabs.batch.state import Scratch
 from prefect_eachlabs.batch.thumbs import Thumbs, edge_px
-from prefect_eachlabs.errors import PredictionFailed
+from prefect_eachlabs.batch.worker import on_disk
+from prefect_eachlabs.errors import PredictionFailed, SetupError
 from prefect_eachlabs.images.thumbnails import NoThumbnail
 from prefect_eachlabs.models import Item
 from prefect_eachlabs.net.redaction import visible
@@ -488,3 +490,17 @@ async def test_a_batch_that_never_began_leaves_nothing() -> None:
     shop = CountingShop(MemoryStore())
     await batch_of(shop, source_of(prompts(1))).close()
     assert shop.store.objects == {}
+
+
+def test_a_database_that_a_full_disk_has_broken_names_the_disk() -> None:
+    """First SQLite says "disk I/O error"; from then on, "database disk image is malformed"."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65_536, before[1]))
+    try:
+        with closing(Scratch()) as scratch:
+            for _ in range(2):
+                with pytest.raises(SetupError, match="TMPDIR"), on_disk():
+                    scratch.have_records(f"{number:01000}" for number in range(10_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
