@@ -206,10 +206,18 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     return 0 if verdict.is_well else 1
 
 
+def end_once(number: int, _: object) -> None:
+    """Every process is ended on the way out; a second signal must not come between."""
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     arguments = parse(words)
     logging.basicConfig(level=logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every process is ended on the way out
+    for one in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(one, end_once)
     with tempfile.TemporaryDirectory(prefix="eachlabs-soak-") as temporary:
         try:
             return run(arguments, Path(temporary))
