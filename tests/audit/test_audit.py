@@ -66,7 +66,7 @@ def rewrite(world: World, place: Destination, item_id: str, **changes: Any) -> N
 
 
 class Busy(NamedTuple):
-    """1,000 listed executions of three tools, and whose they are."""
+    """2,000 listed executions of three tools, and whose they are."""
 
     world: World
     foreign: set[str | None]
@@ -86,16 +86,16 @@ async def busy_world() -> Busy:
     )
     buyer, other = world.process(), world.process()
     loser = world.process(by_name=[("POST /v1/prediction", "lose", 5)])
-    here = [wanted(n, prompt=f"here {n}{' late cost' if n <= 7 else ''}", item_id=f"h-{n}") for n in range(1, 61)]
+    here = [wanted(n, prompt=f"here {n}{' late cost' if n <= 7 else ''}", item_id=f"h-{n}") for n in range(1, 141)]
     await asyncio.gather(
         *(buy(buyer, item) for item in here),
-        *(buy(other, wanted(prompt=f"there {n}", item_id=f"t-{n}"), THERE) for n in range(1, 41)),
+        *(buy(other, wanted(prompt=f"there {n}", item_id=f"t-{n}"), THERE) for n in range(1, 101)),
         *(buy(loser, wanted(prompt=f"lost {n}", item_id=f"lost-{n}")) for n in range(1, 6)),
         buy(buyer, wanted(prompt="one that fails", item_id="failed")),
         buy(buyer, wanted(prompt="one that is unlisted", item_id="unlisted")),
         return_exceptions=True,
     )
-    await buy(world.process(), wanted(prompt="here 60, otherwise", item_id="h-60"), replace=True)
+    await buy(world.process(), wanted(prompt="here 140, otherwise", item_id="h-140"), replace=True)
     for item_id, die_at in (("claimed", "after POST"), ("created", "after S3 PUT kit/records/created.json created")):
         killed = world.process(die_at=die_at)
         await killed.dies(killed.obtain(wanted(prompt=f"killed when {item_id}", item_id=item_id)))
@@ -107,13 +107,13 @@ async def busy_world() -> Busy:
     slow = buy(world.process(), wanted(prompt="a slow one", item_id="flying"), deadline_seconds=1e6)
     in_flight = asyncio.ensure_future(slow)
     await asyncio.sleep(10)
-    others = announce(world, "another tool's", count=600) + announce(world, "a third's", count=150, model="flux")
-    others += announce(world, "the rest", count=1_001 - len(bill(world)))
+    others = announce(world, "another tool's", count=1200) + announce(world, "a third's", count=300, model="flux")
+    others += announce(world, "the rest", count=2_001 - len(bill(world)))
     await asyncio.sleep(3_000)
     return Busy(world, set(others), superfluous, in_flight)
 
 
-async def test_a_thousand_executions_of_three_tools_are_accounted_for_to_the_cent_and_by_name() -> None:
+async def test_two_thousand_executions_of_three_tools_are_accounted_for_to_the_cent_and_by_name() -> None:
     busy = await busy_world()
     auditor = busy.world.process()
     report = await audited(busy.world, HERE, THERE, process=auditor)
@@ -122,7 +122,7 @@ async def test_a_thousand_executions_of_three_tools_are_accounted_for_to_the_cen
     listed = {id: one for id, one in bill(busy.world).items() if "unlisted" not in one["input"]["prompt"]}
     no_record = ("killed when claimed", "there 30")
     recorded = [one for one in listed.values() if not one["foreign"] and one["input"]["prompt"] not in no_record]
-    assert report.executions == len(listed) == 1_000
+    assert report.executions == len(listed) == 2_000
     assert report.billed_usd == pytest.approx(usd(listed.values()), abs=1e-9)
     assert report.recorded_usd == pytest.approx(usd([*recorded, listed[busy.superfluous]]), abs=1e-9)
     assert sum(report[kind].count for kind in ON_THE_BILL) == report.executions
@@ -130,7 +130,7 @@ async def test_a_thousand_executions_of_three_tools_are_accounted_for_to_the_cen
         assert math.fsum(sums) == pytest.approx(report.billed_usd, abs=1e-6)
 
     # Each name.
-    assert report[Kind.STORED].count == 60 + 5 + 40 - 2
+    assert report[Kind.STORED].count == 140 + 5 + 100 - 2
     assert report[Kind.ENDED].count == 1
     assert ids(report, Kind.ONE_TOO_MANY) == {busy.superfluous}
     assert ids(report, Kind.FOREIGN) == busy.foreign
@@ -139,7 +139,7 @@ async def test_a_thousand_executions_of_three_tools_are_accounted_for_to_the_cen
         Kind.ONE_TOO_MANY: {"h-10"},
         Kind.UNKNOWN_ORDERS: {"claimed"},
         Kind.AMBIGUOUS: {"claimed"},
-        Kind.REPLACED: {"h-60"},
+        Kind.REPLACED: {"h-140"},
         Kind.IN_FLIGHT: {"flying"},
         Kind.WITHOUT_RECORD: {"t-30"},
         Kind.NOT_LISTED: {"unlisted"},
@@ -153,8 +153,8 @@ async def test_a_thousand_executions_of_three_tools_are_accounted_for_to_the_cen
     assert len(report.dearest) == 10
 
     # What it took: a page for each hundred, one question about the lost order, no change but the costs.
-    assert auditor.count("GET /v1/executions") == 10
-    assert report.requests == auditor.count("GET") == 11
+    assert auditor.count("GET /v1/executions") == 20
+    assert report.requests == auditor.count("GET") == 21
     two_tries = 2  # a process proves once that its store refuses what it must
     assert (auditor.count("POST"), auditor.count("S3 PUT")) == (0, 7 + two_tries)
     again = await audited(busy.world, HERE, THERE)
