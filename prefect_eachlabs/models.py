@@ -428,7 +428,10 @@ def _shared(text: str) -> str:
 
 
 def parse_executions(rows: Iterable[object], of: Container[str] | None = None) -> tuple[Execution, ...]:
-    """The rows of a page, newest first as sent, of these ids alone where `of` names some; others are not looked at."""
+    """The rows of a page, newest first as sent, without those that have no usable id.
+
+    `of`: only those of these ids are read.
+    """
     executions = []
     turns = iter(range(_MAX_VALUES))
     # A page has a hundred rows and few different words: each is cleaned once, and kept once by whoever keeps pages.

@@ -358,7 +358,7 @@ class EachlabsClient:
     async def executions(
         self, *, limit: int = 100, offset: int = 0, model: str | None = None, of: Container[str] | None = None
     ) -> tuple[Execution, ...]:
-        """The rows of `executions_page`."""
+        """The rows of `executions_page`; with `of` they do not tell how many rows the page had."""
         return (await self.executions_page(limit=limit, offset=offset, model=model, of=of)).rows
 
     async def executions_page(
@@ -379,7 +379,7 @@ class EachlabsClient:
             model: Only of this model; None: of all.
             since: Only what was created from then on; None: as far back as the vendor lists (90 days).
             until: Only what was created up to then; None: up to now.
-            of: Only the rows of these ids are taken from the page, which saves reading the others; None: all.
+            of: Only the rows of these ids are read; `row_count` counts all. None: all are read.
 
         Raises:
             Unanswered, Throttled, Rejected, KeyRefused: As for `get`; 404: this API has no such endpoint.

@@ -25,8 +25,8 @@ def on_disk() -> Iterator[None]:
         yield
     except (sqlite3.DatabaseError, OSError) as error:
         # Once the disk has refused a page, a database without a journal is "malformed", and that is a DatabaseError.
-        is_of_a_disk = type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
-        if not is_of_a_disk and not (isinstance(error, OSError) and error.errno in _DISK_ERRORS):
+        is_sqlite = type(error) in (sqlite3.OperationalError, sqlite3.DatabaseError)
+        if not is_sqlite and getattr(error, "errno", None) not in _DISK_ERRORS:
             raise
         raise SetupError(
             f"The disk does not take the batch's temporary files ({error}): make room there, or name another folder "
